@@ -1,0 +1,76 @@
+"""Every error that prox24 raises on purpose.
+
+    Prox24Error                 exit code 1
+    ├── InputError              exit code 2: the user can mend it; found before any compute
+    │   ├── ConfigError         an option, or a combination of options
+    │   ├── ModelError          the source model: missing, incomplete, unsupported, not finite
+    │   ├── DataError           the calibration or evaluation text
+    │   ├── OutputError         the output folder
+    │   ├── RunDirectoryError   the run directory: another job's, in use, written by another version
+    │   ├── ResourceError       workers, GPUs, memory, disk space, the Ray address
+    │   └── CorruptFileError    a file is not what was written: truncated, altered, not its format
+    ├── NumericalError          a computation left the finite numbers; never retried
+    ├── WorkerLostError         a worker or its node is gone; the driver retries the block
+    └── RunInterrupted          exit code 130: SIGINT or SIGTERM, everything committed is kept
+
+A message is one line that names the thing (file, tensor, block, layer, rows) and the remedy.
+An error holds nothing but its `args`, so it survives pickling on the way from a worker.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class Prox24Error(Exception):
+    """Root of the tree. `exit_code` is the status of a command that ends with this error."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class InputError(Prox24Error):
+    """Something given to prox24 is wrong, and the user can mend it."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class ConfigError(InputError):
+    """An option has no valid value, or contradicts another one."""
+
+
+class ModelError(InputError):
+    """The source model is missing, incomplete, of an unsupported kind, or not finite."""
+
+
+class DataError(InputError):
+    """The calibration or evaluation text is missing, empty, too short, or has no text column."""
+
+
+class OutputError(InputError):
+    """The output folder cannot be used."""
+
+
+class RunDirectoryError(InputError):
+    """The run directory belongs to another job or owner, or to another version of prox24."""
+
+
+class ResourceError(InputError):
+    """Workers, GPUs, memory, disk space or the cluster itself are not there as asked for."""
+
+
+class CorruptFileError(InputError):
+    """A file is not what was written: truncated, altered, or not of its format."""
+
+
+class NumericalError(Prox24Error):
+    """A computation produced NaN or Inf, or a factorization failed. Never retried."""
+
+
+class WorkerLostError(Prox24Error):
+    """A worker process or its node is gone. The driver redoes the block with a new one."""
+
+
+class RunInterrupted(Prox24Error):  # noqa: N818 - not a fault: the user asked for it
+    """SIGINT or SIGTERM arrived. Committed blocks are kept; the same command goes on."""
+
+    exit_code: ClassVar[int] = 130

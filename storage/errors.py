@@ -70,7 +70,7 @@ class WorkerLostError(Prox24Error):
     """A worker process or its node is gone. The driver redoes the block with a new one."""
 
 
-class RunInterrupted(Prox24Error):  # noqa: N818 - not a fault: the user asked for it
+class RunInterrupted(Prox24Error):
     """SIGINT or SIGTERM arrived. Committed blocks are kept; the same command goes on."""
 
     exit_code: ClassVar[int] = 130

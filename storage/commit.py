@@ -1,0 +1,414 @@
+"""Durable files: hashing, create-if-absent, replace.
+
+The commit protocol, which everything else in this package relies on:
+
+1. A worker writes a file under a name that no other attempt uses (`write_new_file`): created with
+   O_EXCL, hashed while it is written, flushed to disk together with its directory entry. It is
+   never renamed, so a process that was frozen and wakes up late cannot put it over another's.
+2. The holder of the run's lock publishes a record that names those files and their hashes
+   (`publish_json`): written under a temporary name, flushed, then linked to its final name, which
+   fails if that name exists. That link is the commit. `guard` (the lock's `assert_held`) runs
+   between the flush and the link.
+3. A new holder of the lock first removes the temporary files, then reads the records. A link or a
+   rename needs its temporary file, so whatever a displaced holder has not committed by then can
+   no longer be committed.
+
+What the filesystem must offer: atomic link and rename, and a file that was flushed and closed on
+one host reads the same when it is opened on another (NFS: close-to-open consistency).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from storage.errors import CorruptFileError, NumericalError, ResourceError, RunDirectoryError
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 8 * 2**20
+"""How much of a file is in memory while it is hashed or copied."""
+
+MAX_JSON_BYTES = 64 * 2**20
+"""No record of ours comes near this; a file that does is not one."""
+
+TEMPORARY_SUFFIX = ".tmp"
+"""Ends the name of every file that is not committed yet and was never meant to be read."""
+
+CHECKSUM_KEY = "checksum"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file as a record names it.
+
+    name: file name within the directory that the record is about; no folders.
+    sha256: of the whole file, lower-case hexadecimal.
+    bytes: size of the file.
+    rows: sequences, or weight rows, that it holds; 0 where rows mean nothing.
+    """
+
+    name: str
+    sha256: str
+    bytes: int
+    rows: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The dictionary that `from_json` reads."""
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "bytes": self.bytes,
+            "rows": self.rows,
+        }
+
+    @staticmethod
+    def from_json(data: object, source: str = "record") -> StoredFile:
+        """Raises CorruptFileError, naming `source`, for anything `to_json` does not write."""
+        if not isinstance(data, dict):
+            raise CorruptFileError(f"{source}: a file entry is not an object; delete it to redo it")
+        name, sha256 = data.get("name"), data.get("sha256")
+        size, rows = data.get("bytes"), data.get("rows")
+        if not (is_plain_name(name) and is_sha256(sha256) and is_count(size) and is_count(rows)):
+            raise CorruptFileError(f"{source}: a file entry is malformed; delete it to redo it")
+        return StoredFile(str(name), str(sha256), cast(int, size), cast(int, rows))
+
+
+def is_plain_name(value: object) -> bool:
+    """True for a file name without folders: it cannot lead out of its directory."""
+    return (
+        isinstance(value, str)
+        and value not in ("", ".", "..")
+        and not any(c in value for c in "/\\\0")
+    )
+
+
+def is_sha256(value: object) -> bool:
+    """True for 64 lower-case hexadecimal digits."""
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+def is_count(value: object) -> bool:
+    """True for an int >= 0; False for a bool, which Python counts among the ints."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
+    """SHA-256 of `data`, lower-case hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, read in chunks; raises OSError as `open` does."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def verify_file(path: Path, sha256: str) -> None:
+    """Raise CorruptFileError unless `path` is a readable file with this hash."""
+    try:
+        found = sha256_file(path)
+    except OSError as error:
+        raise CorruptFileError(f"{path}: cannot be read ({error.strerror}); redo it") from error
+    if found != sha256:
+        raise CorruptFileError(
+            f"{path}: sha256 is {found[:12]}…, was {sha256[:12]}… when written; redo it"
+        )
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the entries of a directory durable: a new file's name is not, until this returns."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory and its missing parents durably; an existing one is left as it is."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    with _explained(path):
+        path.mkdir(exist_ok=True)
+        fsync_directory(path.parent)
+
+
+class HashingWriter:
+    """A binary file open for writing that hashes what passes through it.
+
+    Nothing is read back to be hashed, and the hash is that of what was meant to be written, so a
+    disk that stores something else is found out later.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Append `data` (any contiguous buffer); return its size in bytes."""
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        self._digest.update(view)
+        self._bytes += view.nbytes
+        return view.nbytes
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._bytes
+
+    def flush(self) -> None:
+        """Hand buffered bytes to the operating system; they are not durable yet."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Make the contents durable and close; a second call does nothing."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def abandon(self) -> None:
+        """Close without caring about the contents."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` or `abandon` was called."""
+        return self._file.closed
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of everything written so far, lower-case hexadecimal."""
+        return self._digest.hexdigest()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes written so far."""
+        return self._bytes
+
+    def stored(self, name: str, rows: int = 0) -> StoredFile:
+        """What a record says about this file."""
+        return StoredFile(name, self.sha256, self._bytes, rows)
+
+    def fileno(self) -> int:
+        """The file descriptor."""
+        return self._file.fileno()
+
+    def readable(self) -> bool:
+        """False: part of what pyarrow asks of a file."""
+        return False
+
+    def writable(self) -> bool:
+        """True: part of what pyarrow asks of a file."""
+        return True
+
+    def seekable(self) -> bool:
+        """False: what was hashed cannot be changed."""
+        return False
+
+
+@contextlib.contextmanager
+def write_new_file(path: Path) -> Iterator[HashingWriter]:
+    """Create `path`, which must be a name of this attempt alone, and write it durably.
+
+    On leaving the block the contents and the directory entry are on disk; if the block raises, the
+    file is removed. Missing parents are created. Raises FileExistsError if the name is taken and
+    ResourceError if the disk or the quota is full.
+    """
+    make_directory(path.parent)
+    with _explained(path), open(path, "xb") as file:
+        writer = HashingWriter(file)
+        try:
+            yield writer
+            writer.close()
+            fsync_directory(path.parent)
+        except BaseException:
+            writer.abandon()
+            path.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def replace_file(path: Path, guard: Callable[[], None] | None = None) -> Iterator[HashingWriter]:
+    """Write a temporary file and rename it to `path` when the block ends without an error.
+
+    For the single owner of `path` only: of two writers the later rename wins. `guard` runs just
+    before the rename and may raise to prevent it. Raises ResourceError if the disk is full.
+    """
+    temporary = temporary_name(path)
+    with write_new_file(temporary) as writer:
+        yield writer
+    try:
+        if guard is not None:
+            guard()
+        with _explained(path):
+            os.replace(temporary, path)
+            fsync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish_json(
+    path: Path, payload: Mapping[str, Any], *, guard: Callable[[], None] | None = None
+) -> None:
+    """Create `path` with `payload`, whole or not at all, if no such file exists: the commit.
+
+    Returns quietly if the file exists with this very content, and raises FileExistsError if it
+    exists with another. `guard` (a lock's `assert_held`) runs after the data is on disk and just
+    before it gets its name. Raises RunDirectoryError if the temporary file was removed meanwhile
+    (this process was displaced by another owner) or if the filesystem has no hard links;
+    NumericalError if a figure is NaN or Inf, which JSON cannot hold.
+    """
+    encoded = encode_json(payload, path)
+    temporary = temporary_name(path)
+    with write_new_file(temporary) as writer:
+        writer.write(encoded)
+    try:
+        if guard is not None:
+            guard()
+        _link(temporary, path, encoded)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+
+
+def _link(temporary: Path, path: Path, encoded: bytes) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        # Also where a network filesystem carried out the link and lost the answer.
+        if path.read_bytes() != encoded:
+            raise FileExistsError(
+                errno.EEXIST, "exists with other content, and is never replaced", str(path)
+            ) from None
+    except FileNotFoundError as error:
+        raise RunDirectoryError(
+            f"{path}: not committed, another process took the run directory over; "
+            "let that one go on"
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise RunDirectoryError(
+                f"{path.parent}: the filesystem has no hard links, which committing needs; "
+                "use another --run-dir"
+            ) from error
+        raise
+
+
+def replace_json(
+    path: Path, payload: Mapping[str, Any], *, guard: Callable[[], None] | None = None
+) -> None:
+    """Write `payload` to `path`, whole or not at all, replacing what is there.
+
+    `guard` and the errors are those of `replace_file`, and NumericalError as in `publish_json`.
+    A displaced owner, whose temporary file was removed, gets a RunDirectoryError.
+    """
+    encoded = encode_json(payload, path)
+    try:
+        with replace_file(path, guard) as writer:
+            writer.write(encoded)
+    except FileNotFoundError as error:
+        raise RunDirectoryError(
+            f"{path}: not written, another process took the run directory over; let that one go on"
+        ) from error
+
+
+def read_json(path: Path, schema: int) -> dict[str, Any]:
+    """Read what `publish_json` or `replace_json` wrote; the checksum is verified and left out.
+
+    Raises CorruptFileError, naming the path, if the file is missing, not ours or altered, and
+    RunDirectoryError if its `schema_version` is not `schema`.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise CorruptFileError(
+            f"{path}: cannot be read ({error.strerror}); restore it or start a new run directory"
+        ) from error
+    return decode_json(raw, path, schema)
+
+
+def encode_json(payload: Mapping[str, Any], path: Path) -> bytes:
+    """JSON text of `payload` with its checksum; `path` is for the message of NumericalError."""
+    try:
+        body = json.loads(json.dumps(dict(payload), allow_nan=False))
+    except ValueError as error:
+        raise NumericalError(f"{path}: not written, a figure in it is NaN or Inf") from error
+    body[CHECKSUM_KEY] = _checksum(body)
+    return (json.dumps(body, indent=1) + "\n").encode("ascii")
+
+
+def decode_json(raw: bytes, path: Path, schema: int) -> dict[str, Any]:
+    """Inverse of `encode_json`; errors as in `read_json`."""
+    broken = f"{path}: not a record of prox24, or altered; restore it or start a new run directory"
+    if len(raw) > MAX_JSON_BYTES:
+        raise CorruptFileError(broken)
+    try:
+        body = json.loads(raw.decode("ascii"))
+        checksum = _checksum(body) if isinstance(body, dict) else None
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(broken) from error
+    if checksum is None:
+        raise CorruptFileError(broken)
+    version, stored = body.get("schema_version"), body.get(CHECKSUM_KEY)
+    if stored is None and version != schema and is_count(version):
+        raise RunDirectoryError(_other_version(path, version, schema))
+    if stored != checksum:
+        raise CorruptFileError(broken)
+    if version != schema:
+        raise RunDirectoryError(_other_version(path, version, schema))
+    del body[CHECKSUM_KEY]
+    return cast(dict[str, Any], body)
+
+
+def _other_version(path: Path, found: object, wanted: int) -> str:
+    return (
+        f"{path}: schema_version is {found}, this prox24 reads {wanted}; "
+        "use the version that wrote it, or a new run directory"
+    )
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    rest = {key: value for key, value in body.items() if key != CHECKSUM_KEY}
+    return sha256_bytes(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode("ascii"))
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that no one else uses and that a sweep recognizes."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `temporary_name` made this name."""
+    return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Say in one line what a full disk means; other errors of the system pass as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"{path}: {os.strerror(error.errno)}; make room and run the same command again"
+            ) from error
+        raise

@@ -1,0 +1,1 @@
+"""Models and methods: how layers are read, calibrated and solved."""

@@ -84,7 +84,7 @@ def tiny_model(_tiny_models: Callable[..., Path], tmp_path: Path) -> Callable[..
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The real SmolLM2-135M-Instruct, bf16, in several weight files. Read-only; kept between runs."""
+    """The real SmolLM2-135M-Instruct, bf16, several weight files. Read-only, kept between runs."""
     from pipeline.demo_model import MODEL_NAME, demo_model
     from storage.errors import ModelError
 

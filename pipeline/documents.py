@@ -1,0 +1,265 @@
+"""Text data sets as a stream of documents: local files, or a data set of the hub.
+
+    .txt              the whole file is one document
+    .jsonl            one JSON object a line, one document each
+    .parquet, .arrow  one document a row (.arrow: IPC file or stream, as `datasets` writes it)
+    ID, ID:CONFIG     a data set of the hub, streamed: `allenai/c4`, `wikitext:wikitext-2-raw-v1`
+
+`datasets` is imported for the hub only, so a machine without it can use every local file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.errors import DataError
+
+LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
+DEFAULT_CONFIG = {"allenai/c4": "en"}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_ROWS_AT_ONCE = 64  # a row can hold megabytes of text
+
+
+def is_local(dataset: str) -> bool:
+    """Whether `dataset` names a local file (that need not exist) and not a data set of the hub."""
+    path = Path(dataset).expanduser()
+    identifier = dataset.partition(":")[0]
+    return (
+        path.suffix.lower() in LOCAL_SUFFIXES
+        or path.exists()
+        or not _HUB_ID.fullmatch(identifier)
+        or identifier.startswith(".")
+    )
+
+
+def read_documents(
+    dataset: str, text_column: str | None = None, *, splits: tuple[str, ...] = ("train",)
+) -> Iterator[str]:
+    """Yield the documents of `dataset` in their order, reading no further than asked for.
+
+    `text_column` None: the column `text`, or the only column of strings. `splits`: for the hub,
+    the split to read, the first of these that the data set has. Rows that hold null are skipped;
+    empty ones are not, because joining documents with blank lines counts them.
+
+    Errors: DataError, naming the file and the place in it, if the data is missing, of an unknown
+    kind, cannot be decoded, has no text column, or holds no text at all.
+    """
+    documents = (
+        _local_documents(Path(dataset).expanduser(), text_column)
+        if is_local(dataset)
+        else _hub_documents(dataset, text_column, splits)
+    )
+    some_text = False
+    for document in documents:
+        some_text = some_text or bool(document.strip())
+        yield document
+    if not some_text:
+        raise DataError(f"{dataset} holds no text: give another --dataset")
+
+
+def _local_documents(path: Path, text_column: str | None) -> Iterator[str]:
+    readers: dict[str, Callable[[Path, str | None], Iterator[str]]] = {
+        ".txt": _txt_documents,
+        ".jsonl": _jsonl_documents,
+        ".parquet": _parquet_documents,
+        ".arrow": _arrow_documents,
+    }
+    if not path.exists():
+        raise DataError(f"no such file: {path}: --dataset takes a file or the id of a hub data set")
+    if not path.is_file():
+        raise DataError(f"{path} is not a file: give one of its {', '.join(LOCAL_SUFFIXES)} files")
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"{path}: unknown kind of file '{path.suffix}': give one that ends in "
+            + ", ".join(LOCAL_SUFFIXES)
+        )
+    try:
+        yield from reader(path, text_column)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _txt_documents(path: Path, text_column: str | None) -> Iterator[str]:
+    if text_column is not None:
+        raise DataError(f"{path} is plain text and has no columns: leave out --text-column")
+    yield _decoded(path.read_bytes(), path, line=1, offset=0).replace("\r\n", "\n")
+
+
+def _decoded(data: bytes, path: Path, *, line: int, offset: int) -> str:
+    """Decode UTF-8 that starts at the byte `offset` and the line `line` of `path`."""
+    mark = 3 if offset == 0 and data.startswith(b"\xef\xbb\xbf") else 0
+    try:
+        return data[mark:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = mark + error.start
+        raise DataError(
+            f"{path} is not UTF-8: byte 0x{data[place]:02x} at offset {offset + place}, line "
+            f"{line + data.count(10, 0, place)}: convert it, e.g. with iconv -t UTF-8"
+        ) from error
+
+
+def _jsonl_documents(path: Path, text_column: str | None) -> Iterator[str]:
+    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+        offset = 0
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                text = _decoded(raw, path, line=number, offset=offset)
+                offset += len(raw)
+                if not text.strip():
+                    continue
+                try:
+                    row = json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{path}, line {number} is not JSON: {error}") from error
+                if not isinstance(row, dict):
+                    raise DataError(f"{path}, line {number} is not a JSON object")
+                yield f"{path}, line {number}", row
+
+    yield from _row_documents(str(path), rows(), text_column)
+
+
+def _row_documents(
+    name: str, rows: Iterable[tuple[str, dict[str, Any]]], text_column: str | None
+) -> Iterator[str]:
+    """The text of rows that come as dictionaries, each with the name of its place."""
+    column = text_column
+    columns: dict[str, None] = {}  # an ordered set of all seen so far
+    found = False
+    for place, row in rows:
+        columns |= dict.fromkeys(row)
+        if column is None:
+            strings = [key for key, value in row.items() if isinstance(value, str)]
+            if "text" in row:
+                column = "text"
+            elif len(strings) == 1:
+                column = strings[0]
+            elif strings:
+                raise _no_text_column(name, columns)
+            else:
+                continue  # nulls only: a later row decides
+        found = found or column in row
+        value = row.get(column)
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise DataError(
+                f"{place}: '{column}' is no string but {type(value).__name__}: "
+                "name the text with --text-column"
+            )
+        try:
+            value.encode("utf-8")  # JSON can escape half a surrogate pair, which is no text
+        except UnicodeEncodeError as error:
+            raise DataError(f"{place}: '{column}' is no valid Unicode: {error}") from error
+        yield value
+    if columns and not found:
+        raise _no_text_column(name, columns, text_column)
+
+
+def _no_text_column(
+    name: str, columns: Iterable[str], text_column: str | None = None
+) -> DataError:
+    what = f"no column '{text_column}'" if text_column else "no column that is plainly the text"
+    return DataError(f"{name} has {what}: choose with --text-column, of: {', '.join(columns)}")
+
+
+def _parquet_documents(path: Path, text_column: str | None) -> Iterator[str]:
+    try:
+        with pq.ParquetFile(path) as file:
+            column = _column_of(file.schema_arrow, path, text_column)
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[column]):
+                yield from _strings(batch.column(0), path)
+    except pa.ArrowException as error:
+        raise DataError(f"{path} is no readable Parquet file: {_first_line(error)}") from error
+
+
+def _arrow_documents(path: Path, text_column: str | None) -> Iterator[str]:
+    try:
+        with pa.memory_map(str(path)) as source:
+            for batch in _arrow_batches(source):
+                index = batch.schema.get_field_index(_column_of(batch.schema, path, text_column))
+                for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+                    yield from _strings(batch.column(index).slice(start, _ROWS_AT_ONCE), path)
+    except pa.ArrowException as error:
+        raise DataError(f"{path} is no readable Arrow file: {_first_line(error)}") from error
+
+
+def _arrow_batches(source: Any) -> Iterator[Any]:
+    """The record batches of an IPC file, or of an IPC stream (what `datasets` writes)."""
+    try:
+        file = pa.ipc.open_file(source)
+    except pa.ArrowInvalid:
+        source.seek(0)
+        yield from pa.ipc.open_stream(source)
+        return
+    for index in range(file.num_record_batches):
+        yield file.get_batch(index)
+
+
+def _column_of(schema: Any, path: Path, text_column: str | None) -> str:
+    def holds_text(kind: Any) -> bool:
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        return bool(
+            pa.types.is_string(kind)
+            or pa.types.is_large_string(kind)
+            or pa.types.is_string_view(kind)
+        )
+
+    strings = [field.name for field in schema if holds_text(field.type)]
+    wanted = text_column or ("text" if "text" in strings else None)
+    if wanted is None and len(strings) == 1:
+        return str(strings[0])
+    if wanted is None or wanted not in schema.names:
+        raise _no_text_column(str(path), schema.names, text_column)
+    if wanted not in strings:
+        kind = schema.field(wanted).type
+        raise DataError(f"{path}: '{wanted}' holds {kind}, not strings: choose with --text-column")
+    return wanted
+
+
+def _strings(column: Any, path: Path) -> Iterator[str]:
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} holds a string that is not UTF-8: {error}") from error
+    return (value for value in values if value is not None)
+
+
+def _hub_documents(
+    dataset: str, text_column: str | None, splits: tuple[str, ...]
+) -> Iterator[str]:
+    try:
+        import datasets  # here, so that local files need no `datasets`
+    except ImportError as error:
+        raise DataError(
+            f"{dataset} is not a local file, and reading it from the hub needs "
+            "`pip install datasets`"
+        ) from error
+    identifier, _, config = dataset.partition(":")
+    try:
+        parts = datasets.load_dataset(
+            identifier, config or DEFAULT_CONFIG.get(identifier), streaming=True
+        )
+        split = next((name for name in splits if name in parts), None)
+        if split is None:
+            raise DataError(f"{dataset} has no split {' or '.join(splits)}, but {', '.join(parts)}")
+        rows = ((f"{dataset}, row {n}", row) for n, row in enumerate(parts[split], start=1))
+        yield from _row_documents(dataset, rows, text_column)
+    except DataError:
+        raise
+    except Exception as error:  # the hub's client, its file systems and parsers share no root
+        raise DataError(
+            f"{dataset} is not a local file and cannot be read from the hub "
+            f"({type(error).__name__}: {_first_line(error)}): check the name and the network"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "no reason given")

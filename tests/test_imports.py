@@ -1,0 +1,178 @@
+"""Imports go one way, `cluster → actors → pipeline → storage`, and what must not be used is not."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOMS = ("storage", "pipeline", "actors", "cluster")  # from the lowest to the highest
+STORAGE_MAY_IMPORT = {"storage", "torch", "pyarrow", "safetensors", "numpy", "psutil"}
+PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+
+
+def imports(tree: ast.Module, package: tuple[str, ...]) -> Iterator[tuple[int, str, bool]]:
+    """Yield (line, absolute dotted name, at module level) of everything a module imports.
+
+    `package`: the package the module lies in, to resolve relative imports. `importlib` and
+    `__import__` count if the name is a literal. `from a import b` yields `a.b`.
+    """
+    for node, top_level in _walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, top_level
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            prefix = [*base, *([node.module] if node.module else [])]
+            for alias in node.names:
+                yield node.lineno, ".".join([*prefix, alias.name]), top_level
+        elif isinstance(node, ast.Call) and node.args and _is_import_call(node.func):
+            name = node.args[0]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                yield node.lineno, name.value, top_level
+
+
+def _walk(node: ast.AST, top_level: bool = True) -> Iterator[tuple[ast.AST, bool]]:
+    for child in ast.iter_child_nodes(node):
+        yield child, top_level
+        inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield from _walk(child, top_level and not inside)
+
+
+def _is_import_call(function: ast.expr) -> bool:
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    return name in {"import_module", "__import__"}
+
+
+def unsafe_loads(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield (line, what) of `torch.load`, under any alias of torch, and of `allow_pickle=True`."""
+    aliases = {"torch"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = (alias for alias in node.names if alias.name == "torch")
+            aliases |= {alias.asname for alias in names if alias.asname}
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in {"load", "save"}
+            and isinstance(node.value, ast.Name)
+            and node.value.id in aliases
+        ):
+            yield node.lineno, f"torch.{node.attr}"
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            allowed = isinstance(node.value, ast.Constant) and node.value.value is False
+            if not allowed:
+                yield node.value.lineno, "allow_pickle"
+
+
+def violations(root: Path) -> list[str]:
+    """Every breach of the rules in the four packages under `root`, as `file:line: what`."""
+    found: list[str] = []
+    for level, room in enumerate(ROOMS):
+        for path in sorted((root / room).rglob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+            package = path.relative_to(root).parent.parts
+            place = path.relative_to(root).as_posix()
+            for line, name, top_level in imports(tree, package):
+                for reason in _breaches(level, name, top_level):
+                    found.append(f"{place}:{line}: {reason}")
+            found += [f"{place}:{line}: {what} uses pickle" for line, what in unsafe_loads(tree)]
+    return found
+
+
+def _breaches(level: int, name: str, top_level: bool) -> Iterator[str]:
+    room, module = ROOMS[level], name.partition(".")[0]
+    if module in ROOMS and ROOMS.index(module) > level:
+        yield f"{room} imports {module}, which lies above it"
+    if module == "tests":
+        yield f"{room} imports the tests"
+    if module == "ray" and level < ROOMS.index("actors"):
+        yield f"{room} imports ray"
+    if module == "torch" and room == "cluster":
+        yield "cluster imports torch"
+    if module in PICKLES or name in {"torch.load", "torch.save"}:
+        yield f"{name} uses pickle"
+    if room == "storage" and module not in STORAGE_MAY_IMPORT | sys.stdlib_module_names:
+        yield f"storage imports {module}"
+    if module == "datasets" and top_level:
+        yield "datasets is imported at module level: the way without it must stay free"
+
+
+def test_the_project_keeps_the_rules(repository: Path) -> None:
+    files = [path for room in ROOMS for path in (repository / room).rglob("*.py")]
+    assert len(files) > len(ROOMS)  # the walk did see the project
+    assert violations(repository) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "reason"),
+    [
+        ("storage/a.py", "import pipeline.config", "storage imports pipeline, which lies above"),
+        ("pipeline/a.py", "from actors import worker", "pipeline imports actors"),
+        ("pipeline/b/c.py", "from ...cluster import x", "pipeline imports cluster"),
+        ("actors/a.py", "def f():\n    from cluster.x import y", "actors imports cluster"),
+        ("actors/a.py", "__import__('cluster')", "actors imports cluster"),
+        ("pipeline/a.py", "import ray", "pipeline imports ray"),
+        ("pipeline/a.py", "if x:\n    import ray.util as u", "pipeline imports ray"),
+        ("storage/a.py", "importlib.import_module('ray')", "storage imports ray"),
+        ("cluster/a.py", "from torch import nn", "cluster imports torch"),
+        ("cluster/a.py", "if TYPE_CHECKING:\n    import torch", "cluster imports torch"),
+        ("storage/a.py", "from transformers import AutoModel", "storage imports transformers"),
+        ("actors/a.py", "import pickle", "pickle uses pickle"),
+        ("pipeline/a.py", "from torch import load", "torch.load uses pickle"),
+        ("pipeline/a.py", "import torch\nx = torch.load(p, weights_only=True)", "torch.load uses"),
+        ("pipeline/a.py", "import torch as t\nx = t.load(p)", "torch.load uses pickle"),
+        ("storage/a.py", "numpy.load(p, allow_pickle=True)", "allow_pickle uses pickle"),
+        ("pipeline/a.py", "import datasets", "datasets is imported at module level"),
+        ("cluster/a.py", "from tests import conftest", "cluster imports the tests"),
+    ],
+)
+def test_a_planted_breach_is_found(tmp_path: Path, file: str, source: str, reason: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source + "\n")
+    found = violations(tmp_path)
+    assert any(line.startswith(f"{file}:") and reason in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("storage/a.py", "import json, torch, psutil\nfrom . import errors\nimport pyarrow.ipc"),
+        ("pipeline/b/c.py", "from ..config import x\nfrom storage import errors\nimport torch"),
+        ("pipeline/a.py", "def f():\n    import datasets"),
+        ("actors/a.py", "import ray\nfrom pipeline import loop\nfrom storage import errors"),
+        ("cluster/a.py", "import ray, actors.worker\nfrom pipeline import loop"),
+        ("storage/a.py", "numpy.load(p, allow_pickle=False)\njson.load(f)"),
+    ],
+)
+def test_what_is_allowed_is_not_reported(tmp_path: Path, file: str, source: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source + "\n")
+    assert violations(tmp_path) == []
+
+
+def test_storage_and_pipeline_run_without_ray_and_datasets(repository: Path) -> None:
+    """Import every module of both in a fresh process; what they import themselves counts too."""
+    script = """
+import importlib, pkgutil, sys
+import pipeline, storage
+count = 0
+for package in (storage, pipeline):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+        count += 1
+print(count, sorted({"ray", "datasets"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    count, _, loaded = done.stdout.strip().partition(" ")
+    assert int(count) > 2
+    assert loaded == "[]"

@@ -1,0 +1,203 @@
+"""What all methods share: checks, stacking the rows of a group, refinement, reports."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.solvers.objective import objective, statistic_name
+from pipeline.solvers.pattern import Pattern
+from pipeline.solvers.refine import Refined, refine
+from pipeline.solvers.regularize import ScaledHessian, check_statistics, resolve, scaled_hessian
+from pipeline.solvers.types import (
+    Solution,
+    SolveReport,
+    SolverSettings,
+    Statistics,
+    percentage,
+)
+from storage.errors import NumericalError
+
+
+@dataclass(frozen=True)
+class GroupData:
+    """What a method derived from the statistics of a group of layers with the same input.
+
+    problem: the regularized Hessian, where the method or its refinement needs one. matrix: a
+    (C, C) fp32 that belongs to the method. eigenvalue: the largest of H~, for ``prox``.
+    """
+
+    statistics: Statistics | None
+    problem: ScaledHessian | None = None
+    matrix: Tensor | None = None
+    eigenvalue: float = 0.0
+    deviations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """A method's result before refinement: weight (R, C) fp32, the mask (R, C) bool of what may be
+    non-zero, iterations run, and the share of every row's support the last step changed, (R,).
+
+    matrix: H~ (C, C) where the method has it written, so that the refinement need not.
+    problem: the problem that was solved, if not the prepared one (its damping was raised).
+    """
+
+    weight: Tensor
+    mask: Tensor
+    iterations: int
+    support_change: Tensor
+    blocksize: int | None = None
+    matrix: Tensor | None = None
+    problem: ScaledHessian | None = None
+
+
+class BaseSolver(ABC):
+    """One method with its settings. Subclasses give ``_needs``, ``_find`` and ``_derive``."""
+
+    _needs = "full"
+
+    def __init__(self, settings: SolverSettings) -> None:
+        self.settings = settings.resolved()
+        self.pattern: Pattern = self.settings.parsed_pattern
+
+    @property
+    def needs(self) -> str:
+        """ "none", "diagonal" or "full"; an explicit refinement makes it "full"."""
+        return self._needs if self.settings.refine == "none" else "full"
+
+    @property
+    def separable(self) -> bool:
+        """Whether a row slice solves to the same as those rows in the whole layer."""
+        return True
+
+    def prepare(self, statistics: Statistics | None) -> GroupData:
+        """Everything that belongs to the group. Raises NumericalError, ConfigError."""
+        if statistics is None:
+            if self.needs != "none":
+                raise NumericalError(f"{self.settings.method} needs {self.needs} statistics")
+            return GroupData(None)
+        self.pattern.check_columns(statistics.columns)
+        if self.needs == "full":
+            damping, shrinkage = resolve(self.settings)
+            problem = scaled_hessian(statistics, damping=damping, shrinkage=shrinkage)
+            return self._derive(GroupData(statistics, problem))
+        check_statistics(statistics)
+        return self._derive(GroupData(statistics))
+
+    def solve(self, weight: Tensor, prepared: GroupData) -> Solution:
+        """Prune one layer or row slice: (R, C) of any float dtype, left as it is."""
+        return self.solve_group({"": weight}, prepared)[""]
+
+    def solve_group(
+        self, weights: Mapping[str, Tensor], prepared: GroupData
+    ) -> dict[str, Solution]:
+        """Prune layers, or row slices of layers, that share the input of ``prepared``.
+
+        weights: name -> (R_i, C) of any float dtype on the statistics' device; R_i may be 0.
+        Rows are stacked, so that factorizations and products serve all layers at once.
+        Raises NumericalError naming the layer for NaN or Inf in a weight, before any work.
+        """
+        for name, weight in weights.items():
+            self._check_weight(name, weight, prepared)
+        if not self.separable and len(weights) > 1:
+            return {
+                name: self.solve_group({name: weight}, prepared)[name]
+                for name, weight in weights.items()
+            }
+        if not weights:
+            return {}
+        original = torch.cat([weight.detach().float() for weight in weights.values()])
+        found = self._find(original, prepared)
+        problem = found.problem or prepared.problem
+        refined = self._refine(found, original, problem, prepared)
+        zero = objective(torch.zeros_like(original), original, prepared.statistics)
+        solutions: dict[str, Solution] = {}
+        start = 0
+        for name, weight in weights.items():
+            rows = slice(start, start + weight.shape[0])
+            report = self._report(found, refined, zero, rows, problem, prepared)
+            solutions[name] = Solution(refined.weight[rows], report)
+            start = rows.stop
+        return solutions
+
+    @abstractmethod
+    def _find(self, original: Tensor, prepared: GroupData) -> Found:
+        """Choose mask and weights for (R, C) fp32, which must not be changed."""
+
+    def _derive(self, prepared: GroupData) -> GroupData:
+        """Add what the method itself computes once per group."""
+        return prepared
+
+    def _check_weight(self, name: str, weight: Tensor, prepared: GroupData) -> None:
+        label = f"layer {name}: " if name else ""
+        if weight.ndim != 2:
+            raise NumericalError(f"{label}a weight must have 2 dimensions, not {weight.ndim}")
+        self.pattern.check_columns(weight.shape[1])
+        statistics = prepared.statistics
+        if statistics is not None and weight.shape[1] != statistics.columns:
+            raise NumericalError(
+                f"{label}the weight has {weight.shape[1]} columns, its statistics have "
+                f"{statistics.columns}"
+            )
+        if not bool(torch.isfinite(weight).all()):
+            raise NumericalError(f"{label}the weight holds NaN or Inf")
+
+    def _refine(
+        self, found: Found, original: Tensor, problem: ScaledHessian | None, prepared: GroupData
+    ) -> Refined:
+        kind, steps = self.settings.refine, self.settings.refine_steps or 0
+        if problem is None or kind == "none":
+            value = objective(found.weight, original, prepared.statistics)
+            untouched = torch.zeros(len(value), dtype=torch.bool, device=value.device)
+            return Refined(found.weight, value, value, untouched)
+        return refine(found.weight, original, problem, kind, steps, found.mask, found.matrix)
+
+    def _report(
+        self,
+        found: Found,
+        refined: Refined,
+        zero: Tensor,
+        rows: slice,
+        problem: ScaledHessian | None,
+        prepared: GroupData,
+    ) -> SolveReport:
+        settings = self.settings
+        count = rows.stop - rows.start
+        facts: dict[str, Any] = {
+            "objective_zero": float(zero[rows].sum()),
+            "objective_before": float(refined.before[rows].sum()),
+            "objective": float(refined.after[rows].sum()),
+        }
+        notes = prepared.deviations + (problem.deviations if problem else ())
+        return SolveReport(
+            method=settings.method,
+            pattern=str(self.pattern),
+            rows=count,
+            **facts,
+            relative_error=percentage(facts["objective"], facts["objective_zero"]),
+            statistic=statistic_name(prepared.statistics),
+            iterations=found.iterations,
+            support_change=float(found.support_change[rows].sum()) / max(count, 1),
+            refine=settings.refine,
+            refine_steps=settings.refine_steps or 0,
+            rows_kept_unrefined=int(refined.kept[rows].sum()),
+            damping=problem.damping if problem else 0.0,
+            shrinkage=problem.shrinkage if problem else 0.0,
+            blocksize=found.blocksize,
+            deviations=notes,
+        )
+
+
+def support_change(before: Tensor, after: Tensor, kept: Tensor) -> Tensor:
+    """Share of each row's support that changed: (R, C) bool twice, and the final mask -> (R,).
+
+    An entry that leaves and one that enters are one change.
+    """
+    changed = (before ^ after).sum(dim=1).float() / 2
+    return changed / kept.sum(dim=1).clamp(min=1)

@@ -1,0 +1,31 @@
+"""Magnitude pruning: the largest |W| stay as they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.solvers.base import BaseSolver, Found, GroupData
+
+
+class MagnitudeSolver(BaseSolver):
+    """Keeps the largest |W|: N of M in every group, or, unstructured, of the whole layer."""
+
+    _needs = "none"
+
+    @property
+    def separable(self) -> bool:
+        """False for unstructured: one threshold holds for all rows of a layer."""
+        return self.pattern.structured
+
+    def _find(self, original: Tensor, prepared: GroupData) -> Found:
+        score = original.abs()
+        if self.pattern.structured:
+            mask = self.pattern.keep_mask(score)
+        else:
+            flat = torch.argsort(score.flatten(), stable=True)
+            mask = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
+            mask[flat[: int(score.numel() * self.pattern.sparsity)]] = False
+            mask = mask.view_as(score)
+        still = torch.zeros(len(original), device=original.device)
+        return Found(original * mask, mask, 1, still)

@@ -1,0 +1,117 @@
+"""SparseGPT (Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
+One-Shot"): columns left to right, each one's error passed on to the columns at its right.
+
+U is the upper Cholesky factor of the inverse Hessian, U^T U = H^-1, computed in float64: a choice
+between two close scores changes the rest of its row, and fp32 factors differ from the reference's
+by more than the choices bear (one row in 64 on a layer with fewer tokens than columns).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pipeline.solvers.base import BaseSolver, Found, GroupData
+from pipeline.solvers.factor import narrow_, upper_factor_
+from pipeline.solvers.regularize import raise_damping, require_hessian
+from pipeline.solvers.types import Statistics
+
+
+def auto_blocksize(columns: int, device_type: str) -> int:
+    """The lazy block that ``--blocksize auto`` takes for a layer of ``columns`` inputs.
+
+    A rule of measurements (benchmarks/lazy_update.py), not a timing: the same on every worker
+    and at every resume.
+    """
+    return 128
+
+
+class SparseGptSolver(BaseSolver):
+    """SparseGPT with lazy blocks of ``blocksize`` columns.
+
+    N:M chooses in each group, unstructured by one threshold per block over all rows.
+    Memory beyond the Hessian: the factor in float64, narrowed in place, so the bytes of two C x C
+    fp32 per group; (R, C) fp32 twice. Time: C^3 operations per group, R C^2 per layer.
+    """
+
+    @property
+    def separable(self) -> bool:
+        """False for unstructured: a block's threshold is taken over all rows of a layer."""
+        return self.pattern.structured
+
+    def _derive(self, prepared: GroupData) -> GroupData:
+        problem = prepared.problem
+        assert problem is not None
+        while True:
+            factor = _reference_hessian(problem.statistics, problem.damping, problem.shrinkage)
+            if bool(upper_factor_(factor)):
+                return replace(prepared, problem=problem, matrix=narrow_(factor))
+            problem = raise_damping(problem)
+
+    def _find(self, original: Tensor, prepared: GroupData) -> Found:
+        assert prepared.problem is not None
+        assert prepared.matrix is not None
+        # A power of two changes no comparison and no rounding, and keeps squares in range.
+        peak = original.abs().amax(dim=1, keepdim=True)
+        if not self.pattern.structured and len(original):
+            peak = peak.amax(dim=0, keepdim=True)
+        exponent = torch.frexp(peak).exponent
+        weight = torch.ldexp(original, -exponent)
+        weight *= prepared.problem.live
+        mask = torch.empty_like(weight, dtype=torch.bool)
+        columns = weight.shape[1]
+        width = self._block_width(original)
+        for left in range(0, columns, width):
+            block = slice(left, min(left + width, columns))
+            errors = self._solve_block(weight, mask, prepared.matrix, block)
+            weight[:, block.stop :].addmm_(errors, prepared.matrix[block, block.stop :], alpha=-1)
+        still = torch.zeros(len(original), device=original.device)
+        return Found(torch.ldexp(weight, exponent), mask, columns, still, width)
+
+    def _block_width(self, weight: Tensor) -> int:
+        """The lazy block, rounded up to whole groups: a choice must not straddle two blocks."""
+        asked = self.settings.blocksize
+        columns, kind = weight.shape[1], weight.device.type
+        width = asked if isinstance(asked, int) else auto_blocksize(columns, kind)
+        group = max(self.pattern.group, 1)
+        return -(-width // group) * group
+
+    def _solve_block(self, weight: Tensor, mask: Tensor, upper: Tensor, block: slice) -> Tensor:
+        """Prune the columns ``block`` of ``weight`` (R, C) in place; returns errors (R, B)."""
+        local = weight[:, block].contiguous()
+        inner = upper[block, block].contiguous()
+        pivots = inner.diagonal()
+        keep = mask[:, block]
+        group = self.pattern.group
+        if not group and len(local):
+            score = (local / pivots).square()
+            threshold = score.flatten().sort().values[int(score.numel() * self.pattern.sparsity)]
+            keep.copy_(score > threshold)
+        errors = torch.empty_like(local)
+        for column in range(local.shape[1]):
+            if group and column % group == 0:
+                span = slice(column, column + group)
+                keep[:, span] = self.pattern.keep_mask(local[:, span].square() / pivots[span] ** 2)
+            pruned = local[:, column] * ~keep[:, column]
+            error = (pruned / pivots[column]).unsqueeze(1)
+            local[:, column:].addmm_(error, inner[column : column + 1, column:], alpha=-1)
+            errors[:, column] = error.squeeze(1)
+        weight[:, block] = local * keep
+        return errors
+
+
+def _reference_hessian(statistics: Statistics, damping: float, shrinkage: float) -> Tensor:
+    """The reference's H, (C, C) float64.
+
+    Its scale is 2 / (number of sequences) and dead columns get 1 before the mean is taken for
+    the damping: with another scale that 1, and with it the damping, means something else.
+    """
+    scale = 2 / max(statistics.sequences, 1)
+    hessian = require_hessian(statistics).double()
+    diagonal = hessian.diagonal() * scale
+    diagonal = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal))
+    hessian.mul_(scale * (1 - shrinkage))
+    hessian.diagonal().copy_(diagonal + damping * diagonal.mean())
+    return hessian

@@ -1,0 +1,245 @@
+"""The small types every solver speaks: statistics in, solutions and reports out.
+
+Convention, everywhere: statistics are fp32 *sums* plus counts; a division by a count happens
+only where the mean is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from pipeline.solvers.pattern import Pattern as Pattern
+from storage.errors import ConfigError
+
+METHOD_NAMES = ("magnitude", "wanda", "sparsegpt", "prox", "prox_admm")
+REFINEMENTS = ("auto", "none", "gradient", "cg")
+
+# Regularization each method uses unless told otherwise: (damping, shrinkage).
+_DEFAULT_REGULARIZATION = {
+    "magnitude": (0.0, 0.0),
+    "wanda": (0.0, 0.0),
+    "sparsegpt": (0.01, 0.0),
+    "prox": (0.01, 0.0),
+    "prox_admm": (0.01, 0.0),
+}
+_DEFAULT_STEPS = {"none": 0, "gradient": 1000, "cg": 20}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Second moments of the inputs x (C,) of a group of layers that share them.
+
+    columns: C. tokens: number of x summed. sequences: calibration sequences they came from.
+    diagonal: (C,) fp32, sum of x_j^2. hessian: (C, C) fp32, sum of x x^T.
+    """
+
+    columns: int
+    tokens: int
+    sequences: int
+    diagonal: Tensor | None = None
+    hessian: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverSettings:
+    """Everything a solve depends on besides its tensors. Scalars only, so it is stored as JSON.
+
+    None means the method's own default; ``resolved`` fills them in.
+    """
+
+    method: str = "prox_admm"
+    pattern: str = "2:4"
+    # Added to the diagonal of the mean Hessian, as a multiple of its live mean.
+    damping: float | None = None
+    # H <- (1 - a) H + a diag(H); 0 none, 1 diagonal only; "auto" is resolved by the caller.
+    shrinkage: float | str | None = None
+    # SparseGPT: columns per lazy update, or "auto": the best known for the width (auto_blocksize).
+    blocksize: int | str | None = None
+    # Improvement of the kept weights on the fixed mask.
+    refine: str = "auto"
+    refine_steps: int | None = None
+    # prox: lambda_k = prox_lambda * prox_growth^k on rows scaled to mean magnitude 1.
+    prox_lambda: float = 1e-3
+    prox_growth: float = 1.01
+    # prox_admm: stages with one inverse each, iterations in a stage, penalty of the first stage
+    # and its growth per stage, first lambda and its growth per iteration.
+    admm_stages: int = 7
+    admm_iterations: int = 20
+    admm_rho: float = 0.1
+    admm_rho_growth: float = 1.49
+    admm_lambda: float = 0.01
+    admm_lambda_growth: float = 1.05
+
+    def __post_init__(self) -> None:
+        if self.method not in METHOD_NAMES:
+            raise ConfigError(
+                f"unknown method {self.method!r}: choose of {', '.join(METHOD_NAMES)}"
+            )
+        if self.refine not in REFINEMENTS:
+            raise ConfigError(f"unknown refine {self.refine!r}: choose of {', '.join(REFINEMENTS)}")
+        Pattern.parse(self.pattern)
+        if isinstance(self.shrinkage, str):
+            if self.shrinkage != "auto":
+                raise ConfigError(
+                    f"shrinkage {self.shrinkage!r} must be 'auto' or a number in [0, 1]"
+                )
+        elif self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
+            raise ConfigError(f"shrinkage {self.shrinkage} must lie in [0, 1]")
+        if self.damping is not None and not (0 <= self.damping < math.inf):
+            raise ConfigError(f"damping {self.damping} must be a finite number, 0 or more")
+        self._check_counts()
+
+    def _check_counts(self) -> None:
+        if isinstance(self.blocksize, str) and self.blocksize != "auto":
+            raise ConfigError(f"blocksize {self.blocksize!r} must be 'auto' or a whole number")
+        for name in ("blocksize", "admm_stages", "admm_iterations"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise ConfigError(f"{name} {value} must be 1 or more")
+        if self.refine_steps is not None and self.refine_steps < 0:
+            raise ConfigError(f"refine_steps {self.refine_steps} must be 0 or more")
+        for name in ("prox_lambda", "admm_rho", "admm_lambda"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
+        if not 1.0005 <= self.prox_growth < math.inf:
+            raise ConfigError(f"prox_growth {self.prox_growth} must be 1.0005 or more")
+        for name in ("admm_rho_growth", "admm_lambda_growth"):
+            if not 1 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} {getattr(self, name)} must be 1 or more")
+
+    @property
+    def parsed_pattern(self) -> Pattern:
+        """``pattern`` as a Pattern."""
+        return Pattern.parse(self.pattern)
+
+    def resolved(self) -> SolverSettings:
+        """The same settings with every None and "auto" refinement replaced by the default.
+
+        A shrinkage of "auto" is left: only ``choose_regularization`` can resolve it.
+        """
+        damping, shrinkage = _DEFAULT_REGULARIZATION[self.method]
+        refine = self.refine
+        if refine == "auto":
+            refine = "cg" if self.method in ("prox", "prox_admm") else "none"
+        if refine != "none" and self.method in ("magnitude", "wanda"):
+            damping = 0.01  # their masks need none, but the refinement solves with H
+        return replace(
+            self,
+            damping=damping if self.damping is None else self.damping,
+            shrinkage=shrinkage if self.shrinkage is None else self.shrinkage,
+            blocksize=128 if self.blocksize is None else self.blocksize,
+            refine=refine,
+            refine_steps=(
+                _DEFAULT_STEPS[refine] if self.refine_steps is None else self.refine_steps
+            ),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON scalars; ``SolverSettings(**it)`` gives the settings back."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveReport:
+    """Facts of one solve of one layer or row slice.
+
+    Objectives are L = tr(dW H dW^T) with the undamped mean Hessian, summed over ``rows``:
+    ``objective_zero`` at W = 0, ``objective_before`` before refinement, ``objective`` at the end.
+    ``relative_error`` is 100 * objective / objective_zero (0 where both are 0).
+    ``statistic`` names what stood for H: "full", "diagonal", or "none" (the identity).
+    ``support_change``: share of the support that the last step (the last iteration, or the final
+    projection) changed. ``deviations``: what was done other than asked, in words.
+    """
+
+    method: str
+    pattern: str
+    rows: int
+    objective_zero: float
+    objective_before: float
+    objective: float
+    relative_error: float
+    statistic: str
+    iterations: int
+    support_change: float
+    refine: str
+    refine_steps: int
+    rows_kept_unrefined: int
+    damping: float
+    shrinkage: float
+    blocksize: int | None = None
+    deviations: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON values."""
+        return {**asdict(self), "deviations": list(self.deviations)}
+
+    @classmethod
+    def from_json(cls, payload: Mapping[str, Any]) -> SolveReport:
+        """The inverse of ``to_json``."""
+        return cls(**{**payload, "deviations": tuple(payload["deviations"])})
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A pruned weight (R, C) in fp32, and what is known about it."""
+
+    weight: Tensor
+    report: SolveReport
+
+
+def percentage(objective: float, objective_zero: float) -> float:
+    """100 * objective / objective_zero; 0 where nothing could be lost, inf where something was."""
+    if objective_zero > 0:
+        return 100 * objective / objective_zero
+    return 0.0 if objective <= 0 else math.inf
+
+
+def merge_reports(reports: Sequence[SolveReport]) -> SolveReport:
+    """The report of a layer from those of its row slices, in row order; ValueError if none."""
+    if not reports:
+        raise ValueError("no reports to merge")
+    rows = sum(r.rows for r in reports)
+    total = sum(r.objective for r in reports)
+    zero = sum(r.objective_zero for r in reports)
+    return replace(
+        reports[0],
+        rows=rows,
+        objective_zero=zero,
+        objective_before=sum(r.objective_before for r in reports),
+        objective=total,
+        relative_error=percentage(total, zero),
+        iterations=max(r.iterations for r in reports),
+        support_change=sum(r.support_change * r.rows for r in reports) / max(rows, 1),
+        rows_kept_unrefined=sum(r.rows_kept_unrefined for r in reports),
+        deviations=tuple(dict.fromkeys(d for r in reports for d in r.deviations)),
+    )
+
+
+class Prepared(Protocol):
+    """What a solver derives once from the statistics of a group. Opaque to the caller."""
+
+
+class Solver(Protocol):
+    """One pruning method with its settings. Pure: arguments are never changed."""
+
+    needs: str
+    """The statistic it asks for, so that wanda never makes a caller allocate C x C."""
+    separable: bool
+    """False where the choice compares rows: such a layer must come in one piece."""
+
+    def prepare(self, statistics: Statistics | None) -> Any:
+        """All that belongs to the group; equal on every rank that has equal statistics."""
+        ...
+
+    def solve_group(self, weights: Mapping[str, Tensor], prepared: Any) -> dict[str, Solution]:
+        """Prune layers (or row slices) that share an input; factorizations serve them all."""
+        ...
+
+    def solve(self, weight: Tensor, prepared: Any) -> Solution:
+        """Prune one layer or row slice (R, C)."""
+        ...

@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import logging
 import os
 import secrets
@@ -31,20 +30,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from storage.errors import CorruptFileError, NumericalError, ResourceError, RunDirectoryError
+from storage.checked_json import MAX_JSON_BYTES, decode_json, encode_json, is_count
+from storage.errors import CorruptFileError, ResourceError, RunDirectoryError
 
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 8 * 2**20
 """How much of a file is in memory while it is hashed or copied."""
 
-MAX_JSON_BYTES = 64 * 2**20
-"""No record of ours comes near this; a file that does is not one."""
-
 TEMPORARY_SUFFIX = ".tmp"
 """Ends the name of every file that is not committed yet and was never meant to be read."""
-
-CHECKSUM_KEY = "checksum"
 
 
 @dataclass(frozen=True)
@@ -95,11 +90,6 @@ def is_plain_name(value: object) -> bool:
 def is_sha256(value: object) -> bool:
     """True for 64 lower-case hexadecimal digits."""
     return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
-
-
-def is_count(value: object) -> bool:
-    """True for an int >= 0; False for a bool, which Python counts among the ints."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
@@ -344,51 +334,6 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
             f"{path}: cannot be read ({error.strerror}); restore it or start a new run directory"
         ) from error
     return decode_json(raw, path, schema)
-
-
-def encode_json(payload: Mapping[str, Any], path: Path) -> bytes:
-    """JSON text of `payload` with its checksum; `path` is for the message of NumericalError."""
-    try:
-        body = json.loads(json.dumps(dict(payload), allow_nan=False))
-    except ValueError as error:
-        raise NumericalError(f"{path}: not written, a figure in it is NaN or Inf") from error
-    body[CHECKSUM_KEY] = _checksum(body)
-    return (json.dumps(body, indent=1) + "\n").encode("ascii")
-
-
-def decode_json(raw: bytes, path: Path, schema: int) -> dict[str, Any]:
-    """Inverse of `encode_json`; errors as in `read_json`."""
-    broken = f"{path}: not a record of prox24, or altered; restore it or start a new run directory"
-    if len(raw) > MAX_JSON_BYTES:
-        raise CorruptFileError(broken)
-    try:
-        body = json.loads(raw.decode("ascii"))
-        checksum = _checksum(body) if isinstance(body, dict) else None
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(broken) from error
-    if checksum is None:
-        raise CorruptFileError(broken)
-    version, stored = body.get("schema_version"), body.get(CHECKSUM_KEY)
-    if stored is None and version != schema and is_count(version):
-        raise RunDirectoryError(_other_version(path, version, schema))
-    if stored != checksum:
-        raise CorruptFileError(broken)
-    if version != schema:
-        raise RunDirectoryError(_other_version(path, version, schema))
-    del body[CHECKSUM_KEY]
-    return cast(dict[str, Any], body)
-
-
-def _other_version(path: Path, found: object, wanted: int) -> str:
-    return (
-        f"{path}: schema_version is {found}, this prox24 reads {wanted}; "
-        "use the version that wrote it, or a new run directory"
-    )
-
-
-def _checksum(body: dict[str, Any]) -> str:
-    rest = {key: value for key, value in body.items() if key != CHECKSUM_KEY}
-    return sha256_bytes(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode("ascii"))
 
 
 def temporary_name(path: Path) -> Path:

@@ -1,0 +1,72 @@
+"""JSON text that carries its own checksum and a schema version, as every record of ours does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from storage.errors import CorruptFileError, NumericalError, RunDirectoryError
+
+MAX_JSON_BYTES = 64 * 2**20
+"""No record of ours comes near this; a file that does is not one."""
+
+CHECKSUM_KEY = "checksum"
+"""SHA-256 of the other members, as compact JSON with sorted keys."""
+
+
+def encode_json(payload: Mapping[str, Any], path: Path) -> bytes:
+    """JSON text of `payload` with its checksum; `path` is for the message of NumericalError."""
+    try:
+        body = json.loads(json.dumps(dict(payload), allow_nan=False))
+    except ValueError as error:
+        raise NumericalError(f"{path}: not written, a figure in it is NaN or Inf") from error
+    body[CHECKSUM_KEY] = _checksum(body)
+    return (json.dumps(body, indent=1) + "\n").encode("ascii")
+
+
+def decode_json(raw: bytes, path: Path, schema: int) -> dict[str, Any]:
+    """Inverse of `encode_json`, without the checksum.
+
+    Raises CorruptFileError, naming `path`, if the text is not ours or was altered, and
+    RunDirectoryError if its `schema_version` is not `schema`.
+    """
+    broken = f"{path}: not a record of prox24, or altered; restore it or start a new run directory"
+    if len(raw) > MAX_JSON_BYTES:
+        raise CorruptFileError(broken)
+    try:
+        body = json.loads(raw.decode("ascii"))
+        checksum = _checksum(body) if isinstance(body, dict) else None
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(broken) from error
+    if checksum is None:
+        raise CorruptFileError(broken)
+    version, stored = body.get("schema_version"), body.get(CHECKSUM_KEY)
+    if stored is None and version != schema and is_count(version):
+        raise RunDirectoryError(_other_version(path, version, schema))
+    if stored != checksum:
+        raise CorruptFileError(broken)
+    if version != schema:
+        raise RunDirectoryError(_other_version(path, version, schema))
+    del body[CHECKSUM_KEY]
+    return cast(dict[str, Any], body)
+
+
+def _other_version(path: Path, found: object, wanted: int) -> str:
+    return (
+        f"{path}: schema_version is {found}, this prox24 reads {wanted}; "
+        "use the version that wrote it, or a new run directory"
+    )
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    rest = {key: value for key, value in body.items() if key != CHECKSUM_KEY}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def is_count(value: object) -> bool:
+    """True for an int >= 0; False for a bool, which Python counts among the ints."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

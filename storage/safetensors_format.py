@@ -1,0 +1,160 @@
+"""The safetensors format: dtype names, and the header that says where each tensor lies.
+
+A file is 8 bytes (little-endian length n of the header), n bytes of JSON that give each tensor's
+dtype, shape and place, and the tensors' bytes without gaps.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from storage.checked_json import is_count
+from storage.errors import CorruptFileError, ModelError
+
+MAX_HEADER_BYTES = 100_000_000
+"""Limit of the safetensors format itself."""
+
+_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name such as "BF16"; ModelError if there is none."""
+    try:
+        return _DTYPES[name]
+    except KeyError:
+        raise ModelError(f"dtype {name} is not supported; convert the model to BF16") from None
+
+
+def safetensors_dtype(dtype: torch.dtype) -> str:
+    """The safetensors name of a torch dtype; ModelError if there is none."""
+    try:
+        return _NAMES[dtype]
+    except KeyError:
+        raise ModelError(f"{dtype} has no place in safetensors; use bfloat16") from None
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies.
+
+    file: weight file, relative to the model folder.
+    dtype: safetensors name, e.g. "BF16".
+    start, end: absolute byte offsets in the file, end exclusive.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path, file: str) -> list[TensorEntry]:
+    """The tensors of one weight file in the order of their bytes, header checked.
+
+    `file` is the name that the entries get. Raises ModelError for an unsupported dtype,
+    CorruptFileError if the header is malformed or does not describe the file's bytes exactly: no
+    gap, no overlap, nothing beyond the end.
+    """
+    with open(path, "rb") as stream:
+        raw = raw_header(stream, path)
+        size = os.fstat(stream.fileno()).st_size
+    try:
+        header = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: the safetensors header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise CorruptFileError(f"{path}: the safetensors header is not an object")
+    header.pop("__metadata__", None)
+    entries = [_entry(path, file, name, item, len(raw)) for name, item in header.items()]
+    entries.sort(key=lambda entry: (entry.start, entry.end))
+    position = len(raw)
+    for entry in entries:
+        if entry.start != position:
+            raise CorruptFileError(
+                f"{path}: tensor {entry.name} starts at byte {entry.start}, not at {position}: "
+                "overlap or gap; download the file again"
+            )
+        position = entry.end
+    if position != size:
+        state = f"truncated, {position - size} bytes short" if position > size else "too long"
+        raise CorruptFileError(f"{path}: {state}; download the file again")
+    return entries
+
+
+def raw_header(stream: BinaryIO, path: Path) -> bytes:
+    """The 8 length bytes and the JSON header at the start of `stream`; `path` is for messages.
+
+    Raises CorruptFileError if there are fewer bytes than that, or more than the format allows.
+    """
+    size = os.fstat(stream.fileno()).st_size
+    prefix = stream.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        raise CorruptFileError(
+            f"{path}: not a safetensors file, or truncated; download the file again"
+        )
+    return prefix + stream.read(length)
+
+
+def _entry(path: Path, file: str, name: str, item: object, base: int) -> TensorEntry:
+    broken = CorruptFileError(f"{path}: the header entry of tensor {name!r} is malformed")
+    if not isinstance(item, dict):
+        raise broken
+    dtype, shape, offsets = item.get("dtype"), item.get("shape"), item.get("data_offsets")
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
+        raise broken
+    if len(offsets) != 2 or len(shape) > 64 or not all(map(is_count, [*shape, *offsets])):
+        raise broken
+    if dtype not in _DTYPES:
+        raise ModelError(f"{path}: tensor {name} has dtype {dtype[:20]}, which is not supported")
+    expected = math.prod(shape) * _DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != expected:
+        raise CorruptFileError(
+            f"{path}: tensor {name} has {offsets[1] - offsets[0]} bytes, its shape needs {expected}"
+        )
+    return TensorEntry(name, file, dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return result
+
+
+def read_into(file: io.FileIO, raw: torch.Tensor, what: str) -> None:
+    """Fill `raw` (uint8, 1-d, CPU) from an unbuffered file; CorruptFileError if it ends early."""
+    view = raw.numpy().data
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done : done + 2**30])
+        if not count:
+            raise CorruptFileError(f"{what}: the file ends too early; download it again")
+        done += count

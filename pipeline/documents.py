@@ -3,7 +3,7 @@
     .txt              the whole file is one document
     .jsonl            one JSON object a line, one document each
     .parquet, .arrow  one document a row (.arrow: IPC file or stream, as `datasets` writes it)
-    ID, ID:CONFIG     a data set of the hub, streamed: `allenai/c4`, `wikitext:wikitext-2-raw-v1`
+    ID, ID:CONFIG     a data set of the hub, streamed: `some/data`, `some/data:en`
 
 `datasets` is imported for the hub only, so a machine without it can use every local file.
 """
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from storage.errors import DataError
 
 LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
-DEFAULT_CONFIG = {"allenai/c4": "en"}
+DEFAULT_CONFIG = {"allenai/c4": "en", "Salesforce/wikitext": "wikitext-2-raw-v1"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _ROWS_AT_ONCE = 64  # a row can hold megabytes of text
 

@@ -1,0 +1,218 @@
+"""The pruned model's card: a README.md that says what was done to it, and how well.
+
+Nothing in it depends on when, where or how fast the job ran: the same job gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WORST = 5
+_STATISTICS = {
+    "full": "`100 · tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)`, where `H` is the undamped second moment of the "
+    "layer's calibration inputs",
+    "diagonal": "`100 · tr(ΔW D ΔWᵀ) / tr(W D Wᵀ)`, where `D` is the diagonal of the second moment "
+    "of the layer's calibration inputs",
+    "none": "`100 · ‖ΔW‖² / ‖W‖²`, since no calibration inputs were used",
+}
+# How the settings are called in the card, in this order; what is not here is not shown.
+_SETTINGS = {
+    "method": "method",
+    "pattern": "pattern",
+    "dataset": "calibration text",
+    "text_column": "text column",
+    "nsamples": "calibration sequences",
+    "seqlen": "tokens per sequence",
+    "seed": "seed",
+    "damping": "damping",
+    "shrinkage": "shrinkage",
+    "blocksize": "blocksize",
+    "refine": "refinement",
+    "refine_steps": "refinement steps",
+}
+
+
+def model_card(
+    *,
+    source_name: str,
+    settings: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    perplexity: Mapping[str, Any] | None,
+    license: str | None,
+) -> str:
+    """The card as Markdown with the front matter that the Hugging Face hub reads.
+
+    source_name: hub id or folder name of the dense model. settings: the options by name (those of
+    `prune`, solver defaults filled in). results: one entry per pruned layer with `name`, `block`,
+    `layer`, `shape` and the fields of its `SolveReport`. perplexity: what `evaluate` returns, with
+    `dense` added if the dense model was measured too; None if it was not measured. license: as in
+    the source's card, None if that names none.
+    """
+    parts = [
+        _front_matter(source_name, settings, license),
+        _introduction(source_name, settings, results),
+        _settings_table(settings),
+        _error_tables(results),
+        _perplexity(perplexity),
+        _LOADING,
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_LOADING = """## Loading
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+Weight files, tensor names and dtypes are those of the source model; the zeros are stored like any \
+other value. `prox24.json` holds the full configuration and every layer's results."""
+
+
+def _front_matter(source_name: str, settings: Mapping[str, Any], license: str | None) -> str:
+    fields: dict[str, Any] = {}
+    if _HUB_ID.fullmatch(source_name):
+        fields["base_model"] = source_name
+    licensed = _license(license)
+    if licensed:
+        fields["license"] = licensed
+    fields |= {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["prox24", "pruning", "sparsity", str(settings["pattern"])],
+    }
+    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    return f"---\n{text}---"
+
+
+def _license(declared: str | None) -> str | None:
+    """A licence id as the source's front matter spells it: perhaps quoted, perhaps commented."""
+    try:
+        value = yaml.safe_load(declared or "")
+    except yaml.YAMLError:
+        return None
+    return value if isinstance(value, str) else None
+
+
+def _introduction(
+    source_name: str, settings: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
+) -> str:
+    name = source_name.rsplit("/", 1)[-1]
+    weights = sum(math.prod(result["shape"]) for result in results)
+    return (
+        f"# {name}, pruned to {settings['pattern']}\n\n"
+        f"{_code(source_name)}, pruned to {_pattern_in_words(str(settings['pattern']))} by "
+        f"prox24 with the method `{settings['method']}`. "
+        f"{len(results)} linear layers with {weights:,} weights were pruned; every other tensor is "
+        "that of the source, byte for byte. The model was not trained further."
+    )
+
+
+def _pattern_in_words(pattern: str) -> str:
+    kind, _, share = pattern.partition(":")
+    if kind == "unstructured":
+        return f"{100 * float(share):g} % zeros in each layer"
+    return f"{pattern} (of every {share} consecutive weights at most {kind} are not zero)"
+
+
+def _settings_table(settings: Mapping[str, Any]) -> str:
+    unused = set() if settings["method"] == "sparsegpt" else {"blocksize"}
+    if settings.get("refine") == "none":
+        unused.add("refine_steps")
+    rows = [
+        (label, _code(settings[key]))
+        for key, label in _SETTINGS.items()
+        if settings.get(key) is not None and key not in unused
+    ]
+    return "## Method and calibration\n\n" + _table(("setting", "value"), rows)
+
+
+def _error_tables(results: Sequence[Mapping[str, Any]]) -> str:
+    if not results:
+        return ""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        kinds.setdefault(result["layer"], []).append(result)
+    by_kind = []
+    for kind, members in kinds.items():
+        worst = max(members, key=_error)
+        shapes = dict.fromkeys(" × ".join(map(str, member["shape"])) for member in members)
+        mean = fmean(_error(member) for member in members)
+        row = (len(members), _percent(mean), _percent(_error(worst)), worst["block"])
+        by_kind.append((_code(kind), ", ".join(shapes), *row))
+    # Equal errors keep the model's order: sorted() is stable.
+    worst_first = sorted(results, key=_error, reverse=True)[:_WORST]
+    meanings = dict.fromkeys(_STATISTICS[result["statistic"]] for result in results)
+    parts = [
+        "## Error by layer",
+        f"Relative error in per cent: {'; or '.join(meanings)}.",
+        _table(("layer", "shape", "layers", "mean", "worst", "worst in block"), by_kind),
+        "The layers with the largest error:",
+        _table(
+            ("layer", "relative error"),
+            [(_code(result["name"]), _percent(_error(result))) for result in worst_first],
+        ),
+        _deviations(results),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _deviations(results: Sequence[Mapping[str, Any]]) -> str:
+    """What was done other than asked, with the number of layers it befell."""
+    layers: dict[str, int] = {}
+    for result in results:
+        for deviation in result.get("deviations", ()):
+            layers[deviation] = layers.get(deviation, 0) + 1
+    if not layers:
+        return ""
+    lines = [f"- {_escape(what)} ({count} layers)" for what, count in sorted(layers.items())]
+    return "Done other than asked:\n\n" + "\n".join(lines)
+
+
+def _perplexity(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
+        return (
+            "## Perplexity\n\nNot measured. `prox24 eval FOLDER --dataset TEXT --seqlen N` does it."
+        )
+    rows = [("this model", f"{measured['perplexity']:.3f}")]
+    if measured.get("dense") is not None:
+        rows.insert(0, ("dense", f"{measured['dense']:.3f}"))
+    return (
+        f"## Perplexity\n\nOn {_code(measured['dataset'])}, {measured['tokens']:,} tokens in "
+        f"sequences of {measured['seqlen']}:\n\n" + _table(("model", "perplexity"), rows)
+    )
+
+
+def _error(result: Mapping[str, Any]) -> float:
+    error = result.get("relative_error")
+    return math.inf if error is None else float(error)
+
+
+def _percent(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "infinite"
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    titles = tuple(header)
+    lines = [titles, ("---",) * len(titles), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _code(value: object) -> str:
+    """A value as inline code that stays in its table cell."""
+    return f"`{_escape(value).replace('`', '')}`"
+
+
+def _escape(value: object) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")

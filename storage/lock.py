@@ -257,9 +257,10 @@ def _lock_files(directory: Path) -> list[Path]:
 
 
 def _remove_temporaries(directory: Path) -> None:
-    for path in list(directory.rglob("*")):
-        if is_temporary(path):
-            path.unlink(missing_ok=True)
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            if is_temporary(path := Path(folder, name)):
+                path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> bytes | None:
@@ -290,7 +291,8 @@ def _parse(content: bytes | None, path: Path) -> Owner | None:
         owner = Owner(**record)
     except TypeError:
         return None
-    return owner if is_count(owner.pid) and owner.pid > 0 and _is_time(owner.heartbeat) else None
+    valid = is_count(owner.pid) and 0 < owner.pid < 2**31 and _is_time(owner.heartbeat)
+    return owner if valid else None
 
 
 def _is_time(value: Any) -> bool:

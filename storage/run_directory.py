@@ -71,7 +71,7 @@ class RunDirectory:
         return self.path / "report"
 
     def contained(self, path: Path) -> Path:
-        """`path`, resolved; RunDirectoryError if it lies, or a link leads, outside the directory."""
+        """`path`, resolved; RunDirectoryError if it lies or leads outside the directory."""
         resolved = (self.path / path).resolve()
         if not resolved.is_relative_to(self.path.resolve()):
             raise RunDirectoryError(f"{path}: outside the run directory {self.path}")

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -158,3 +159,29 @@ def read_into(file: io.FileIO, raw: torch.Tensor, what: str) -> None:
         if not count:
             raise CorruptFileError(f"{what}: the file ends too early; download it again")
         done += count
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's values as bytes, row-major; shares memory if it is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def header_for(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The start of a safetensors file that holds `tensors` in this order.
+
+    The safetensors library orders the metadata anew in every process; this header depends on the
+    arguments alone, so that the same job writes the same bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, tensor in tensors.items():
+        end = position + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": safetensors_dtype(tensor.dtype),
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text = text.ljust((len(text) + 7) // 8 * 8)  # so that the values are aligned
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,220 @@
+"""The pruned model's folder: the source's own layout with some tensors' values replaced.
+
+The folder is filled under a partial name and renamed at the end, so that it appears complete or
+not at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from storage.commit import (
+    CHUNK_BYTES,
+    HashingWriter,
+    StoredFile,
+    fsync_directory,
+    is_temporary,
+    make_directory,
+    replace_file,
+)
+from storage.errors import CorruptFileError, ModelError, OutputError
+from storage.model_files import ModelFiles, inside, torch_dtype
+from storage.safetensors_format import TensorEntry, read_header, read_into, tensor_bytes
+
+logger = logging.getLogger(__name__)
+
+Replacement = Callable[[str], Iterable[torch.Tensor] | None]
+
+# Weights in other formats would be the dense ones; the card and the results are written anew.
+_NOT_COPIED = frozenset(
+    [".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml", ".ot", ".tflite", ".pkl", ".pickle"]
+)
+_WRITTEN_ANEW = frozenset({"README.md", "prox24.json"})
+_SIDE_FOLDERS = ("additional_chat_templates",)
+
+
+def write_weight_file(
+    source: ModelFiles, file: str, destination: Path, replacement: Replacement
+) -> StoredFile:
+    """Write the new version of the source's weight file `file` to the path `destination`.
+
+    The header is the source's, byte for byte. replacement: gives for a tensor's name its new value
+    as consecutive row pieces of the tensor's dtype, on any device, or None to copy the tensor byte
+    for byte. Memory is bounded by CHUNK_BYTES and one piece. The file appears whole, and replaces
+    an earlier attempt's.
+
+    Raises ModelError if pieces have another dtype, row length or number of rows than the tensor,
+    CorruptFileError if the source is not what it was when opened, ResourceError if the disk is
+    full.
+    """
+    path = inside(source.folder, file)
+    with open(path, "rb", buffering=0) as stream, replace_file(destination) as writer:
+        writer.write(source.header_bytes(file))
+        for entry in read_header(path, file):
+            if source.tensors.get(entry.name) != entry:
+                raise CorruptFileError(f"{path}: changed while it was read; download it again")
+            pieces = replacement(entry.name)
+            if pieces is None:
+                _copy(stream, entry, writer, path)
+            else:
+                _replace(pieces, entry, writer, path)
+    return writer.stored(file)
+
+
+def _copy(stream: io.FileIO, entry: TensorEntry, writer: HashingWriter, path: Path) -> None:
+    stream.seek(entry.start)
+    buffer = torch.empty(min(CHUNK_BYTES, entry.end - entry.start), dtype=torch.uint8)
+    for start in range(entry.start, entry.end, CHUNK_BYTES):
+        part = buffer[: min(CHUNK_BYTES, entry.end - start)]
+        read_into(stream, part, f"{path}: tensor {entry.name}")
+        writer.write(part.numpy().data)
+
+
+def _replace(
+    pieces: Iterable[torch.Tensor], entry: TensorEntry, writer: HashingWriter, path: Path
+) -> None:
+    dtype, rows = torch_dtype(entry.dtype), 0
+    for piece in pieces:
+        if piece.dtype != dtype or piece.shape[1:] != entry.shape[1:] or not piece.dim():
+            raise ModelError(
+                f"{path}: tensor {entry.name} is {entry.dtype} {entry.shape}, a new piece is "
+                f"{piece.dtype} {tuple(piece.shape)}"
+            )
+        rows += piece.shape[0]
+        raw = tensor_bytes(piece)
+        for start in range(0, len(raw), CHUNK_BYTES):
+            writer.write(raw[start : start + CHUNK_BYTES])
+    if not entry.shape or rows != entry.shape[0]:
+        raise ModelError(f"{path}: tensor {entry.name} is {entry.shape}, got {rows} new rows")
+
+
+def copy_side_files(source: ModelFiles, destination: Path) -> list[str]:
+    """Copy what belongs to the model and is not weights into the folder; return names, sorted.
+
+    That is every regular file at the top of the model folder (config, generation config, tokenizer,
+    chat template, code, license, the index if the model has one) and the chat templates in
+    additional_chat_templates/; not hidden files, weights of any format, README.md or an earlier
+    prox24.json. Links are followed within the model only (`inside`). Durable when this returns.
+    """
+    names = [path.name for path in source.folder.iterdir() if _is_side_file(path, source.index)]
+    for folder in _SIDE_FOLDERS:
+        if (source.folder / folder).is_dir():
+            paths = (source.folder / folder).iterdir()
+            names += [f"{folder}/{path.name}" for path in paths if _is_side_file(path, None)]
+    for name in sorted(names):
+        with (
+            open(inside(source.folder, name), "rb") as stream,
+            replace_file(destination / name) as writer,
+        ):
+            while chunk := stream.read(CHUNK_BYTES):
+                writer.write(chunk)
+    return sorted(names)
+
+
+def _is_side_file(path: Path, index: str | None) -> bool:
+    name = path.name
+    if name.startswith(".") or name in _WRITTEN_ANEW or not path.is_file():
+        return False
+    if name.endswith(".index.json"):
+        return name == index  # the index of weights that are not copied would mislead
+    return path.suffix.lower() not in _NOT_COPIED
+
+
+def publish_output(partial: Path, output: Path, overwrite: bool) -> None:
+    """Make everything in `partial` durable and rename it to `output`, in the same filesystem.
+
+    overwrite: replace a non-empty folder; it is moved aside first, and deleted when the new one is
+    in place. If the process dies between the two renames, `recover_output` brings it back. Raises
+    OutputError if `output` is a file, is not empty and `overwrite` is False, contains `partial` or
+    the working directory, or is on another filesystem.
+    """
+    output, partial = Path(os.path.realpath(output)), Path(os.path.realpath(partial))
+    if not partial.is_dir():
+        raise OutputError(f"{partial}: no such folder; run the same command again")
+    recover_output(output)
+    _check_target(partial, output, overwrite)
+    _make_durable(partial)
+    aside = _aside(output)
+    try:
+        if output.exists():
+            os.rename(output, aside)
+        os.rename(partial, output)
+    except OSError as error:
+        recover_output(output)
+        if error.errno == errno.EXDEV:
+            raise OutputError(
+                f"{output}: not on the filesystem of {partial}; choose an output beside it"
+            ) from error
+        raise
+    fsync_directory(output.parent)
+    if partial.parent != output.parent:
+        fsync_directory(partial.parent)
+    _discard(aside)
+
+
+def recover_output(output: Path) -> None:
+    """Finish, or undo, a `publish_output` that was killed; does nothing otherwise.
+
+    If the old folder is aside and no new one is in place, the old one comes back; if both are
+    there, the old one is deleted.
+    """
+    output = Path(os.path.realpath(output))
+    aside = _aside(output)
+    if not aside.is_dir():
+        return
+    if output.exists():
+        _discard(aside)
+    else:
+        logger.info("bringing back %s, which a killed job had moved aside", output)
+        os.rename(aside, output)
+        fsync_directory(output.parent)
+
+
+def _aside(output: Path) -> Path:
+    return output.with_name(f".{output.name}.prox24-replaced")
+
+
+def _discard(aside: Path) -> None:
+    if aside.is_dir():
+        shutil.rmtree(aside)
+        fsync_directory(aside.parent)
+
+
+def _check_target(partial: Path, output: Path, overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output}: is a file; name a folder that does not exist yet")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise OutputError(f"{output}: exists and is not empty; --overwrite replaces it")
+    for inner, what in ((partial, "the new model"), (Path.cwd(), "the working directory")):
+        if output.exists() and inner.is_relative_to(output):
+            raise OutputError(f"{output}: contains {what} and cannot be replaced; choose another")
+    make_directory(output.parent)
+
+
+def _make_durable(folder: Path) -> None:
+    """fsync every file and folder below, and `folder` itself; drop what a dead writer left."""
+    for path in _walk(folder):
+        if is_temporary(path):
+            path.unlink(missing_ok=True)
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    for directory, _, _ in os.walk(folder, topdown=False):
+        fsync_directory(Path(directory))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            yield Path(directory, name)

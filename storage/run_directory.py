@@ -98,22 +98,20 @@ class RunDirectory:
 
     def remove_activations(self, block: int) -> None:
         """Delete the inputs of `block`: the record first, so that no record names missing files."""
-        directory = self.activations(block)
+        self._remove(self.activations(block))
+
+    def remove_checkpoint(self, block: int) -> None:
+        """Delete the record of `block` and then its row slices; for a job whose output is whole."""
+        self._remove(self.checkpoints(block))
+
+    def _remove(self, directory: Path) -> None:
         if directory.is_dir():
             self.contained(directory)
-            if self.activation_record(block).exists():
-                self.activation_record(block).unlink()
+            record = directory / RECORD_NAME
+            if record.exists():
+                record.unlink()
                 fsync_directory(directory)
             shutil.rmtree(directory, ignore_errors=True)
-
-    def remove_row_slices(self, block: int) -> None:
-        """Delete the row slices of `block`, whose output is written; its record stays."""
-        directory = self.checkpoints(block)
-        if directory.is_dir():
-            self.contained(directory)
-            for path in list(directory.iterdir()):
-                if path.name != RECORD_NAME:
-                    path.unlink(missing_ok=True)
 
     def sweep_uncommitted(self, guard: Callable[[], None] | None = None) -> list[Path]:
         """Delete what no record names, and return it; for the holder of the lock only.

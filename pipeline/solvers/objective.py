@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.solvers.types import Statistics, percentage
 
-_COLUMN_CHUNK = 512
+_COLUMN_CHUNK = 256
 _ROW_CHUNK = 2048
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline.solvers.types import SolverSettings, Statistics
 from storage.errors import NumericalError
 
-_PANEL = 1024
+_PANEL = 256
 _POWER_STEPS = 64
 _DAMPING_RAISES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 

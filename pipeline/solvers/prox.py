@@ -36,7 +36,8 @@ Few groups need this when ``λ|z|`` is large: with ``α = (u1+u2)/2``, ``β = (u
 ``a ≥ u3`` where ``a ≤ g``, ``4 g a ≥ (g + u3)²`` elsewhere (a lower bound of the change of
 ``F`` per unit of ``x3``). See `two_largest_decided`.
 
-Rounding. ``λ|z|`` is formed once, with no power of ``z``, so 1e30 does not overflow; ``w`` is
+Rounding. ``λ|z|`` is formed once, with no power of ``z``, so at 1e30 nothing overflows that
+matters; ``w`` is
 ``|z| − e2(the other x)/λ``, one step of the fixed-point equation, so a small ``λ`` loses no
 digits and ``λ = 0`` returns ``z`` bit for bit. Where ``F`` underflows the candidate with more
 entries wins, as it must.
@@ -44,17 +45,25 @@ entries wins, as it must.
 
 from __future__ import annotations
 
+import math
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 from torch import Tensor
 
-# Newton's method: an entry stops after its first step below the tolerance (the next would be
-# quadratically smaller), or after this many steps (only where two candidates nearly coincide, and
-# with them their objectives; `tests/test_prox_operator.py` measures the excess).
+# Newton's method: an entry stops after its first step below the tolerance (the error left is about
+# its square), or after this many steps (only where two candidates nearly coincide, and with them
+# their objectives; `tests/test_prox_operator.py` measures the excess).
 NEWTON_STEPS = {torch.float32: 10, torch.float64: 14}
-NEWTON_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+NEWTON_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}
 
 # Groups in one piece of the plain torch path: its temporaries stay in a cache.
 _PIECE = 1 << 14
+# Elements, for each thread, that are converted at a time where the kernel cannot read z itself.
+_CONVERTED = 1 << 18
 
 
 def prox_operator(z: Tensor, lambda_: float | Tensor) -> Tensor:
@@ -83,16 +92,67 @@ def prox_operator(z: Tensor, lambda_: float | Tensor) -> Tensor:
         raise ValueError(f"z must be floating point, got {z.dtype}: convert it first")
     z = z.detach()
     compute = torch.float64 if z.dtype == torch.float64 else torch.float32
-    rows = z.reshape(-1, z.shape[-1])
     per_row = _lambda_per_row(z, lambda_, compute)
-    return prox_torch(rows, per_row).reshape(z.shape)
+    if z.numel() == 0:
+        return torch.empty_like(z)
+    rows = z.reshape(-1, z.shape[-1])
+    if z.device.type == "cpu" and _numba_kernels() is not None:
+        result = _prox_cpu(rows, per_row, _numba_kernels())
+    elif z.device.type == "cuda" and _triton_kernels() is not None:
+        settings = (NEWTON_STEPS[compute], NEWTON_TOLERANCE[compute])
+        result = _triton_kernels().prox_triton(rows.contiguous(), per_row, *settings)
+    else:
+        result = prox_torch(rows, per_row)
+    return result.reshape(z.shape)
+
+
+@cache
+def _numba_kernels() -> Any:
+    """The module of the CPU kernel, None where numba is not installed."""
+    if find_spec("numba") is None:
+        return None
+    return import_module("pipeline.solvers.prox_kernels")
+
+
+@cache
+def _triton_kernels() -> Any:
+    """The module of the GPU kernel, None where Triton is not installed."""
+    if find_spec("triton") is None:
+        return None
+    return import_module("pipeline.solvers.prox_triton")
+
+
+def _prox_cpu(rows: Tensor, per_row: Tensor, kernels: Any) -> Tensor:
+    """(R, C) through the numba kernel; what it cannot read is converted a few rows at a time."""
+    threads = torch.get_num_threads()
+    settings = {
+        "steps": NEWTON_STEPS[per_row.dtype],
+        "tolerance": NEWTON_TOLERANCE[per_row.dtype],
+        "threads": threads,
+    }
+    result = torch.empty(rows.shape, dtype=rows.dtype)
+    if rows.dtype == per_row.dtype and rows.is_contiguous():
+        kernels.prox_numba(rows.numpy(), per_row.numpy(), result.numpy(), **settings)
+        return result
+    step = max(1, threads * _CONVERTED // rows.shape[1])
+    solved = torch.empty((min(step, len(rows)), rows.shape[1]), dtype=per_row.dtype)
+    for start in range(0, len(rows), step):
+        piece = rows[start : start + step].to(per_row.dtype).contiguous()
+        here = per_row if len(per_row) == 1 else per_row[start : start + step]
+        target = solved[: len(piece)]
+        kernels.prox_numba(piece.numpy(), here.numpy(), target.numpy(), **settings)
+        result[start : start + step] = target
+    return result
 
 
 def _lambda_per_row(z: Tensor, lambda_: float | Tensor, compute: torch.dtype) -> Tensor:
     """λ in the compute dtype: (1,) for a number, else (rows,)."""
     if not isinstance(lambda_, Tensor):
-        values = torch.tensor([float(lambda_)], dtype=compute, device=z.device)
-    elif lambda_.shape == z.shape[:-1]:
+        if lambda_ < 0:
+            raise ValueError(f"lambda_ must not be negative, got {lambda_}")
+        number = math.inf if lambda_ > torch.finfo(compute).max else float(lambda_)
+        return torch.full((1,), number, dtype=compute, device=z.device)
+    if lambda_.shape == z.shape[:-1]:
         values = lambda_.detach().to(device=z.device, dtype=compute).reshape(-1)
     elif lambda_.dim() == 0:
         values = lambda_.detach().to(device=z.device, dtype=compute).reshape(1)
@@ -112,6 +172,9 @@ def prox_torch(rows: Tensor, per_row: Tensor) -> Tensor:
     Args:
         rows: (R, C), C divisible by 4.
         per_row: (1,) or (R,), λ in the compute dtype (float32 or float64).
+
+    The path where neither numba nor Triton is installed. It does the kernels' arithmetic, group
+    by group, but passes over its temporaries many times.
     """
     groups = rows.reshape(-1, 4)
     result = torch.empty_like(groups)
@@ -132,15 +195,19 @@ _NETWORK = ((0, 2), (1, 3), (0, 1), (2, 3), (1, 2))
 def _prox_groups(z: Tensor, lam: Tensor) -> Tensor:
     """(n, 4) groups and (n,) or (1,) λ of one dtype -> (n, 4)."""
     magnitude = z.abs()
+    # Sorted before λ comes in, which may round two magnitudes, or two infinities, into one.
+    sizes, swaps = list(magnitude.unbind(1)), []
+    for i, j in _NETWORK:
+        swap = sizes[i] < sizes[j]
+        sizes[i], sizes[j] = (
+            torch.where(swap, sizes[j], sizes[i]),
+            torch.where(swap, sizes[i], sizes[j]),
+        )
+        swaps.append(swap)
     # 0·inf would be NaN: an infinite λ leaves zeros alone, λ = 0 leaves infinities alone.
     largest = torch.finfo(z.dtype).max
-    scaled = lam[:, None] * torch.where(magnitude > largest, largest, magnitude)
-    u = list(torch.where(magnitude > 0, scaled, magnitude).unbind(1))
-    swaps = []
-    for i, j in _NETWORK:
-        swap = u[i] < u[j]
-        u[i], u[j] = torch.where(swap, u[j], u[i]), torch.where(swap, u[i], u[j])
-        swaps.append(swap)
+    scaled = (lam * torch.where(size > largest, largest, size) for size in sizes)
+    u = [torch.where(m > 0, v, m) for m, v in zip(sizes, scaled, strict=True)]
     decided = two_largest_decided(*u)
     # A decided group may hold anything up to infinity: solve zeros in its place.
     v = [torch.where(decided, 0.0, value) for value in u]

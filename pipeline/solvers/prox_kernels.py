@@ -1,0 +1,381 @@
+"""The proximal operator of `prox` as one pass over memory on a CPU, compiled by numba.
+
+The mathematics and the names are those of `prox`. A piece of `PIECE` groups is read, worked on in
+a buffer that stays in the first-level cache, and written. Every loop over groups has no branch and
+no carried value, so LLVM turns it into vector instructions; no fast-math flag is set, so each group
+is rounded the same wherever it lies, and NaN and infinity keep their meaning. Newton's method runs
+over packed lists of the groups that need it: an entry that has converged stays as it is, and a list
+is done when all its entries have.
+
+This module imports numba: `prox` imports it only when it is there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+PIECE = 256  # groups in a buffer: 24 float32 arrays of this length are 24 KiB
+_LANES = 64  # lists are filled up with zeros to a multiple of this, a multiple of any vector
+_THREAD_GROUPS = 1 << 16  # a thread is worth its start from this many groups on
+
+# Arrays in the buffer, by their first index. One base pointer and constant distances, because LLVM
+# gives up on proving that many separate arrays do not overlap. 1 to 4: sorted, largest first.
+_LAMBDA = 0
+_U1, _U2, _U3, _U4 = PIECE, 2 * PIECE, 3 * PIECE, 4 * PIECE
+_S1, _S2, _S3, _S4 = 5 * PIECE, 6 * PIECE, 7 * PIECE, 8 * PIECE  # taken off; infinity prunes
+_OPEN = 9 * PIECE  # 1 where the two largest are not certainly optimal
+# Packed lists.
+_P1, _P2, _P3, _P4 = 10 * PIECE, 11 * PIECE, 12 * PIECE, 13 * PIECE
+_E1, _E2, _E3, _E4 = 14 * PIECE, 15 * PIECE, 16 * PIECE, 17 * PIECE
+_BEST = 18 * PIECE  # F of the best candidate so far
+_NEWTON = 19 * PIECE  # its variable, ...
+_ACTIVE = 20 * PIECE  # ... and 1 until it has converged
+_K0, _K1, _K2, _K3 = 21 * PIECE, 22 * PIECE, 23 * PIECE, 24 * PIECE
+_ON_Q = 25 * PIECE  # 1 where the variable is q, 1/2 where it is s
+_BUFFER = 26 * PIECE
+
+Array = NDArray[Any]
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    options = {"error_model": "numpy", "nogil": True, "boundscheck": False}
+    try:
+        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # no directory that numba could write its cache to
+        return numba.njit(**options)(function)  # type: ignore[no-any-return]
+
+
+@_compiled
+def _load(z, buffer):  # type: ignore[no-untyped-def]
+    """Sort |z| within each group, scale it by λ, and mark the groups that need more than a look."""
+    real = z.dtype.type
+    zero, half, one, two, four = real(0), real(0.5), real(1), real(2), real(4)
+    largest, infinity = real(np.finfo(z.dtype).max), real(np.inf)
+    for j in range(PIECE):
+        lam = buffer[_LAMBDA + j]
+        a, b, c, d = abs(z[4 * j]), abs(z[4 * j + 1]), abs(z[4 * j + 2]), abs(z[4 * j + 3])
+        # Sorted before λ comes in, which may round two magnitudes, or two infinities, into one.
+        a, c = (c if a < c else a), (a if a < c else c)
+        b, d = (d if b < d else b), (b if b < d else d)
+        a, b = (b if a < b else a), (a if a < b else b)
+        c, d = (d if c < d else c), (c if c < d else d)
+        b, c = (c if b < c else b), (b if b < c else c)
+        # 0·inf would be NaN: an infinite λ leaves zeros alone, λ = 0 leaves infinities alone.
+        a = lam * (largest if a > largest else a) if a > zero else a
+        b = lam * (largest if b > largest else b) if b > zero else b
+        c = lam * (largest if c > largest else c) if c > zero else c
+        d = lam * (largest if d > largest else d) if d > zero else d
+        slack = half + half * (a - b)
+        area = half * (a + b) * b
+        side = slack + c
+        below = area if area < slack else four * slack * area
+        above = c if area < slack else side * side
+        buffer[_OPEN + j] = one if (below <= above) & (a < two) else zero
+        buffer[_U1 + j], buffer[_U2 + j] = a, b
+        buffer[_U3 + j], buffer[_U4 + j] = c, d
+        buffer[_S1 + j], buffer[_S2 + j] = zero, zero
+        buffer[_S3 + j], buffer[_S4 + j] = infinity, infinity
+
+
+@_compiled
+def _pack(buffer, places, flag, count, source, to):  # type: ignore[no-untyped-def]
+    """Gather the four ``source`` arrays where ``flag`` is set; returns the number packed."""
+    zero = buffer.dtype.type(0)
+    packed = 0
+    for j in range(count):
+        places[packed] = j
+        packed += 1 if buffer[flag + j] > zero else 0
+    for i in range(packed):
+        j = places[i]
+        for k in range(4):
+            buffer[to + k * PIECE + i] = buffer[source + k * PIECE + j]
+    return packed
+
+
+@_compiled
+def _start_four(buffer, count):  # type: ignore[no-untyped-def]
+    real = buffer.dtype.type
+    zero, half, one, two, four = real(0), real(0.5), real(1), real(2), real(4)
+    for j in range(count):
+        u1, u2, u3, u4 = buffer[_P1 + j], buffer[_P2 + j], buffer[_P3 + j], buffer[_P4 + j]
+        total, least = u1 + u2 + u3 + u4, u1 + u2 + u3 - u4
+        k0 = two * least - one
+        on_q = k0 >= zero
+        lift = zero if on_q else -k0
+        buffer[_K0 + j] = abs(k0)
+        buffer[_K1 + j] = four * (u1 - u4) + lift
+        buffer[_K2 + j] = four * (u2 - u4) + lift
+        buffer[_K3 + j] = four * (u3 - u4) + lift
+        buffer[_ON_Q + j] = one if on_q else half
+        start = math.sqrt((one - total) * (one - total) + four * u4)
+        buffer[_NEWTON + j] = start if on_q else total
+        buffer[_ACTIVE + j] = one
+
+
+@_compiled
+def _newton_four(buffer, count, tolerance):  # type: ignore[no-untyped-def]
+    """One step of Newton's method on h; returns how many entries go on."""
+    real = buffer.dtype.type
+    zero, half, one, two, most = real(0), real(0.5), real(1), real(2), real(1.5)
+    going = 0
+    for j in range(count):
+        t = buffer[_NEWTON + j]
+        square = t * t
+        r0, r1 = math.sqrt(square + buffer[_K0 + j]), math.sqrt(square + buffer[_K1 + j])
+        r2, r3 = math.sqrt(square + buffer[_K2 + j]), math.sqrt(square + buffer[_K3 + j])
+        outer = buffer[_ON_Q + j]
+        inner = most - outer
+        value = outer * r0 + half * (r1 + r2 + r3) + inner * t - two
+        # The slope is inner + t·(outer/r0 + ½(1/r1 + 1/r2 + 1/r3)), times the product of roots.
+        r01, r23 = r0 * r1, r2 * r3
+        product = r01 * r23
+        slope = inner * product + t * (half * (r01 * (r2 + r3) + r0 * r23) + outer * (r1 * r23))
+        least = buffer[_P1 + j] + buffer[_P2 + j] + buffer[_P3 + j] - buffer[_P4 + j]
+        low = one - least if outer > half else least
+        # No upward slope: there is no root, and the lower bound is the candidate.
+        following = t - value * product / slope if slope > zero else low
+        following = following if following < t else t
+        following = following if following > low else low
+        active = buffer[_ACTIVE + j]
+        following = following if active > zero else t
+        moving = t - following > tolerance
+        buffer[_NEWTON + j] = following
+        buffer[_ACTIVE + j] = active if moving else zero
+        going += 1 if moving else 0
+    return going
+
+
+@_compiled
+def _finish_four(buffer, count):  # type: ignore[no-untyped-def]
+    """The better of four and two kept, and whether three kept has to be tried."""
+    real = buffer.dtype.type
+    zero, half, one, two = real(0), real(0.5), real(1), real(2)
+    infinity = real(np.inf)
+    for j in range(count):
+        u1, u2, u3, u4 = buffer[_P1 + j], buffer[_P2 + j], buffer[_P3 + j], buffer[_P4 + j]
+        t = buffer[_NEWTON + j]
+        square = t * t
+        r0, r1 = math.sqrt(square + buffer[_K0 + j]), math.sqrt(square + buffer[_K1 + j])
+        r2, r3 = math.sqrt(square + buffer[_K2 + j]), math.sqrt(square + buffer[_K3 + j])
+        on_q = buffer[_ON_Q + j] > half
+        shift = (r0 if on_q else t) - one
+        x1, x2, x3 = half * (shift + r1), half * (shift + r2), half * (shift + r3)
+        x4 = half * (shift + (t if on_q else r0))
+        x1, x2 = x1 if x1 > zero else zero, x2 if x2 > zero else zero
+        x3, x4 = x3 if x3 > zero else zero, x4 if x4 > zero else zero
+        s1, s2 = x2 * (x3 + x4) + x3 * x4, x1 * (x3 + x4) + x3 * x4
+        s3, s4 = x1 * (x2 + x4) + x2 * x4, x1 * (x2 + x3) + x2 * x3
+        x1, x2 = u1 - s1 if u1 > s1 else zero, u2 - s2 if u2 > s2 else zero
+        x3, x4 = u3 - s3 if u3 > s3 else zero, u4 - s4 if u4 > s4 else zero
+        d1, d2, d3, d4 = x1 - u1, x2 - u2, x3 - u3, x4 - u4
+        kept4 = half * (d1 * d1 + d2 * d2 + d3 * d3 + d4 * d4) + (
+            x1 * x2 * (x3 + x4) + x3 * x4 * (x1 + x2)
+        )
+        kept2 = half * (u3 * u3 + u4 * u4)
+        better = kept4 <= kept2
+        buffer[_E1 + j], buffer[_E2 + j] = s1 if better else zero, s2 if better else zero
+        buffer[_E3 + j], buffer[_E4 + j] = s3 if better else infinity, s4 if better else infinity
+        buffer[_BEST + j] = kept4 if better else kept2
+        # Where the rows of the Hessian are dominated by the diagonal all over 0 ≤ x ≤ u, F is
+        # convex there, and a stationary point with x4 > 0 is the minimum.
+        certain = (x4 > zero) & (two * (u1 + u2 + u3) < one)
+        buffer[_ACTIVE + j] = zero if certain else one
+
+
+@_compiled
+def _newton_three(buffer, count, tolerance):  # type: ignore[no-untyped-def]
+    """One step of Newton's method on k; returns how many entries go on."""
+    real = buffer.dtype.type
+    zero, half = real(0), real(0.5)
+    going = 0
+    for j in range(count):
+        u1, u2, u3 = buffer[_P1 + j], buffer[_P2 + j], buffer[_P3 + j]
+        q = buffer[_NEWTON + j]
+        square = q * q
+        r1 = math.sqrt(square + (u1 - u3) * (u1 + u3))
+        r2 = math.sqrt(square + (u2 - u3) * (u2 + u3))
+        x1, x2 = u1 + r1, u2 + r2
+        value = half * x1 * x2 + q - u3
+        # The slope is 1 + ½ q (x1/r2 + x2/r1), times the product of roots.
+        product = r1 * r2
+        slope = product + half * q * (x1 * r1 + x2 * r2)
+        following = q - value * product / slope if slope > zero else -u3
+        following = following if following < q else q
+        following = following if following > -u3 else -u3
+        active = buffer[_ACTIVE + j]
+        following = following if active > zero else q
+        moving = q - following > tolerance * u3
+        buffer[_NEWTON + j] = following
+        buffer[_ACTIVE + j] = active if moving else zero
+        going += 1 if moving else 0
+    return going
+
+
+@_compiled
+def _finish_three(buffer, count):  # type: ignore[no-untyped-def]
+    """What three kept takes off, and its F."""
+    real = buffer.dtype.type
+    zero, half = real(0), real(0.5)
+    for j in range(count):
+        u1, u2, u3, u4 = buffer[_P1 + j], buffer[_P2 + j], buffer[_P3 + j], buffer[_P4 + j]
+        q = buffer[_NEWTON + j]
+        square = q * q
+        x1 = half * (u1 + math.sqrt(square + (u1 - u3) * (u1 + u3)))
+        x2 = half * (u2 + math.sqrt(square + (u2 - u3) * (u2 + u3)))
+        x3 = half * (u3 + q)
+        s1, s2, s3 = x2 * x3, x1 * x3, x1 * x2
+        x1, x2 = u1 - s1 if u1 > s1 else zero, u2 - s2 if u2 > s2 else zero
+        x3 = u3 - s3 if u3 > s3 else zero
+        d1, d2, d3 = x1 - u1, x2 - u2, x3 - u3
+        buffer[_K1 + j], buffer[_K2 + j], buffer[_K3 + j] = s1, s2, s3
+        buffer[_K0 + j] = half * (d1 * d1 + d2 * d2 + d3 * d3 + u4 * u4) + x1 * x2 * x3
+
+
+@_compiled
+def _store(z, buffer, result):  # type: ignore[no-untyped-def]
+    """Bring what is taken off back from sorted order, and take it off."""
+    real = z.dtype.type
+    zero, one = real(0), real(1)
+    tiny, infinity = real(np.finfo(z.dtype).tiny), real(np.inf)
+    for j in range(PIECE):
+        lam = buffer[_LAMBDA + j]
+        z1, z2, z3, z4 = z[4 * j], z[4 * j + 1], z[4 * j + 2], z[4 * j + 3]
+        m1, m2, m3, m4 = abs(z1), abs(z2), abs(z3), abs(z4)
+        a, b, c, d = m1, m2, m3, m4
+        swap_ac, swap_bd = a < c, b < d
+        a, c = (c if swap_ac else a), (a if swap_ac else c)
+        b, d = (d if swap_bd else b), (b if swap_bd else d)
+        swap_ab, swap_cd = a < b, c < d
+        b = a if swap_ab else b
+        c = d if swap_cd else c
+        swap_bc = b < c
+        s1, s2, s3, s4 = buffer[_S1 + j], buffer[_S2 + j], buffer[_S3 + j], buffer[_S4 + j]
+        s2, s3 = (s3 if swap_bc else s2), (s2 if swap_bc else s3)
+        s1, s2 = (s2 if swap_ab else s1), (s1 if swap_ab else s2)
+        s3, s4 = (s4 if swap_cd else s3), (s3 if swap_cd else s4)
+        s1, s3 = (s3 if swap_ac else s1), (s1 if swap_ac else s3)
+        s2, s4 = (s4 if swap_bd else s2), (s2 if swap_bd else s4)
+        inverse = one / (lam if lam > tiny else tiny)
+        w1 = m1 - s1 * inverse if s1 < infinity else zero
+        w2 = m2 - s2 * inverse if s2 < infinity else zero
+        w3 = m3 - s3 * inverse if s3 < infinity else zero
+        w4 = m4 - s4 * inverse if s4 < infinity else zero
+        w1, w2 = w1 if w1 > zero else zero, w2 if w2 > zero else zero
+        w3, w4 = w3 if w3 > zero else zero, w4 if w4 > zero else zero
+        # z itself where nothing is taken, so that -0.0 stays; +0.0 for every pruned entry.
+        w1 = z1 if w1 == m1 else (zero - w1 if z1 < zero else w1)
+        w2 = z2 if w2 == m2 else (zero - w2 if z2 < zero else w2)
+        w3 = z3 if w3 == m3 else (zero - w3 if z3 < zero else w3)
+        w4 = z4 if w4 == m4 else (zero - w4 if z4 < zero else w4)
+        poison = m1 + m2 + m3 + m4 + lam
+        broken = poison != poison
+        result[4 * j] = poison if broken else w1
+        result[4 * j + 1] = poison if broken else w2
+        result[4 * j + 2] = poison if broken else w3
+        result[4 * j + 3] = poison if broken else w4
+
+
+@_compiled
+def _fill_up(buffer, count):  # type: ignore[no-untyped-def]
+    """Zeros behind a packed list up to whole vectors; returns the length they make."""
+    filled = (count + _LANES - 1) // _LANES * _LANES
+    for k in range(4):
+        for i in range(count, filled):
+            buffer[_P1 + k * PIECE + i] = 0
+    return filled
+
+
+@_compiled
+def _solve(buffer, places, inner_places, steps, tolerance):  # type: ignore[no-untyped-def]
+    """Newton's method for the open groups of a loaded piece; fills in what is taken off."""
+    real = buffer.dtype.type
+    packed = _pack(buffer, places, _OPEN, PIECE, _U1, _P1)
+    if packed == 0:
+        return
+    filled = _fill_up(buffer, packed)
+    _start_four(buffer, filled)
+    for _ in range(steps):
+        if _newton_four(buffer, filled, tolerance) == 0:
+            break
+    _finish_four(buffer, filled)
+    # _P1.. is read at or behind where it is written, so the list can be packed onto itself.
+    inner = _pack(buffer, inner_places, _ACTIVE, packed, _P1, _P1)
+    if inner > 0:
+        filled = _fill_up(buffer, inner)
+        for j in range(filled):
+            buffer[_NEWTON + j] = buffer[_P3 + j]
+            buffer[_ACTIVE + j] = real(1)
+        for _ in range(steps):
+            if _newton_three(buffer, filled, tolerance) == 0:
+                break
+        _finish_three(buffer, filled)
+    for i in range(inner):
+        j = inner_places[i]
+        if buffer[_K0 + i] < buffer[_BEST + j]:
+            buffer[_E1 + j], buffer[_E2 + j] = buffer[_K1 + i], buffer[_K2 + i]
+            buffer[_E3 + j], buffer[_E4 + j] = buffer[_K3 + i], real(np.inf)
+    for i in range(packed):
+        j = places[i]
+        for k in range(4):
+            buffer[_S1 + k * PIECE + j] = buffer[_E1 + k * PIECE + i]
+
+
+@_compiled
+def _run(z, lam, groups, start, stop, result, steps, tolerance):  # type: ignore[no-untyped-def]
+    """Groups start to stop of ``z``; ``groups``: how many share one entry of ``lam``."""
+    buffer = np.zeros(_BUFFER, z.dtype)
+    places, inner_places = np.zeros(PIECE + 1, np.int64), np.zeros(PIECE + 1, np.int64)
+    tail, tail_result = np.zeros(4 * PIECE, z.dtype), np.zeros(4 * PIECE, z.dtype)
+    for j in range(PIECE):
+        buffer[_LAMBDA + j] = lam[0]
+    for first in range(start, stop, PIECE):
+        here = min(PIECE, stop - first)
+        if lam.size > 1:
+            for j in range(here):
+                buffer[_LAMBDA + j] = lam[(first + j) // groups]
+        if here == PIECE:
+            piece = z[4 * first : 4 * first + 4 * PIECE]
+            _load(piece, buffer)
+            _solve(buffer, places, inner_places, steps, tolerance)
+            _store(piece, buffer, result[4 * first : 4 * first + 4 * PIECE])
+        else:
+            tail[: 4 * here] = z[4 * first : 4 * stop]
+            _load(tail, buffer)
+            _solve(buffer, places, inner_places, steps, tolerance)
+            _store(tail, buffer, tail_result)
+            result[4 * first : 4 * stop] = tail_result[: 4 * here]
+
+
+def prox_numba(
+    z: Array, lam: Array, result: Array, *, steps: int, tolerance: float, threads: int
+) -> None:
+    """Write the operator of ``z`` into ``result``.
+
+    Args:
+        z, result: (R, C), float32 or float64, C-contiguous.
+        lam: (1,) or (R,), of the same dtype.
+        steps, tolerance: of Newton's method.
+        threads: at most this many; the result does not depend on it.
+    """
+    count = z.size // 4
+    arguments = (z.reshape(-1), lam, max(z.shape[1] // 4, 1))
+    rest = (result.reshape(-1), steps, z.dtype.type(tolerance))
+    threads = max(1, min(threads, count // _THREAD_GROUPS))
+    if threads == 1:
+        _run(*arguments, 0, count, *rest)
+        return
+    share = -(-count // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        parts = [
+            pool.submit(_run, *arguments, start, min(start + share, count), *rest)
+            for start in range(0, count, share)
+        ]
+        for part in parts:
+            part.result()

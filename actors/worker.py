@@ -1,0 +1,56 @@
+"""The Ray worker: one rank of a job in a process of its own."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import psutil
+import ray
+
+from pipeline.collective import Collective, host_meeting
+from pipeline.worker import BlockWorker, Job, Outcome
+
+
+class RankActor:
+    """Holds a `BlockWorker` and its place in the collective. The driver makes it a Ray actor."""
+
+    def __init__(self, job: Job, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+        self.worker = BlockWorker(job, rank, world)
+        self._store: Any = None
+
+    def host(self) -> tuple[str, int]:
+        """Rank 0 only: opens the meeting point; returns its address."""
+        host = ray.util.get_node_ip_address()
+        self._store = host_meeting(host)
+        return host, self._store.port
+
+    def join(self, host: str, port: int, timeout: float) -> None:
+        """Joins the collective; every operation in it then waits `timeout` seconds at most."""
+        use_interface_of(ray.util.get_node_ip_address())
+        backend = "nccl" if self.worker.device.type == "cuda" and self.world > 1 else "gloo"
+        if self._store is not None:
+            self.worker.collective = Collective(
+                self.rank, self.world, self._store, backend, timeout
+            )
+        else:
+            self.worker.collective = Collective.join(
+                self.rank, self.world, host, port, backend, timeout
+            )
+
+    def perform(self, phase: str, *arguments: Any) -> Outcome:
+        """Runs one phase of the rank."""
+        return self.worker.perform(phase, *arguments)
+
+
+def use_interface_of(address: str) -> None:
+    """Has gloo and NCCL talk through the interface that other nodes reach this one by.
+
+    By default they take the one the host name resolves to, which is often 127.0.0.1. A variable
+    that the user has set wins.
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == address for a in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)

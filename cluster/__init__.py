@@ -1,0 +1,1 @@
+"""Where a job runs: connecting to Ray, placement, dispatch, and the command line."""

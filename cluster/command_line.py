@@ -1,0 +1,263 @@
+"""`prox24 prune`, `eval` and `demo`: options generated from the config classes, errors in a line.
+
+transformers' HfArgumentParser makes the options from the dataclasses, so that each exists once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.utils import logging as transformers_logging
+
+from cluster.console import Console
+from cluster.source import resolve_model
+from pipeline.config import EvalConfig, PruneConfig, RuntimeConfig
+from pipeline.executor import Executor, LocalExecutor
+from storage.errors import ConfigError, Prox24Error, RunInterrupted
+
+_PRUNE_EPILOG = """\
+Run the same command again to go on with a job that was interrupted: it continues at the last
+committed block and ends with the same bytes."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """States defaults, but not that of an option whose help says what unset means."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.const is True:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser with one spelling per option, plain flags, and one-line complaints."""
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """Drops the spelling with underscores; makes an option that is False by default a flag."""
+        names = tuple(n for n in names if "_" not in n or not n.startswith("--"))
+        if options.get("const") is True and options.get("default") is False:
+            options = {"action": "store_true", "help": options["help"]}
+        action: argparse.Action = super().add_argument(*names, **options)
+        return action
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the complaint and exits with 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="prox24", description="Prunes causal language models of any size to 2:4 sparsity."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    prune = _command(commands, "prune", PruneConfig, "prune MODEL into the new folder OUTPUT")
+    prune.epilog = _PRUNE_EPILOG
+    prune.add_argument("model", metavar="MODEL", help="local Hugging Face folder, or hub id")
+    prune.add_argument("output", metavar="OUTPUT", help="folder for the pruned model")
+    evaluate = _command(commands, "eval", EvalConfig, "measure MODEL's perplexity")
+    evaluate.add_argument("model", metavar="MODEL", help="local Hugging Face folder, or hub id")
+    demo = commands.add_parser(
+        "demo", help="prune a small real model on this machine", allow_abbrev=False,
+        dataclass_types=[],
+    )  # fmt: skip
+    demo.add_argument("--folder", default="demo", help="where models and texts go (default: demo)")
+    demo.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _command(commands: Any, name: str, config: type[RuntimeConfig], help: str) -> Parser:
+    parser: Parser = commands.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        dataclass_types=config,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument(
+        "--config", help="YAML file with any of these options; the command line wins over it"
+    )
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    options: argparse.Namespace | None = None
+    try:
+        options = parse(arguments)
+        _set_up_logging(getattr(options, "verbose", False))
+        with _signals():
+            command: Callable[[argparse.Namespace], int] = {
+                "prune": _prune,
+                "eval": _evaluate,
+                "demo": _demo,
+            }[options.command]
+            return command(options)
+    except SystemExit as exit:
+        return int(exit.code or 0)
+    except KeyboardInterrupt:
+        return _interrupted(RunInterrupted("interrupted"), arguments)
+    except RunInterrupted as error:
+        return _interrupted(error, arguments)
+    except Exception as error:
+        if options is not None and options.debug:
+            raise
+        expected = isinstance(error, Prox24Error)
+        name = "" if expected else f"unexpected {type(error).__name__}: "
+        hint = "" if expected else " (--debug shows where; please report it)"
+        print(f"prox24: {name}{_one_line(error)}{hint}", file=sys.stderr)
+        return error.exit_code if isinstance(error, Prox24Error) else 1
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line, with the YAML file's options put before it.
+
+    Raises `ConfigError` for a file that is not a mapping of options.
+    """
+    parser = make_parser()
+    known, _ = _config_option().parse_known_args(arguments)
+    if known.config is not None and arguments:
+        arguments = [arguments[0], *_yaml_arguments(Path(known.config)), *arguments[1:]]
+    return parser.parse_args(arguments)
+
+
+def _config_option() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser
+
+
+def _yaml_arguments(path: Path) -> list[str]:
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {_one_line(error)}") from error
+    if not isinstance(options, dict):
+        raise ConfigError(f"--config {path} must hold one mapping of option names to values")
+    arguments = []
+    for name, value in options.items():
+        if isinstance(value, (dict, list)):
+            raise ConfigError(f"--config {path}: {name} must be one value")
+        if value is True:
+            arguments.append(f"--{str(name).replace('_', '-')}")
+        elif value is not None and value is not False:
+            arguments.append(f"--{str(name).replace('_', '-')}={value}")
+    return arguments
+
+
+def config_from(options: argparse.Namespace, kind: type[Any]) -> Any:
+    """The config object of a parsed command line. Raises `ConfigError`."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in vars(options).items() if name in names})
+
+
+def make_executor(config: RuntimeConfig) -> Callable[[], Executor]:
+    """The executor that the config asks for, made when called. Ray is imported only for Ray."""
+
+    def make() -> Executor:
+        if config.executor == "local":
+            world = config.workers or 1
+            cores = len(os.sched_getaffinity(0))
+            return LocalExecutor(world, config.threads or max(1, cores // world))
+        from cluster.ray_executor import RayExecutor
+
+        return RayExecutor(config)
+
+    return make
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from pipeline.prune import prune
+
+    config: PruneConfig = config_from(options, PruneConfig)
+    console = Console()
+    source = resolve_model(options.model)
+    console.settings(options.model, options.output, config)
+    result = prune(
+        source.folder,
+        Path(options.output),
+        config,
+        make_executor(config),
+        console,
+        source_name=source.name,
+    )
+    console.result(result)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from pipeline.evaluate import evaluate
+
+    config: EvalConfig = config_from(options, EvalConfig)
+    source = resolve_model(options.model)
+    measured = evaluate(source.folder, config, make_executor(config), Console())
+    if config.json:
+        print(json.dumps({"model": source.name, **measured}))
+    else:
+        print(
+            f"perplexity {measured['perplexity']:.4f} on {measured['dataset']} "
+            f"({measured['nsamples']} x {measured['seqlen']} tokens, {measured['dtype']})"
+        )
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from cluster.demo import demo
+
+    return demo(Path(options.folder))
+
+
+def _set_up_logging(verbose: bool) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(name)s %(levelname)s %(message)s",
+    )
+    if not verbose:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that workers are stopped and the lock is released."""
+
+    def stop(number: int, _: Any) -> NoReturn:
+        # A second signal must not break off the unwinding.
+        signal.signal(number, signal.SIG_IGN)
+        raise RunInterrupted(signal.Signals(number).name)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    before_interrupt = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before_interrupt)
+
+
+def _interrupted(error: RunInterrupted, arguments: Sequence[str]) -> int:
+    print(f"prox24: stopped by {error}", file=sys.stderr)
+    if arguments and arguments[0] == "prune":
+        print(
+            f"prox24: finished blocks are kept; go on with: prox24 {shlex.join(arguments)}",
+            file=sys.stderr,
+        )
+    return error.exit_code
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,118 @@
+"""What people see: a live bar on a terminal, one line per block elsewhere. All on stderr."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import rich.console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pipeline.config import PruneConfig
+
+if TYPE_CHECKING:
+    from pipeline.prune import PruneResult
+
+
+class Console:
+    """The `Progress` of the block loop, drawn for people."""
+
+    def __init__(self) -> None:
+        self.console = rich.console.Console(stderr=True, highlight=False)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._title, self._blocks, self._done = "", 0, 0
+        self._started = self._block_started = time.monotonic()
+        self._fresh = 0
+
+    def settings(self, model: str, output: str, config: PruneConfig) -> None:
+        """What is about to be done, in two lines."""
+        solver = config.solver_settings()
+        self.print(
+            f"{model} -> {output}: {config.method} {config.pattern}, damping "
+            f"{solver.damping:g}, shrinkage {solver.shrinkage}, refine {solver.refine}"
+        )
+        self.print(
+            f"calibration: {config.nsamples} x {config.seqlen} tokens of {config.dataset}, "
+            f"seed {config.seed}; executor {config.executor}"
+        )
+
+    def print(self, message: str) -> None:
+        """One line, unwrapped."""
+        self.console.print(message, soft_wrap=True, markup=False)
+
+    def begin(self, title: str, blocks: int, done: int) -> None:
+        """Starts the bar."""
+        self._title, self._blocks, self._done = title, blocks, done
+        self._started = self._block_started = time.monotonic()
+        self._fresh = 0
+        if done:
+            self.print(f"{done} of {blocks} blocks are already done; going on from there")
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[error]}"),
+                console=self.console,
+            )
+            self._task = self._bar.add_task(title, total=blocks, completed=done, error="")
+            self._bar.start()
+
+    def phase(self, name: str, block: int | None = None) -> None:
+        """Names the phase in the bar."""
+        if self._bar is not None:
+            where = name if block is None else f"block {block} {name}"
+            self._bar.update(self._task, description=f"{where:<20}")
+        if name == "propagate" and self._title == "evaluating" and block is not None:
+            self._advance(block + 1, "")
+
+    def block_done(self, block: int, relative_error: float | None) -> None:
+        """Moves the bar, or prints the block's line."""
+        error = "" if relative_error is None else f"error {relative_error:.3f}%"
+        self._fresh += 1
+        self._advance(block + 1, error)
+        if self._bar is None:
+            now = time.monotonic()
+            left = (self._blocks - block - 1) * (now - self._started) / self._fresh
+            self.print(
+                f"block {block + 1}/{self._blocks} done in {now - self._block_started:.1f} s  "
+                f"{error}  eta {duration(left)}"
+            )
+            self._block_started = now
+
+    def _advance(self, completed: int, error: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=completed, error=error)
+
+    def note(self, message: str) -> None:
+        """One line above the bar."""
+        self.print(message)
+
+    def end(self) -> None:
+        """Takes the bar down; safe to call twice."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def result(self, result: PruneResult) -> None:
+        """What a finished job left."""
+        summary = result.summary
+        parts = ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in summary["seconds"].items())
+        memory = summary["memory"]
+        self.print(f"wrote {result.output}")
+        self.print(f"seconds: {summary['wall']:.1f} in all; {parts}")
+        self.print(
+            f"peak memory: driver {memory['driver_rss_bytes'] / 2**20:.0f} MiB, "
+            f"worker {memory['worker_rss_bytes'] / 2**20:.0f} MiB"
+        )
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, `2:03` or `0:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

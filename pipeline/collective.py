@@ -1,0 +1,111 @@
+"""Summing statistics over workers: the same traffic as an all-reduce, in rank order.
+
+Each rank receives its slice of the tensor from all ranks, adds in rank order, and the slices are
+gathered by all. So the sum depends on the ranks alone, not on a ring's order, and the in-process
+executor gets the same bytes by adding the ranks' tensors one after another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.solvers.types import Statistics
+from storage.errors import WorkerLostError
+
+# Elements exchanged at once: bounds the buffers to about three times this, 4 bytes each.
+_CHUNK = 1 << 26
+# torch 2.13 renamed it; 2.11 has the old name only.
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def host_meeting(host: str) -> dist.TCPStore:
+    """Rank 0's meeting point on a free port of `host`; its `port` is what the others need."""
+    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+
+
+class Collective:
+    """This process's membership in the group of all ranks."""
+
+    def __init__(
+        self, rank: int, world: int, store: dist.TCPStore, backend: str, timeout: float
+    ) -> None:
+        """Joins the group that meets at `store`; any operation waits `timeout` seconds at most."""
+        self.rank, self.world, self.backend = rank, world, backend
+        try:
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=timeout),
+            )
+        except (RuntimeError, ValueError) as error:
+            raise WorkerLostError(f"rank {rank} could not join the others: {error}") from error
+
+    @classmethod
+    def join(
+        cls, rank: int, world: int, host: str, port: int, backend: str, timeout: float
+    ) -> Collective:
+        """Joins the group that rank 0 hosts at `host:port` (see `host_meeting`)."""
+        try:
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
+        except RuntimeError as error:
+            raise WorkerLostError(f"rank {rank} cannot reach rank 0 at {host}:{port}") from error
+        return cls(rank, world, store, backend, timeout)
+
+    def close(self) -> None:
+        """Leaves the group; safe to call after a peer has died."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, added in rank order, written into `tensor` (contiguous fp32).
+
+        Raises `WorkerLostError` when a peer is gone or does not answer in time.
+        """
+        flat = tensor.view(-1)
+        try:
+            for start in range(0, flat.numel(), _CHUNK):
+                part = flat[start : start + _CHUNK]
+                part.copy_(self._sum_chunk(part))
+        except RuntimeError as error:
+            raise WorkerLostError(f"rank {self.rank} lost a peer while summing: {error}") from error
+        return tensor
+
+    def _sum_chunk(self, part: Tensor) -> Tensor:
+        """`part` (n,) summed over ranks; gloo moves bytes of host memory only."""
+        width = -(-part.numel() // self.world)
+        device = part.device if self.backend == "nccl" else torch.device("cpu")
+        sent = torch.zeros(width * self.world, dtype=part.dtype, device=device)
+        sent[: part.numel()] = part
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent)
+        slices = received.view(self.world, width)
+        total = slices[0].clone()
+        for rank in range(1, self.world):
+            total += slices[rank]
+        gathered = torch.empty_like(sent)
+        _ALL_GATHER(gathered, total)
+        return gathered[: part.numel()].to(part.device)
+
+    def sum_statistics(self, own: Statistics) -> Statistics:
+        """The sum of all ranks' statistics of one group; `own`'s tensors are overwritten."""
+        counts = torch.tensor([own.tokens, own.sequences], dtype=torch.int64)
+        if self.backend == "nccl":
+            counts = counts.to(torch.device("cuda"))
+        try:
+            dist.all_reduce(counts)  # integers: exact in any order
+        except RuntimeError as error:
+            raise WorkerLostError(f"rank {self.rank} lost a peer while summing: {error}") from error
+        return dataclasses.replace(
+            own,
+            tokens=int(counts[0]),
+            sequences=int(counts[1]),
+            diagonal=None if own.diagonal is None else self.sum(own.diagonal),
+            hessian=None if own.hessian is None else self.sum(own.hessian),
+        )

@@ -1,0 +1,218 @@
+"""What a job is: the two frozen option sets, `PruneConfig` and `EvalConfig`.
+
+The command line, the YAML file, `run.json` and `prox24.json` are all generated from these
+classes, so an option exists in one place only. Each field's `help` is what `--help` prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipeline.solvers import SolverSettings
+from pipeline.solvers.types import Pattern
+from storage.errors import ConfigError
+
+Method = Literal["magnitude", "wanda", "sparsegpt", "prox", "prox_admm"]
+
+# Fields that say where or how a job runs, not what it computes: a resumed job may change them.
+PLACEMENT_FIELDS = frozenset(
+    {
+        "run_dir",
+        "ray_address",
+        "executor",
+        "overwrite",
+        "verbose",
+        "debug",
+        "trust_remote_code",
+        "max_attempts",
+        "phase_timeout",
+        "skip_unsupported",
+        "gpus_per_worker",
+        "save_layers",
+    }
+)
+
+
+def option(default: Any, help: str) -> Any:
+    """A documented field. `help` ends up in `--help` and states the unit."""
+    # argparse interpolates percent signs in help texts.
+    return field(default=default, metadata={"help": help.replace("%", "%%")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """Where a job runs; shared by `prune` and `eval`.
+
+    Raises `ConfigError` on a value out of range.
+    """
+
+    executor: Literal["ray", "local"] = option(
+        "ray", "who runs the ranks: Ray workers, or this process one rank after another (no Ray)"
+    )
+    workers: int | None = option(
+        None,
+        "number of workers, one per GPU or CPU slot; unset: with Ray one per GPU of the cluster, "
+        "on CPUs or with the local executor 1",
+    )
+    threads: int | None = option(
+        None,
+        "CPU threads of each worker; unset: the machine's cores divided by the workers, "
+        "1 for GPU workers",
+    )
+    gpus_per_worker: float | None = option(
+        None, "GPUs asked of Ray for each worker; unset: 1 if the cluster has GPUs, else 0"
+    )
+    ray_address: str | None = option(
+        None,
+        "address of a running Ray cluster (`auto`, `HOST:6379`, `ray://HOST:10001`); unset: "
+        "$RAY_ADDRESS, or else a Ray of its own on this machine",
+    )
+    device: str | None = option(
+        None, "torch device of each worker (cpu, cuda, cuda:1); unset: cuda where there is one"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None,
+        "dtype of the forward passes; unset: the source's. Statistics are always float32 and "
+        "stored weights keep the source's dtype",
+    )
+    batch_size: int = option(4, "sequences in one forward pass")
+    phase_timeout: float = option(
+        7200.0, "seconds after which a phase of one block counts as hanging and is redone"
+    )
+    trust_remote_code: bool = option(False, "run model code that the model folder carries")
+    verbose: bool = option(False, "show Ray's own log and debug messages")
+    debug: bool = option(False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "threads", "batch_size"):
+            require(self, name, at_least=1)
+        require(self, "gpus_per_worker", at_least=0)
+        require(self, "phase_timeout", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(RuntimeConfig):
+    """Every option of `prox24 prune`. Raises `ConfigError` on a value out of range."""
+
+    method: Method = option("prox_admm", "how masks and weights are found")
+    pattern: str = option(
+        "2:4", "`N:M` keeps N of every M consecutive weights; `unstructured:S` prunes the share S"
+    )
+    dataset: str = option(
+        "allenai/c4",
+        "calibration text: a hub id (streamed; allenai/c4 is read in its `en` configuration) or a "
+        "local .txt, .jsonl, .parquet or .arrow file",
+    )
+    text_column: str | None = option(
+        None, "column that holds the text; unset: `text`, or the only column of strings"
+    )
+    nsamples: int = option(128, "calibration sequences")
+    seqlen: int = option(2048, "tokens of a calibration sequence")
+    seed: int = option(0, "seed of the random crops")
+    damping: float | None = option(
+        None,
+        "added to the Hessian's diagonal, as a share of the diagonal's mean; unset: the method's "
+        "default (DAMPING_DEFAULTS)",
+    )
+    shrinkage: str | None = option(
+        None,
+        "share by which the Hessian's off-diagonal entries are pulled to zero, 0 to 1, or `auto`; "
+        "unset: the method's default (SHRINKAGE_DEFAULTS)",
+    )
+    blocksize: str = option(
+        "128", "columns in SparseGPT's lazy block, or `auto`: the best known for the layer's width"
+    )
+    refine: Literal["auto", "none", "gradient", "cg"] = option(
+        "auto",
+        "lowers the error on the found mask; auto: cg for prox and prox_admm, none otherwise. "
+        "An explicit value holds for every method",
+    )
+    refine_steps: int | None = option(
+        None, "steps of the refinement; unset: the refinement's default (REFINE_DEFAULTS)"
+    )
+    run_dir: str | None = option(
+        None, "folder of the job's state, seen by all nodes; unset: OUTPUT with `.run` appended"
+    )
+    overwrite: bool = option(False, "replace a non-empty OUTPUT once the new one is whole")
+    skip_unsupported: bool = option(
+        False, "leave linears whose width the pattern does not divide dense, and list them"
+    )
+    max_attempts: int = option(3, "times a block is tried when workers are lost")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("nsamples", "seqlen", "refine_steps", "max_attempts"):
+            require(self, name, at_least=1)
+        require(self, "damping", at_least=0)
+        if self.seqlen < 2:
+            raise ConfigError("--seqlen must be at least 2")
+        Pattern.parse(self.pattern)
+        self.solver_settings()
+
+    def solver_settings(self) -> SolverSettings:
+        """The part of the config that the solvers see, with the method's defaults filled in.
+
+        Raises `ConfigError` for a value that is out of range or that the method cannot use.
+        """
+        return SolverSettings(
+            method=self.method,
+            pattern=self.pattern,
+            damping=self.damping,
+            shrinkage=number_or_auto("shrinkage", self.shrinkage, float),
+            blocksize=number_or_auto("blocksize", self.blocksize, int),
+            refine=self.refine,
+            refine_steps=self.refine_steps,
+        ).resolved()
+
+    def what(self) -> dict[str, Any]:
+        """The options that decide the result, as JSON: the identity of a job."""
+        return {
+            key: value
+            for key, value in dataclasses.asdict(self).items()
+            if key not in PLACEMENT_FIELDS
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(RuntimeConfig):
+    """Every option of `prox24 eval`. Raises `ConfigError` on a value out of range."""
+
+    dataset: str = option(
+        "Salesforce/wikitext",
+        "text to evaluate on: a hub id (Salesforce/wikitext is read as wikitext-2-raw-v1, test) or "
+        "a local .txt, .jsonl, .parquet or .arrow file",
+    )
+    text_column: str | None = option(
+        None, "column that holds the text; unset: `text`, or the only column of strings"
+    )
+    seqlen: int = option(2048, "tokens of a sequence; perplexities of other lengths differ")
+    nsamples: int | None = option(None, "sequences to evaluate on; unset: the whole text")
+    json: bool = option(False, "print one JSON object on standard output and nothing else there")
+    scratch_dir: str | None = option(
+        None, "folder for hidden states while it runs; unset: the system's temporary folder"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "nsamples", at_least=1)
+        if self.seqlen < 2:
+            raise ConfigError("--seqlen must be at least 2: a loss needs a next token")
+
+
+def require(config: Any, name: str, *, at_least: float) -> None:
+    """Raises `ConfigError` where the option is set and below `at_least` (NaN included)."""
+    value = getattr(config, name)
+    if value is not None and not value >= at_least:
+        raise ConfigError(f"--{name.replace('_', '-')} must be at least {at_least:g}, not {value}")
+
+
+def number_or_auto(name: str, text: str | None, kind: type[float] | type[int]) -> Any:
+    """`None`, the string 'auto', or the number that `text` spells; else `ConfigError`."""
+    if text is None or text == "auto":
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"--{name} must be a number or `auto`, not {text!r}") from None

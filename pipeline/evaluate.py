@@ -1,0 +1,108 @@
+"""Perplexity by the field's convention, through the same block-by-block forward as pruning.
+
+The text is joined, tokenized once and cut in pieces of `seqlen` (method.md, conventions); the
+result is exp of the mean next-token loss. Hidden states go through activation stores on disk, so
+that evaluating needs no more memory than pruning.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.calibration import evaluation_tokens, load_tokenizer
+from pipeline.config import EvalConfig
+from pipeline.executor import Executor
+from pipeline.loop import BlockLoop
+from pipeline.manifest import data_identity
+from pipeline.model import maximum_seqlen, open_skeleton
+from pipeline.progress import Progress
+from pipeline.worker import Job
+from storage.arrow_store import write_tokens
+from storage.errors import ConfigError, NumericalError
+from storage.lock import RunLock
+from storage.run_directory import RunDirectory
+
+
+def evaluate(
+    source: Path,
+    config: EvalConfig,
+    make_executor: Callable[[], Executor],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Perplexity of the model in folder `source`.
+
+    Returns `perplexity`, `tokens` (of text evaluated), `predicted_tokens` (those with a loss: all
+    but the first of each sequence), `seqlen`, `nsamples`, `dataset`, `dtype`.
+
+    Raises an `InputError` for bad input before any compute.
+    """
+    skeleton = open_skeleton(
+        source.absolute(), dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
+    longest = maximum_seqlen(skeleton.model.config)
+    if longest is not None and config.seqlen > longest:
+        raise ConfigError(f"--seqlen {config.seqlen} is above the model's maximum of {longest}")
+    identity = data_identity(config.dataset)
+    tokenizer = load_tokenizer(skeleton.files.folder, config.trust_remote_code)
+    tokens = evaluation_tokens(
+        tokenizer, config.dataset, config.text_column, config.seqlen, config.nsamples
+    )
+    with tempfile.TemporaryDirectory(prefix="prox24-eval-", dir=config.scratch_dir) as scratch:
+        run = RunDirectory(Path(scratch).absolute())
+        write_tokens(run.tokens(), tokens)
+        executor = make_executor()
+        try:
+            with RunLock(run.path) as lock:
+                progress.begin("evaluating", len(skeleton.blocks), 0)
+                progress.phase("start workers")
+                executor.start(_job(config, skeleton.files.folder, run, len(tokens), executor))
+                loop = BlockLoop(
+                    executor=executor,
+                    run=run,
+                    lock=lock,
+                    progress=progress,
+                    blocks=len(skeleton.blocks),
+                    layers=(),
+                    dtypes=(),
+                    calibrates=True,
+                    max_attempts=3,
+                )
+                losses = [loss for outcome in loop.evaluate() for loss in outcome.value]
+        finally:
+            progress.end()
+            executor.close()
+    predicted = len(losses) * (config.seqlen - 1)
+    mean = sum(losses) / predicted
+    if not math.isfinite(mean):
+        raise NumericalError(f"{source}: the loss is not finite; try --dtype float32")
+    return {
+        "perplexity": math.exp(mean),
+        "tokens": len(losses) * config.seqlen,
+        "predicted_tokens": predicted,
+        "seqlen": config.seqlen,
+        "nsamples": len(losses),
+        "dataset": identity["name"],
+        "dtype": str(skeleton.dtype).removeprefix("torch."),
+    }
+
+
+def _job(
+    config: EvalConfig, folder: Path, run: RunDirectory, nsamples: int, executor: Executor
+) -> Job:
+    return Job(
+        source=str(folder),
+        run_directory=str(run.path),
+        settings=None,
+        nsamples=nsamples,
+        seqlen=config.seqlen,
+        batch_size=config.batch_size,
+        dtype=config.dtype,
+        device=config.device,
+        threads=executor.threads,
+        skip_unsupported=True,
+        trust_remote_code=config.trust_remote_code,
+    )

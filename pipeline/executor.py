@@ -1,0 +1,77 @@
+"""Who runs the ranks: the protocol of the block loop, and the executor without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from pipeline.statistics import add_in_rank_order
+from pipeline.worker import BlockWorker, Job, Outcome
+
+
+class Executor(Protocol):
+    """Runs phases of `BlockWorker` on every rank. The loop knows no more of a cluster than this."""
+
+    world: int
+    threads: int
+
+    def start(self, job: Job) -> None:
+        """Makes the ranks. Called once, before anything else."""
+        ...
+
+    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+        """Runs one phase on all ranks, `arguments[rank]` each; outcomes in rank order.
+
+        Raises `WorkerLostError` when a rank is gone or hangs, and a rank's own error as it is.
+        """
+        ...
+
+    def reduce(self) -> list[Outcome]:
+        """Gives every rank the sum, in rank order, of all ranks' statistics."""
+        ...
+
+    def recover(self) -> None:
+        """Replaces ranks that are gone, and drops what an abandoned attempt left in the others."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the ranks. Never raises because one of them is already gone."""
+        ...
+
+
+class LocalExecutor:
+    """N ranks one after another in this process: the oracle that Ray workers must equal."""
+
+    def __init__(self, world: int, threads: int) -> None:
+        self.world, self.threads = world, threads
+        self._workers: list[BlockWorker] = []
+
+    def start(self, job: Job) -> None:
+        """Makes the ranks in this process."""
+        self._workers = [BlockWorker(job, rank, self.world) for rank in range(self.world)]
+
+    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+        """One rank after the other; a rank's error ends the phase."""
+        return [
+            worker.perform(phase, *own)
+            for worker, own in zip(self._workers, arguments, strict=True)
+        ]
+
+    def reduce(self) -> list[Outcome]:
+        """Adds the ranks' tensors one after another; all ranks then share one sum."""
+        if self.world > 1:
+            first = self._workers[0]
+            for name in list(first.statistics):
+                total = add_in_rank_order([w.statistics[name] for w in self._workers])
+                for worker in self._workers:
+                    worker.statistics[name] = total
+        return [worker.perform("reduce") for worker in self._workers]
+
+    def recover(self) -> None:
+        """A rank in this process cannot be lost without the process."""
+        for worker in self._workers:
+            worker.forget()
+
+    def close(self) -> None:
+        """Drops the ranks and what they hold."""
+        self._workers = []

@@ -1,0 +1,240 @@
+"""The block loop, written once for every executor.
+
+Per block: `calibrate` (dense forward, partial sums), `reduce`, `solve`, the record (the commit
+point), then `propagate` (pruned forward, next inputs). Progress lives in the run directory alone:
+a block with a record is done, a block whose inputs have a record can be run, and inputs that are
+missing are made again from the tokens through the committed blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.executor import Executor
+from pipeline.progress import Progress
+from pipeline.retry import AttemptHistory
+from pipeline.solvers import merge_reports
+from pipeline.solvers.types import SolveReport
+from pipeline.worker import Outcome, SolvedSlices
+from storage.checkpoints import BlockRecord, LayerRecord, LayerSlice, read_block_record
+from storage.commit import StoredFile, publish_json, read_json, replace_json
+from storage.errors import Prox24Error, WorkerLostError
+from storage.lock import RunLock
+from storage.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+ACTIVATIONS_SCHEMA = 1
+
+
+@dataclass
+class PhaseTimes:
+    """Seconds of one phase: wall time at the driver, and each rank's by kind of work."""
+
+    wall: float
+    ranks: list[dict[str, float]]
+    memory: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON values, as stored in records."""
+        return {"wall": self.wall, "ranks": self.ranks, "memory": self.memory}
+
+
+@dataclass
+class BlockLoop:
+    """Runs blocks on an executor and commits them. One driver at a time: the holder of `lock`.
+
+    `layers` gives per block the pruned layers' shapes; `dtypes` their stored dtypes (safetensors
+    names). `calibrates` is False for a method that needs no statistics: no activations then.
+    """
+
+    executor: Executor
+    run: RunDirectory
+    lock: RunLock
+    progress: Progress
+    blocks: int
+    layers: Sequence[dict[str, tuple[int, int]]]
+    dtypes: Sequence[dict[str, str]]
+    calibrates: bool
+    max_attempts: int
+    _attempt: int = field(default=0, init=False)
+
+    def prune(self) -> None:
+        """Commits every block that is not committed yet, in order."""
+        for block in range(self.blocks):
+            if self.run.record(block).exists():
+                continue
+            history = AttemptHistory(self.max_attempts)
+            while True:
+                try:
+                    self._prune_block(block)
+                    break
+                except WorkerLostError as error:
+                    self._retry_or_raise(error, history, f"block {block}")
+        if self.calibrates:
+            for block in range(self.blocks):
+                self.run.remove_activations(block)
+
+    def guarded(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+        """One phase outside a block, done again when workers are lost."""
+        history = AttemptHistory(self.max_attempts)
+        while True:
+            try:
+                return self.executor.run(phase, arguments)
+            except WorkerLostError as error:
+                self._retry_or_raise(error, history, f"phase {phase}")
+
+    def evaluate(self) -> list[Outcome]:
+        """Runs the model as it is, block by block; each rank's losses, in rank order."""
+        history = AttemptHistory(self.max_attempts)
+        while True:
+            try:
+                shards = self._inputs(self.blocks)
+                self.progress.phase("loss")
+                return self.executor.run("losses", self._each(self.blocks, shards))
+            except WorkerLostError as error:
+                self._retry_or_raise(error, history, "the evaluation")
+
+    def _retry_or_raise(self, error: WorkerLostError, history: AttemptHistory, what: str) -> None:
+        if not history.should_retry(error):
+            raise Prox24Error(
+                f"{what} failed {len(history.failures)} times; committed blocks are kept, run the "
+                f"same command again to go on ({history.summary()})"
+            ) from error
+        self.progress.note(f"{what}: {error}; trying again")
+        self.executor.recover()
+
+    def _prune_block(self, block: int) -> None:
+        started = time.perf_counter()
+        times: dict[str, PhaseTimes] = {}
+        groups: list[Any] = []
+        if self.calibrates:
+            shards = self._inputs(block)
+            self.progress.phase("calibrate", block)
+            outcomes = self._timed(times, "calibrate", self._each(block, shards))
+            groups = [list(group.layers) for group in outcomes[0].value]
+            began = time.perf_counter()
+            reduced = self.executor.reduce()
+            times["reduce"] = _times(time.perf_counter() - began, reduced)
+        self.progress.phase("solve", block)
+        stamp = self._stamp()
+        solved = [o.value for o in self._timed(times, "solve", self._each(block, stamp))]
+        results = {
+            "groups": groups,
+            "phases": {name: phase.to_json() for name, phase in times.items()},
+            "seconds": time.perf_counter() - started,
+        }
+        record = self._assemble(block, solved, results)
+        publish_json(self.run.record(block), record.to_json(), guard=self.lock.assert_held)
+        self.progress.block_done(block, block_error(record))
+
+    def _inputs(self, block: int) -> list[StoredFile]:
+        """The activation shards that block `block` reads, made if they are not there.
+
+        Starts from the nearest committed inputs below `block`, or from the tokens; an older store
+        is deleted as soon as the one made from it is committed.
+        """
+        for below in range(block, -1, -1):
+            if self.run.activation_record(below).exists():
+                break
+        else:
+            below = 0
+            self.progress.phase("embed")
+            self._make_inputs(0, "embed", lambda stamp: (stamp,))
+        for older in range(below):
+            self.run.remove_activations(older)
+        for current in range(below, block):
+            self.progress.phase("propagate", current)
+            record = self.read_record(current) if self.run.record(current).exists() else None
+            shards = self._read_inputs(current)
+            self._make_inputs(
+                current + 1,
+                "propagate",
+                lambda stamp, b=current, r=record, s=shards: (b, r, s, stamp),  # type: ignore[misc]
+            )
+            self.run.remove_activations(current)
+        return self._read_inputs(block)
+
+    def _make_inputs(self, block: int, phase: str, arguments: Any) -> None:
+        """Runs the phase that writes block `block`'s inputs and publishes their record."""
+        stamp = self._stamp()
+        times: dict[str, PhaseTimes] = {}
+        outcomes = self._timed(times, phase, self._each(*arguments(stamp)))
+        shards = [shard.to_json() for outcome in outcomes for shard in outcome.value]
+        payload = {
+            "schema_version": ACTIVATIONS_SCHEMA,
+            "block": block,
+            "shards": shards,
+            "phases": {name: phase_times.to_json() for name, phase_times in times.items()},
+        }
+        publish_json(self.run.activation_record(block), payload, guard=self.lock.assert_held)
+        # The store and its record are deleted soon; the report still wants the times.
+        replace_json(self.run.report() / f"inputs-{block:03d}.json", payload)
+
+    def _read_inputs(self, block: int) -> list[StoredFile]:
+        payload = read_json(self.run.activation_record(block), ACTIVATIONS_SCHEMA)
+        return [StoredFile.from_json(entry) for entry in payload["shards"]]
+
+    def read_record(self, block: int) -> BlockRecord:
+        """The committed record of a block. Raises `CorruptFileError` where it is damaged."""
+        return read_block_record(self.run.record(block))
+
+    def _assemble(
+        self, block: int, solved: list[SolvedSlices], results: dict[str, Any]
+    ) -> BlockRecord:
+        """The record that names every rank's row slices and sums up the layers' reports."""
+        layers = {}
+        for name, shape in self.layers[block].items():
+            parts = [part for part in solved if name in part.ranges]
+            parts.sort(key=lambda part: part.ranges[name])
+            slices = [
+                LayerSlice(part.file.name, *part.ranges[name])
+                for part in parts
+                if part.file is not None
+            ]
+            report = merge_reports([SolveReport.from_json(part.reports[name]) for part in parts])
+            layers[name] = LayerRecord(
+                shape=shape,
+                dtype=self.dtypes[block][name],
+                slices=tuple(slices),
+                results=report.to_json(),
+            )
+        return BlockRecord(
+            block=block,
+            attempt=self._attempt,
+            world=self.executor.world,
+            files=tuple(part.file for part in solved if part.file is not None),
+            layers=layers,
+            results=results,
+        )
+
+    def _timed(
+        self, times: dict[str, PhaseTimes], phase: str, arguments: Sequence[tuple[Any, ...]]
+    ) -> list[Outcome]:
+        began = time.perf_counter()
+        outcomes = self.executor.run(phase, arguments)
+        times[phase] = _times(time.perf_counter() - began, outcomes)
+        return outcomes
+
+    def _each(self, *arguments: Any) -> list[tuple[Any, ...]]:
+        return [arguments] * self.executor.world
+
+    def _stamp(self) -> str:
+        """A name part that no other attempt of any driver uses: files are never renamed."""
+        self._attempt += 1
+        return f"{self.lock.nonce[:12]}-{self._attempt}"
+
+
+def _times(wall: float, outcomes: list[Outcome]) -> PhaseTimes:
+    return PhaseTimes(wall, [o.seconds for o in outcomes], [o.memory for o in outcomes])
+
+
+def block_error(record: BlockRecord) -> float | None:
+    """A block's relative error in per cent: its layers' objectives summed, over those at zero."""
+    reports = [SolveReport.from_json(layer.results) for layer in record.layers.values()]
+    zero = sum(report.objective_zero for report in reports)
+    return 100 * sum(report.objective for report in reports) / zero if zero > 0 else None

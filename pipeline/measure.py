@@ -1,0 +1,57 @@
+"""Where time and memory go: one stopwatch per worker, peaks read from the system."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class Stopwatch:
+    """Seconds by kind of work. Nested timings are exclusive: the inner one is taken off the outer.
+
+    On a GPU each boundary waits for the device, or a kernel's time would land on whoever waits.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self._running: list[tuple[str, float]] = []
+
+    @contextmanager
+    def __call__(self, kind: str) -> Iterator[None]:
+        """Counts the time inside as `kind`."""
+        self._switch()
+        self._running.append((kind, time.perf_counter()))
+        try:
+            yield
+        finally:
+            self._switch()
+            self._running.pop()
+            if self._running:
+                self._running[-1] = (self._running[-1][0], time.perf_counter())
+
+    def _switch(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self._running:
+            kind, since = self._running[-1]
+            self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - since
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last call, by kind."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+def peak_memory(device: torch.device | None = None) -> dict[str, Any]:
+    """Peak resident memory of this process and peak memory of its device, in bytes."""
+    # ru_maxrss is in KiB on Linux.
+    peaks = {"rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device is not None and device.type == "cuda":
+        peaks["device_bytes"] = torch.cuda.max_memory_allocated(device)
+    return peaks

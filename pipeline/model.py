@@ -1,0 +1,273 @@
+"""A causal LM taken apart: the skeleton on the meta device, one block at a time on a real one.
+
+Nothing here knows an architecture by name. The model is transformers' own class, built without
+weights; its decoder blocks are the list of modules as long as `num_hidden_layers`; weights are
+read tensor by tensor from the source's weight files.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from storage.errors import ConfigError, ModelError
+from storage.model_files import ModelFiles, torch_dtype
+
+FORWARD_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without weights, and where its weights are.
+
+    `blocks_path` is the module path of the block list (`model.layers`), `dtype` the dtype of the
+    forward passes.
+    """
+
+    model: PreTrainedModel
+    files: ModelFiles
+    blocks_path: str
+    dtype: torch.dtype
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, in order, parameters on the meta device."""
+        blocks = self.model.get_submodule(self.blocks_path)
+        if not isinstance(blocks, nn.ModuleList):
+            raise ModelError(f"{self.blocks_path} is no list of blocks")
+        return blocks
+
+    def tensor_name(self, name: str) -> str | None:
+        """The name in the weight files of the model's parameter `name`; None if there is none.
+
+        Some checkpoints were saved from the model without its head, so that their names lack the
+        base model's prefix (or have it where the class has none).
+        """
+        prefix = self.model.base_model_prefix + "."
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in self.files.tensors:
+                return candidate
+        return None
+
+    def weight_name(self, block: int, layer: str) -> str:
+        """The name in the weight files of a block's linear `layer` (its path in the block)."""
+        name = self.tensor_name(f"{self.block_prefix(block)}{layer}.weight")
+        if name is None:
+            raise ModelError(f"{self.files.folder}: block {block} lacks {layer}.weight")
+        return name
+
+    def block_prefix(self, block: int) -> str:
+        """Module path of one block, with the trailing dot."""
+        return f"{self.blocks_path}.{block}."
+
+    def load_block(self, block: int, device: torch.device) -> nn.Module:
+        """One block with its weights, on `device`, floating tensors in the forward dtype.
+
+        Only this block's tensors are read. Raises `ModelError` for a tensor that is missing.
+        """
+        module = copy.deepcopy(self.blocks[block])
+        self._load(module, self.block_prefix(block), device)
+        _require_loaded(module, self.block_prefix(block), self.files.folder)
+        return module.eval()
+
+    def load_ends(self, device: torch.device, *, head: bool) -> PreTrainedModel:
+        """The model with everything but its blocks loaded: embeddings, and with `head` the rest.
+
+        The blocks stay on the meta device: callers give them another `forward`. Without `head` the
+        output embedding is left out, unless it is tied to the input embedding.
+        """
+        model = copy.deepcopy(self.model)
+        output = model.get_output_embeddings()
+        skipped = set() if head or output is None else {id(p) for p in output.parameters()}
+        blocks = {id(p) for p in model.get_submodule(self.blocks_path).parameters()}
+        self._load(model, "", device, skip=skipped | blocks)
+        model.tie_weights()
+        if head:
+            _require_loaded(model, "", self.files.folder, skip=blocks)
+        return model.eval()
+
+    def _load(
+        self, module: nn.Module, prefix: str, device: torch.device, skip: set[int] | None = None
+    ) -> None:
+        """Fills `module` from the weight files; parameters whose id is in `skip` stay on meta."""
+        skip = skip or set()
+        for path, owner in module.named_modules():
+            dotted = f"{prefix}{path}." if path else prefix
+            for name, parameter in owner.named_parameters(recurse=False):
+                if id(parameter) not in skip and (stored := self.tensor_name(dotted + name)):
+                    value = self._read(stored, parameter.shape, device)
+                    setattr(owner, name, nn.Parameter(value, requires_grad=False))
+            for name, buffer in owner.named_buffers(recurse=False):
+                if stored := self.tensor_name(dotted + name):
+                    owner.register_buffer(name, self._read(stored, buffer.shape, device))
+                elif not buffer.is_meta:
+                    # Computed by the constructor (rotary frequencies): its dtype is deliberate.
+                    persistent = name not in owner._non_persistent_buffers_set
+                    owner.register_buffer(name, buffer.to(device), persistent=persistent)
+
+    def _read(self, name: str, shape: torch.Size, device: torch.device) -> Tensor:
+        if self.files.tensors[name].shape != tuple(shape):
+            raise ModelError(
+                f"{name} has shape {list(self.files.tensors[name].shape)} in the weight files, but "
+                f"{self.files.folder / 'config.json'} makes it {list(shape)}"
+            )
+        value = self.files.read(name)
+        return value.to(device=device, dtype=self.dtype if value.is_floating_point() else None)
+
+
+def open_skeleton(folder: Path, *, dtype: str | None, trust_remote_code: bool) -> Skeleton:
+    """Reads config and headers of a local model folder and checks them against each other.
+
+    `dtype` is the forward passes' dtype by name; None takes the source's: what its config says, or
+    else the dtype of its first floating tensor. No weight is read.
+
+    Raises `ModelError` for a folder that is no decoder-only causal LM, and for tensors that are
+    missing or have the wrong shape; `CorruptFileError` for damaged files.
+    """
+    files = ModelFiles.open(folder)
+    config = _load_config(folder, trust_remote_code)
+    _require_causal(config, folder)
+    forward_dtype = _forward_dtype(config, files, dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=forward_dtype, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+        raise ModelError(
+            f"{folder}: transformers cannot build a causal LM from its config.json: "
+            f"{first_line(error)}"
+        ) from error
+    model.eval()
+    skeleton = Skeleton(model, files, _find_blocks(model, folder), forward_dtype)
+    _check_tensors(skeleton)
+    return skeleton
+
+
+def maximum_seqlen(config: PreTrainedConfig) -> int | None:
+    """The longest sequence the model's config allows, in tokens; None if it does not say."""
+    value = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(value) if value else None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for one-line reports."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _load_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
+        raise ModelError(
+            f"{folder / 'config.json'} is not a config that transformers knows: {first_line(error)}"
+        ) from error
+    if not isinstance(config, PreTrainedConfig):
+        raise ModelError(f"{folder / 'config.json'} does not describe a model")
+    return config
+
+
+def _require_causal(config: PreTrainedConfig, folder: Path) -> None:
+    """Refuses encoders: AutoModelForCausalLM would wrap some of them without complaint."""
+    names = list(config.architectures or [])
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{folder}: {config.model_type} is an encoder-decoder model; prox24 prunes "
+            "decoder-only causal LMs"
+        )
+    if not names:
+        raise ModelError(
+            f"{folder / 'config.json'} names no `architectures`; add the class that the weights "
+            "were saved from, such as LlamaForCausalLM"
+        )
+    if not any("CausalLM" in name or "LMHead" in name for name in names):
+        raise ModelError(
+            f"{folder}: {', '.join(names)} is not a causal LM; prox24 prunes decoder-only causal "
+            "LMs (classes named ...ForCausalLM or ...LMHeadModel)"
+        )
+
+
+def _forward_dtype(config: PreTrainedConfig, files: ModelFiles, name: str | None) -> torch.dtype:
+    if name is not None:
+        if name not in FORWARD_DTYPES:
+            raise ConfigError(f"--dtype {name} is not one of {', '.join(FORWARD_DTYPES)}")
+        return FORWARD_DTYPES[name]
+    declared = getattr(config.get_text_config(), "dtype", None)
+    if isinstance(declared, torch.dtype) and declared.is_floating_point:
+        return declared
+    for entry in files.tensors.values():
+        if torch_dtype(entry.dtype).is_floating_point:
+            return torch_dtype(entry.dtype)
+    raise ModelError(f"{files.folder} holds no floating-point tensor")
+
+
+def _find_blocks(model: PreTrainedModel, folder: Path) -> str:
+    """Path of the outermost module list of `num_hidden_layers` entries that hold linears."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for path, module in model.named_modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == count
+            and all(any(isinstance(m, nn.Linear) for m in child.modules()) for child in module)
+        ):
+            return path
+    raise ModelError(
+        f"{folder}: found no list of {count} decoder blocks with nn.Linear layers in "
+        f"{type(model).__name__}; this architecture is not supported"
+    )
+
+
+def _check_tensors(skeleton: Skeleton) -> None:
+    """Compares every parameter's name and shape with the headers, before any compute."""
+    tied = _tied_names(skeleton.model)
+    missing = []
+    for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
+        stored = skeleton.tensor_name(name)
+        if stored is None:
+            if name not in tied:
+                missing.append(name)
+        elif skeleton.files.tensors[stored].shape != tuple(parameter.shape):
+            raise ModelError(
+                f"{stored} has shape {list(skeleton.files.tensors[stored].shape)} in the weight "
+                f"files, but {skeleton.files.folder / 'config.json'} makes it "
+                f"{list(parameter.shape)}"
+            )
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(
+            f"{skeleton.files.folder}: the weight files lack {', '.join(missing[:3])}{more}, which "
+            f"{type(skeleton.model).__name__} needs; the download may be incomplete"
+        )
+
+
+def _tied_names(model: PreTrainedModel) -> set[str]:
+    """Names of parameters that are one tensor with another, so that files may lack them."""
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+    shared = {name for names in names_of.values() if len(names) > 1 for name in names}
+    if model.config.get_text_config().tie_word_embeddings:
+        keys: Any = getattr(model, "all_tied_weights_keys", None) or {}
+        shared |= set(keys)
+    return shared
+
+
+def _require_loaded(
+    module: nn.Module, prefix: str, folder: Path, skip: set[int] | None = None
+) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta and id(parameter) not in (skip or set()):
+            raise ModelError(f"{folder}: the weight files lack {prefix}{name}")

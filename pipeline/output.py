@@ -1,0 +1,131 @@
+"""The finished model's folder: weight files by the workers, the rest by the driver, then a rename.
+
+Nothing in it depends on when, where or how often the job was interrupted: the same job gives the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import PruneConfig
+from pipeline.loop import block_error
+from pipeline.model import Skeleton
+from pipeline.model_card import model_card
+from storage.checkpoints import BlockRecord
+from storage.commit import StoredFile, write_new_file
+from storage.output import copy_side_files, publish_output
+from storage.run_directory import RunDirectory
+
+RESULT_FILE = "prox24.json"
+RESULT_SCHEMA = 1
+_LIBRARIES = ("prox24", "torch", "transformers", "safetensors", "pyarrow")
+
+
+def finished_output(output: Path, job: dict[str, Any]) -> dict[str, Any] | None:
+    """The results in OUTPUT if it is this very job's finished output, else None."""
+    try:
+        results = json.loads((output / RESULT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if isinstance(results, dict) and results.get("job") == json.loads(json.dumps(job)):
+        return results
+    return None
+
+
+def write_output(
+    output: Path,
+    *,
+    job: dict[str, Any],
+    skeleton: Skeleton,
+    config: PruneConfig,
+    records: Sequence[BlockRecord],
+    skipped: Sequence[str],
+    source_name: str,
+    run: RunDirectory,
+    write_files: Callable[[str], list[StoredFile]],
+) -> None:
+    """Writes the folder beside `output` under a name no reader trusts, then renames it.
+
+    `write_files(folder)` has the workers write the weight files and returns what they wrote.
+    """
+    partial = output.with_name(f".{output.name}.partial-{run.path.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    stored = sorted(write_files(str(partial)), key=lambda file: file.name)
+    copy_side_files(skeleton.files, partial)
+    layers = layer_results(records, skeleton.blocks_path)
+    results = {
+        "schema_version": RESULT_SCHEMA,
+        "job": job,
+        "source": source_name,
+        "blocks": [
+            {"block": record.block, "relative_error": block_error(record)} for record in records
+        ],
+        "layers": layers,
+        "skipped_layers": list(skipped),
+        "weight_files": [file.to_json() for file in stored],
+        "environment": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in _LIBRARIES},
+        },
+    }
+    card = model_card(
+        source_name=source_name,
+        settings=card_settings(job),
+        results=layers,
+        perplexity=None,
+        license=source_license(skeleton.files.folder),
+    )
+    _write(partial / "README.md", card)
+    _write(partial / RESULT_FILE, json.dumps(results, indent=1) + "\n")
+    publish_output(partial, output, config.overwrite)
+
+
+def layer_results(records: Sequence[BlockRecord], blocks_path: str) -> list[dict[str, Any]]:
+    """One entry per pruned layer, in model order: names, shape, and the solve's report."""
+    return [
+        {
+            "name": f"{blocks_path}.{record.block}.{name}",
+            "block": record.block,
+            "layer": name,
+            "shape": list(layer.shape),
+            "dtype": layer.dtype,
+            **layer.results,
+        }
+        for record in records
+        for name, layer in record.layers.items()
+    ]
+
+
+def card_settings(job: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the model card shows: the options, with the solver's as resolved."""
+    return {**job["settings"], **job["solver"], "dataset": job["dataset"]["name"]}
+
+
+def source_license(folder: Path) -> str | None:
+    """The licence that the source's model card declares in its front matter, if any."""
+    try:
+        lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    if not lines or lines[0].strip() != "---":
+        return None
+    for line in lines[1:]:
+        if line.strip() == "---":
+            return None
+        key, _, value = line.partition(":")
+        if key == "license" and value.strip():
+            return value.strip()
+    return None
+
+
+def _write(path: Path, text: str) -> None:
+    with write_new_file(path) as writer:
+        writer.write(text.encode("utf-8"))

@@ -1,0 +1,295 @@
+"""The main job: check everything, prune block by block, write the model."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.calibration import calibration_tokens, load_tokenizer
+from pipeline.config import PruneConfig
+from pipeline.executor import Executor
+from pipeline.layers import Selection, layers_to_prune, select_layers
+from pipeline.loop import BlockLoop
+from pipeline.manifest import (
+    check_manifest,
+    data_identity,
+    describe_job,
+    read_manifest,
+    require_fingerprints,
+    write_manifest,
+)
+from pipeline.model import Skeleton, maximum_seqlen, open_skeleton
+from pipeline.output import finished_output, write_output
+from pipeline.progress import Progress
+from pipeline.report import read_summary, summarize, write_summary
+from pipeline.solvers import solver_for
+from pipeline.split import deal
+from pipeline.worker import Job
+from storage.arrow_store import read_tokens, write_tokens
+from storage.checkpoints import BlockRecord
+from storage.commit import StoredFile
+from storage.errors import ConfigError, OutputError, ResourceError
+from storage.lock import RunLock
+from storage.output import recover_output
+from storage.run_directory import RunDirectory
+
+ExecutorFactory = Callable[[], Executor]
+# What records, tokens and side files may take besides the weights and activations, in bytes.
+_SLACK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What a finished job left: where, and its summary (see `pipeline.report.summarize`)."""
+
+    output: Path
+    run_directory: Path
+    summary: dict[str, Any]
+
+
+def run_directory_of(output: Path, config: PruneConfig) -> Path:
+    """`--run-dir`, or OUTPUT with `.run` appended; absolute, since workers may run elsewhere."""
+    if config.run_dir is not None:
+        return Path(config.run_dir).absolute()
+    return output.with_name(output.name + ".run").absolute()
+
+
+def prune(
+    source: Path,
+    output: Path,
+    config: PruneConfig,
+    make_executor: ExecutorFactory,
+    progress: Progress,
+    *,
+    source_name: str | None = None,
+) -> PruneResult:
+    """Prunes the model in folder `source` into folder `output`.
+
+    `make_executor` is called after everything that can be checked without workers has been.
+    `source_name` names the source in the model card (a hub id); by default its folder's name.
+
+    Raises an `InputError` for bad input before any compute, `NumericalError` where a value is not
+    finite, `RunDirectoryError` where the run directory is another job's or in use.
+    """
+    source, output = source.absolute(), output.absolute()
+    skeleton = open_skeleton(source, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    selection = _check(skeleton, config)
+    run = RunDirectory(run_directory_of(output, config))
+    with _locked(run, progress) as lock:
+        recover_output(output)
+        job = describe_job(config, skeleton, data_identity(config.dataset))
+        manifest = read_manifest(run)
+        if manifest is not None:
+            check_manifest(run, manifest, job)
+            if finished_output(output, job) is not None:
+                # Killed between the output's rename and the end: only the tidying up is left.
+                return PruneResult(output, run.path, _tidy(run, len(skeleton.blocks)))
+        _check_output(output, config)
+        run.sweep_uncommitted()
+        tokens = _tokens(run, skeleton, config, manifest)
+        _check_space(run, output, skeleton, config)
+        executor = make_executor()
+        try:
+            loop = _start(run, lock, skeleton, config, executor, progress)
+            _fingerprint(loop, skeleton, job, tokens, manifest)
+            return _finish(
+                loop, skeleton, config, job, output, selection, source_name or source.name
+            )
+        finally:
+            progress.end()
+            executor.close()
+
+
+def _check(skeleton: Skeleton, config: PruneConfig) -> Selection:
+    """What shapes and config alone can tell."""
+    settings = config.solver_settings()
+    solver_for(settings)
+    longest = maximum_seqlen(skeleton.model.config)
+    if longest is not None and config.seqlen > longest:
+        raise ConfigError(f"--seqlen {config.seqlen} is above the model's maximum of {longest}")
+    return select_layers(skeleton, settings, config.skip_unsupported)
+
+
+def _check_output(output: Path, config: PruneConfig) -> None:
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; name a folder that does not exist yet")
+    if output.is_dir() and any(output.iterdir()) and not config.overwrite:
+        raise OutputError(f"{output} exists and is not empty; --overwrite replaces it")
+
+
+@contextlib.contextmanager
+def _locked(run: RunDirectory, progress: Progress) -> Iterator[RunLock]:
+    """The run directory's lock; leaves no empty run directory behind when a check fails."""
+    existed = run.path.exists()
+
+    def wait(seconds: float) -> None:
+        progress.note(
+            f"{run.path} may still be owned on another host; taking over in {seconds:.0f} s"
+        )
+
+    with RunLock(run.path, on_wait=wait) as lock:
+        yield lock
+    if not existed:
+        with contextlib.suppress(OSError):
+            run.path.rmdir()
+
+
+def _tokens(
+    run: RunDirectory, skeleton: Skeleton, config: PruneConfig, manifest: dict[str, Any] | None
+) -> StoredFile:
+    """The calibration tokens' file: the committed one, or a new one."""
+    if manifest is not None:
+        stored = StoredFile.from_json(manifest["tokens"], str(run.manifest))
+        read_tokens(run.path / stored.name, sha256=stored.sha256)
+        return stored
+    tokenizer = load_tokenizer(skeleton.files.folder, config.trust_remote_code)
+    tokens = calibration_tokens(
+        tokenizer, config.dataset, config.text_column, config.nsamples, config.seqlen, config.seed
+    )
+    run.tokens().unlink(missing_ok=True)
+    return write_tokens(run.tokens(), tokens)
+
+
+def _check_space(run: RunDirectory, output: Path, skeleton: Skeleton, config: PruneConfig) -> None:
+    """Compares what the job will write with what is free, before it starts."""
+    weights = sum(entry.end - entry.start for entry in skeleton.files.tensors.values())
+    hidden = skeleton.model.config.get_text_config().hidden_size
+    store = config.nsamples * config.seqlen * hidden * skeleton.dtype.itemsize
+    needs = solver_for(config.solver_settings()).needs
+    # Two activation stores, row slices and the output at the most.
+    wanted = {run.path: weights + (0 if needs == "none" else 2 * store) + _SLACK_BYTES}
+    output_parent = next(parent for parent in output.parents if parent.exists())
+    if output_parent.stat().st_dev == run.path.stat().st_dev:
+        wanted[run.path] += weights
+    else:
+        wanted[output_parent] = weights + _SLACK_BYTES
+    for path, size in wanted.items():
+        free = shutil.disk_usage(path).free + (run.size() if path == run.path else 0)
+        if free < size:
+            raise ResourceError(
+                f"{path}: the job needs about {size / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are "
+                "free; make room, choose another --run-dir, or lower --nsamples or --seqlen"
+            )
+
+
+def _start(
+    run: RunDirectory,
+    lock: RunLock,
+    skeleton: Skeleton,
+    config: PruneConfig,
+    executor: Executor,
+    progress: Progress,
+) -> BlockLoop:
+    settings = config.solver_settings()
+    layers = [
+        layers_to_prune(skeleton, block, settings, config.skip_unsupported)
+        for block in range(len(skeleton.blocks))
+    ]
+    dtypes = [
+        {name: skeleton.files.tensors[skeleton.weight_name(block, name)].dtype for name in names}
+        for block, names in enumerate(layers)
+    ]
+    done = sum(run.record(block).exists() for block in range(len(layers)))
+    progress.begin("pruning", len(layers), done)
+    progress.phase("start workers")
+    executor.start(
+        Job(
+            source=str(skeleton.files.folder),
+            run_directory=str(run.path),
+            settings=settings,
+            nsamples=config.nsamples,
+            seqlen=config.seqlen,
+            batch_size=config.batch_size,
+            dtype=config.dtype,
+            device=config.device,
+            threads=executor.threads,
+            skip_unsupported=config.skip_unsupported,
+            trust_remote_code=config.trust_remote_code,
+        )
+    )
+    return BlockLoop(
+        executor=executor,
+        run=run,
+        lock=lock,
+        progress=progress,
+        blocks=len(layers),
+        layers=layers,
+        dtypes=dtypes,
+        calibrates=solver_for(settings).needs != "none",
+        max_attempts=config.max_attempts,
+    )
+
+
+def _file_arguments(skeleton: Skeleton, world: int) -> list[list[str]]:
+    """The weight files of each rank, dealt by size."""
+    sizes = {
+        file: float((skeleton.files.folder / file).stat().st_size) for file in skeleton.files.files
+    }
+    owners = deal(list(sizes), sizes, world)
+    return [[file for file in sizes if owners[file] == rank] for rank in range(world)]
+
+
+def _fingerprint(
+    loop: BlockLoop,
+    skeleton: Skeleton,
+    job: dict[str, Any],
+    tokens: StoredFile,
+    manifest: dict[str, Any] | None,
+) -> None:
+    """Hashes the source on the workers; commits the manifest, or compares with it."""
+    loop.progress.phase("check weights")
+    files = _file_arguments(skeleton, loop.executor.world)
+    outcomes = loop.guarded("fingerprint", [(own,) for own in files])
+    found = {f.file: f.sha256 for outcome in outcomes for f in outcome.value}
+    if manifest is None:
+        write_manifest(loop.run, loop.lock, job, tokens, dict(sorted(found.items())))
+    else:
+        require_fingerprints(loop.run, manifest, found)
+
+
+def _finish(
+    loop: BlockLoop,
+    skeleton: Skeleton,
+    config: PruneConfig,
+    job: dict[str, Any],
+    output: Path,
+    selection: Selection,
+    source_name: str,
+) -> PruneResult:
+    """Prunes the blocks that are left, writes the output, reports, and clears the run directory."""
+    loop.prune()
+    records: list[BlockRecord] = [loop.read_record(block) for block in range(loop.blocks)]
+    loop.progress.phase("write")
+    write_summary(loop.run, summarize(loop.run, records))
+    files = _file_arguments(skeleton, loop.executor.world)
+    write_output(
+        output,
+        job=job,
+        skeleton=skeleton,
+        config=config,
+        records=records,
+        skipped=selection.skipped,
+        source_name=source_name,
+        run=loop.run,
+        write_files=lambda folder: [
+            stored
+            for outcome in loop.guarded("write_output", [(own, records, folder) for own in files])
+            for stored in outcome.value
+        ],
+    )
+    return PruneResult(output, loop.run.path, _tidy(loop.run, loop.blocks))
+
+
+def _tidy(run: RunDirectory, blocks: int) -> dict[str, Any]:
+    """Deletes what a finished job no longer needs, the last block first; returns its summary.
+
+    Records go before the files they name, so that a kill in the middle leaves a valid directory.
+    """
+    for block in reversed(range(blocks + 1)):
+        run.remove_activations(block)
+        run.remove_checkpoint(block)
+    return read_summary(run)

@@ -1,0 +1,78 @@
+"""What a job measured about itself: errors by block, seconds by kind of work, peak memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pipeline.loop import ACTIVATIONS_SCHEMA, block_error
+from pipeline.measure import peak_memory
+from storage.checkpoints import BlockRecord
+from storage.commit import read_json, replace_json
+from storage.run_directory import RunDirectory
+
+SUMMARY_SCHEMA = 1
+# Kinds of work that the summary names; the rest of the wall time is "other".
+KINDS = ("forward", "hessian", "reduce", "solve", "io", "load")
+
+
+def summarize(run: RunDirectory, records: Sequence[BlockRecord]) -> dict[str, Any]:
+    """The finished job's figures.
+
+    `wall`: seconds of all phases at the driver. `seconds`: that time split by kind of work, each
+    the mean over ranks, so that the parts and "other" (waiting, dispatch) add up to `wall`.
+    `memory`: peak bytes of the driver and of the largest worker. Interrupted runs are included:
+    each phase is counted once, in the attempt that was committed.
+    """
+    phases = [phase for record in records for phase in record.results["phases"].values()]
+    for block in range(len(records)):
+        path = run.report() / f"inputs-{block:03d}.json"
+        if path.exists():
+            phases += read_json(path, ACTIVATIONS_SCHEMA)["phases"].values()
+    wall = sum(phase["wall"] for phase in phases)
+    seconds = {kind: _mean_over_ranks(phases, kind) for kind in KINDS}
+    seconds["other"] = max(0.0, wall - sum(seconds.values()))
+    workers = [memory for phase in phases for memory in phase["memory"]]
+    return {
+        "schema_version": SUMMARY_SCHEMA,
+        "blocks": [
+            {
+                "block": record.block,
+                "relative_error": block_error(record),
+                "attempt": record.attempt,
+                "world": record.world,
+                "seconds": record.results["seconds"],
+                "groups": record.results["groups"],
+                "layers": {name: layer.results for name, layer in record.layers.items()},
+            }
+            for record in records
+        ],
+        "wall": wall,
+        "seconds": seconds,
+        "memory": {
+            "driver_rss_bytes": peak_memory()["rss_bytes"],
+            "worker_rss_bytes": _largest(workers, "rss_bytes"),
+            "worker_device_bytes": _largest(workers, "device_bytes"),
+        },
+    }
+
+
+def write_summary(run: RunDirectory, summary: dict[str, Any]) -> None:
+    """Writes `report/summary.json`."""
+    replace_json(run.report() / "summary.json", summary)
+
+
+def read_summary(run: RunDirectory) -> dict[str, Any]:
+    """Reads `report/summary.json`. Raises `CorruptFileError` where it is missing or damaged."""
+    return read_json(run.report() / "summary.json", SUMMARY_SCHEMA)
+
+
+def _mean_over_ranks(phases: Iterable[dict[str, Any]], kind: str) -> float:
+    return sum(
+        sum(rank.get(kind, 0.0) for rank in phase["ranks"]) / len(phase["ranks"])
+        for phase in phases
+    )
+
+
+def _largest(memory: Iterable[dict[str, Any]], key: str) -> int:
+    return max((int(m.get(key, 0)) for m in memory), default=0)

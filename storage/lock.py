@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 LOCK_SCHEMA = 1
 _RECORD_BYTES = 1024  # fixed, so that a heartbeat overwrites the whole record in one write
 _MAX_ROUNDS = 100
+_CLAIM_SECONDS = 0.5  # a claim that lost against another is gone long before
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,8 @@ class RunLock:
             logger.info("taking over %s: its owner is dead", path)
             return True
         if alive:
+            if _goes_away(path):
+                return False
             raise self._refusal(owner)
         deadline = time.monotonic() + self._stale_seconds
         while (remaining := deadline - time.monotonic()) > 0:
@@ -270,6 +273,16 @@ def _read(path: Path) -> bytes | None:
             return file.read(16 * _RECORD_BYTES)
     except FileNotFoundError:
         return None
+
+
+def _goes_away(path: Path) -> bool:
+    """Whether a living process's file was only a claim that it gave up."""
+    deadline = time.monotonic() + _CLAIM_SECONDS
+    while time.monotonic() < deadline:
+        if not path.exists():
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def _encode(owner: Owner) -> bytes:

@@ -10,6 +10,7 @@ import errno
 import io
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -34,8 +35,8 @@ logger = logging.getLogger(__name__)
 Replacement = Callable[[str], Iterable[torch.Tensor] | None]
 
 # Weights in other formats would be the dense ones; the card and the results are written anew.
-_NOT_COPIED = frozenset(
-    [".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml", ".ot", ".tflite", ".pkl", ".pickle"]
+_NOT_COPIED = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|ot|tflite|pkl|pickle)"
 )
 _WRITTEN_ANEW = frozenset({"README.md", "prox24.json"})
 _SIDE_FOLDERS = ("additional_chat_templates",)
@@ -125,7 +126,7 @@ def _is_side_file(path: Path, index: str | None) -> bool:
         return False
     if name.endswith(".index.json"):
         return name == index  # the index of weights that are not copied would mislead
-    return path.suffix.lower() not in _NOT_COPIED
+    return not _NOT_COPIED.fullmatch(path.suffix.lower())
 
 
 def publish_output(partial: Path, output: Path, overwrite: bool) -> None:
@@ -149,9 +150,10 @@ def publish_output(partial: Path, output: Path, overwrite: bool) -> None:
         os.rename(partial, output)
     except OSError as error:
         recover_output(output)
-        if error.errno == errno.EXDEV:
+        if error.errno in (errno.EXDEV, errno.EBUSY):
             raise OutputError(
-                f"{output}: not on the filesystem of {partial}; choose an output beside it"
+                f"{output}: {partial} cannot be renamed to it ({error.strerror}): a mount point "
+                "or another filesystem; name a folder inside it"
             ) from error
         raise
     fsync_directory(output.parent)

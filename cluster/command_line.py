@@ -55,7 +55,8 @@ class Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the complaint and exits with 2."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def make_parser() -> argparse.ArgumentParser:

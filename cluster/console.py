@@ -23,7 +23,7 @@ class Console:
         self._task: Any = None
         self._title, self._blocks, self._done = "", 0, 0
         self._started = self._block_started = time.monotonic()
-        self._fresh = 0
+        self._fresh, self._in_blocks = 0, False
 
     def settings(self, model: str, output: str, config: PruneConfig) -> None:
         """What is about to be done, in two lines."""
@@ -45,7 +45,7 @@ class Console:
         """Starts the bar."""
         self._title, self._blocks, self._done = title, blocks, done
         self._started = self._block_started = time.monotonic()
-        self._fresh = 0
+        self._fresh, self._in_blocks = 0, False
         if done:
             self.print(f"{done} of {blocks} blocks are already done; going on from there")
         if self.console.is_terminal:
@@ -64,6 +64,10 @@ class Console:
 
     def phase(self, name: str, block: int | None = None) -> None:
         """Names the phase in the bar."""
+        if block is not None and not self._in_blocks:
+            # Starting workers and checking weights is not a block's time.
+            self._in_blocks = True
+            self._started = self._block_started = time.monotonic()
         if self._bar is not None:
             where = name if block is None else f"block {block} {name}"
             self._bar.update(self._task, description=f"{where:<20}")

@@ -13,14 +13,15 @@ import rich.console
 import rich.table
 
 from cluster.console import Console, duration
-from pipeline.config import EvalConfig, PruneConfig, RuntimeConfig
+from pipeline.config import EvalConfig, Method, PruneConfig, RuntimeConfig
 from pipeline.demo_model import demo_model, demo_texts
 from pipeline.evaluate import evaluate
 from pipeline.prune import prune
 
 _WORKERS = 2
-_CALIBRATION = {"nsamples": 32, "seqlen": 512}
-_EVALUATION = {"nsamples": 24, "seqlen": 512}
+_SEQLEN = 512
+_CALIBRATION_SEQUENCES = 32
+_EVALUATION_SEQUENCES = 24
 
 
 def demo(folder: Path) -> int:
@@ -37,11 +38,17 @@ def demo(folder: Path) -> int:
         return lambda: RayExecutor(config)
 
     def perplexity(model: Path) -> float:
-        config = EvalConfig(dataset=str(evaluation), workers=_WORKERS, **_EVALUATION)
+        config = EvalConfig(
+            dataset=str(evaluation),
+            workers=_WORKERS,
+            nsamples=_EVALUATION_SEQUENCES,
+            seqlen=_SEQLEN,
+        )
         return float(evaluate(model, config, executor(config), console)["perplexity"])
 
     rows = [("dense", perplexity(source), source, 0.0)]
-    for method in ("magnitude", "prox_admm"):
+    methods: tuple[Method, ...] = ("magnitude", "prox_admm")
+    for method in methods:
         output = folder / f"SmolLM2-135M-Instruct-{method}-2-4"
         _clear(output)
         console.print(f"pruning with {method}")
@@ -50,7 +57,8 @@ def demo(folder: Path) -> int:
             dataset=str(calibration),
             workers=_WORKERS,
             overwrite=True,
-            **_CALIBRATION,
+            nsamples=_CALIBRATION_SEQUENCES,
+            seqlen=_SEQLEN,
         )
         started = time.monotonic()
         prune(source, output, config, executor(config), console)
@@ -82,10 +90,10 @@ def _table(rows: list[tuple[str, float, Path, float]], seconds: float) -> None:
     console = rich.console.Console(file=sys.stdout, highlight=False)
     console.print(table)
     console.print(
-        f"Whole demo: {duration(seconds)}. Calibrated on {_CALIBRATION['nsamples']} x "
-        f"{_CALIBRATION['seqlen']} tokens of Python's language reference, evaluated on its "
-        "held-out last fifth.\nSo little text, of one kind, is for show: real pruning takes 128 x 2048 "
-        "tokens or more of C4.\n",
+        f"Whole demo: {duration(seconds)}. Calibrated on {_CALIBRATION_SEQUENCES} x "
+        f"{_SEQLEN} tokens of Python's language reference, evaluated on its "
+        "held-out last fifth.\nSo little text, of one kind, is for show: real pruning takes "
+        "128 x 2048 tokens or more of C4.\n",
         soft_wrap=True,
     )
     console.print(f"The pruned model: {rows[-1][2].absolute()}", soft_wrap=True)

@@ -119,7 +119,7 @@ class RayExecutor:
     def _collect(self, calls: list[Any], phase: str, timeout: float) -> list[Any]:
         """Results in order. The first error ends the wait; of several the telling one is raised."""
         deadline = time.monotonic() + timeout
-        pending, errors = list(calls), []
+        pending, errors = list(calls), list[Exception]()
         while pending:
             left = deadline - time.monotonic()
             ready, pending = ray.wait(pending, num_returns=1, timeout=max(left, 0.0))

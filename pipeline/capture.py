@@ -28,8 +28,9 @@ class BlockCall:
 
     def run(self, block: nn.Module, hidden_states: Tensor) -> Tensor:
         """The block's output hidden states; both `(batch, seqlen, hidden)`, forward dtype."""
-        output = block(hidden_states, *self.arguments, **self.keywords)
-        return output[0] if isinstance(output, tuple) else output
+        output: Any = block(hidden_states, *self.arguments, **self.keywords)
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
 
 
 class _Captured(Exception):
@@ -42,7 +43,7 @@ class ModelEnds:
     def __init__(self, skeleton: Skeleton, device: torch.device, *, head: bool) -> None:
         """Loads embeddings (and with `head` final norm and output embedding) onto `device`."""
         self.model: PreTrainedModel = skeleton.load_ends(device, head=head)
-        self.blocks: nn.ModuleList = self.model.get_submodule(skeleton.blocks_path)  # type: ignore[assignment]
+        self.blocks: nn.ModuleList = self.model.get_submodule(skeleton.blocks_path)
         self.device = device
         self.dtype = skeleton.dtype
         self._returns_tuple = False
@@ -129,7 +130,7 @@ class ModelEnds:
 
     def _set_forward(self, make: Callable[[int], Callable[..., Any]]) -> None:
         for index, block in enumerate(self.blocks):
-            block.forward = make(index)  # type: ignore[method-assign]
+            block.forward = make(index)
 
 
 class _WrongReturn(Exception):

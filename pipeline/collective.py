@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pipeline.solvers.types import Statistics
 from storage.errors import WorkerLostError
@@ -23,16 +24,16 @@ _CHUNK = 1 << 26
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def host_meeting(host: str) -> dist.TCPStore:
+def host_meeting(host: str) -> TCPStore:
     """Rank 0's meeting point on a free port of `host`; its `port` is what the others need."""
-    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
 
 
 class Collective:
     """This process's membership in the group of all ranks."""
 
     def __init__(
-        self, rank: int, world: int, store: dist.TCPStore, backend: str, timeout: float
+        self, rank: int, world: int, store: TCPStore, backend: str, timeout: float
     ) -> None:
         """Joins the group that meets at `store`; any operation waits `timeout` seconds at most."""
         self.rank, self.world, self.backend = rank, world, backend
@@ -53,7 +54,7 @@ class Collective:
     ) -> Collective:
         """Joins the group that rank 0 hosts at `host:port` (see `host_meeting`)."""
         try:
-            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
+            store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
         except RuntimeError as error:
             raise WorkerLostError(f"rank {rank} cannot reach rank 0 at {host}:{port}") from error
         return cls(rank, world, store, backend, timeout)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pipeline.solvers import SolverSettings
 from pipeline.solvers.types import Pattern
@@ -17,6 +17,7 @@ from storage.errors import ConfigError
 Method = Literal["magnitude", "wanda", "sparsegpt", "prox", "prox_admm"]
 
 # Fields that say where or how a job runs, not what it computes: a resumed job may change them.
+# (Another number of workers or threads changes the order of floating-point sums, no more.)
 PLACEMENT_FIELDS = frozenset(
     {
         "run_dir",
@@ -30,7 +31,9 @@ PLACEMENT_FIELDS = frozenset(
         "phase_timeout",
         "skip_unsupported",
         "gpus_per_worker",
-        "save_layers",
+        "workers",
+        "threads",
+        "device",
     }
 )
 
@@ -39,6 +42,18 @@ def option(default: Any, help: str) -> Any:
     """A documented field. `help` ends up in `--help` and states the unit."""
     # argparse interpolates percent signs in help texts.
     return field(default=default, metadata={"help": help.replace("%", "%%")})
+
+
+def defaults_text(setting: str) -> str:
+    """Each method's default of a solver setting, for a help text: `wanda 0, prox 0.01`."""
+    values = {
+        method: getattr(SolverSettings(method=method).resolved(), setting)
+        for method in get_args(Method)
+    }
+    return ", ".join(
+        f"{method} {value if isinstance(value, str) else format(value, 'g')}"
+        for method, value in values.items()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +128,13 @@ class PruneConfig(RuntimeConfig):
     seed: int = option(0, "seed of the random crops")
     damping: float | None = option(
         None,
-        "added to the Hessian's diagonal, as a share of the diagonal's mean; unset: the method's "
-        "default (DAMPING_DEFAULTS)",
+        "added to the Hessian's diagonal, as a share of the diagonal's mean; unset: "
+        + defaults_text("damping"),
     )
     shrinkage: str | None = option(
         None,
         "share by which the Hessian's off-diagonal entries are pulled to zero, 0 to 1, or `auto`; "
-        "unset: the method's default (SHRINKAGE_DEFAULTS)",
+        "unset: " + defaults_text("shrinkage"),
     )
     blocksize: str = option(
         "128", "columns in SparseGPT's lazy block, or `auto`: the best known for the layer's width"
@@ -130,7 +145,12 @@ class PruneConfig(RuntimeConfig):
         "An explicit value holds for every method",
     )
     refine_steps: int | None = option(
-        None, "steps of the refinement; unset: the refinement's default (REFINE_DEFAULTS)"
+        None,
+        "steps of the refinement; unset: "
+        + ", ".join(
+            f"{refine} {SolverSettings(refine=refine).resolved().refine_steps}"
+            for refine in ("gradient", "cg")
+        ),
     )
     run_dir: str | None = option(
         None, "folder of the job's state, seen by all nodes; unset: OUTPUT with `.run` appended"

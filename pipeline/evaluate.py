@@ -18,11 +18,11 @@ from pipeline.config import EvalConfig
 from pipeline.executor import Executor
 from pipeline.loop import BlockLoop
 from pipeline.manifest import data_identity
-from pipeline.model import maximum_seqlen, open_skeleton
+from pipeline.model import check_seqlen, check_tokens, open_skeleton
 from pipeline.progress import Progress
 from pipeline.worker import Job
 from storage.arrow_store import write_tokens
-from storage.errors import ConfigError, NumericalError
+from storage.errors import NumericalError
 from storage.lock import RunLock
 from storage.run_directory import RunDirectory
 
@@ -43,14 +43,13 @@ def evaluate(
     skeleton = open_skeleton(
         source.absolute(), dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
-    longest = maximum_seqlen(skeleton.model.config)
-    if longest is not None and config.seqlen > longest:
-        raise ConfigError(f"--seqlen {config.seqlen} is above the model's maximum of {longest}")
+    check_seqlen(skeleton, config.seqlen)
     identity = data_identity(config.dataset)
     tokenizer = load_tokenizer(skeleton.files.folder, config.trust_remote_code)
     tokens = evaluation_tokens(
         tokenizer, config.dataset, config.text_column, config.seqlen, config.nsamples
     )
+    check_tokens(skeleton, tokens)
     with tempfile.TemporaryDirectory(prefix="prox24-eval-", dir=config.scratch_dir) as scratch:
         run = RunDirectory(Path(scratch).absolute())
         write_tokens(run.tokens(), tokens)

@@ -154,7 +154,7 @@ class BlockLoop:
             self._make_inputs(
                 current + 1,
                 "propagate",
-                lambda stamp, b=current, r=record, s=shards: (b, r, s, stamp),  # type: ignore[misc]
+                lambda stamp, b=current, r=record, s=shards: (b, r, s, stamp),
             )
             self.run.remove_activations(current)
         return self._read_inputs(block)

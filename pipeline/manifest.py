@@ -23,7 +23,7 @@ def data_identity(dataset: str) -> dict[str, Any]:
     """What the text is: a local file's name and SHA-256, or a hub id. Raises `DataError`."""
     if not is_local(dataset):
         return {"name": dataset, "sha256": None}
-    path = Path(dataset)
+    path = Path(dataset).expanduser()
     if not path.is_file():
         raise DataError(f"{dataset} is not a file; name a .txt, .jsonl, .parquet or .arrow file")
     return {"name": path.name, "sha256": sha256_file(path)}

@@ -155,10 +155,22 @@ def open_skeleton(folder: Path, *, dtype: str | None, trust_remote_code: bool) -
     return skeleton
 
 
-def maximum_seqlen(config: PreTrainedConfig) -> int | None:
-    """The longest sequence the model's config allows, in tokens; None if it does not say."""
-    value = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(value) if value else None
+def check_seqlen(skeleton: Skeleton, seqlen: int) -> None:
+    """Raises `ConfigError` where `seqlen` tokens are more than the model's config allows."""
+    config = skeleton.model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and seqlen > longest:
+        raise ConfigError(f"--seqlen {seqlen} is above the model's maximum of {longest}")
+
+
+def check_tokens(skeleton: Skeleton, tokens: Tensor) -> None:
+    """Raises `ModelError` where a token id has no embedding: the tokenizer is another model's."""
+    vocabulary = skeleton.model.get_input_embeddings().num_embeddings
+    if int(tokens.max()) >= vocabulary:
+        raise ModelError(
+            f"the tokenizer in {skeleton.files.folder} gives token {int(tokens.max())}, but the "
+            f"model embeds {vocabulary} tokens; copy the model's own tokenizer files into it"
+        )
 
 
 def first_line(error: BaseException) -> str:
@@ -217,6 +229,7 @@ def _forward_dtype(config: PreTrainedConfig, files: ModelFiles, name: str | None
 def _find_blocks(model: PreTrainedModel, folder: Path) -> str:
     """Path of the outermost module list of `num_hidden_layers` entries that hold linears."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    path: str
     for path, module in model.named_modules():
         if (
             isinstance(module, nn.ModuleList)

@@ -22,7 +22,7 @@ from pipeline.manifest import (
     require_fingerprints,
     write_manifest,
 )
-from pipeline.model import Skeleton, maximum_seqlen, open_skeleton
+from pipeline.model import Skeleton, check_seqlen, check_tokens, open_skeleton
 from pipeline.output import finished_output, write_output
 from pipeline.progress import Progress
 from pipeline.report import read_summary, summarize, write_summary
@@ -32,7 +32,7 @@ from pipeline.worker import Job
 from storage.arrow_store import read_tokens, write_tokens
 from storage.checkpoints import BlockRecord
 from storage.commit import StoredFile
-from storage.errors import ConfigError, OutputError, ResourceError
+from storage.errors import OutputError, ResourceError
 from storage.lock import RunLock
 from storage.output import recover_output
 from storage.run_directory import RunDirectory
@@ -108,9 +108,7 @@ def _check(skeleton: Skeleton, config: PruneConfig) -> Selection:
     """What shapes and config alone can tell."""
     settings = config.solver_settings()
     solver_for(settings)
-    longest = maximum_seqlen(skeleton.model.config)
-    if longest is not None and config.seqlen > longest:
-        raise ConfigError(f"--seqlen {config.seqlen} is above the model's maximum of {longest}")
+    check_seqlen(skeleton, config.seqlen)
     return select_layers(skeleton, settings, config.skip_unsupported)
 
 
@@ -150,6 +148,7 @@ def _tokens(
     tokens = calibration_tokens(
         tokenizer, config.dataset, config.text_column, config.nsamples, config.seqlen, config.seed
     )
+    check_tokens(skeleton, tokens)
     run.tokens().unlink(missing_ok=True)
     return write_tokens(run.tokens(), tokens)
 

@@ -68,10 +68,11 @@ def read_summary(run: RunDirectory) -> dict[str, Any]:
 
 
 def _mean_over_ranks(phases: Iterable[dict[str, Any]], kind: str) -> float:
-    return sum(
-        sum(rank.get(kind, 0.0) for rank in phase["ranks"]) / len(phase["ranks"])
+    means = [
+        sum(float(rank.get(kind, 0.0)) for rank in phase["ranks"]) / len(phase["ranks"])
         for phase in phases
-    )
+    ]
+    return sum(means)
 
 
 def _largest(memory: Iterable[dict[str, Any]], key: str) -> int:

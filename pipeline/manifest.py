@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import PruneConfig
 from pipeline.documents import is_local
 from pipeline.model import Skeleton
+from pipeline.version import VERSION
 from storage.commit import StoredFile, publish_json, read_json, sha256_file
 from storage.errors import DataError, RunDirectoryError
 from storage.lock import RunLock
@@ -72,7 +72,7 @@ def write_manifest(
     """Publishes `run.json`, after which the directory belongs to this job."""
     payload = {
         "schema_version": MANIFEST_SCHEMA,
-        "prox24": metadata.version("prox24"),
+        "prox24": VERSION,
         "job": job,
         "tokens": tokens.to_json(),
         "weight_files": weight_files,

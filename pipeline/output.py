@@ -18,6 +18,7 @@ from pipeline.config import PruneConfig
 from pipeline.loop import block_error
 from pipeline.model import Skeleton
 from pipeline.model_card import model_card
+from pipeline.version import VERSION
 from storage.checkpoints import BlockRecord
 from storage.commit import StoredFile, write_new_file
 from storage.output import copy_side_files, publish_output
@@ -25,7 +26,7 @@ from storage.run_directory import RunDirectory
 
 RESULT_FILE = "prox24.json"
 RESULT_SCHEMA = 1
-_LIBRARIES = ("prox24", "torch", "transformers", "safetensors", "pyarrow")
+_LIBRARIES = ("torch", "transformers", "safetensors", "pyarrow")
 
 
 def finished_output(output: Path, job: dict[str, Any]) -> dict[str, Any] | None:
@@ -72,6 +73,7 @@ def write_output(
         "skipped_layers": list(skipped),
         "weight_files": [file.to_json() for file in stored],
         "environment": {
+            "prox24": VERSION,
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in _LIBRARIES},
         },

@@ -120,10 +120,16 @@ def verify_file(path: Path, sha256: str) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the entries of a directory durable: a new file's name is not, until this returns."""
+    """Make the entries of a directory durable: a new file's name is not, until this returns.
+
+    Where a filesystem has no such operation, its names are as durable as it makes them.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(descriptor)
 

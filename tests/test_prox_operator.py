@@ -263,7 +263,9 @@ class TestInterface:
         for i in range(2):
             for j in range(3):
                 assert torch.equal(w[i, j], prox_operator(z[i, j], float(lam[i, j])))
-        assert torch.equal(prox_operator(z[0, 0], torch.tensor(0.5)), prox_operator(z[0, 0], 0.5))
+        half = torch.tensor(0.5)
+        assert torch.equal(prox_operator(z[0, 0], half), prox_operator(z[0, 0], 0.5))
+        assert torch.equal(prox_operator(z, half.expand(2, 3)), prox_operator(z, 0.5))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_narrow_types_are_computed_in_float32(self, path: str, dtype: torch.dtype) -> None:
@@ -394,6 +396,21 @@ class TestOnGpu:
         w = prox_operator(on_gpu, torch.rand(len(z), device="cuda"))
         assert w[0, :4].isnan().all()
         assert w.isnan().sum() == 4
+
+    def test_signs_and_order(self) -> None:
+        z, lam = adversarial(60_000, seed=8)
+        z = z.float()
+        w = prox_operator(z.cuda(), lam.cuda()).cpu()
+        assert (w * z >= 0).all()
+        for i, j in permutations(range(4), 2):
+            larger = z[:, i].abs() > z[:, j].abs()
+            assert (w[larger, i].abs() >= w[larger, j].abs()).all()
+
+    def test_lambda_and_layout(self) -> None:
+        whole = torch.randn(40, 6, 64, device="cuda")
+        for z in (whole.transpose(0, 1), whole[:, ::2], whole[..., 4:36]):
+            lam = torch.tensor(0.5, device="cuda").expand(z.shape[:-1])
+            assert torch.equal(prox_operator(z, lam), prox_operator(z.contiguous(), 0.5))
 
     def test_rows_do_not_depend_on_their_neighbours(self) -> None:
         z = torch.randn(301, 2052, device="cuda")

@@ -190,6 +190,20 @@ def _finish_four(buffer, count):  # type: ignore[no-untyped-def]
 
 
 @_compiled
+def _start_three(buffer, count):  # type: ignore[no-untyped-def]
+    """The first step of Newton's method on k, from q = u3, where the roots are u1 and u2."""
+    real = buffer.dtype.type
+    one, two, tiny = real(1), real(2), real(np.finfo(buffer.dtype).tiny)
+    for j in range(count):
+        u1, u2, u3 = buffer[_P1 + j], buffer[_P2 + j], buffer[_P3 + j]
+        area = u1 * u2
+        slope = area + u3 * (u1 * u1 + u2 * u2)
+        q = u3 - two * area * (area / (slope if slope > tiny else tiny))
+        buffer[_NEWTON + j] = q if q > -u3 else -u3
+        buffer[_ACTIVE + j] = one
+
+
+@_compiled
 def _newton_three(buffer, count, tolerance):  # type: ignore[no-untyped-def]
     """One step of Newton's method on k; returns how many entries go on."""
     real = buffer.dtype.type
@@ -309,9 +323,7 @@ def _solve(buffer, places, inner_places, steps, tolerance):  # type: ignore[no-u
     inner = _pack(buffer, inner_places, _ACTIVE, packed, _P1, _P1)
     if inner > 0:
         filled = _fill_up(buffer, inner)
-        for j in range(filled):
-            buffer[_NEWTON + j] = buffer[_P3 + j]
-            buffer[_ACTIVE + j] = real(1)
+        _start_three(buffer, filled)
         for _ in range(steps):
             if _newton_three(buffer, filled, tolerance) == 0:
                 break

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from storage.commit import CHUNK_BYTES, sha256_bytes
+from storage.commit import CHUNK_BYTES
 from storage.errors import CorruptFileError, ModelError
 from storage.safetensors_format import (
     TensorEntry,
@@ -23,7 +23,6 @@ from storage.safetensors_format import (
     read_header,
     read_into,
     safetensors_dtype,
-    tensor_bytes,
     torch_dtype,
 )
 
@@ -34,7 +33,6 @@ __all__ = [
     "fingerprint_weight_file",
     "inside",
     "safetensors_dtype",
-    "tensor_sha256",
     "torch_dtype",
 ]
 
@@ -46,15 +44,11 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class WeightFileFingerprint:
-    """What one weight file contained when it was read through.
-
-    sha256: of the whole file; tensors: name → sha256 of the tensor's bytes.
-    """
+    """What one weight file contained when it was read through; sha256 is of the whole file."""
 
     file: str
     bytes: int
     sha256: str
-    tensors: dict[str, str]
 
 
 class ModelFiles:
@@ -241,40 +235,33 @@ def _check_index(folder: Path, weight_map: dict[str, str], tensors: dict[str, Te
 
 
 def fingerprint_weight_file(folder: Path, file: str) -> WeightFileFingerprint:
-    """Read a weight file through once, hashing it and each tensor; every value must be finite.
+    """Read a weight file through once, hashing it and checking that every value is finite.
 
     Memory is bounded by CHUNK_BYTES, whatever the tensors' sizes. Raises ModelError naming tensor
     and file for NaN or Inf in a floating-point tensor, CorruptFileError as `read_header` does.
     """
-    entries = read_header(inside(folder, file), file)
     path = inside(folder, file)
-    whole, hashes = hashlib.sha256(), {}
+    entries = read_header(path, file)
+    digest = hashlib.sha256()
     chunk = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
     with open(path, "rb", buffering=0) as stream:
-        whole.update(raw_header(stream, path))
+        digest.update(raw_header(stream, path))
         for entry in entries:
-            dtype, digest = torch_dtype(entry.dtype), hashlib.sha256()
+            dtype = torch_dtype(entry.dtype)
             for start in range(entry.start, entry.end, CHUNK_BYTES):
                 part = chunk[: min(CHUNK_BYTES, entry.end - start)]
                 read_into(stream, part, f"{path}: tensor {entry.name}")
-                whole.update(part.numpy().data)
                 digest.update(part.numpy().data)
                 if dtype.is_floating_point and not _finite(part.view(dtype)):
                     raise ModelError(
                         f"{path}: tensor {entry.name} holds NaN or Inf; the model is damaged, "
                         "download it again"
                     )
-            hashes[entry.name] = digest.hexdigest()
         size = stream.tell()
-    return WeightFileFingerprint(file, size, whole.hexdigest(), hashes)
+    return WeightFileFingerprint(file, size, digest.hexdigest())
 
 
 def _finite(values: torch.Tensor) -> bool:
     if values.dtype.itemsize == 1:  # torch has no isfinite for 8-bit floats
         values = values.to(torch.float32)
     return bool(torch.isfinite(values).all())
-
-
-def tensor_sha256(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bytes, comparable to `WeightFileFingerprint.tensors`."""
-    return sha256_bytes(tensor_bytes(tensor))

@@ -1,13 +1,15 @@
 """What prox24 keeps on disk, and nothing else.
 
-`errors`         the exception tree of the whole project
-`commit`         hashing, durable and create-if-absent writes: the commit protocol
-`lock`           one driver at a time on a run directory
-`model_files`    the source model: safetensors headers, single tensors, fingerprints
-`arrow_store`    activation shards and calibration tokens as Arrow IPC files
-`checkpoints`    row slices of pruned layers, and the record that commits a block
-`run_directory`  where everything of one job lies
-`output`         the pruned model, written in the source's own layout
+`errors`              the exception tree of the whole project
+`commit`              hashing, durable and create-if-absent writes: the commit protocol
+`checked_json`        JSON records that carry their own checksum and a schema version
+`lock`                one driver at a time on a run directory
+`safetensors_format`  headers and dtype names of safetensors files
+`model_files`         the source model: single tensors without loading it, fingerprints
+`arrow_store`         activation shards and calibration tokens as Arrow IPC files
+`checkpoints`         row slices of pruned layers, and the record that commits a block
+`run_directory`       where everything of one job lies
+`output`              the pruned model, written in the source's own layout
 
 Nothing here knows about Ray, models or solvers.
 """

@@ -22,25 +22,25 @@ products; adding the four gives ``p = (Σu − s)/2``, hence ``2 x_i + 1 − s =
 eigenvalue, so at a minimum at most the sign of the smallest entry is minus. With
 ``q = 2 x4 + 1 − s`` of either sign, ``h(q) = sqrt(q² − c_4) + ½ (q + Σ_{i<4} Q_i) − 2 = 0``,
 ``Q_i = sqrt(q² + 4 (u_i − u4))``. Where ``c_4 > 0`` the variable is ``s`` instead, with
-``q = sqrt(s² + c_4)``.
+``q = sqrt(s² + c_4)`` (a negative ``q`` would be below ``−s``, and ``x4`` below 0).
 
 Every radicand is the variable squared plus a non-negative constant, so ``k`` and ``h`` are
 convex, with at most two roots, and the determinant of the Hessian has the sign of the slope
-(four kept: it is ``s Q1 Q2 Q3 h'``). So each candidate is at most one point, the larger root,
-and Newton's method started to its right (``k(u3) ≥ 0``; ``h ≥ 0`` at ``s = Σu``) descends to
-it monotonically. If there is no root the iteration ends at the lower bound (the smallest entry
+(``Q1 Q2 k' / (x1 x2)`` and ``s Q1 Q2 Q3 h'``). So each candidate is at most one point, the larger
+root, and Newton's method started to its right (``k(u3) ≥ 0``; ``h ≥ 0`` at ``s = Σu``) descends
+to it monotonically. If there is no root the iteration ends at the lower bound (the smallest entry
 at 0), a feasible point that cannot win wrongly: the candidates are compared by ``F``.
 
 Few groups need this when ``λ|z|`` is large: with ``α = (u1+u2)/2``, ``β = (u1−u2)/2``, ``g = ½+β``,
 ``a = α u2``, the two largest are optimal if ``u1 ≥ 2`` (no positive semidefinite Hessian) or
 ``a ≥ u3`` where ``a ≤ g``, ``4 g a ≥ (g + u3)²`` elsewhere (a lower bound of the change of
-``F`` per unit of ``x3``). See `two_largest_decided`.
+``F`` per unit of ``x3``). See `two_largest_decided`; the bound is proved for three kept, and that
+four kept wins only where three kept also beats two was found without exception on 7·10⁶ groups.
 
 Rounding. ``λ|z|`` is formed once, with no power of ``z``, so at 1e30 nothing overflows that
-matters; ``w`` is
-``|z| − e2(the other x)/λ``, one step of the fixed-point equation, so a small ``λ`` loses no
-digits and ``λ = 0`` returns ``z`` bit for bit. Where ``F`` underflows the candidate with more
-entries wins, as it must.
+matters; ``w`` is ``|z| − e2(the other x)/λ``, one step of the fixed-point equation, so a small
+``λ`` loses no digits and ``λ = 0`` returns ``z`` bit for bit. Where ``F`` underflows the candidate
+with more entries wins, as it must.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ import psutil
 import ray
 
 from pipeline.collective import Collective, host_meeting
-from pipeline.worker import BlockWorker, Job, Outcome
+from pipeline.job import Job, Outcome
+from pipeline.worker import BlockWorker
 
 
 class RankActor:

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.worker import RankActor
 from cluster.placement import Placement, choose_placement
 from pipeline.config import RuntimeConfig
-from pipeline.worker import Job, Outcome
+from pipeline.job import Job, Outcome
 from storage.errors import Prox24Error, ResourceError, WorkerLostError
 
 _START_SECONDS = 300.0

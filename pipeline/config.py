@@ -34,6 +34,7 @@ PLACEMENT_FIELDS = frozenset(
         "workers",
         "threads",
         "device",
+        "save_layers",
     }
 )
 
@@ -42,6 +43,9 @@ def option(default: Any, help: str) -> Any:
     """A documented field. `help` ends up in `--help` and states the unit."""
     # argparse interpolates percent signs in help texts.
     return field(default=default, metadata={"help": help.replace("%", "%%")})
+
+
+DEFAULTS = SolverSettings()
 
 
 def defaults_text(setting: str) -> str:
@@ -152,6 +156,18 @@ class PruneConfig(RuntimeConfig):
             for refine in ("gradient", "cg")
         ),
     )
+    prox_lambda: float = option(
+        DEFAULTS.prox_lambda,
+        "method prox: first λ of the growing schedule, for rows scaled to mean magnitude 1",
+    )
+    prox_growth: float = option(
+        DEFAULTS.prox_growth, "method prox: factor by which λ grows in each iteration"
+    )
+    save_layers: str | None = option(
+        None,
+        "pattern of layer names (`*.5.self_attn.k_proj`) whose weight and Hessian are saved to the "
+        "run directory's `layers` folder, for `prox24 solve`",
+    )
     run_dir: str | None = option(
         None, "folder of the job's state, seen by all nodes; unset: OUTPUT with `.run` appended"
     )
@@ -169,7 +185,8 @@ class PruneConfig(RuntimeConfig):
         if self.seqlen < 2:
             raise ConfigError("--seqlen must be at least 2")
         Pattern.parse(self.pattern)
-        self.solver_settings()
+        if self.solver_settings().shrinkage == "auto" and self.nsamples < 2:
+            raise ConfigError("--shrinkage auto compares two halves: --nsamples must be at least 2")
 
     def solver_settings(self) -> SolverSettings:
         """The part of the config that the solvers see, with the method's defaults filled in.
@@ -184,6 +201,8 @@ class PruneConfig(RuntimeConfig):
             blocksize=number_or_auto("blocksize", self.blocksize, int),
             refine=self.refine,
             refine_steps=self.refine_steps,
+            prox_lambda=self.prox_lambda,
+            prox_growth=self.prox_growth,
         ).resolved()
 
     def what(self) -> dict[str, Any]:

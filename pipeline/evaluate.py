@@ -16,11 +16,11 @@ from typing import Any
 from pipeline.calibration import evaluation_tokens, load_tokenizer
 from pipeline.config import EvalConfig
 from pipeline.executor import Executor
+from pipeline.job import Job
 from pipeline.loop import BlockLoop
 from pipeline.manifest import data_identity
 from pipeline.model import check_seqlen, check_tokens, open_skeleton
 from pipeline.progress import Progress
-from pipeline.worker import Job
 from storage.arrow_store import write_tokens
 from storage.errors import NumericalError
 from storage.lock import RunLock
@@ -68,6 +68,7 @@ def evaluate(
                     layers=(),
                     dtypes=(),
                     calibrates=True,
+                    chooses=False,
                     max_attempts=3,
                 )
                 losses = [loss for outcome in loop.evaluate() for loss in outcome.value]

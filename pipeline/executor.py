@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from pipeline.job import Job, Outcome
 from pipeline.statistics import add_in_rank_order
-from pipeline.worker import BlockWorker, Job, Outcome
+from pipeline.worker import BlockWorker
 
 
 class Executor(Protocol):
@@ -62,7 +63,10 @@ class LocalExecutor:
         if self.world > 1:
             first = self._workers[0]
             for name in list(first.statistics):
-                total = add_in_rank_order([w.statistics[name] for w in self._workers])
+                total = tuple(
+                    add_in_rank_order(list(parts))
+                    for parts in zip(*(w.statistics[name] for w in self._workers), strict=True)
+                )
                 for worker in self._workers:
                     worker.statistics[name] = total
         return [worker.perform("reduce") for worker in self._workers]

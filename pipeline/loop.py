@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.executor import Executor
+from pipeline.job import Outcome, SolvedSlices
 from pipeline.progress import Progress
 from pipeline.retry import AttemptHistory
 from pipeline.solvers import merge_reports
 from pipeline.solvers.types import SolveReport
-from pipeline.worker import Outcome, SolvedSlices
 from storage.checkpoints import BlockRecord, LayerRecord, LayerSlice, read_block_record
 from storage.commit import StoredFile, publish_json, read_json, replace_json
 from storage.errors import Prox24Error, WorkerLostError
@@ -29,6 +29,7 @@ from storage.run_directory import RunDirectory
 logger = logging.getLogger(__name__)
 
 ACTIVATIONS_SCHEMA = 1
+CHOICES_SCHEMA = 1
 
 
 @dataclass
@@ -50,6 +51,7 @@ class BlockLoop:
 
     `layers` gives per block the pruned layers' shapes; `dtypes` their stored dtypes (safetensors
     names). `calibrates` is False for a method that needs no statistics: no activations then.
+    `chooses`: whether a part of the settings is chosen per group before solving.
     """
 
     executor: Executor
@@ -60,6 +62,7 @@ class BlockLoop:
     layers: Sequence[dict[str, tuple[int, int]]]
     dtypes: Sequence[dict[str, str]]
     calibrates: bool
+    chooses: bool
     max_attempts: int
     _attempt: int = field(default=0, init=False)
 
@@ -120,17 +123,32 @@ class BlockLoop:
             began = time.perf_counter()
             reduced = self.executor.reduce()
             times["reduce"] = _times(time.perf_counter() - began, reduced)
+        choices = self._choices(block, times) if self.chooses else None
         self.progress.phase("solve", block)
-        stamp = self._stamp()
-        solved = [o.value for o in self._timed(times, "solve", self._each(block, stamp))]
+        arguments = self._each(block, self._stamp(), choices)
+        solved = [outcome.value for outcome in self._timed(times, "solve", arguments)]
         results = {
             "groups": groups,
+            "choices": choices,
+            "costs": [part.costs for part in solved],
             "phases": {name: phase.to_json() for name, phase in times.items()},
             "seconds": time.perf_counter() - started,
         }
         record = self._assemble(block, solved, results)
         publish_json(self.run.record(block), record.to_json(), guard=self.lock.assert_held)
         self.progress.block_done(block, block_error(record))
+
+    def _choices(self, block: int, times: dict[str, PhaseTimes]) -> dict[str, dict[str, Any]]:
+        """What is chosen for each group: committed before its first use, replayed on resume."""
+        path = self.run.path / "choices" / f"block-{block:03d}.json"
+        if not path.exists():
+            self.progress.phase("choose", block)
+            outcomes = self._timed(times, "choose", self._each(block))
+            groups = {name: own for o in outcomes for name, own in o.value.items()}
+            payload = {"schema_version": CHOICES_SCHEMA, "block": block, "groups": groups}
+            publish_json(path, payload, guard=self.lock.assert_held)
+        choices: dict[str, dict[str, Any]] = read_json(path, CHOICES_SCHEMA)["groups"]
+        return choices
 
     def _inputs(self, block: int) -> list[StoredFile]:
         """The activation shards that block `block` reads, made if they are not there.

@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.calibration import calibration_tokens, load_tokenizer
 from pipeline.config import PruneConfig
 from pipeline.executor import Executor
+from pipeline.job import Job
 from pipeline.layers import Selection, layers_to_prune, select_layers
 from pipeline.loop import BlockLoop
 from pipeline.manifest import (
@@ -28,7 +29,6 @@ from pipeline.progress import Progress
 from pipeline.report import read_summary, summarize, write_summary
 from pipeline.solvers import solver_for
 from pipeline.split import deal
-from pipeline.worker import Job
 from storage.arrow_store import read_tokens, write_tokens
 from storage.checkpoints import BlockRecord
 from storage.commit import StoredFile
@@ -89,7 +89,7 @@ def prune(
                 # Killed between the output's rename and the end: only the tidying up is left.
                 return PruneResult(output, run.path, _tidy(run, len(skeleton.blocks)))
         _check_output(output, config)
-        run.sweep_uncommitted()
+        run.sweep_uncommitted(guard=lock.assert_held)
         tokens = _tokens(run, skeleton, config, manifest)
         _check_space(run, output, skeleton, config)
         executor = make_executor()
@@ -208,6 +208,7 @@ def _start(
             threads=executor.threads,
             skip_unsupported=config.skip_unsupported,
             trust_remote_code=config.trust_remote_code,
+            save_layers=config.save_layers,
         )
     )
     return BlockLoop(
@@ -218,7 +219,8 @@ def _start(
         blocks=len(layers),
         layers=layers,
         dtypes=dtypes,
-        calibrates=solver_for(settings).needs != "none",
+        calibrates=solver_for(settings).needs != "none" or config.save_layers is not None,
+        chooses=settings.shrinkage == "auto",
         max_attempts=config.max_attempts,
     )
 

@@ -13,7 +13,7 @@ from storage.run_directory import RunDirectory
 
 SUMMARY_SCHEMA = 1
 # Kinds of work that the summary names; the rest of the wall time is "other".
-KINDS = ("forward", "hessian", "reduce", "solve", "io", "load")
+KINDS = ("forward", "hessian", "reduce", "choose", "solve", "io", "load")
 
 
 def summarize(run: RunDirectory, records: Sequence[BlockRecord]) -> dict[str, Any]:
@@ -43,6 +43,8 @@ def summarize(run: RunDirectory, records: Sequence[BlockRecord]) -> dict[str, An
                 "world": record.world,
                 "seconds": record.results["seconds"],
                 "groups": record.results["groups"],
+                "choices": record.results["choices"],
+                "costs": record.results["costs"],
                 "layers": {name: layer.results for name, layer in record.layers.items()},
             }
             for record in records

@@ -66,6 +66,51 @@ class Accumulator:
         )
 
 
+FoldedStatistics = tuple[Statistics, ...]
+"""One group's statistics: of all sequences, or of their first and second half."""
+
+
+class GroupAccumulator:
+    """A group's running sums: one `Accumulator`, or two for the halves of the sequences.
+
+    `boundary` is the number of the first sequence of the second half; None for one sum. Which half
+    a sequence is in depends on its number alone, so not on the ranks.
+    """
+
+    def __init__(
+        self, columns: int, needs: str, device: torch.device, boundary: int | None
+    ) -> None:
+        folds = 1 if boundary is None else 2
+        self.folds = [Accumulator(columns, needs, device) for _ in range(folds)]
+        self._columns, self._boundary = columns, boundary
+        self._start, self._size = 0, 1
+
+    def begin_batch(self, start: int, size: int) -> None:
+        """The inputs that follow come from sequences `start : start + size`."""
+        self._start, self._size = start, size
+
+    def add(self, inputs: Tensor) -> None:
+        """Adds inputs (..., C) of the current batch, its sequences one after another."""
+        x_STC = inputs.reshape(self._size, -1, self._columns)
+        first = self._size
+        if self._boundary is not None:
+            first = min(max(self._boundary - self._start, 0), self._size)
+        for fold, part in zip(self.folds, (x_STC[:first], x_STC[first:]), strict=False):
+            if part.shape[0]:
+                fold.add(part, part.shape[0])
+
+    def statistics(self) -> FoldedStatistics:
+        """The sums so far."""
+        return tuple(fold.statistics() for fold in self.folds)
+
+
+def merged(folds: FoldedStatistics) -> Statistics | None:
+    """The statistics of all sequences; None where none were kept."""
+    if len(folds) < 2:
+        return folds[0] if folds else None
+    return add_in_rank_order(list(folds))
+
+
 def panels(columns: int) -> list[tuple[int, int]]:
     """Column ranges of at least 256 columns, at most eight: eight save 44 % of the products."""
     width = max(_SMALLEST_PANEL, -(-columns // 8))

@@ -6,68 +6,36 @@ one thing: the statistics between `calibrate` and `solve`. A lost rank therefore
 
 from __future__ import annotations
 
-import dataclasses
+import fnmatch
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from pipeline.capture import BlockCall, LayerGroup, ModelEnds, find_groups
+from pipeline.capture import LayerGroup, ModelEnds, find_groups
 from pipeline.collective import Collective
+from pipeline.forward import Forward
+from pipeline.job import Job, Outcome, SolvedSlices
 from pipeline.layers import layers_to_prune
 from pipeline.measure import Stopwatch, peak_memory
 from pipeline.model import Skeleton, open_skeleton
-from pipeline.solvers import Solution, SolverSettings, Statistics, objective, solver_for
-from pipeline.solvers.types import percentage
-from pipeline.split import batch_ranges, even_range, row_ranges, shard_ranges
-from pipeline.statistics import Accumulator
-from storage.arrow_store import open_activation_shard, read_tokens, write_activation_shard
+from pipeline.solvers import SolverSettings, solver_for
+from pipeline.solving import solve_group
+from pipeline.split import deal, row_ranges
+from pipeline.statistics import FoldedStatistics, GroupAccumulator, merged
 from storage.checkpoints import BlockRecord, RowSlice, read_layer, verify_record, write_row_slices
 from storage.commit import StoredFile
 from storage.errors import ModelError, NumericalError
+from storage.layer_files import write_layer_file
 from storage.model_files import WeightFileFingerprint, fingerprint_weight_file
 from storage.output import write_weight_file
 from storage.run_directory import RunDirectory
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What every rank is told at its start. Paths are seen by all nodes."""
-
-    source: str
-    run_directory: str
-    settings: SolverSettings | None
-    nsamples: int
-    seqlen: int
-    batch_size: int
-    dtype: str | None
-    device: str | None
-    threads: int
-    skip_unsupported: bool
-    trust_remote_code: bool
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A phase's result on one rank, with its seconds by kind and its peak memory in bytes."""
-
-    value: Any
-    seconds: dict[str, float]
-    memory: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class SolvedSlices:
-    """One rank's row slices of a block: the file (None if it had no rows) and a report each."""
-
-    file: StoredFile | None
-    ranges: dict[str, tuple[int, int]]
-    reports: dict[str, dict[str, Any]]
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -100,12 +68,11 @@ class BlockWorker:
             Path(job.source), dtype=job.dtype, trust_remote_code=job.trust_remote_code
         )
         self.watch = Stopwatch(self.device)
+        self.forward = Forward(job, rank, world, self.skeleton, self.watch)
         self.collective: Collective | None = None
-        self.statistics: dict[str, Statistics] = {}
+        self.statistics: dict[str, FoldedStatistics] = {}
         self._groups: dict[tuple[Any, ...], tuple[LayerGroup, ...]] = {}
         self._block_groups: tuple[LayerGroup, ...] = ()
-        self._calls: dict[int, list[BlockCall]] = {}
-        self._tokens: Tensor | None = None
 
     @torch.no_grad()
     def perform(self, phase: str, *arguments: Any) -> Outcome:
@@ -126,12 +93,10 @@ class BlockWorker:
         """Writes this rank's activation shards of block 0: the embedded tokens."""
         with self.watch("load"):
             ends = ModelEnds(self.skeleton, self.device, head=False)
-        stored = []
-        for index, (start, stop) in self._own_shards():
-            batches = self._embedded(ends, start, stop)
-            with self.watch("io"):
-                stored.append(self._write_shard(0, index, stamp, batches))
-        return stored
+        return [
+            self.forward.write(0, index, stamp, self.forward.embedded(ends, start, stop))
+            for index, (start, stop) in self.forward.own_shards()
+        ]
 
     def calibrate(self, block: int, shards: list[StoredFile]) -> list[LayerGroup]:
         """Runs the dense block over this rank's shards, keeping its groups' partial sums."""
@@ -141,11 +106,22 @@ class BlockWorker:
         layers = tuple(layers_to_prune(self.skeleton, block, settings, self.job.skip_unsupported))
         groups = self._find_groups(block, module, layers, shards)
         needs = solver_for(settings).needs
-        sums = {g.name: Accumulator(g.columns, needs, self.device) for g in groups}
+        sums = {}
+        for group in groups:
+            saved = any(self._is_saved(block, layer) for layer in group.layers)
+            sums[group.name] = GroupAccumulator(
+                group.columns,
+                "full" if saved else needs,
+                self.device,
+                # Two halves of the sequences, where a choice is made on the one for the other.
+                boundary=self.job.nsamples // 2 if settings.shrinkage == "auto" else None,
+            )
         handles = [self._observe(module, group, sums[group.name]) for group in groups]
-        for hidden_states in self._own_batches(block, shards):
+        for start, hidden_states in self.forward.own_batches(block, shards):
+            for total in sums.values():
+                total.begin_batch(start, hidden_states.shape[0])
             with self.watch("forward"):
-                self._call(block, hidden_states).run(module, hidden_states)
+                self.forward.call(block, hidden_states).run(module, hidden_states)
         for handle in handles:
             handle.remove()
         with self.watch("hessian"):
@@ -158,33 +134,63 @@ class BlockWorker:
         if self.collective is None:
             return
         with self.watch("reduce"):
-            for name, own in self.statistics.items():
-                self.statistics[name] = self.collective.sum_statistics(own)
+            for name, folds in self.statistics.items():
+                self.statistics[name] = tuple(self.collective.sum_statistics(f) for f in folds)
 
-    def solve(self, block: int, stamp: str) -> SolvedSlices:
-        """Solves this rank's rows of the block's layers and writes them to one file."""
+    def choose(self, block: int) -> dict[str, dict[str, Any]]:
+        """Regularization of the groups dealt to this rank, as JSON: group -> solver settings."""
+        from pipeline.solvers import choose_regularization
+
         settings = self._settings()
-        solver = solver_for(settings)
+        cost = {group.name: float(group.columns) ** 3 for group in self._block_groups}
+        owners = deal(list(cost), cost, self.world)
+        choices = {}
+        for group in self._block_groups:
+            if owners[group.name] != self.rank:
+                continue
+            weights = {layer: self._read_weight(block, layer) for layer in group.layers}
+            first, second = self.statistics[group.name]
+            with self.watch("choose"):
+                choice = choose_regularization(weights, (first, second), settings)
+            choices[group.name] = choice.to_json()
+        return choices
+
+    def solve(
+        self, block: int, stamp: str, choices: dict[str, dict[str, Any]] | None
+    ) -> SolvedSlices:
+        """Solves this rank's rows of the block's layers and writes them to one file.
+
+        `choices` are what `choose` gave for all groups; None where nothing is chosen.
+        """
+        settings = self._settings()
         names = layers_to_prune(self.skeleton, block, settings, self.job.skip_unsupported)
-        ranges = row_ranges(names, self.rank, self.world, separable=solver.separable)
+        ranges = row_ranges(names, self.rank, self.world, separable=solver_for(settings).separable)
         groups = self._block_groups or tuple(LayerGroup((n,), names[n][1]) for n in names)
         slices: dict[str, RowSlice] = {}
         reports: dict[str, dict[str, Any]] = {}
+        costs: dict[str, dict[str, float]] = {}
         for group in groups:
+            self._save_layers(block, group)
             mine = {layer: ranges[layer] for layer in group.layers if layer in ranges}
+            folds = self.statistics.pop(group.name, ())
             if not mine:
                 continue
-            for layer, rows, report in self._solve_group(block, group, mine, solver):
-                slices[layer], reports[layer] = rows, report
-            self.statistics.pop(group.name, None)
-        self.statistics = {}
-        self._collect()
-        stored = None
-        if slices:
-            path = self.run.checkpoints(block) / f"rank-{self.rank}.{stamp}.safetensors"
-            with self.watch("io"):
-                stored = write_row_slices(path, slices)
-        return SolvedSlices(stored, ranges, reports)
+            choice = choices[group.name] if choices is not None else None
+            began = time.perf_counter()
+            solved = self._solve_group(block, mine, folds, choice)
+            costs[group.name] = {
+                "seconds": time.perf_counter() - began,
+                **peak_memory(self.device),
+            }
+            for layer, (stored, report) in solved.items():
+                slices[layer] = RowSlice(mine[layer][0], stored)
+                reports[layer] = report
+        self.forget()
+        if not slices:
+            return SolvedSlices(None, ranges, reports, costs)
+        path = self.run.checkpoints(block) / f"rank-{self.rank}.{stamp}.safetensors"
+        with self.watch("io"):
+            return SolvedSlices(write_row_slices(path, slices), ranges, reports, costs)
 
     def propagate(
         self, block: int, record: BlockRecord | None, shards: list[StoredFile], stamp: str
@@ -194,12 +200,12 @@ class BlockWorker:
             module = self.skeleton.load_block(block, self.device)
             if record is not None:
                 self._insert_pruned(block, module, record)
-        stored = []
-        for index, _ in self._own_shards():
-            batches = self._outputs(block, module, shards[index])
-            with self.watch("io"):
-                stored.append(self._write_shard(block + 1, index, stamp, batches))
-        return stored
+        return [
+            self.forward.write(
+                block + 1, index, stamp, self.forward.outputs(block, module, shards[index])
+            )
+            for index, _ in self.forward.own_shards()
+        ]
 
     def write_output(
         self, files: list[str], records: list[BlockRecord], folder: str
@@ -210,7 +216,6 @@ class BlockWorker:
             for record in records
             for layer in record.layers
         }
-
         verified: set[int] = set()
 
         def replacement(name: str) -> Iterable[Tensor] | None:
@@ -237,9 +242,9 @@ class BlockWorker:
         with self.watch("load"):
             ends = ModelEnds(self.skeleton, self.device, head=True)
         sums = []
-        for index, (start, _) in self._own_shards():
-            for offset, hidden_states in enumerate(self._read_batches(block, shards[index], 1)):
-                tokens = self._all_tokens()[start + offset][None].to(self.device)
+        for index, (start, _) in self.forward.own_shards():
+            for offset, hidden_states in enumerate(self.forward.batches(block, shards[index], 1)):
+                tokens = self.forward.tokens()[start + offset][None].to(self.device)
                 with self.watch("forward"):
                     logits = ends.logits(tokens, hidden_states)
                     loss = nn.functional.cross_entropy(
@@ -249,9 +254,11 @@ class BlockWorker:
         return sums
 
     def forget(self) -> None:
-        """Drops what an abandoned attempt left in memory."""
+        """Drops the statistics: those of an abandoned attempt, or of a block that is solved."""
         self.statistics = {}
-        self._collect()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # -- pieces -----------------------------------------------------------------------------
 
@@ -260,60 +267,6 @@ class BlockWorker:
             raise ModelError("this job evaluates; it has no solver")
         return self.job.settings
 
-    def _all_tokens(self) -> Tensor:
-        if self._tokens is None:
-            self._tokens = read_tokens(self.run.tokens())
-        return self._tokens
-
-    def _own_shards(self) -> list[tuple[int, tuple[int, int]]]:
-        """(index, range of sequences) of the activation shards that are this rank's."""
-        ranges = shard_ranges(self.job.nsamples, self.job.batch_size)
-        start, stop = even_range(len(ranges), self.rank, self.world)
-        return [(index, ranges[index]) for index in range(start, stop)]
-
-    def _embedded(self, ends: ModelEnds, start: int, stop: int) -> Iterator[Tensor]:
-        for first, last in batch_ranges(stop - start, self.job.batch_size):
-            with self.watch("forward"):
-                hidden_states = ends.embed(self._all_tokens()[start + first : start + last])
-            yield _finite(hidden_states, "the embeddings").cpu()
-
-    def _outputs(self, block: int, module: nn.Module, stored: StoredFile) -> Iterator[Tensor]:
-        for hidden_states in self._read_batches(block, stored, self.job.batch_size):
-            with self.watch("forward"):
-                output = self._call(block, hidden_states).run(module, hidden_states)
-            yield _finite(output, f"block {block}").cpu()
-
-    def _own_batches(self, block: int, shards: list[StoredFile]) -> Iterator[Tensor]:
-        for index, _ in self._own_shards():
-            yield from self._read_batches(block, shards[index], self.job.batch_size)
-
-    def _read_batches(self, block: int, stored: StoredFile, batch_size: int) -> Iterator[Tensor]:
-        """The shard's batches `(n, seqlen, hidden)` on the device; a model may write to them."""
-        path = self.run.activations(block) / stored.name
-        with self.watch("io"):
-            shard = open_activation_shard(path, sha256=stored.sha256)
-        with shard:
-            for start, stop in batch_ranges(shard.rows, batch_size):
-                with self.watch("io"):
-                    # The map is read-only, and some models add to their input in place.
-                    batch = shard.read(start, stop).to(self.device, copy=True)
-                yield batch
-
-    def _write_shard(
-        self, block: int, index: int, stamp: str, batches: Iterable[Tensor]
-    ) -> StoredFile:
-        path = self.run.activations(block) / f"shard-{index:05d}.{stamp}.arrow"
-        return write_activation_shard(path, batches, block=block, index=index)
-
-    def _call(self, block: int, hidden_states: Tensor) -> BlockCall:
-        """What the block is called with for batches of this size, learnt once for each size."""
-        size = hidden_states.shape[0]
-        if size not in self._calls:
-            with self.watch("load"):
-                ends = ModelEnds(self.skeleton, self.device, head=False)
-                self._calls[size] = ends.calls(self._all_tokens()[:size])
-        return self._calls[size][block]
-
     def _find_groups(
         self, block: int, module: nn.Module, layers: tuple[str, ...], shards: list[StoredFile]
     ) -> tuple[LayerGroup, ...]:
@@ -321,37 +274,41 @@ class BlockWorker:
         structure = (str(module), layers)
         if structure not in self._groups:
             # Shard 0 serves every rank: one without sequences of its own must know the groups too.
-            first = next(iter(self._read_batches(block, shards[0], 1)))
-            self._groups[structure] = find_groups(module, self._call(block, first), first, layers)
+            first = next(iter(self.forward.batches(block, shards[0], 1)))
+            call = self.forward.call(block, first)
+            self._groups[structure] = find_groups(module, call, first, layers)
         return self._groups[structure]
 
-    def _observe(self, module: nn.Module, group: LayerGroup, total: Accumulator) -> Any:
+    def _observe(
+        self, module: nn.Module, group: LayerGroup, total: GroupAccumulator
+    ) -> RemovableHandle:
         """Sums the inputs of the group's first layer: the others are called with the same."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             with self.watch("hessian"):
-                inputs = args[0] if args else kwargs["input"]
-                total.add(inputs, sequences=inputs.shape[0] if inputs.dim() > 2 else 1)
+                total.add(args[0] if args else kwargs["input"])
 
         return module.get_submodule(group.name).register_forward_pre_hook(hook, with_kwargs=True)
 
     def _solve_group(
-        self, block: int, group: LayerGroup, mine: dict[str, tuple[int, int]], solver: Any
-    ) -> Iterator[tuple[str, RowSlice, dict[str, Any]]]:
-        statistics = self.statistics.get(group.name)
-        weights = {}
-        with self.watch("load"):
-            for layer, rows in mine.items():
-                name = self.skeleton.weight_name(block, layer)
-                weights[layer] = self.skeleton.files.read(name, rows=rows).to(self.device)
+        self,
+        block: int,
+        rows: dict[str, tuple[int, int]],
+        folds: FoldedStatistics,
+        choice: dict[str, Any] | None,
+    ) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+        weights = {layer: self._read_weight(block, layer, own) for layer, own in rows.items()}
         with self.watch("solve"):
             try:
-                solved = solver.solve_group(weights, solver.prepare(statistics))
+                return solve_group(weights, merged(folds), self._settings(), choice)
             except NumericalError as error:
                 raise NumericalError(f"block {block}: {error}") from error
-            for layer, solution in solved.items():
-                stored, report = _as_stored(solution, weights[layer], statistics)
-                yield layer, RowSlice(mine[layer][0], stored), report
+
+    def _read_weight(self, block: int, layer: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A layer's weight, or some of its rows, in the stored dtype on the device."""
+        with self.watch("load"):
+            name = self.skeleton.weight_name(block, layer)
+            return self.skeleton.files.read(name, rows=rows).to(self.device)
 
     def _insert_pruned(self, block: int, module: nn.Module, record: BlockRecord) -> None:
         verify_record(self.run.checkpoints(block), record)
@@ -362,31 +319,25 @@ class BlockWorker:
                 weight.to(device=self.device, dtype=self.skeleton.dtype), requires_grad=False
             )
 
-    def _collect(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+    def _is_saved(self, block: int, layer: str) -> bool:
+        pattern = self.job.save_layers
+        name = f"{self.skeleton.block_prefix(block)}{layer}"
+        return pattern is not None and fnmatch.fnmatchcase(name, pattern)
 
-
-def _as_stored(
-    solution: Solution, weight: Tensor, statistics: Statistics | None
-) -> tuple[Tensor, dict[str, Any]]:
-    """The rows in the dtype they are stored in (on the CPU), and the report of exactly those."""
-    stored = solution.weight.to(weight.dtype)
-    report = solution.report
-    if stored.dtype != solution.weight.dtype and statistics is not None:
-        # Rounding to the stored dtype is part of the error that the user gets.
-        lost = float(objective(stored, weight, statistics).sum())
-        report = dataclasses.replace(
-            report, objective=lost, relative_error=percentage(lost, report.objective_zero)
-        )
-    return stored.cpu(), report.to_json()
-
-
-def _finite(hidden_states: Tensor, where: str) -> Tensor:
-    if not bool(torch.isfinite(hidden_states).all()):
-        dtype = str(hidden_states.dtype).removeprefix("torch.")
-        raise NumericalError(
-            f"the output of {where} is not finite in {dtype}; try --dtype float32 or bfloat16"
-        )
-    return hidden_states
+    def _save_layers(self, block: int, group: LayerGroup) -> None:
+        """Rank 0 writes the layers that `--save-layers` names, for `prox24 solve`."""
+        if self.rank or group.name not in self.statistics:
+            return
+        for layer in filter(lambda name: self._is_saved(block, name), group.layers):
+            name = f"{self.skeleton.block_prefix(block)}{layer}"
+            total = merged(self.statistics[group.name])
+            if total is None or total.hessian is None:
+                continue
+            with self.watch("io"):
+                write_layer_file(
+                    self.run.path / "layers" / f"{name}.safetensors",
+                    weight=self._read_weight(block, layer),
+                    hessian=total.hessian,
+                    tokens=total.tokens,
+                    sequences=total.sequences,
+                )

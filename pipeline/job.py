@@ -1,0 +1,53 @@
+"""What passes between the driver and its ranks: the job, and what a phase gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.solvers import SolverSettings
+from storage.commit import StoredFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every rank is told at its start. Paths are seen by all nodes.
+
+    `settings` is None for an evaluation. `save_layers` is a pattern of layer names whose weight and
+    Hessian are saved, or None.
+    """
+
+    source: str
+    run_directory: str
+    settings: SolverSettings | None
+    nsamples: int
+    seqlen: int
+    batch_size: int
+    dtype: str | None
+    device: str | None
+    threads: int
+    skip_unsupported: bool
+    trust_remote_code: bool
+    save_layers: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A phase's result on one rank, with its seconds by kind and its peak memory in bytes."""
+
+    value: Any
+    seconds: dict[str, float]
+    memory: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SolvedSlices:
+    """One rank's row slices of a block: the file (None if it had no rows) and a report each.
+
+    `costs` gives per group of layers the seconds and the peak memory of this rank's solve.
+    """
+
+    file: StoredFile | None
+    ranges: dict[str, tuple[int, int]]
+    reports: dict[str, dict[str, Any]]
+    costs: dict[str, dict[str, float]]

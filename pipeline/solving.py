@@ -1,0 +1,48 @@
+"""One group of layers solved on one rank: settings chosen, rows solved, rows as they are stored."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.solvers import Solution, SolverSettings, Statistics, objective, solver_for
+from pipeline.solvers.types import percentage
+
+
+def solve_group(
+    weights: Mapping[str, Tensor],
+    statistics: Statistics | None,
+    settings: SolverSettings,
+    choice: Mapping[str, Any] | None,
+) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+    """Solves row slices (rows, C) of layers that share an input.
+
+    `choice` overrides settings of this group alone (what `choose_regularization` found). Returns
+    per layer the rows in the dtype of its weight, on the CPU, and the report of exactly those rows.
+    """
+    if choice is not None:
+        fields = {field.name for field in dataclasses.fields(settings)}
+        settings = dataclasses.replace(settings, **{k: choice[k] for k in choice if k in fields})
+    solver = solver_for(settings)
+    solved = solver.solve_group(weights, solver.prepare(statistics))
+    return {
+        layer: _as_stored(solution, weights[layer], statistics)
+        for layer, solution in solved.items()
+    }
+
+
+def _as_stored(
+    solution: Solution, weight: Tensor, statistics: Statistics | None
+) -> tuple[Tensor, dict[str, Any]]:
+    stored = solution.weight.to(weight.dtype)
+    report = solution.report
+    if stored.dtype != solution.weight.dtype and statistics is not None:
+        # Rounding to the stored dtype is part of the error that the user gets.
+        lost = float(objective(stored, weight, statistics).sum())
+        report = dataclasses.replace(
+            report, objective=lost, relative_error=percentage(lost, report.objective_zero)
+        )
+    return stored.cpu(), report.to_json()

@@ -1,4 +1,4 @@
-"""`prox24 prune`, `eval` and `demo`: options generated from the config classes, errors in a line.
+"""The commands of `prox24`: options generated from the config classes, errors in one line.
 
 transformers' HfArgumentParser makes the options from the dataclasses, so that each exists once.
 """
@@ -22,9 +22,9 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from cluster.console import Console
+from cluster.console import Console, solve_table
 from cluster.source import resolve_model
-from pipeline.config import EvalConfig, PruneConfig, RuntimeConfig
+from pipeline.config import EvalConfig, PruneConfig, RuntimeConfig, SolveConfig
 from pipeline.executor import Executor, LocalExecutor
 from storage.errors import ConfigError, Prox24Error, RunInterrupted
 
@@ -71,6 +71,13 @@ def make_parser() -> argparse.ArgumentParser:
     prune.add_argument("output", metavar="OUTPUT", help="folder for the pruned model")
     evaluate = _command(commands, "eval", EvalConfig, "measure MODEL's perplexity")
     evaluate.add_argument("model", metavar="MODEL", help="local Hugging Face folder, or hub id")
+    solve = _command(commands, "solve", SolveConfig, "replay solvers on one saved layer")
+    solve.add_argument(
+        "layer",
+        metavar="LAYER",
+        help=".safetensors file with `weight` (R, C) and `inputs` (sequences, tokens, C), or with "
+        "`hessian` (C, C), the sum of x xᵀ over the `tokens` that its metadata states",
+    )
     demo = commands.add_parser(
         "demo", help="prune a small real model on this machine", allow_abbrev=False,
         dataclass_types=[],
@@ -80,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, config: type[RuntimeConfig], help: str) -> Parser:
+def _command(commands: Any, name: str, config: type[Any], help: str) -> Parser:
     parser: Parser = commands.add_parser(
         name,
         help=help,
@@ -105,6 +112,7 @@ def run(arguments: Sequence[str]) -> int:
             command: Callable[[argparse.Namespace], int] = {
                 "prune": _prune,
                 "eval": _evaluate,
+                "solve": _solve,
                 "demo": _demo,
             }[options.command]
             return command(options)
@@ -213,6 +221,18 @@ def _evaluate(options: argparse.Namespace) -> int:
             f"perplexity {measured['perplexity']:.4f} on {measured['dataset']} "
             f"({measured['nsamples']} x {measured['seqlen']} tokens, {measured['dtype']})"
         )
+    return 0
+
+
+def _solve(options: argparse.Namespace) -> int:
+    from pipeline.solve_layer import solve_layer
+
+    config: SolveConfig = config_from(options, SolveConfig)
+    results = solve_layer(Path(options.layer), config)
+    if config.json:
+        print(json.dumps(results))
+    else:
+        print(solve_table(results))
     return 0
 
 

@@ -27,7 +27,7 @@ class Console:
 
     def settings(self, model: str, output: str, config: PruneConfig) -> None:
         """What is about to be done, in two lines."""
-        solver = config.solver_settings()
+        solver = config.solver_settings(config.method)
         self.print(
             f"{model} -> {output}: {config.method} {config.pattern}, damping "
             f"{solver.damping:g}, shrinkage {solver.shrinkage}, refine {solver.refine}"
@@ -120,3 +120,15 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def solve_table(results: dict[str, dict[str, Any]]) -> str:
+    """`prox24 solve`'s results, one line per method."""
+    lines = [f"{'method':<12}{'relative error':>15}{'seconds':>10}{'iterations':>12}{'MiB':>8}"]
+    for method, figures in results.items():
+        lines.append(
+            f"{method:<12}{figures['relative_error']:>14.4f}%{figures['seconds']:>10.2f}"
+            f"{figures['report']['iterations']:>12}{figures['peak_memory_bytes'] / 2**20:>8.0f}"
+        )
+        lines += [f"  {text}" for text in figures["report"]["deviations"]]
+    return "\n".join(lines)

@@ -61,6 +61,74 @@ def defaults_text(setting: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SolverOptions:
+    """What a solve depends on besides its method; shared by `prune` and `solve`.
+
+    Raises `ConfigError` on a value out of range.
+    """
+
+    pattern: str = option(
+        "2:4", "`N:M` keeps N of every M consecutive weights; `unstructured:S` prunes the share S"
+    )
+    damping: float | None = option(
+        None,
+        "added to the Hessian's diagonal, as a share of the diagonal's mean; unset: "
+        + defaults_text("damping"),
+    )
+    shrinkage: str | None = option(
+        None,
+        "share by which the Hessian's off-diagonal entries are pulled to zero, 0 to 1, or `auto`: "
+        "found per group of layers on two halves of the calibration; unset: "
+        + defaults_text("shrinkage"),
+    )
+    blocksize: str = option(
+        "128", "columns in SparseGPT's lazy block, or `auto`: the best known for the layer's width"
+    )
+    refine: Literal["auto", "none", "gradient", "cg"] = option(
+        "auto",
+        "lowers the error on the found mask; auto: cg for prox and prox_admm, none otherwise. "
+        "An explicit value holds for every method",
+    )
+    refine_steps: int | None = option(
+        None,
+        "steps of the refinement; unset: "
+        + ", ".join(
+            f"{refine} {SolverSettings(refine=refine).resolved().refine_steps}"
+            for refine in ("gradient", "cg")
+        ),
+    )
+    prox_lambda: float = option(
+        DEFAULTS.prox_lambda,
+        "method prox: first λ of the growing schedule, for rows scaled to mean magnitude 1",
+    )
+    prox_growth: float = option(
+        DEFAULTS.prox_growth, "method prox: factor by which λ grows in each iteration"
+    )
+
+    def __post_init__(self) -> None:
+        require(self, "refine_steps", at_least=1)
+        require(self, "damping", at_least=0)
+        Pattern.parse(self.pattern)
+
+    def solver_settings(self, method: str) -> SolverSettings:
+        """What the solver of `method` sees, with its defaults filled in.
+
+        Raises `ConfigError` for a value that is out of range or that the method cannot use.
+        """
+        return SolverSettings(
+            method=method,
+            pattern=self.pattern,
+            damping=self.damping,
+            shrinkage=number_or_auto("shrinkage", self.shrinkage, float),
+            blocksize=number_or_auto("blocksize", self.blocksize, int),
+            refine=self.refine,
+            refine_steps=self.refine_steps,
+            prox_lambda=self.prox_lambda,
+            prox_growth=self.prox_growth,
+        ).resolved()
+
+
+@dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """Where a job runs; shared by `prune` and `eval`.
 
@@ -112,13 +180,10 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig(RuntimeConfig):
+class PruneConfig(SolverOptions, RuntimeConfig):
     """Every option of `prox24 prune`. Raises `ConfigError` on a value out of range."""
 
     method: Method = option("prox_admm", "how masks and weights are found")
-    pattern: str = option(
-        "2:4", "`N:M` keeps N of every M consecutive weights; `unstructured:S` prunes the share S"
-    )
     dataset: str = option(
         "allenai/c4",
         "calibration text: a hub id (streamed; allenai/c4 is read in its `en` configuration) or a "
@@ -130,39 +195,6 @@ class PruneConfig(RuntimeConfig):
     nsamples: int = option(128, "calibration sequences")
     seqlen: int = option(2048, "tokens of a calibration sequence")
     seed: int = option(0, "seed of the random crops")
-    damping: float | None = option(
-        None,
-        "added to the Hessian's diagonal, as a share of the diagonal's mean; unset: "
-        + defaults_text("damping"),
-    )
-    shrinkage: str | None = option(
-        None,
-        "share by which the Hessian's off-diagonal entries are pulled to zero, 0 to 1, or `auto`; "
-        "unset: " + defaults_text("shrinkage"),
-    )
-    blocksize: str = option(
-        "128", "columns in SparseGPT's lazy block, or `auto`: the best known for the layer's width"
-    )
-    refine: Literal["auto", "none", "gradient", "cg"] = option(
-        "auto",
-        "lowers the error on the found mask; auto: cg for prox and prox_admm, none otherwise. "
-        "An explicit value holds for every method",
-    )
-    refine_steps: int | None = option(
-        None,
-        "steps of the refinement; unset: "
-        + ", ".join(
-            f"{refine} {SolverSettings(refine=refine).resolved().refine_steps}"
-            for refine in ("gradient", "cg")
-        ),
-    )
-    prox_lambda: float = option(
-        DEFAULTS.prox_lambda,
-        "method prox: first λ of the growing schedule, for rows scaled to mean magnitude 1",
-    )
-    prox_growth: float = option(
-        DEFAULTS.prox_growth, "method prox: factor by which λ grows in each iteration"
-    )
     save_layers: str | None = option(
         None,
         "pattern of layer names (`*.5.self_attn.k_proj`) whose weight and Hessian are saved to the "
@@ -178,32 +210,13 @@ class PruneConfig(RuntimeConfig):
     max_attempts: int = option(3, "times a block is tried when workers are lost")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("nsamples", "seqlen", "refine_steps", "max_attempts"):
+        SolverOptions.__post_init__(self)
+        RuntimeConfig.__post_init__(self)
+        for name in ("nsamples", "max_attempts"):
             require(self, name, at_least=1)
-        require(self, "damping", at_least=0)
-        if self.seqlen < 2:
-            raise ConfigError("--seqlen must be at least 2")
-        Pattern.parse(self.pattern)
-        if self.solver_settings().shrinkage == "auto" and self.nsamples < 2:
+        require(self, "seqlen", at_least=2)
+        if self.solver_settings(self.method).shrinkage == "auto" and self.nsamples < 2:
             raise ConfigError("--shrinkage auto compares two halves: --nsamples must be at least 2")
-
-    def solver_settings(self) -> SolverSettings:
-        """The part of the config that the solvers see, with the method's defaults filled in.
-
-        Raises `ConfigError` for a value that is out of range or that the method cannot use.
-        """
-        return SolverSettings(
-            method=self.method,
-            pattern=self.pattern,
-            damping=self.damping,
-            shrinkage=number_or_auto("shrinkage", self.shrinkage, float),
-            blocksize=number_or_auto("blocksize", self.blocksize, int),
-            refine=self.refine,
-            refine_steps=self.refine_steps,
-            prox_lambda=self.prox_lambda,
-            prox_growth=self.prox_growth,
-        ).resolved()
 
     def what(self) -> dict[str, Any]:
         """The options that decide the result, as JSON: the identity of a job."""
@@ -212,6 +225,29 @@ class PruneConfig(RuntimeConfig):
             for key, value in dataclasses.asdict(self).items()
             if key not in PLACEMENT_FIELDS
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveConfig(SolverOptions):
+    """Every option of `prox24 solve`. Raises `ConfigError` on a value out of range."""
+
+    methods: str = option("all", "methods to compare: `all`, or names with commas between")
+    fit_sequences: str | None = option(
+        None, "sequences of `inputs` to solve on, as in 0,2,5:8; unset: all"
+    )
+    evaluate_sequences: str | None = option(
+        None, "sequences of `inputs` that the error is measured on; unset: all"
+    )
+    output: str | None = option(None, "folder for each method's pruned weight")
+    json: bool = option(False, "print one JSON object on standard output and nothing else there")
+    threads: int | None = option(None, "CPU threads; unset: torch's default")
+    device: str | None = option(None, "torch device; unset: cuda where there is one")
+    verbose: bool = option(False, "show debug messages")
+    debug: bool = option(False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "threads", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,8 +272,7 @@ class EvalConfig(RuntimeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "nsamples", at_least=1)
-        if self.seqlen < 2:
-            raise ConfigError("--seqlen must be at least 2: a loss needs a next token")
+        require(self, "seqlen", at_least=2)  # a loss needs a next token
 
 
 def require(config: Any, name: str, *, at_least: float) -> None:

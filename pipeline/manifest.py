@@ -37,7 +37,7 @@ def describe_job(
     del settings["dataset"]
     return {
         "settings": settings,
-        "solver": config.solver_settings().to_json(),
+        "solver": config.solver_settings(config.method).to_json(),
         "solver_version": SOLVER_VERSION,
         "dataset": dataset,
         "source": skeleton.files.identity(),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,10 +50,32 @@ class Stopwatch:
         return seconds
 
 
+def reset_peaks(device: torch.device) -> None:
+    """Starts the peaks of host and device memory anew, where the system lets us."""
+    with contextlib.suppress(OSError):
+        # 5: reset the peak resident set size (proc(5)).
+        Path("/proc/self/clear_refs").write_text("5")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def host_peak() -> int:
+    """Peak resident bytes of this process since `reset_peaks`, or since its start."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_peak(device: torch.device) -> int:
+    """Peak bytes that torch has allocated on a CUDA device since `reset_peaks`."""
+    return int(torch.cuda.max_memory_allocated(device))
+
+
 def peak_memory(device: torch.device | None = None) -> dict[str, Any]:
     """Peak resident memory of this process and peak memory of its device, in bytes."""
     # ru_maxrss is in KiB on Linux.
     peaks = {"rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if device is not None and device.type == "cuda":
-        peaks["device_bytes"] = torch.cuda.max_memory_allocated(device)
+        peaks["device_bytes"] = device_peak(device)
     return peaks

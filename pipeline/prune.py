@@ -106,7 +106,7 @@ def prune(
 
 def _check(skeleton: Skeleton, config: PruneConfig) -> Selection:
     """What shapes and config alone can tell."""
-    settings = config.solver_settings()
+    settings = config.solver_settings(config.method)
     solver_for(settings)
     check_seqlen(skeleton, config.seqlen)
     return select_layers(skeleton, settings, config.skip_unsupported)
@@ -158,7 +158,7 @@ def _check_space(run: RunDirectory, output: Path, skeleton: Skeleton, config: Pr
     weights = sum(entry.end - entry.start for entry in skeleton.files.tensors.values())
     hidden = skeleton.model.config.get_text_config().hidden_size
     store = config.nsamples * config.seqlen * hidden * skeleton.dtype.itemsize
-    needs = solver_for(config.solver_settings()).needs
+    needs = solver_for(config.solver_settings(config.method)).needs
     # Two activation stores, row slices and the output at the most.
     wanted = {run.path: weights + (0 if needs == "none" else 2 * store) + _SLACK_BYTES}
     output_parent = next(parent for parent in output.parents if parent.exists())
@@ -183,7 +183,7 @@ def _start(
     executor: Executor,
     progress: Progress,
 ) -> BlockLoop:
-    settings = config.solver_settings()
+    settings = config.solver_settings(config.method)
     layers = [
         layers_to_prune(skeleton, block, settings, config.skip_unsupported)
         for block in range(len(skeleton.blocks))

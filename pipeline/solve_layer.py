@@ -1,0 +1,161 @@
+"""`prox24 solve`: solvers replayed on one saved layer, and held against each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from pipeline.config import Method, SolveConfig
+from pipeline.measure import device_peak, host_peak, reset_peaks
+from pipeline.solvers import (
+    Pattern,
+    SolverSettings,
+    Statistics,
+    relative_error,
+    solver_for,
+)
+from pipeline.statistics import Accumulator, merged
+from pipeline.worker import choose_device, make_deterministic
+from storage.commit import replace_file
+from storage.errors import ConfigError, DataError, NumericalError
+from storage.layer_files import SavedLayer, read_layer_file
+from storage.safetensors_format import header_for, tensor_bytes
+
+
+def solve_layer(path: Path, config: SolveConfig) -> dict[str, dict[str, Any]]:
+    """Solves the layer saved at `path` with each of the config's methods, in its order.
+
+    Per method: `relative_error` (percentage, undamped, on the evaluation sequences), `seconds` of
+    the solve (with factorization and, for `--shrinkage auto`, the choice), `peak_memory_bytes`
+    above what was resident before, and the solve's report. With `config.output` each pruned weight
+    is written to `METHOD.safetensors` there, in the layer's own dtype.
+
+    Raises an `InputError` for a bad file or option, `NumericalError` where a value is not finite.
+    """
+    make_deterministic(config.threads or torch.get_num_threads())
+    device = choose_device(config.device)
+    layer = read_layer_file(path)
+    Pattern.parse(config.pattern).check_columns(layer.weight.shape[1])
+    for name in ("weight", "inputs", "hessian"):
+        tensor = getattr(layer, name)
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise NumericalError(f"{path}: `{name}` holds NaN or Inf")
+    fit, evaluation = _statistics(layer, config, device)
+    weight = layer.weight.to(device)
+    results = {}
+    for method in methods_of(config):
+        solution, figures = _solve(weight, fit, config.solver_settings(method), device)
+        figures["relative_error"] = relative_error(solution, weight, evaluation)
+        results[method] = figures
+        if config.output is not None:
+            _write(Path(config.output) / f"{method}.safetensors", solution)
+    return results
+
+
+def methods_of(config: SolveConfig) -> list[str]:
+    """The methods to run; `all` leaves out those that do not know the pattern."""
+    known = list(get_args(Method))
+    if config.methods == "all":
+        return known if config.pattern == "2:4" else [name for name in known if name != "prox"]
+    names = [name.strip() for name in config.methods.split(",")]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--methods {name} is not one of {', '.join(known)}")
+    return names
+
+
+def _solve(
+    weight: Tensor, folds: tuple[Statistics, ...], settings: SolverSettings, device: torch.device
+) -> tuple[Tensor, dict[str, Any]]:
+    reset_peaks(device)
+    before = host_peak()
+    _synchronize(device)
+    began = time.perf_counter()
+    if settings.shrinkage == "auto":
+        from pipeline.solvers import choose_regularization
+
+        choice = choose_regularization({"layer": weight}, (folds[0], folds[1]), settings)
+        settings = dataclasses.replace(settings, shrinkage=choice.shrinkage, damping=choice.damping)
+    solver = solver_for(settings)
+    solution = solver.solve(weight, solver.prepare(merged(folds)))
+    _synchronize(device)
+    seconds = time.perf_counter() - began
+    figures: dict[str, Any] = {"relative_error": None, "seconds": seconds}
+    peak = device_peak(device) if device.type == "cuda" else host_peak() - before
+    figures["peak_memory_bytes"] = peak
+    figures["report"] = solution.report.to_json()
+    return solution.weight.to(weight.dtype), figures
+
+
+def _statistics(
+    layer: SavedLayer, config: SolveConfig, device: torch.device
+) -> tuple[tuple[Statistics, ...], Statistics]:
+    """What the solve sees (two halves for `--shrinkage auto`), and what it is judged on."""
+    halves = config.shrinkage == "auto" or any(
+        config.solver_settings(method).shrinkage == "auto" for method in methods_of(config)
+    )
+    if layer.inputs is None:
+        if layer.hessian is None:  # read_layer_file has refused such a file
+            raise DataError("the layer holds neither inputs nor a Hessian")
+        if halves or config.fit_sequences or config.evaluate_sequences:
+            raise ConfigError(
+                "the layer's file holds a `hessian`, not `inputs`: --shrinkage auto, "
+                "--fit-sequences and --evaluate-sequences need the inputs"
+            )
+        hessian = layer.hessian.to(device=device, dtype=torch.float32)
+        whole = Statistics(
+            columns=hessian.shape[0],
+            tokens=layer.tokens,
+            sequences=layer.sequences,
+            diagonal=hessian.diagonal().clone(),
+            hessian=hessian,
+        )
+        return (whole,), whole
+    fit = layer.inputs[sequence_numbers(config.fit_sequences, layer.sequences)]
+    judged = layer.inputs[sequence_numbers(config.evaluate_sequences, layer.sequences)]
+    parts = [fit]
+    if halves:
+        # Halves of the sequences; of the one sequence's tokens where there is one.
+        dim = 0 if fit.shape[0] > 1 else 1
+        parts = list(fit.tensor_split(2, dim=dim))
+    return tuple(_sum(part, device) for part in parts), _sum(judged, device)
+
+
+def _sum(inputs: Tensor, device: torch.device) -> Statistics:
+    total = Accumulator(inputs.shape[-1], "full", device)
+    for sequence in inputs:
+        total.add(sequence.to(device), sequences=1)
+    return total.statistics()
+
+
+def sequence_numbers(text: str | None, count: int) -> list[int]:
+    """`0,2,5:8` as numbers below `count`; all for None. Raises `ConfigError`."""
+    if text is None:
+        return list(range(count))
+    numbers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, colon, last = part.partition(":")
+            numbers += range(int(first or 0), int(last or count)) if colon else [int(first)]
+    except ValueError:
+        raise ConfigError(f"sequences {text!r}: give numbers and ranges, as in 0,2,5:8") from None
+    if not numbers or not all(0 <= number < count for number in numbers):
+        raise ConfigError(f"sequences {text!r}: the layer's file holds {count}, numbered from 0")
+    return numbers
+
+
+def _write(path: Path, weight: Tensor) -> None:
+    tensors = {"weight": weight.cpu().contiguous()}
+    with replace_file(path) as writer:
+        writer.write(header_for(tensors, {}))
+        writer.write(tensor_bytes(tensors["weight"]))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,139 @@
+"""Sums over real processes: bytes that depend on the ranks alone, and an error when one dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline import collective
+from pipeline.collective import Collective, host_meeting
+from pipeline.solvers import Statistics
+from pipeline.statistics import add_in_rank_order
+from storage.errors import WorkerLostError
+
+WORLD = 3
+HOST = "127.0.0.1"
+# Forked from a process that has torch, which is quick, and not from this one, which has threads.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["pipeline.collective", "pipeline.statistics"])
+
+Start = Callable[..., list[Any]]
+
+
+def own_statistics(rank: int, columns: int, needs: str) -> Statistics:
+    """What `rank` brings: any numbers, of very unequal size, so that the order of adding shows."""
+    generator = torch.Generator().manual_seed(rank)
+    size = 10.0 ** torch.randint(-4, 5, (columns, columns), generator=generator)
+    hessian = torch.randn(columns, columns, generator=generator) * size
+    return Statistics(
+        columns=columns,
+        tokens=100 + rank,
+        sequences=1 + rank,
+        diagonal=hessian.diagonal().clone(),
+        hessian=hessian if needs == "full" else None,
+    )
+
+
+def join(rank: int, ports: Any, timeout: float) -> Collective:
+    """The group of all ranks; rank 0 tells the others its port through the queue."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    if rank == 0:
+        store = host_meeting(HOST)
+        for _ in range(WORLD - 1):
+            ports.put(store.port)
+        return Collective(0, WORLD, store, "gloo", timeout)
+    return Collective.join(rank, WORLD, HOST, ports.get(), "gloo", timeout)
+
+
+def sum_and_save(rank: int, ports: Any, folder: Path, chunk: int) -> None:
+    """Process: sums two groups' statistics, one in chunks that do not divide it, and saves them."""
+    collective._CHUNK = chunk
+    group = join(rank, ports, 60)
+    for columns, needs in ((37, "full"), (50, "diagonal")):
+        total = group.sum_statistics(own_statistics(rank, columns, needs))
+        tensors = {"counts": torch.tensor([total.tokens, total.sequences])}
+        tensors |= {"diagonal": total.diagonal} if total.diagonal is not None else {}
+        tensors |= {"hessian": total.hessian} if total.hessian is not None else {}
+        save_file(tensors, folder / f"{needs}-{rank}.safetensors")
+    group.close()
+
+
+def sum_until_lost(rank: int, ports: Any, ready: Any, errors: Any) -> None:
+    """Process: sums again and again; says when it has begun, and what ended it."""
+    group = join(rank, ports, 120)
+    try:
+        for turn in range(1_000_000):
+            group.sum(torch.ones(1000))
+            if turn == 3:
+                ready.put(rank)
+    except WorkerLostError as error:
+        errors.put((rank, str(error)))
+        group.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts one process per rank; whatever is left of them is killed at the end."""
+    processes: list[Any] = []
+    ports = CONTEXT.Queue()  # kept here: a queue vanishes with its last reference in this process
+
+    def start(target: Any, *arguments: Any) -> list[Any]:
+        for rank in range(WORLD):
+            processes.append(CONTEXT.Process(target=target, args=(rank, ports, *arguments)))
+            processes[-1].start()
+        return processes
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("chunk", [1 << 26, 100])
+def test_bytes_are_those_of_adding_in_rank_order(tmp_path: Path, start: Start, chunk: int) -> None:
+    for process in start(sum_and_save, tmp_path, chunk):
+        process.join(60)
+        assert process.exitcode == 0
+    for columns, needs in ((37, "full"), (50, "diagonal")):
+        own = [own_statistics(rank, columns, needs) for rank in range(WORLD)]
+        expected = add_in_rank_order(own)
+        for rank in range(WORLD):
+            found = load_file(tmp_path / f"{needs}-{rank}.safetensors")
+            assert found["counts"].tolist() == [expected.tokens, expected.sequences]
+            assert torch.equal(found["diagonal"], expected.diagonal)
+            assert ("hessian" in found) == (expected.hessian is not None)
+            if expected.hessian is not None:
+                assert torch.equal(found["hessian"], expected.hessian)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_the_survivors_of_a_killed_rank_are_told(start: Start, victim: int) -> None:
+    ready, errors = CONTEXT.Queue(), CONTEXT.Queue()
+    processes = start(sum_until_lost, ready, errors)
+    for _ in range(WORLD):
+        ready.get(timeout=60)
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    found = dict(errors.get(timeout=60) for _ in range(WORLD - 1))
+    assert found.keys() == set(range(WORLD)) - {victim}
+    for rank, message in found.items():
+        assert f"rank {rank} lost a peer" in message
+    for rank, process in enumerate(processes):
+        process.join(60)
+        assert process.exitcode == (-signal.SIGKILL if rank == victim else 0)
+
+
+def test_rank_0_that_is_not_there_is_an_error() -> None:
+    store = host_meeting(HOST)
+    port = store.port
+    del store
+    with pytest.raises(WorkerLostError, match=f"rank 1 cannot reach rank 0 at {HOST}:{port}"):
+        Collective.join(1, 2, HOST, port, "gloo", timeout=1)

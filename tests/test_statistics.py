@@ -1,0 +1,150 @@
+"""Second moments summed batch by batch in fp32, held against float64."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.solvers import Statistics
+from pipeline.statistics import Accumulator, add_in_rank_order, panels
+
+CPU = torch.device("cpu")
+
+
+def inputs(columns: int, tokens: int = 512, seed: int = 0) -> Tensor:
+    """(4, tokens / 4, C) fp32: correlated columns of unequal size with a mean."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, tokens // 4, columns, generator=generator)
+    return (x + 0.5) * torch.logspace(-2, 2, columns)
+
+
+def accumulate(x: Tensor, needs: str = "full", batches: int = 4) -> Statistics:
+    total = Accumulator(x.shape[-1], needs, CPU)
+    for batch in x.chunk(batches):
+        total.add(batch, sequences=batch.shape[0])
+    return total.statistics()
+
+
+# 32 is less than a panel, 600 is three of them, the last a narrow one; 2304 is eight wider ones.
+@pytest.mark.parametrize("columns", [32, 256, 600, 2304])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_hessian_against_float64(columns: int, dtype: torch.dtype) -> None:
+    x = inputs(columns).to(dtype)
+    found = accumulate(x)
+    flat = x.reshape(-1, columns).double()
+    exact = flat.T @ flat
+    assert found.hessian is not None
+    assert found.hessian.dtype == torch.float32
+    # Every entry to fp32 rounding on the scale of its row and column: a product or a sum rounded
+    # to bfloat16 would be off by 2^-9.
+    scale = exact.diagonal().sqrt()
+    assert ((found.hessian.double() - exact) / torch.outer(scale, scale)).abs().max() < 2e-6
+    assert torch.equal(found.hessian, found.hessian.T)
+    assert found.diagonal is not None
+    assert torch.equal(found.diagonal, found.hessian.diagonal())
+    assert (found.columns, found.tokens, found.sequences) == (columns, 512, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_diagonal_against_float64(dtype: torch.dtype) -> None:
+    x = inputs(600).to(dtype)
+    found = accumulate(x, "diagonal")
+    assert found.hessian is None
+    assert found.diagonal is not None
+    exact = x.reshape(-1, 600).double().square().sum(dim=0)
+    torch.testing.assert_close(found.diagonal.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_tokens_need_no_batch_dimension() -> None:
+    x = inputs(32)
+    flat = accumulate(x.reshape(-1, 32), batches=1)
+    assert flat.hessian is not None
+    assert torch.equal(flat.hessian, accumulate(x, batches=1).hessian)
+
+
+def test_inputs_are_left_as_they_are() -> None:
+    x = inputs(32)
+    before = x.clone()
+    accumulate(x)
+    assert torch.equal(x, before)
+
+
+def test_a_diagonal_allocates_no_matrix() -> None:
+    """In a process of its own, whose peak memory is the kernel's own figure."""
+    script = """
+import resource, torch
+from pipeline.statistics import Accumulator
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+columns = 16384
+x = torch.ones(8, columns)
+warm = Accumulator(64, "diagonal", torch.device("cpu"))
+warm.add(torch.ones(8, 64), 1)
+before = peak()
+total = Accumulator(columns, "diagonal", torch.device("cpu"))
+total.add(x, 1)
+assert total.statistics().diagonal.sum() == 8 * columns
+print(peak() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) < 16384**2  # the matrix would take four times as many bytes
+
+
+@pytest.mark.parametrize("columns", [1, 255, 256, 257, 600, 2048, 2049, 28672])
+def test_panels_cover_all_columns(columns: int) -> None:
+    found = panels(columns)
+    assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
+    assert found[-1][1] == columns
+    assert len(found) <= 8
+
+
+def test_the_sum_of_ranks_is_taken_in_rank_order() -> None:
+    """On numbers whose sum depends on the order: 1e8 swallows a 1 that comes after it."""
+
+    def part(value: float, tokens: int) -> Statistics:
+        return Statistics(
+            columns=1,
+            tokens=tokens,
+            sequences=1,
+            diagonal=torch.tensor([value]),
+            hessian=torch.tensor([[value]]),
+        )
+
+    parts = [part(1.0, 3), part(1e8, 4), part(-1e8, 5)]
+    found, other = add_in_rank_order(parts), add_in_rank_order(parts[1:] + parts[:1])
+    assert (found.tokens, found.sequences) == (12, 3)
+    assert found.hessian is not None
+    assert other.hessian is not None
+    assert (found.hessian.item(), other.hessian.item()) == (0.0, 1.0)
+    assert parts[0].hessian is not None
+    assert parts[0].hessian.item() == 1.0  # the parts are left as they are
+
+
+def test_the_sum_of_ranks_is_that_of_all_their_inputs() -> None:
+    x = inputs(600)
+    found = add_in_rank_order([accumulate(part, batches=1) for part in x.chunk(2)])
+    whole = accumulate(x)
+    assert found.hessian is not None
+    assert whole.hessian is not None
+    scale = whole.hessian.diagonal().sqrt()
+    difference = (found.hessian - whole.hessian) / torch.outer(scale, scale)
+    assert difference.abs().max() < 2e-6
+    assert (found.tokens, found.sequences) == (whole.tokens, whole.sequences)
+
+
+def test_the_sum_of_diagonals_has_no_matrix() -> None:
+    x = inputs(32)
+    found = add_in_rank_order([accumulate(part, "diagonal", 1) for part in x.chunk(2)])
+    assert found.hessian is None
+    assert found.diagonal is not None
+    torch.testing.assert_close(found.diagonal, accumulate(x, "diagonal").diagonal)

@@ -56,6 +56,7 @@ class RayExecutor:
 
     def start(self, job: Job) -> None:
         """Places the actors, builds their ranks, and joins them in a collective."""
+        self._stop_actors()
         self._job = job
         self._group = placement_group(
             [self.placement.bundle()] * self.world, strategy="PACK", name="prox24"
@@ -97,7 +98,6 @@ class RayExecutor:
 
     def recover(self) -> None:
         """Starts all ranks anew: a block is redone from committed inputs, so none has state."""
-        self._stop_actors()
         if self._job is not None:
             self.start(self._job)
 

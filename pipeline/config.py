@@ -195,6 +195,12 @@ class PruneConfig(SolverOptions, RuntimeConfig):
     nsamples: int = option(128, "calibration sequences")
     seqlen: int = option(2048, "tokens of a calibration sequence")
     seed: int = option(0, "seed of the random crops")
+    eval_dataset: str | None = option(
+        None,
+        "text, as for --dataset, on which the finished model's perplexity is measured for its "
+        "model card, in sequences of --seqlen",
+    )
+    eval_nsamples: int | None = option(None, "sequences of --eval-dataset; unset: the whole text")
     save_layers: str | None = option(
         None,
         "pattern of layer names (`*.5.self_attn.k_proj`) whose weight and Hessian are saved to the "
@@ -212,11 +218,24 @@ class PruneConfig(SolverOptions, RuntimeConfig):
     def __post_init__(self) -> None:
         SolverOptions.__post_init__(self)
         RuntimeConfig.__post_init__(self)
-        for name in ("nsamples", "max_attempts"):
+        for name in ("nsamples", "eval_nsamples", "max_attempts"):
             require(self, name, at_least=1)
         require(self, "seqlen", at_least=2)
         if self.solver_settings(self.method).shrinkage == "auto" and self.nsamples < 2:
             raise ConfigError("--shrinkage auto compares two halves: --nsamples must be at least 2")
+
+    def evaluation(self) -> EvalConfig | None:
+        """How the finished model is evaluated for its model card; None if it is not."""
+        if self.eval_dataset is None:
+            return None
+        runtime = {f.name: getattr(self, f.name) for f in dataclasses.fields(RuntimeConfig)}
+        return EvalConfig(
+            **runtime,
+            dataset=self.eval_dataset,
+            text_column=self.text_column,
+            seqlen=self.seqlen,
+            nsamples=self.eval_nsamples,
+        )
 
     def what(self) -> dict[str, Any]:
         """The options that decide the result, as JSON: the identity of a job."""

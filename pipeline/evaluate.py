@@ -10,8 +10,11 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from pipeline.calibration import evaluation_tokens, load_tokenizer
 from pipeline.config import EvalConfig
@@ -19,7 +22,7 @@ from pipeline.executor import Executor
 from pipeline.job import Job
 from pipeline.loop import BlockLoop
 from pipeline.manifest import data_identity
-from pipeline.model import check_seqlen, check_tokens, open_skeleton
+from pipeline.model import Skeleton, check_seqlen, check_tokens, open_skeleton
 from pipeline.progress import Progress
 from storage.arrow_store import write_tokens
 from storage.errors import NumericalError
@@ -33,13 +36,31 @@ def evaluate(
     make_executor: Callable[[], Executor],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Perplexity of the model in folder `source`.
+    """Perplexity of the model in folder `source`, on an executor that is made for it.
 
-    Returns `perplexity`, `tokens` (of text evaluated), `predicted_tokens` (those with a loss: all
-    but the first of each sequence), `seqlen`, `nsamples`, `dataset`, `dtype`.
-
-    Raises an `InputError` for bad input before any compute.
+    Returns what `measure_perplexity` returns. Raises an `InputError` for bad input before any
+    compute.
     """
+    prepared = prepare(source, config)
+    executor = make_executor()
+    try:
+        return measure_perplexity(prepared, config, executor, progress)
+    finally:
+        progress.end()
+        executor.close()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What can be checked without workers has been: the skeleton, the tokens, the text's name."""
+
+    skeleton: Skeleton
+    tokens: Tensor
+    dataset: str
+
+
+def prepare(source: Path, config: EvalConfig) -> Prepared:
+    """Opens the model and tokenizes the text. Raises an `InputError` for bad input."""
     skeleton = open_skeleton(
         source.absolute(), dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
@@ -50,42 +71,53 @@ def evaluate(
         tokenizer, config.dataset, config.text_column, config.seqlen, config.nsamples
     )
     check_tokens(skeleton, tokens)
+    return Prepared(skeleton, tokens, identity["name"])
+
+
+def measure_perplexity(
+    prepared: Prepared, config: EvalConfig, executor: Executor, progress: Progress
+) -> dict[str, Any]:
+    """Perplexity, with the ranks of `executor` started anew for this model.
+
+    Returns `perplexity`, `tokens` (of text evaluated), `predicted_tokens` (those with a loss: all
+    but the first of each sequence), `seqlen`, `nsamples`, `dataset`, `dtype`.
+
+    Raises `NumericalError` where the loss is not finite.
+    """
+    skeleton, tokens = prepared.skeleton, prepared.tokens
     with tempfile.TemporaryDirectory(prefix="prox24-eval-", dir=config.scratch_dir) as scratch:
         run = RunDirectory(Path(scratch).absolute())
         write_tokens(run.tokens(), tokens)
-        executor = make_executor()
-        try:
-            with RunLock(run.path) as lock:
-                progress.begin("evaluating", len(skeleton.blocks), 0)
-                progress.phase("start workers")
-                executor.start(_job(config, skeleton.files.folder, run, len(tokens), executor))
-                loop = BlockLoop(
-                    executor=executor,
-                    run=run,
-                    lock=lock,
-                    progress=progress,
-                    blocks=len(skeleton.blocks),
-                    layers=(),
-                    dtypes=(),
-                    calibrates=True,
-                    chooses=False,
-                    max_attempts=3,
-                )
-                losses = [loss for outcome in loop.evaluate() for loss in outcome.value]
-        finally:
-            progress.end()
-            executor.close()
+        with RunLock(run.path) as lock:
+            progress.begin("evaluating", len(skeleton.blocks), 0)
+            progress.phase("start workers")
+            executor.start(_job(config, skeleton.files.folder, run, len(tokens), executor))
+            loop = BlockLoop(
+                executor=executor,
+                run=run,
+                lock=lock,
+                progress=progress,
+                blocks=len(skeleton.blocks),
+                layers=(),
+                dtypes=(),
+                calibrates=True,
+                chooses=False,
+                max_attempts=3,
+            )
+            losses = [loss for outcome in loop.evaluate() for loss in outcome.value]
     predicted = len(losses) * (config.seqlen - 1)
     mean = sum(losses) / predicted
     if not math.isfinite(mean):
-        raise NumericalError(f"{source}: the loss is not finite; try --dtype float32")
+        raise NumericalError(
+            f"{skeleton.files.folder}: the loss is not finite; try --dtype float32"
+        )
     return {
         "perplexity": math.exp(mean),
         "tokens": len(losses) * config.seqlen,
         "predicted_tokens": predicted,
         "seqlen": config.seqlen,
         "nsamples": len(losses),
-        "dataset": identity["name"],
+        "dataset": prepared.dataset,
         "dtype": str(skeleton.dtype).removeprefix("torch."),
     }
 

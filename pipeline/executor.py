@@ -17,7 +17,7 @@ class Executor(Protocol):
     threads: int
 
     def start(self, job: Job) -> None:
-        """Makes the ranks. Called once, before anything else."""
+        """Makes the ranks, before anything else; again, for another job, in place of the first."""
         ...
 
     def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:

@@ -35,6 +35,8 @@ def describe_job(
     """Everything that decides the result, as JSON; equal for equal jobs, free of local paths."""
     settings = config.what()
     del settings["dataset"]
+    if config.eval_dataset is not None:
+        settings["eval_dataset"] = data_identity(config.eval_dataset)
     return {
         "settings": settings,
         "solver": config.solver_settings(config.method).to_json(),

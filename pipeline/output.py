@@ -51,16 +51,19 @@ def write_output(
     source_name: str,
     run: RunDirectory,
     write_files: Callable[[str], list[StoredFile]],
+    evaluate: Callable[[Path], dict[str, Any] | None],
 ) -> None:
     """Writes the folder beside `output` under a name no reader trusts, then renames it.
 
-    `write_files(folder)` has the workers write the weight files and returns what they wrote.
+    `write_files(folder)` has the workers write the weight files and returns what they wrote;
+    `evaluate(folder)` then measures the model's perplexity, or gives None.
     """
     partial = output.with_name(f".{output.name}.partial-{run.path.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     stored = sorted(write_files(str(partial)), key=lambda file: file.name)
     copy_side_files(skeleton.files, partial)
+    perplexity = evaluate(partial)
     layers = layer_results(records, skeleton.blocks_path)
     results = {
         "schema_version": RESULT_SCHEMA,
@@ -71,6 +74,7 @@ def write_output(
         ],
         "layers": layers,
         "skipped_layers": list(skipped),
+        "perplexity": perplexity,
         "weight_files": [file.to_json() for file in stored],
         "environment": {
             "prox24": VERSION,
@@ -82,7 +86,7 @@ def write_output(
         source_name=source_name,
         settings=card_settings(job),
         results=layers,
-        perplexity=None,
+        perplexity=perplexity,
         license=source_license(skeleton.files.folder),
     )
     _write(partial / "README.md", card)

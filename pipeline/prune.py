@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.calibration import calibration_tokens, load_tokenizer
 from pipeline.config import PruneConfig
+from pipeline.evaluate import measure_perplexity, prepare
 from pipeline.executor import Executor
 from pipeline.job import Job
 from pipeline.layers import Selection, layers_to_prune, select_layers
@@ -92,6 +93,9 @@ def prune(
         run.sweep_uncommitted(guard=lock.assert_held)
         tokens = _tokens(run, skeleton, config, manifest)
         _check_space(run, output, skeleton, config)
+        evaluation = config.evaluation()
+        if evaluation is not None:
+            prepare(source, evaluation)  # a text that is missing or too short is found now
         executor = make_executor()
         try:
             loop = _start(run, lock, skeleton, config, executor, progress)
@@ -281,8 +285,18 @@ def _finish(
             for outcome in loop.guarded("write_output", [(own, records, folder) for own in files])
             for stored in outcome.value
         ],
+        evaluate=lambda folder: _perplexity(loop, config, folder),
     )
     return PruneResult(output, loop.run.path, _tidy(loop.run, loop.blocks))
+
+
+def _perplexity(loop: BlockLoop, config: PruneConfig, folder: Path) -> dict[str, Any] | None:
+    """The finished model's perplexity for its card, on the job's executor; None if not asked."""
+    evaluation = config.evaluation()
+    if evaluation is None:
+        return None
+    prepared = prepare(folder, evaluation)
+    return measure_perplexity(prepared, evaluation, loop.executor, loop.progress)
 
 
 def _tidy(run: RunDirectory, blocks: int) -> dict[str, Any]:

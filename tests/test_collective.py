@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -18,12 +17,10 @@ from pipeline.collective import Collective, host_meeting
 from pipeline.solvers import Statistics
 from pipeline.statistics import add_in_rank_order
 from storage.errors import WorkerLostError
+from tests.processes import CONTEXT
 
 WORLD = 3
 HOST = "127.0.0.1"
-# Forked from a process that has torch, which is quick, and not from this one, which has threads.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pipeline.collective", "pipeline.statistics"])
 
 Start = Callable[..., list[Any]]
 

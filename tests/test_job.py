@@ -1,0 +1,506 @@
+"""Whole jobs on the local executor: what is pruned, how well, and what is on disk meanwhile."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.calibration import calibration_tokens, load_tokenizer
+from pipeline.executor import LocalExecutor
+from pipeline.solvers import SolverSettings, Statistics, objective, solver_for
+from pipeline.worker import Job, Outcome
+from tests.jobs import (
+    SMALL,
+    check_output,
+    contents,
+    fits,
+    is_linear_of_a_block,
+    prune_here,
+    tensors,
+    write_text,
+)
+from tests.processes import CONTEXT
+from tests.solver_cases import layer
+from tests.tiny_models import ARCHITECTURES
+
+TinyModel = Callable[..., Path]
+METHODS = ("magnitude", "wanda", "sparsegpt", "prox", "prox_admm")
+
+
+def inputs_of(modules: dict[str, torch.nn.Module], forward: Callable[[], Any]) -> dict[str, Tensor]:
+    """What each module is called with in one forward."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+        for name, module in modules.items()
+    ]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@torch.no_grad()
+def plain_prune(source: Path, text: Path, **settings: Any) -> tuple[dict[str, Tensor], list[float]]:
+    """The same job by the plainest means, and each layer's relative error in per cent.
+
+    The whole model in memory and run in one batch for every block, hooks on all its linears, one
+    product for every Hessian, every layer by itself.
+    """
+    tokenizer = load_tokenizer(source)
+    tokens = calibration_tokens(tokenizer, str(text), None, SMALL["nsamples"], SMALL["seqlen"], 0)
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    solver = solver_for(SolverSettings(**settings))
+    errors = []
+    linears = {n: m for n, m in model.named_modules() if is_linear_of_a_block(f"{n}.weight")}
+    for block in range(model.config.num_hidden_layers):
+        own = {name: m for name, m in linears.items() if f".layers.{block}." in name}
+        seen = inputs_of(own, lambda: model(input_ids=tokens))
+        for name, module in own.items():
+            x = seen[name].reshape(-1, module.in_features).float()
+            hessian = x.T @ x
+            statistics = Statistics(
+                columns=module.in_features,
+                tokens=len(x),
+                sequences=len(tokens),
+                diagonal=hessian.diagonal().clone(),
+                hessian=hessian,
+            )
+            weight = module.weight.detach().clone()
+            pruned = solver.solve(weight, solver.prepare(statistics)).weight.to(weight.dtype)
+            lost = objective(pruned, weight, statistics).sum()
+            zero = objective(torch.zeros_like(weight), weight, statistics).sum()
+            errors.append(float(100 * lost / zero))
+            module.weight.copy_(pruned)
+    return {f"{name}.weight": module.weight for name, module in linears.items()}, errors
+
+
+def check_equal(output: Path, expected: dict[str, Tensor]) -> None:
+    """Masks agree on 99.9 %, and rows of the same mask have the same weights but for rounding."""
+    agreeing = total = 0
+    for name, tensor in tensors(output):
+        if name in expected:
+            other = expected.pop(name).detach()
+            same = (tensor != 0) == (other != 0)
+            agreeing += int(same.sum())
+            total += same.numel()
+            rows = same.all(dim=1)
+            difference = (tensor - other)[rows].float().norm(dim=1)
+            assert (difference < 0.01 * other[rows].float().norm(dim=1)).all(), name
+    assert not expected
+    assert agreeing > 0.999 * total
+
+
+def check_loads(output: Path) -> None:
+    """transformers loads the folder and generates text with it."""
+    model = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    prompt = tokenizer("the block", return_tensors="pt", return_token_type_ids=False)
+    generated = model.generate(**prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert generated.shape == (1, len("the block") + 5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("weight_files", "tied"), [(1, False), (3, True)])
+def test_every_family(
+    tiny_model: TinyModel, tmp_path: Path, architecture: str, weight_files: int, tied: bool
+) -> None:
+    source = tiny_model(architecture, weight_files=weight_files, tied=tied)
+    result = prune_here(source, tmp_path / "output")
+    assert result.output == tmp_path / "output"
+    check_output(source, result.output)
+    check_loads(result.output)
+    expected, _ = plain_prune(source, tmp_path / "text.txt")
+    check_equal(result.output, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(tiny_model: TinyModel, tmp_path: Path, method: str) -> None:
+    source = tiny_model("llama")
+    output = prune_here(source, tmp_path / "output", method=method).output
+    check_output(source, output)
+    expected, errors = plain_prune(source, tmp_path / "text.txt", method=method)
+    check_equal(output, expected)
+    if method != "magnitude":  # which quotes the error without inputs: it saw none
+        layers = json.loads((output / "prox24.json").read_text())["layers"]
+        reported = sorted(entry["relative_error"] for entry in layers)
+        # wanda quotes the form with the diagonal alone: it keeps no more.
+        if method != "wanda":
+            assert reported == pytest.approx(sorted(errors), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["wanda", "prox_admm"])
+def test_bfloat16_weights(tiny_model: TinyModel, tmp_path: Path, method: str) -> None:
+    source = tiny_model("llama", dtype=torch.bfloat16)
+    output = prune_here(source, tmp_path / "output", method=method, dtype="float32").output
+    check_output(source, output)
+    check_loads(output)
+    assert {t.dtype for _, t in tensors(output)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "keep", "group"), [("4:8", 4, 8), ("1:4", 1, 4), ("unstructured:0.5", 32, 64)]
+)
+@pytest.mark.parametrize("method", ["sparsegpt", "prox_admm"])
+def test_other_patterns(
+    tiny_model: TinyModel, tmp_path: Path, pattern: str, keep: int, group: int, method: str
+) -> None:
+    source = tiny_model("llama")
+    if pattern.startswith("unstructured"):
+        method = "wanda" if method == "prox_admm" else method
+    output = prune_here(source, tmp_path / "output", method=method, pattern=pattern).output
+    for name, tensor in tensors(output):
+        if is_linear_of_a_block(name):
+            share = (tensor == 0).float().mean().item()
+            assert share == pytest.approx(1 - keep / group, abs=0.02)
+            assert pattern.startswith("unstructured") or fits(tensor, keep, group)
+
+
+def test_refinement_keeps_the_mask_and_lowers_the_error(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    source = tiny_model("llama", blocks=1)
+    refined = prune_here(source, tmp_path / "refined", method="wanda", refine="cg").output
+    plain = prune_here(source, tmp_path / "plain", method="wanda").output
+    expected, errors = plain_prune(source, tmp_path / "text.txt", method="wanda", refine="cg")
+    before = dict(tensors(plain))
+    for name, tensor in tensors(refined):
+        assert torch.equal(tensor != 0, before[name] != 0)
+        assert torch.equal(tensor, before[name]) != is_linear_of_a_block(name)
+    check_equal(refined, expected)
+    for entry in json.loads((refined / "prox24.json").read_text())["layers"]:
+        assert entry["objective"] < 0.9 * entry["objective_before"]
+    _, unrefined = plain_prune(source, tmp_path / "text.txt", method="wanda")
+    assert all(low < high for low, high in zip(errors, unrefined, strict=True))
+
+
+@pytest.mark.parametrize("method", ["wanda", "prox_admm"])
+def test_three_workers_do_as_well_as_one(
+    tiny_model: TinyModel, tmp_path: Path, method: str
+) -> None:
+    source = tiny_model("llama", hidden=64, intermediate=128)
+    results = [
+        prune_here(source, tmp_path / f"output-{n}", method=method, nsamples=12, workers=n)
+        for n in (1, 3)
+    ]
+    one, three = (dict(tensors(result.output)) for result in results)
+    names = [name for name in one if is_linear_of_a_block(name)]
+    agreeing = sum(int(((one[n] != 0) == (three[n] != 0)).sum()) for n in names)
+    assert agreeing >= 0.999 * sum(one[n].numel() for n in names)
+    objectives = [
+        sum(e["objective"] for e in json.loads((r.output / "prox24.json").read_text())["layers"])
+        for r in results
+    ]
+    assert objectives[1] == pytest.approx(objectives[0], rel=1e-3)
+
+
+def test_equal_jobs_give_equal_bytes(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = tiny_model("llama", weight_files=2)
+    outputs = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        outputs.append(prune_here(source, tmp_path / name / "model", workers=2).output)
+    assert contents(outputs[0]) == contents(outputs[1])
+    assert len(contents(outputs[0])) > 5
+
+
+def test_unsupported_layers_can_be_left_dense(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = tiny_model("llama", intermediate=70)
+    output = prune_here(source, tmp_path / "output", skip_unsupported=True).output
+    before = dict(tensors(source))
+    for name, tensor in tensors(output):
+        if is_linear_of_a_block(name) and "down_proj" not in name:
+            assert fits(tensor, 2, 4)
+        else:
+            assert torch.equal(tensor, before[name])
+    skipped = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+    assert json.loads((output / "prox24.json").read_text())["skipped_layers"] == skipped
+
+
+def test_what_the_output_says_of_itself(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = tiny_model("opt")
+    (source / "README.md").write_text("---\nlicense: mit\n---\nthe dense model\n")
+    result = prune_here(source, tmp_path / "output", damping=0.02)
+    card = (result.output / "README.md").read_text()
+    results = json.loads((result.output / "prox24.json").read_text())
+    for text in ("license: mit", "prox_admm", "2:4", "text.txt", "0.02"):
+        assert text in card
+    assert "the dense model" not in card
+    settings = results["job"]["settings"]
+    assert (settings["damping"], settings["nsamples"], settings["seqlen"]) == (0.02, 8, 32)
+    assert results["job"]["solver"]["refine"] == "cg"
+    names = [entry["name"] for entry in results["layers"]]
+    assert sorted(f"{n}.weight" for n in names) == sorted(
+        name for name, _ in tensors(source) if is_linear_of_a_block(name)
+    )
+    for entry in results["layers"]:
+        assert 0 < entry["relative_error"] < 100
+        assert entry["rows"] == entry["shape"][0]
+    summary = result.summary
+    assert [block["block"] for block in summary["blocks"]] == [0, 1]
+    assert sum(summary["seconds"].values()) == pytest.approx(summary["wall"], rel=0.01)
+    assert summary["memory"]["worker_rss_bytes"] > 0
+
+
+# -- what is on disk and in memory while it runs -------------------------------------------------
+
+
+class Watching(LocalExecutor):
+    """The local executor, with a look at the run directory after each phase."""
+
+    def __init__(self, world: int, look: Callable[[str, Path], None]) -> None:
+        super().__init__(world, 1)
+        self.look = look
+
+    def start(self, job: Job) -> None:
+        super().start(job)
+        self.folder = Path(job.run_directory)
+
+    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+        outcomes = super().run(phase, arguments)
+        self.look(phase, self.folder)
+        return outcomes
+
+
+def test_two_activation_stores_at_most(tiny_model: TinyModel, tmp_path: Path) -> None:
+    stores: list[tuple[str, list[str]]] = []
+
+    def look(phase: str, run: Path) -> None:
+        stores.append((phase, sorted({p.parent.name for p in run.glob("activations/*/*.arrow")})))
+
+    result = prune_here(
+        tiny_model("llama", blocks=4), tmp_path / "output", workers=2, executor=Watching(2, look)
+    )
+    assert ("calibrate", ["block-003"]) in stores
+    assert ("propagate", ["block-002", "block-003"]) in stores
+    assert max(len(names) for _, names in stores) == 2
+    assert not list(result.run_directory.glob("activations/*"))
+
+
+def test_magnitude_needs_no_activations(tiny_model: TinyModel, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def look(phase: str, run: Path) -> None:
+        seen.append(phase)
+        assert not list(run.glob("activations/*/*"))
+
+    prune_here(
+        tiny_model("llama"), tmp_path / "output", method="magnitude", executor=Watching(1, look)
+    )
+    assert seen == ["fingerprint", "solve", "solve", "write_output"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activation_stores_are_plain_arrow(
+    tiny_model: TinyModel, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Block 1's inputs are the outputs of pruned block 0, by the finished model's own forward."""
+    stores: dict[str, list[pa.Table]] = {}
+
+    def look(phase: str, run: Path) -> None:
+        if phase == "propagate":
+            for path in sorted(run.glob("activations/block-001/*.arrow")):
+                table = pa.ipc.open_file(path.read_bytes()).read_all()
+                stores.setdefault("inputs", []).append(table)
+            tokens = pa.ipc.open_file((run / "tokens.arrow").read_bytes()).read_all()
+            stores["tokens"] = [tokens]
+
+    source = tiny_model("llama", dtype=dtype)
+    output = prune_here(source, tmp_path / "output", executor=Watching(1, look)).output
+    assert [table.num_rows for table in stores["inputs"]] == [4, 4]
+    found = []
+    for index, table in enumerate(stores["inputs"]):
+        facts = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+        assert facts["dtype"] == str(dtype).removeprefix("torch.")
+        assert facts["stored_as"] == ("uint16" if dtype == torch.bfloat16 else "float32")
+        assert (json.loads(facts["shape"]), facts["block"]) == ([32, 32], "1")
+        assert (facts["shard"], facts["schema_version"]) == (str(index), "1")
+        for chunk in table.column("hidden_states").chunks:
+            # A copy: from_numpy must not be given the read-only memory of a table.
+            found.append(torch.from_numpy(chunk.to_numpy_ndarray().copy()).view(dtype))
+    ids = stores["tokens"][0].column("input_ids").chunk(0).to_numpy_ndarray()
+    model = AutoModelForCausalLM.from_pretrained(output)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids.copy()).long(), output_hidden_states=True)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(
+        torch.cat(found), expected.hidden_states[1], rtol=tolerance, atol=tolerance
+    )
+
+
+def test_each_rank_writes_its_own_rows_only(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Of three ranks none solves, or writes, all rows of a layer."""
+    slices: dict[str, list[str]] = {}
+
+    def look(phase: str, run: Path) -> None:
+        if phase == "solve":
+            for path in sorted(run.glob("checkpoints/block-000/rank-*.safetensors")):
+                header_of = load_file(path)
+                slices[path.name.split(".")[0]] = sorted(
+                    f"{name} {len(rows)}" for name, rows in header_of.items()
+                )
+
+    prune_here(
+        tiny_model("llama", blocks=1), tmp_path / "output", workers=3, executor=Watching(3, look)
+    )
+    assert slices.keys() == {"rank-0", "rank-1", "rank-2"}
+    rows = {name: [int(line.split()[-1]) for line in lines] for name, lines in slices.items()}
+    # k and v have 16 rows, q, o and down 32, gate and up 64.
+    assert [sum(column) for column in zip(*rows.values(), strict=True)] == [
+        32, 64, 64, 16, 32, 32, 16,
+    ]  # fmt: skip
+    assert all(0 < count < 32 for counts in rows.values() for count in counts)
+
+
+class Elsewhere:
+    """An executor whose one rank lives in another process, so that this one is a driver only."""
+
+    world, threads = 1, 1
+
+    def __init__(self) -> None:
+        self.connection, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=serve, args=(theirs,))
+        self.process.start()
+
+    def start(self, job: Job) -> None:
+        self._call("start", job)
+
+    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+        return self._call("run", phase, arguments)
+
+    def reduce(self) -> list[Outcome]:
+        return self._call("reduce")
+
+    def recover(self) -> None:
+        self._call("recover")
+
+    def close(self) -> None:
+        self._call("close")
+        self.connection.send(None)
+        self.process.join(60)
+
+    def _call(self, *call: Any) -> Any:
+        self.connection.send(call)
+        return self.connection.recv()
+
+
+def serve(connection: Any) -> None:
+    """Process: a local executor that does what it is told."""
+    executor = LocalExecutor(1, 1)
+    while (call := connection.recv()) is not None:
+        connection.send(getattr(executor, call[0])(*call[1:]))
+
+
+def test_the_driver_reads_no_weights(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """By the kernel's count of the bytes that this process reads from files and pipes."""
+    source = tiny_model("llama", hidden=128, intermediate=4096, weight_files=4)
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    executor: Any = Elsewhere()
+    before = psutil.Process().io_counters().read_chars
+    output = prune_here(source, tmp_path / "output", method="magnitude", executor=executor).output
+    read = psutil.Process().io_counters().read_chars - before
+    assert size > 12 << 20
+    assert read < size / 10
+    check_output(source, output)
+
+
+# -- three processes, one layer ------------------------------------------------------------------
+
+SEPARABLE = ("wanda", "sparsegpt", "prox", "prox_admm")
+
+
+def solve_slices(folder: Path, rank: int) -> None:
+    """Process: solves its row slice of the layer with every method; it has no other rows."""
+    torch.set_num_threads(1)
+    sums = load_file(folder / "statistics.safetensors")
+    statistics = Statistics(
+        columns=sums["hessian"].shape[0],
+        tokens=int(sums["tokens"]),
+        sequences=int(sums["sequences"]),
+        diagonal=sums["diagonal"],
+        hessian=sums["hessian"],
+    )
+    rows = load_file(folder / f"rows-{rank}.safetensors")["rows"]
+    solved = {}
+    for method in SEPARABLE:
+        solver = solver_for(SolverSettings(method=method))
+        solved[method] = solver.solve(rows, solver.prepare(statistics)).weight
+    save_file(solved, folder / f"solved-{rank}.safetensors")
+
+
+def test_one_layer_solved_by_three_processes(tmp_path: Path) -> None:
+    """None of which saw all its rows; the slices together are the whole layer's solution."""
+    weight, inputs = layer(rows=50, columns=64, tokens=256)
+    x = inputs.reshape(-1, 64)
+    hessian = x.T @ x
+    counts = {"tokens": torch.tensor(len(x)), "sequences": torch.tensor(2)}
+    sums = {"hessian": hessian, "diagonal": hessian.diagonal().clone()}
+    save_file(sums | counts, tmp_path / "statistics.safetensors")
+    for rank, rows in enumerate(weight.tensor_split(3)):
+        save_file({"rows": rows.clone()}, tmp_path / f"rows-{rank}.safetensors")
+    processes = [CONTEXT.Process(target=solve_slices, args=(tmp_path, rank)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    parts = [load_file(tmp_path / f"solved-{rank}.safetensors") for rank in range(3)]
+    statistics = Statistics(
+        columns=64, tokens=len(x), sequences=2, diagonal=sums["diagonal"], hessian=hessian
+    )
+    for method in SEPARABLE:
+        solver = solver_for(SolverSettings(method=method))
+        whole = solver.solve(weight, solver.prepare(statistics)).weight
+        assert torch.equal(torch.cat([part[method] for part in parts]), whole), method
+
+
+# -- without Ray ---------------------------------------------------------------------------------
+
+WITHOUT = """
+import importlib.abc, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in ("ray", "datasets"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+from cluster.command_line import run
+status = run(sys.argv[1:])
+print("loaded:", sorted({"ray", "datasets"} & set(sys.modules)))
+sys.exit(status)
+"""
+
+
+def test_the_local_executor_needs_neither_ray_nor_datasets(
+    tiny_model: TinyModel, tmp_path: Path, repository: Path
+) -> None:
+    """In an interpreter in which importing either fails."""
+    source, text = tiny_model("llama"), write_text(tmp_path / "text.txt")
+    options = ["--executor", "local", "--dataset", text, "--seqlen", "32", "--threads", "1"]
+    for command in (
+        ["prune", source, tmp_path / "output", *options, "--nsamples", "8"],
+        ["eval", tmp_path / "output", *options, "--nsamples", "4"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT, *map(str, command)],
+            cwd=repository,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("loaded: []\n")
+    check_output(source, tmp_path / "output")

@@ -7,7 +7,8 @@ makes of the last block's output, without knowing any architecture.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,8 +85,8 @@ class ModelEnds:
         def make(_: int) -> Callable[..., Any]:
             return lambda *args, **kwargs: (hidden_states,) if returns_tuple else hidden_states
 
-        self._set_forward(make)
-        logits = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+        with self._forwards(make):
+            logits = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
         if not isinstance(logits, Tensor):
             raise ModelError(f"{type(self.model).__name__} returns no logits")
         return logits
@@ -113,9 +114,9 @@ class ModelEnds:
 
             return forward
 
-        self._set_forward(make)
         try:
-            self.model(input_ids=tokens.to(self.device), use_cache=False)
+            with self._forwards(make):
+                self.model(input_ids=tokens.to(self.device), use_cache=False)
         except _Captured:
             return first[0], calls
         except (_WrongReturn, IndexError, TypeError, ValueError, RuntimeError) as error:
@@ -128,9 +129,20 @@ class ModelEnds:
             ) from error
         raise ModelError(f"{type(self.model).__name__} does not run all of its blocks in order")
 
-    def _set_forward(self, make: Callable[[int], Callable[..., Any]]) -> None:
+    @contextmanager
+    def _forwards(self, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+        """Gives each block another `forward` while inside.
+
+        Taken off again: they refer to this object, and the cycle would keep the embeddings alive
+        until the garbage collector runs.
+        """
         for index, block in enumerate(self.blocks):
             block.forward = make(index)
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
 
 
 class _WrongReturn(Exception):

@@ -7,7 +7,6 @@ one thing: the statistics between `calibrate` and `solve`. A lost rank therefore
 from __future__ import annotations
 
 import fnmatch
-import gc
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -256,9 +255,6 @@ class BlockWorker:
     def forget(self) -> None:
         """Drops the statistics: those of an abandoned attempt, or of a block that is solved."""
         self.statistics = {}
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     # -- pieces -----------------------------------------------------------------------------
 

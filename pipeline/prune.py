@@ -125,7 +125,7 @@ def _check_output(output: Path, config: PruneConfig) -> None:
 
 @contextlib.contextmanager
 def _locked(run: RunDirectory, progress: Progress) -> Iterator[RunLock]:
-    """The run directory's lock; leaves no empty run directory behind when a check fails."""
+    """The run directory's lock; leaves no new run directory behind when a check fails."""
     existed = run.path.exists()
 
     def wait(seconds: float) -> None:
@@ -133,11 +133,17 @@ def _locked(run: RunDirectory, progress: Progress) -> Iterator[RunLock]:
             f"{run.path} may still be owned on another host; taking over in {seconds:.0f} s"
         )
 
-    with RunLock(run.path, on_wait=wait) as lock:
-        yield lock
-    if not existed:
-        with contextlib.suppress(OSError):
-            run.path.rmdir()
+    try:
+        with RunLock(run.path, on_wait=wait) as lock:
+            try:
+                yield lock
+            finally:
+                if not existed and not run.manifest.exists():
+                    run.sweep_uncommitted(guard=lock.assert_held)
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):
+                run.path.rmdir()
 
 
 def _tokens(

@@ -35,7 +35,9 @@ def prune_here(
     model: Path, output: Path, *, executor: LocalExecutor | None = None, **options: Any
 ) -> PruneResult:
     """A job on the local executor in this process; `options` are those of `PruneConfig`."""
-    options = SMALL | {"dataset": str(write_text(output.parent / "text.txt"))} | options
+    if "dataset" not in options:
+        options["dataset"] = str(write_text(output.parent / "text.txt"))
+    options = SMALL | options
     config = PruneConfig(executor="local", **options)
     world = config.workers or 1
 

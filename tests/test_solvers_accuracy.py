@@ -73,7 +73,7 @@ def test_a_diagonal_hessian_is_solved_almost_exactly() -> None:
         solver = solver_for(SolverSettings(method=method, damping=0.0, shrinkage=0.0))
         solution = solver.solve(weight, solver.prepare(statistics))
         assert best.report.objective * (1 - 1e-6) <= solution.report.objective
-        assert solution.report.objective <= best.report.objective * 1.01
+        assert solution.report.objective <= best.report.objective * 1.05
         if method == "sparsegpt":
             torch.testing.assert_close(solution.weight, best.weight)
 
@@ -86,5 +86,4 @@ def test_full_shrinkage_is_wanda() -> None:
     for method in ("prox", "prox_admm"):
         solver = solver_for(SolverSettings(method=method, damping=0.0, shrinkage=1.0))
         solution = solver.solve(weight, solver.prepare(statistics))
-        assert torch.equal(solution.weight != 0, expected != 0)
-        torch.testing.assert_close(solution.weight, expected, rtol=2e-3, atol=1e-4)
+        assert torch.equal(solution.weight, expected)

@@ -42,7 +42,7 @@ def test_both_ways_reach_the_minimizer(kind: str, steps: int, shrinkage: float) 
 def test_no_row_of_any_method_gets_worse(method: str, kind: str) -> None:
     weight, inputs = layer(rows=24, columns=48, tokens=30, seed=1)  # fewer tokens than twice C
     statistics = statistics_of(inputs)
-    settings = dict(method=method, shrinkage=0.1, damping=0.01, prox_growth=1.05)
+    settings = {"method": method, "shrinkage": 0.1, "damping": 0.01, "prox_growth": 1.05}
     plain = solver_for(SolverSettings(**settings, refine="none"))
     refining = solver_for(SolverSettings(**settings, refine=kind, refine_steps=60))
     before = plain.solve(weight, plain.prepare(statistics))

@@ -8,6 +8,7 @@ an object with ``needs``, ``separable``, ``prepare``, ``solve_group`` and ``solv
 from __future__ import annotations
 
 from pipeline.solvers.base import BaseSolver
+from pipeline.solvers.choose import RegularizationChoice, choose_regularization
 from pipeline.solvers.magnitude import MagnitudeSolver
 from pipeline.solvers.objective import objective, relative_error
 from pipeline.solvers.pattern import Pattern
@@ -41,12 +42,14 @@ def solver_for(settings: SolverSettings) -> BaseSolver:
 __all__ = [
     "METHODS",
     "Pattern",
+    "RegularizationChoice",
     "Solution",
     "SolveReport",
     "Solver",
     "SolverSettings",
     "Statistics",
     "auto_blocksize",
+    "choose_regularization",
     "merge_reports",
     "objective",
     "relative_error",

@@ -13,7 +13,12 @@ from torch import Tensor
 from pipeline.solvers.objective import objective, statistic_name
 from pipeline.solvers.pattern import Pattern
 from pipeline.solvers.refine import Refined, refine
-from pipeline.solvers.regularize import ScaledHessian, check_statistics, resolve, scaled_hessian
+from pipeline.solvers.regularize import (
+    ScaledHessian,
+    check_statistics,
+    regularization_of,
+    scaled_hessian,
+)
 from pipeline.solvers.types import (
     Solution,
     SolveReport,
@@ -86,7 +91,7 @@ class BaseSolver(ABC):
             return GroupData(None)
         self.pattern.check_columns(statistics.columns)
         if self.needs == "full":
-            damping, shrinkage = resolve(self.settings)
+            damping, shrinkage = regularization_of(self.settings, statistics)
             problem = scaled_hessian(statistics, damping=damping, shrinkage=shrinkage)
             return self._derive(GroupData(statistics, problem))
         check_statistics(statistics)
@@ -124,7 +129,8 @@ class BaseSolver(ABC):
         for name, weight in weights.items():
             rows = slice(start, start + weight.shape[0])
             report = self._report(found, refined, zero, rows, problem, prepared)
-            solutions[name] = Solution(refined.weight[rows], report)
+            # Adding zero turns -0 into 0: pruned entries have one bit pattern.
+            solutions[name] = Solution(refined.weight[rows] + 0.0, report)
             start = rows.stop
         return solutions
 
@@ -207,6 +213,15 @@ class BaseSolver(ABC):
             blocksize=found.blocksize,
             deviations=notes,
         )
+
+
+def solve_diagonal(original: Tensor, problem: ScaledHessian, pattern: Pattern) -> Found:
+    """The exact solution where full shrinkage has made H diagonal: Wanda's choice, weights as
+    they are on the live columns."""
+    rows, _ = problem.enter(original)
+    mask = pattern.keep_mask(rows.abs())
+    still = torch.zeros(len(original), device=original.device)
+    return Found(original * (mask & problem.live), mask, 1, still)
 
 
 def support_change(before: Tensor, after: Tensor, kept: Tensor) -> Tensor:

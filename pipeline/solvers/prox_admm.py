@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.solvers.base import BaseSolver, Found, GroupData, support_change
+from pipeline.solvers.base import BaseSolver, Found, GroupData, solve_diagonal, support_change
 from pipeline.solvers.factor import invert_
 from pipeline.solvers.prox import prox_operator
 from pipeline.solvers.regularize import ScaledHessian, raise_damping
@@ -33,6 +33,8 @@ class ProxAdmmSolver(BaseSolver):
     def _find(self, original: Tensor, prepared: GroupData) -> Found:
         problem = prepared.problem
         assert problem is not None
+        if problem.shrinkage == 1:
+            return solve_diagonal(original, problem, self.pattern)
         buffer = torch.empty_like(problem.hessian)
         while True:
             found = self._iterate(original, problem, buffer)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pipeline.solvers.base import BaseSolver, Found, GroupData, support_change
+from pipeline.solvers.base import BaseSolver, Found, GroupData, solve_diagonal, support_change
 from pipeline.solvers.prox import prox_operator
 from pipeline.solvers.regularize import largest_eigenvalue
 from pipeline.solvers.types import SolverSettings
@@ -48,6 +48,8 @@ class ProxSolver(BaseSolver):
         problem, matrix = prepared.problem, prepared.matrix
         assert problem is not None
         assert matrix is not None
+        if problem.shrinkage == 1:
+            return solve_diagonal(original, problem, self.pattern)
         target, sizes = problem.enter(original)
         rate = 1 / prepared.eigenvalue
         growth = self.settings.prox_growth

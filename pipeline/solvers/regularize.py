@@ -13,16 +13,20 @@ so only D and the factor on the off-diagonal entries have to be kept: H~ is writ
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pipeline.solvers.types import SolverSettings, Statistics
+from pipeline.solvers.types import ESTIMATE, SolverSettings, Statistics
 from storage.errors import NumericalError
 
 _PANEL = 256
 _POWER_STEPS = 64
+_NOISE_FACTOR = 2.0
+_DAMPING_FACTOR = 0.3
+_DAMPING_LIMIT = 0.3
 _DAMPING_RAISES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -195,10 +199,52 @@ def largest_eigenvalue(matrix: Tensor) -> float:
     return 1.02 * max(float(norm), 1.0)
 
 
-def resolve(settings: SolverSettings) -> tuple[float, float]:
-    """(damping, shrinkage) of resolved settings as floats. Raises ValueError on "auto"."""
-    if isinstance(settings.shrinkage, str) or settings.shrinkage is None:
-        raise ValueError("shrinkage 'auto' must be chosen first: choose_regularization")
-    if settings.damping is None:
+def regularization_of(settings: SolverSettings, statistics: Statistics) -> tuple[float, float]:
+    """(damping, shrinkage) of resolved settings as numbers. Raises ValueError on "auto"."""
+    if settings.damping is None or settings.shrinkage is None:
         raise ValueError("the settings are not resolved")
+    if settings.shrinkage == ESTIMATE:
+        damping, shrinkage = estimate(statistics)
+        return max(damping, settings.damping), shrinkage
+    if isinstance(settings.shrinkage, str):
+        raise ValueError("shrinkage 'auto' must be chosen first: choose_regularization")
     return settings.damping, settings.shrinkage
+
+
+def estimate(statistics: Statistics) -> tuple[float, float]:
+    """(damping, shrinkage) from how noisy H must be, given its own entries and its token count.
+
+    Shrinkage: x / (1 + 2 x), where x is twice the intensity that minimizes the expected squared
+    error of the correlations r (Schäfer & Strimmer, "A Shrinkage Approach to Large-Scale
+    Covariance Matrix Estimation", their target of no correlation): the sum of var(r) over the sum
+    of r^2, with var(r) = (1 - r^2)^2 / tokens. Twice, because tokens of one text are no
+    independent draws; bounded, because it is correlation that a solver lives on. Damping:
+    0.3 sqrt(live columns / tokens), of the geometric mean of the diagonal, which a few loud
+    columns do not lift. The constants are of held-out errors (benchmarks/regularization.py).
+    Raises NumericalError (see check_statistics).
+    """
+    hessian = require_hessian(statistics)
+    check_statistics(statistics)
+    diagonal = hessian.diagonal()
+    live = diagonal > 0
+    columns = int(live.sum())
+    inverse = torch.where(live, diagonal.double().rsqrt(), torch.zeros_like(diagonal).double())
+    inverse = inverse.float()
+    noise = torch.zeros((), dtype=torch.float64, device=hessian.device)
+    signal = torch.zeros_like(noise)
+    for top in range(0, statistics.columns, _PANEL):
+        rows = slice(top, top + _PANEL)
+        square = ((hessian[rows] * inverse[rows, None]) * inverse).square_().clamp_(max=1)
+        signal += square.sum(dtype=torch.float64)
+        noise += square.neg_().add_(1).square_().sum(dtype=torch.float64)
+    # The diagonal's r = 1 has no noise; a dead column's r = 0 would count as all noise.
+    dead = statistics.columns - columns
+    noise -= dead * (statistics.columns + columns)
+    signal -= columns
+    if not columns or float(signal) <= 0:
+        return 0.0, 0.0
+    ratio = _NOISE_FACTOR * float(noise) / statistics.tokens / float(signal)
+    sizes = diagonal[live].double()
+    typical = float(sizes.log().mean().exp() / sizes.mean())
+    damping = _DAMPING_FACTOR * typical * math.sqrt(columns / statistics.tokens)
+    return min(damping, _DAMPING_LIMIT), ratio / (1 + 2 * ratio)

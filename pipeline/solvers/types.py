@@ -19,15 +19,20 @@ from storage.errors import ConfigError
 METHOD_NAMES = ("magnitude", "wanda", "sparsegpt", "prox", "prox_admm")
 REFINEMENTS = ("auto", "none", "gradient", "cg")
 
-# Regularization each method uses unless told otherwise: (damping, shrinkage).
-_DEFAULT_REGULARIZATION = {
-    "magnitude": (0.0, 0.0),
-    "wanda": (0.0, 0.0),
+# Values of ``shrinkage`` that are no numbers: chosen on two halves, or from H and its counts.
+AUTO, ESTIMATE = "auto", "estimate"
+
+# Regularization of each method where neither option is given: (damping, shrinkage). Wanda and
+# magnitude choose without; theirs is for a refinement.
+DEFAULT_REGULARIZATION: dict[str, tuple[float, float | str]] = {
+    "magnitude": (0.001, ESTIMATE),
+    "wanda": (0.001, ESTIMATE),
     "sparsegpt": (0.01, 0.0),
     "prox": (0.01, 0.0),
-    "prox_admm": (0.01, 0.0),
+    "prox_admm": (0.001, ESTIMATE),
 }
-_DEFAULT_STEPS = {"none": 0, "gradient": 1000, "cg": 20}
+_DAMPING_BESIDE_SHRINKAGE = 0.01
+DEFAULT_REFINE_STEPS = {"none": 0, "gradient": 1000, "cg": 12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,9 @@ class SolverSettings:
     pattern: str = "2:4"
     # Added to the diagonal of the mean Hessian, as a multiple of its live mean.
     damping: float | None = None
-    # H <- (1 - a) H + a diag(H); 0 none, 1 diagonal only; "auto" is resolved by the caller.
+    # H <- (1 - a) H + a diag(H); 0 none, 1 diagonal only. "estimate": from the noise of H, which
+    # sets the damping too, at least to the one given (regularize.estimate). "auto": chosen on two
+    # halves of the calibration; the caller resolves it (choose_regularization).
     shrinkage: float | str | None = None
     # SparseGPT: columns per lazy update, or "auto": the best known for the width (auto_blocksize).
     blocksize: int | str | None = None
@@ -68,12 +75,12 @@ class SolverSettings:
     prox_growth: float = 1.01
     # prox_admm: stages with one inverse each, iterations in a stage, penalty of the first stage
     # and its growth per stage, first lambda and its growth per iteration.
-    admm_stages: int = 7
-    admm_iterations: int = 20
+    admm_stages: int = 6
+    admm_iterations: int = 21
     admm_rho: float = 0.1
-    admm_rho_growth: float = 1.49
-    admm_lambda: float = 0.01
-    admm_lambda_growth: float = 1.05
+    admm_rho_growth: float = 1.64
+    admm_lambda: float = 0.05
+    admm_lambda_growth: float = 1.042
 
     def __post_init__(self) -> None:
         if self.method not in METHOD_NAMES:
@@ -84,9 +91,9 @@ class SolverSettings:
             raise ConfigError(f"unknown refine {self.refine!r}: choose of {', '.join(REFINEMENTS)}")
         Pattern.parse(self.pattern)
         if isinstance(self.shrinkage, str):
-            if self.shrinkage != "auto":
+            if self.shrinkage not in (AUTO, ESTIMATE):
                 raise ConfigError(
-                    f"shrinkage {self.shrinkage!r} must be 'auto' or a number in [0, 1]"
+                    f"shrinkage {self.shrinkage!r} must be 'estimate', 'auto' or within [0, 1]"
                 )
         elif self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
             raise ConfigError(f"shrinkage {self.shrinkage} must lie in [0, 1]")
@@ -120,14 +127,17 @@ class SolverSettings:
     def resolved(self) -> SolverSettings:
         """The same settings with every None and "auto" refinement replaced by the default.
 
-        A shrinkage of "auto" is left: only ``choose_regularization`` can resolve it.
+        A shrinkage of "auto" is left for ``choose_regularization``, "estimate" for ``prepare``.
+        A damping given alone means that damping and no shrinkage.
         """
-        damping, shrinkage = _DEFAULT_REGULARIZATION[self.method]
+        damping, shrinkage = DEFAULT_REGULARIZATION[self.method]
+        if self.damping is not None:
+            shrinkage = 0.0
+        elif isinstance(self.shrinkage, float | int):
+            damping = _DAMPING_BESIDE_SHRINKAGE
         refine = self.refine
         if refine == "auto":
             refine = "cg" if self.method in ("prox", "prox_admm") else "none"
-        if refine != "none" and self.method in ("magnitude", "wanda"):
-            damping = 0.01  # their masks need none, but the refinement solves with H
         return replace(
             self,
             damping=damping if self.damping is None else self.damping,
@@ -135,7 +145,7 @@ class SolverSettings:
             blocksize=128 if self.blocksize is None else self.blocksize,
             refine=refine,
             refine_steps=(
-                _DEFAULT_STEPS[refine] if self.refine_steps is None else self.refine_steps
+                DEFAULT_REFINE_STEPS[refine] if self.refine_steps is None else self.refine_steps
             ),
         )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from pipeline.solvers import SolverSettings
-from pipeline.solvers.types import Pattern
+from pipeline.solvers.types import AUTO, ESTIMATE, Pattern
 from storage.errors import ConfigError
 
 Method = Literal["magnitude", "wanda", "sparsegpt", "prox", "prox_admm"]
@@ -77,9 +77,9 @@ class SolverOptions:
     )
     shrinkage: str | None = option(
         None,
-        "share by which the Hessian's off-diagonal entries are pulled to zero, 0 to 1, or `auto`: "
-        "found per group of layers on two halves of the calibration; unset: "
-        + defaults_text("shrinkage"),
+        "share by which the Hessian's off-diagonal entries are pulled to zero, 0 to 1; or "
+        "`estimate`: from the numbers of tokens and inputs, per group of layers; or `auto`: found "
+        "on two halves of the calibration; unset: " + defaults_text("shrinkage"),
     )
     blocksize: str = option(
         "128", "columns in SparseGPT's lazy block, or `auto`: the best known for the layer's width"
@@ -119,8 +119,8 @@ class SolverOptions:
             method=method,
             pattern=self.pattern,
             damping=self.damping,
-            shrinkage=number_or_auto("shrinkage", self.shrinkage, float),
-            blocksize=number_or_auto("blocksize", self.blocksize, int),
+            shrinkage=number_or_word("shrinkage", self.shrinkage, float, (AUTO, ESTIMATE)),
+            blocksize=number_or_word("blocksize", self.blocksize, int, (AUTO,)),
             refine=self.refine,
             refine_steps=self.refine_steps,
             prox_lambda=self.prox_lambda,
@@ -221,7 +221,7 @@ class PruneConfig(SolverOptions, RuntimeConfig):
         for name in ("nsamples", "eval_nsamples", "max_attempts"):
             require(self, name, at_least=1)
         require(self, "seqlen", at_least=2)
-        if self.solver_settings(self.method).shrinkage == "auto" and self.nsamples < 2:
+        if self.solver_settings(self.method).shrinkage == AUTO and self.nsamples < 2:
             raise ConfigError("--shrinkage auto compares two halves: --nsamples must be at least 2")
 
     def evaluation(self) -> EvalConfig | None:
@@ -301,11 +301,15 @@ def require(config: Any, name: str, *, at_least: float) -> None:
         raise ConfigError(f"--{name.replace('_', '-')} must be at least {at_least:g}, not {value}")
 
 
-def number_or_auto(name: str, text: str | None, kind: type[float] | type[int]) -> Any:
-    """`None`, the string 'auto', or the number that `text` spells; else `ConfigError`."""
-    if text is None or text == "auto":
+def number_or_word(
+    name: str, text: str | None, kind: type[float] | type[int], words: tuple[str, ...]
+) -> Any:
+    """`None`, one of `words`, or the number that `text` spells; else `ConfigError`."""
+    if text is None or text in words:
         return text
     try:
         return kind(text)
     except ValueError:
-        raise ConfigError(f"--{name} must be a number or `auto`, not {text!r}") from None
+        raise ConfigError(
+            f"--{name} must be a number or {' or '.join(words)}, not {text!r}"
+        ) from None

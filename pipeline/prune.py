@@ -29,6 +29,7 @@ from pipeline.output import finished_output, write_output
 from pipeline.progress import Progress
 from pipeline.report import read_summary, summarize, write_summary
 from pipeline.solvers import solver_for
+from pipeline.solvers.types import AUTO
 from pipeline.split import deal
 from storage.arrow_store import read_tokens, write_tokens
 from storage.checkpoints import BlockRecord
@@ -230,7 +231,7 @@ def _start(
         layers=layers,
         dtypes=dtypes,
         calibrates=solver_for(settings).needs != "none" or config.save_layers is not None,
-        chooses=settings.shrinkage == "auto",
+        chooses=settings.shrinkage == AUTO,
         max_attempts=config.max_attempts,
     )
 

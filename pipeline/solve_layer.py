@@ -16,9 +16,11 @@ from pipeline.solvers import (
     Pattern,
     SolverSettings,
     Statistics,
+    choose_regularization,
     relative_error,
     solver_for,
 )
+from pipeline.solvers.types import AUTO
 from pipeline.statistics import Accumulator, merged
 from pipeline.worker import choose_device, make_deterministic
 from storage.commit import replace_file
@@ -76,9 +78,7 @@ def _solve(
     before = host_peak()
     _synchronize(device)
     began = time.perf_counter()
-    if settings.shrinkage == "auto":
-        from pipeline.solvers import choose_regularization
-
+    if settings.shrinkage == AUTO:
         choice = choose_regularization({"layer": weight}, (folds[0], folds[1]), settings)
         settings = dataclasses.replace(settings, shrinkage=choice.shrinkage, damping=choice.damping)
     solver = solver_for(settings)
@@ -96,9 +96,7 @@ def _statistics(
     layer: SavedLayer, config: SolveConfig, device: torch.device
 ) -> tuple[tuple[Statistics, ...], Statistics]:
     """What the solve sees (two halves for `--shrinkage auto`), and what it is judged on."""
-    halves = config.shrinkage == "auto" or any(
-        config.solver_settings(method).shrinkage == "auto" for method in methods_of(config)
-    )
+    halves = any(config.solver_settings(method).shrinkage == AUTO for method in methods_of(config))
     if layer.inputs is None:
         if layer.hessian is None:  # read_layer_file has refused such a file
             raise DataError("the layer holds neither inputs nor a Hessian")

@@ -24,7 +24,8 @@ from pipeline.job import Job, Outcome, SolvedSlices
 from pipeline.layers import layers_to_prune
 from pipeline.measure import Stopwatch, peak_memory
 from pipeline.model import Skeleton, open_skeleton
-from pipeline.solvers import SolverSettings, solver_for
+from pipeline.solvers import SolverSettings, choose_regularization, solver_for
+from pipeline.solvers.types import AUTO
 from pipeline.solving import solve_group
 from pipeline.split import deal, row_ranges
 from pipeline.statistics import FoldedStatistics, GroupAccumulator, merged
@@ -113,7 +114,7 @@ class BlockWorker:
                 "full" if saved else needs,
                 self.device,
                 # Two halves of the sequences, where a choice is made on the one for the other.
-                boundary=self.job.nsamples // 2 if settings.shrinkage == "auto" else None,
+                boundary=self.job.nsamples // 2 if settings.shrinkage == AUTO else None,
             )
         handles = [self._observe(module, group, sums[group.name]) for group in groups]
         for start, hidden_states in self.forward.own_batches(block, shards):
@@ -138,8 +139,6 @@ class BlockWorker:
 
     def choose(self, block: int) -> dict[str, dict[str, Any]]:
         """Regularization of the groups dealt to this rank, as JSON: group -> solver settings."""
-        from pipeline.solvers import choose_regularization
-
         settings = self._settings()
         cost = {group.name: float(group.columns) ** 3 for group in self._block_groups}
         owners = deal(list(cost), cost, self.world)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,8 @@ from storage.errors import Prox24Error, ResourceError, WorkerLostError
 _START_SECONDS = 300.0
 # How long the other ranks' errors are waited for after the first, to report the one that matters.
 _GRACE_SECONDS = 3.0
+# How long a cluster may take to accept a connection.
+_KNOCK_SECONDS = 10.0
 
 
 class RayExecutor:
@@ -175,11 +178,22 @@ def connect(config: RuntimeConfig) -> bool:
         ray.init(address="local", include_dashboard=False, **options)
         return True
     try:
+        _knock(address)
         ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, RayError) as error:
+    except (OSError, RuntimeError, ValueError, RayError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ResourceError(
             f"no Ray cluster answers at {address} ({first}); start one, or leave --ray-address out "
             "to use this machine"
         ) from error
     return False
+
+
+def _knock(address: str) -> None:
+    """Raises `OSError` where nothing listens at HOST:PORT: Ray itself tries on for minutes.
+
+    Addresses without a port (`auto`) are Ray's to resolve.
+    """
+    host, _, port = address.rpartition("//")[2].partition("?")[0].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_SECONDS).close()

@@ -51,7 +51,6 @@ class Found:
     """A method's result before refinement: weight (R, C) fp32, the mask (R, C) bool of what may be
     non-zero, iterations run, and the share of every row's support the last step changed, (R,).
 
-    matrix: H~ (C, C) where the method has it written, so that the refinement need not.
     problem: the problem that was solved, if not the prepared one (its damping was raised).
     """
 
@@ -60,7 +59,6 @@ class Found:
     iterations: int
     support_change: Tensor
     blocksize: int | None = None
-    matrix: Tensor | None = None
     problem: ScaledHessian | None = None
 
 
@@ -177,7 +175,7 @@ class BaseSolver(ABC):
             value = objective(found.weight, original, prepared.statistics)
             untouched = torch.zeros(len(value), dtype=torch.bool, device=value.device)
             return Refined(found.weight, value, value, untouched)
-        return refine(found.weight, original, problem, kind, steps, found.mask, found.matrix)
+        return refine(found.weight, original, problem, kind, steps, found.mask)
 
     def _report(
         self,

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 _BLOCK = 512
+_BLOCK_FLOAT64 = 256
 
 
-def _bounds(columns: int) -> list[slice]:
-    return [slice(at, min(at + _BLOCK, columns)) for at in range(0, columns, _BLOCK)]
+def _bounds(columns: int, width: int = _BLOCK) -> list[slice]:
+    return [slice(at, min(at + width, columns)) for at in range(0, columns, width)]
 
 
 def invert_(matrix: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ def upper_factor_(matrix: Tensor) -> Tensor:
     strict lower one is zeroed. Returns whether the matrix was positive definite.
     """
     sound = torch.ones((), dtype=torch.bool, device=matrix.device)
-    bounds = _bounds(matrix.shape[0])
+    bounds = _bounds(matrix.shape[0], _BLOCK_FLOAT64)
     for index, block in reversed(list(enumerate(bounds))):
         factor, info = torch.linalg.cholesky_ex(matrix[block, block].T.flip(0, 1))
         sound &= info == 0
@@ -78,7 +79,7 @@ def _invert_upper_(matrix: Tensor, bounds: list[slice]) -> None:
         unit = torch.eye(block.stop - block.start, dtype=matrix.dtype, device=matrix.device)
         inverse = torch.linalg.solve_triangular(matrix[block, block], unit, upper=True)
         right = matrix[block, block.stop :] @ matrix[block.stop :, block.stop :]
-        matrix[block, block.stop :] = -(inverse @ right)
+        matrix[block, block.stop :] = inverse.neg() @ right
         matrix[block, block] = inverse
 
 

@@ -24,8 +24,8 @@ from pipeline.solvers.regularize import ScaledHessian, raise_damping
 class ProxAdmmSolver(BaseSolver):
     """ADMM with the proximal operator in the coordinates where H~ has a unit diagonal.
 
-    Memory beyond the Hessian: one C x C fp32 that holds a stage's inverse and at the end H~ for
-    the refinement (plus two C x 512 panels while inverting), and six (R, C) fp32 of the rows.
+    Memory beyond the Hessian: one C x C fp32 for the stage's inverse, two C x 512 panels while
+    inverting, and about eight (R, C) fp32 of the rows.
     Time: one product (R, C) x (C, C) an iteration, one at the start, one a refinement step, and
     2 C^3 operations a stage.
     """
@@ -70,5 +70,4 @@ class ProxAdmmSolver(BaseSolver):
         changed = support_change(sparse != 0, (sparse != 0) & mask, mask)
         weight = problem.leave(sparse * mask, sizes)
         iterations = settings.admm_stages * settings.admm_iterations
-        matrix = problem.write(out=buffer)
-        return Found(weight, mask, iterations, changed, matrix=matrix, problem=problem)
+        return Found(weight, mask, iterations, changed, problem=problem)

@@ -42,7 +42,7 @@ class ProxSolver(BaseSolver):
     def _derive(self, prepared: GroupData) -> GroupData:
         assert prepared.problem is not None
         matrix = prepared.problem.write()
-        return replace(prepared, matrix=matrix, eigenvalue=largest_eigenvalue(matrix))
+        return replace(prepared, matrix=matrix, eigenvalue=largest_eigenvalue(prepared.problem))
 
     def _find(self, original: Tensor, prepared: GroupData) -> Found:
         problem, matrix = prepared.problem, prepared.matrix
@@ -66,7 +66,7 @@ class ProxSolver(BaseSolver):
         mask = self.pattern.keep_mask(rows.abs())
         changed = support_change(rows != 0, (rows != 0) & mask, mask)
         weight = problem.leave(rows * mask, sizes)
-        return Found(weight, mask, iterations, changed, matrix=matrix)
+        return Found(weight, mask, iterations, changed)
 
 
 def _two_of_four(rows: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ coordinates, whose unit diagonal is Jacobi's preconditioner already:
 * gradient: W~ <- W~ - (W~ - W~0) H~ / lambda_max on the mask (Kübler et al., masked gradient);
 * cg: conjugate gradients with a step size per row; the same minimizer in 20 to 50 steps.
 
-Cost: one product (R, C) x (C, C) a step. Memory: five (R, C) fp32.
+Cost: one product (R, C) x (C, C) a step. Memory: seven (R, C) fp32; H~ is never
+written.
 """
 
 from __future__ import annotations
@@ -41,24 +42,22 @@ def refine(
     kind: str,
     steps: int,
     mask: Tensor | None = None,
-    matrix: Tensor | None = None,
 ) -> Refined:
     """Improve ``weight`` (R, C) towards ``original`` (R, C) on a fixed support.
 
     ``kind``: "none", "gradient" or "cg". ``mask``: (R, C) bool, default where ``weight`` is not
-    zero. ``matrix``: H~ (C, C) fp32 if the caller has it written.
+    zero.
     A row is taken only if neither the plain nor the regularized objective of it grows.
     """
     before = objective(weight, original, problem.statistics)
     untouched = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
     if kind == "none" or steps == 0 or weight.shape[0] == 0:
         return Refined(weight, before, before, untouched)
-    matrix = problem.write() if matrix is None else matrix
     target, sizes = problem.enter(original)
     mask = ((weight != 0) if mask is None else mask) & problem.live
     start = _enter_with(problem, weight, sizes)
     step = _gradient if kind == "gradient" else _conjugate_gradients
-    better = problem.leave(step(start, target, mask, matrix, steps), sizes)
+    better = problem.leave(step(start, target, mask, problem, steps), sizes)
     better = torch.where(mask, better, torch.zeros_like(better))
     after = objective(better, original, problem.statistics)
     grew = after > before
@@ -77,25 +76,27 @@ def _enter_with(problem: ScaledHessian, weight: Tensor, sizes: Tensor) -> Tensor
     return rows.mul_(own[:, :1] / sizes[:, :1]).mul_(own[:, 1:] / sizes[:, 1:])
 
 
-def _gradient(rows: Tensor, target: Tensor, mask: Tensor, matrix: Tensor, steps: int) -> Tensor:
-    rate = 1 / largest_eigenvalue(matrix)
+def _gradient(
+    rows: Tensor, target: Tensor, mask: Tensor, problem: ScaledHessian, steps: int
+) -> Tensor:
+    rate = 1 / largest_eigenvalue(problem)
     for _ in range(steps):
-        rows = rows - ((rows - target) @ matrix).mul_(mask).mul_(rate)
+        rows = rows - problem.multiply(rows - target).mul_(mask).mul_(rate)
     return rows
 
 
 def _conjugate_gradients(
-    rows: Tensor, target: Tensor, mask: Tensor, matrix: Tensor, steps: int
+    rows: Tensor, target: Tensor, mask: Tensor, problem: ScaledHessian, steps: int
 ) -> Tensor:
     """All rows at once, each with its own step sizes; rows that are done stand still."""
     rows = rows.clone()
-    residual = ((target - rows) @ matrix).mul_(mask)
+    residual = problem.multiply(target - rows).mul_(mask)
     direction = residual.clone()
     energy = residual.square().sum(dim=1, keepdim=True)
     done = energy * _DONE
     zero = torch.zeros_like(energy)
     for _ in range(steps):
-        image = (direction @ matrix).mul_(mask)
+        image = problem.multiply(direction).mul_(mask)
         curvature = (direction * image).sum(dim=1, keepdim=True)
         going = (energy > done) & (curvature > 0)
         length = torch.where(going, energy / curvature, zero)

@@ -182,19 +182,19 @@ def raise_damping(problem: ScaledHessian) -> ScaledHessian:
     )
 
 
-def largest_eigenvalue(matrix: Tensor) -> float:
-    """lambda_max of ``matrix`` (C, C), positive semidefinite, by 64 power steps.
+def largest_eigenvalue(problem: ScaledHessian) -> float:
+    """lambda_max of H~ by 64 power steps.
 
     Power steps approach from below, so the result is raised by 2 %; a gradient step would
     tolerate twice the exact value.
     """
-    columns = matrix.shape[0]
+    columns = problem.statistics.columns
     # A fixed, irregular start: the ones vector can be orthogonal to the leading eigenvector.
-    index = torch.arange(columns, dtype=torch.float32, device=matrix.device)
+    index = torch.arange(columns, dtype=torch.float32, device=problem.scale.device)
     vector = 1 + 0.5 * torch.cos(index * 2.399963)
     norm = vector.norm()
     for _ in range(_POWER_STEPS):
-        vector = matrix @ (vector / norm)
+        vector = problem.multiply(vector[None] / norm)[0]
         norm = vector.norm()
     return 1.02 * max(float(norm), 1.0)
 

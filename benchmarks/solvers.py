@@ -22,8 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.measure import device_peak, host_peak, reset_peaks
 from pipeline.solvers import (
@@ -34,6 +33,7 @@ from pipeline.solvers import (
     solver_for,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 # Label -> settings. Damping 0.01 without shrinkage is what the papers use.
 RUNS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},

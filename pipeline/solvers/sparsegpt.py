@@ -8,6 +8,7 @@ by more than the choices bear (one row in 64 on a layer with fewer tokens than c
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -28,7 +29,7 @@ def auto_blocksize(columns: int, device_type: str) -> int:
     """
     if device_type != "cpu":
         return 128
-    return min(max(round(float(columns) ** 0.6 / 16) * 16, 32), 512)
+    return min(max(round(math.pow(columns, 0.6) / 16) * 16, 32), 512)
 
 
 class SparseGptSolver(BaseSolver):

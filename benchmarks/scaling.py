@@ -1,0 +1,87 @@
+"""Time of solves over the number of columns C, and the fitted exponent.
+
+Rows are fixed, so the parts are apart: a product is R C^2, an inverse (prox_admm, one a stage)
+and SparseGPT's factor are C^3. Synthetic inputs; times only.
+
+    python benchmarks/scaling.py --columns 512 1024 2048 4096 --rows 256
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipeline.solvers import SolverSettings, Statistics, solver_for
+from pipeline.solvers.factor import invert_
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Wall time of ``work``, the device waited for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def measure(columns: int, rows: int, methods: list[str], device: torch.device) -> dict[str, float]:
+    """Seconds of one product, one inverse, and a whole solve of every method."""
+    generator = torch.Generator().manual_seed(columns)
+    inputs = torch.randn(2 * columns, columns, generator=generator)
+    inputs += inputs.roll(1, dims=1)
+    weight = torch.randn(rows, columns, generator=generator).to(device)
+    inputs = inputs.to(device)
+    statistics = Statistics(
+        columns=columns, tokens=2 * columns, sequences=2, hessian=inputs.T @ inputs
+    )
+    damped = statistics.hessian / statistics.tokens
+    damped.diagonal().add_(0.1)
+    times = {"product": min(seconds(lambda: weight @ damped, device) for _ in range(3))}
+    times["inverse"] = seconds(lambda: invert_(damped), device)
+    for method in methods:
+        solver = solver_for(SolverSettings(method=method))
+        times[method] = seconds(lambda: solver.solve(weight, solver.prepare(statistics)), device)  # noqa: B023
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--columns", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt", "prox_admm"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write the table there")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    measure(256, 16, options.methods, device)  # compile and start libraries
+    print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}")
+    table = {}
+    for columns in options.columns:
+        table[columns] = measure(columns, options.rows, options.methods, device)
+        cells = "  ".join(f"{name} {value:8.3f} s" for name, value in table[columns].items())
+        print(f"C = {columns:6d}  {cells}", flush=True)
+    if len(table) > 1:
+        logs = np.log(np.array(list(table)))
+        for name in table[options.columns[0]]:
+            times = np.log([table[columns][name] for columns in table])
+            print(f"{name}: C^{np.polyfit(logs, times, 1)[0]:.2f}")
+    if options.json:
+        options.json.write_text(json.dumps(table, indent=1))
+
+
+if __name__ == "__main__":
+    main()

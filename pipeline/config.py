@@ -29,7 +29,6 @@ PLACEMENT_FIELDS = frozenset(
         "trust_remote_code",
         "max_attempts",
         "phase_timeout",
-        "skip_unsupported",
         "gpus_per_worker",
         "workers",
         "threads",

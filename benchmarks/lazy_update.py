@@ -5,6 +5,8 @@ O(d^w + d^(2+a+o(1)) + d^(1+w(1,1,a)-a)) for B = d^a: the second term is the wor
 the third the products between them. Measured here: the column loop alone (`solve`), on square
 layers of random weights, the factor being the same for every B. The best B of every width is
 what `--blocksize auto` should take; `auto_blocksize` is the rule made of it.
+Times on one CPU thread are processor time, so that other work on the machine does not count;
+on more threads or a GPU they are wall time.
 
     python benchmarks/lazy_update.py --widths 512 1024 2048 --threads 1
     python benchmarks/lazy_update.py --widths 1024 2048 4096 8192 --device cuda
@@ -41,6 +43,13 @@ def problem(width: int, rows: int, device: torch.device) -> tuple[torch.Tensor, 
     return torch.randn(rows, width, generator=generator).to(device), statistics
 
 
+def clock(device: torch.device) -> float:
+    """Seconds of processor time on one CPU thread, else of wall time."""
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
 def block_of(width: int, exponent: float) -> int:
     """d^a, rounded to whole groups of four."""
     return max(GROUP, round(width**exponent / GROUP) * GROUP)
@@ -57,11 +66,11 @@ def measure(
         for exponent in exponents:
             settings = SolverSettings(method="sparsegpt", blocksize=block_of(width, exponent))
             solver = solver_for(settings)
-            began = time.perf_counter()
+            began = clock(device)
             solver._find(weight, prepared)  # without the report's objectives
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            best[exponent] = min(best.get(exponent, float("inf")), time.perf_counter() - began)
+            best[exponent] = min(best.get(exponent, float("inf")), clock(device) - began)
     return best
 
 

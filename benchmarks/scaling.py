@@ -2,6 +2,8 @@
 
 Rows are fixed, so the parts are apart: a product is R C^2, an inverse (prox_admm, one a stage)
 and SparseGPT's factor are C^3. Synthetic inputs; times only.
+Times on one CPU thread are processor time, so that other work on the machine does not count;
+on more threads or a GPU they are wall time.
 
     python benchmarks/scaling.py --columns 512 1024 2048 4096 --rows 256
 """
@@ -25,15 +27,22 @@ from pipeline.solvers import SolverSettings, Statistics, solver_for
 from pipeline.solvers.factor import invert_
 
 
+def clock(device: torch.device) -> float:
+    """Seconds of processor time on one CPU thread, else of wall time."""
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Wall time of ``work``, the device waited for."""
+    """Time of ``work``, the device waited for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    began = time.perf_counter()
+    began = clock(device)
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return clock(device) - began
 
 
 def measure(columns: int, rows: int, methods: list[str], device: torch.device) -> dict[str, float]:

@@ -4,6 +4,9 @@ Layers: the files of ``--golden`` (``weight``, ``inputs``) and four synthetic sh
 have a decaying spectrum, a few loud columns and correlated tokens. Solved on all inputs at the
 method's defaults, and, for the held-out column, on the first half of the sequences and judged on
 the second. Everything is timed in one run; figures are comparable within it.
+Times on one CPU thread are processor time, so that other work on the machine does not count;
+on more threads or a GPU they are wall time.
+Peak memory is what the process grew by, which on small layers may be nothing.
 
     python benchmarks/solvers.py --output benchmarks/results
 """
@@ -61,6 +64,13 @@ CURVES = {
 SHAPES = ((256, 256), (768, 768), (2048, 512), (512, 2048))
 
 
+def clock(device: torch.device) -> float:
+    """Seconds of processor time on one CPU thread, else of wall time."""
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
 def synthetic(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Weight (R, C) and inputs (4, 512, C): low-rank part, decaying noise, loud columns."""
     generator = torch.Generator().manual_seed(rows * 10_000 + columns)
@@ -91,7 +101,7 @@ def solve(weight: Tensor, inputs: Tensor, options: dict[str, Any]) -> tuple[Tens
     device = weight.device
     reset_peaks(device)
     held = device_peak(device) if device.type == "cuda" else host_peak()
-    began = time.perf_counter()
+    began = clock(device)
     if halves is not None:
         choice = choose_regularization({"layer": weight}, halves, settings)
         options = {**options, "damping": choice.damping, "shrinkage": choice.shrinkage}
@@ -99,7 +109,7 @@ def solve(weight: Tensor, inputs: Tensor, options: dict[str, Any]) -> tuple[Tens
     solution = solver.solve(weight, solver.prepare(statistics))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - began
+    seconds = clock(device) - began
     peak = device_peak(device) if device.type == "cuda" else host_peak()
     return solution.weight, seconds, max(peak - held, 0)
 

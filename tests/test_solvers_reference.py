@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.solvers import SolverSettings, relative_error, solver_for
+from pipeline.solvers import SolverSettings, auto_blocksize, relative_error, solver_for
 from tests.solver_cases import (
     GOLDEN,
     golden,
@@ -103,3 +103,14 @@ def test_unstructured_magnitude_has_one_threshold_for_each_layer() -> None:
     # Two layers of a group do not share it.
     both = solver.solve_group({"a": small, "b": large}, solver.prepare(None))
     assert int((both["a"].weight != 0).sum()) == int((both["b"].weight != 0).sum()) == 16
+
+
+def test_the_automatic_lazy_block_is_a_rule_of_the_width() -> None:
+    weight, inputs = layer(rows=4, columns=64)
+    solver = solver_for(SolverSettings(method="sparsegpt", blocksize="auto"))
+    report = solver.solve(weight, solver.prepare(statistics_of(inputs))).report
+    assert report.blocksize == auto_blocksize(64, "cpu")
+    widths = [auto_blocksize(columns, "cpu") for columns in (64, 512, 2048, 8192, 28672)]
+    assert widths == sorted(widths)
+    assert all(width % 16 == 0 for width in widths)
+    assert auto_blocksize(8192, "cuda") == 128

@@ -24,7 +24,7 @@ def auto_blocksize(columns: int, device_type: str) -> int:
     """The lazy block that ``--blocksize auto`` takes for a layer of ``columns`` inputs.
 
     A rule made of measurements (benchmarks/lazy_update.py), not a timing: the same on every
-    worker and at every resume. On a CPU about d^0.6 in multiples of 16, which was within 10 % of
+    worker and at every resume. On a CPU about d^0.6 in multiples of 16, which was within 15 % of
     the best at d = 256 ... 2048; elsewhere 128, the reference's.
     """
     if device_type != "cpu":

@@ -24,6 +24,8 @@ from pipeline.solvers.wanda import WandaSolver
 # Factors on the estimated (damping, shrinkage), in the order in which they are tried.
 _FACTORS = ((1.0, 1.0), (0.2, 0.2), (1.0, 4.0), (4.0, 1.0), (0.2, 1.0), (0.05, 0.05))
 # A trial: one inverse, few iterations, and one row in eight.
+# Of the solve; the rest up to a quarter goes to the estimates and the judging.
+_TRIAL_SHARE = 0.15
 _TRIAL_ITERATIONS, _TRIAL_REFINEMENT, _ROW_SHARE, _LEAST_ROWS = 30, 8, 8, 16
 
 
@@ -99,11 +101,11 @@ def _sample(weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def _affordable(total: int, sampled: int, columns: int, settings: SolverSettings) -> int:
-    """How many trials a quarter of the solve pays for, at least two (in products C^3)."""
+    """How many trials the share of a solve pays for, at least one; in units of one inverse."""
     solve = settings.admm_stages + total / columns * settings.admm_stages * settings.admm_iterations
     products = _TRIAL_ITERATIONS + _TRIAL_REFINEMENT + 8
     trial = 1 + sampled / columns * products
-    return min(len(_FACTORS), max(2, int(0.25 * solve / trial)))
+    return min(len(_FACTORS), max(1, int(_TRIAL_SHARE * solve / trial)))
 
 
 def _trial_settings(settings: SolverSettings, damping: float, shrinkage: float) -> SolverSettings:

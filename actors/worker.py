@@ -17,9 +17,12 @@ class RankActor:
     """Holds a `BlockWorker` and its place in the collective. The driver makes it a Ray actor."""
 
     def __init__(self, job: Job, rank: int, world: int) -> None:
-        self.rank, self.world = rank, world
-        self.worker = BlockWorker(job, rank, world)
+        self.job, self.rank, self.world = job, rank, world
         self._store: Any = None
+
+    def build(self) -> None:
+        """Makes the rank. Apart from the constructor, whose errors Ray reports as a dead actor."""
+        self.worker = BlockWorker(self.job, self.rank, self.world)
 
     def host(self) -> tuple[str, int]:
         """Rank 0 only: opens the meeting point; returns its address."""

@@ -28,6 +28,9 @@ from pipeline.config import EvalConfig, PruneConfig, RuntimeConfig, SolveConfig
 from pipeline.executor import Executor, LocalExecutor
 from storage.errors import ConfigError, Prox24Error, RunInterrupted
 
+# What a plain YAML scalar may be besides a string.
+_YAML_WORDS = ("bool", "null", "merge")
+
 _PRUNE_EPILOG = """\
 Run the same command again to go on with a job that was interrupted: it continues at the last
 committed block and ends with the same bytes."""
@@ -150,9 +153,20 @@ def _config_option() -> argparse.ArgumentParser:
     return parser
 
 
+class _WordLoader(yaml.SafeLoader):
+    """Leaves numbers as they are written: to YAML 1.1 `2:4` is 124, in base 60."""
+
+
+_WordLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag.rpartition(":")[2] in _YAML_WORDS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _yaml_arguments(path: Path) -> list[str]:
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # The loader makes nothing but strings, booleans, lists and mappings.
+        options = yaml.load(path.read_text(encoding="utf-8"), _WordLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path} cannot be read: {_one_line(error)}") from error
     if not isinstance(options, dict):

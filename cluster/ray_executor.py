@@ -82,6 +82,7 @@ class RayExecutor:
             ).remote(job, rank, self.world)
             for rank in range(self.world)
         ]
+        self._collect([actor.build.remote() for actor in self._actors], "start", _START_SECONDS)
         host, port = self._collect([self._actors[0].host.remote()], "start", _START_SECONDS)[0]
         joining = [actor.join.remote(host, port, self._timeout) for actor in self._actors]
         self._collect(joining, "start", _START_SECONDS)

@@ -81,6 +81,7 @@ def prune(
     skeleton = open_skeleton(source, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     selection = _check(skeleton, config)
     run = RunDirectory(run_directory_of(output, config))
+    _check_apart(source, output, run.path)
     with _locked(run, progress) as lock:
         recover_output(output)
         job = describe_job(config, skeleton, data_identity(config.dataset))
@@ -115,6 +116,18 @@ def _check(skeleton: Skeleton, config: PruneConfig) -> Selection:
     solver_for(settings)
     check_seqlen(skeleton, config.seqlen)
     return select_layers(skeleton, settings, config.skip_unsupported)
+
+
+def _check_apart(source: Path, output: Path, run: Path) -> None:
+    """Raises `OutputError` where writing one of the three folders would harm another."""
+    source, output, run = source.resolve(), output.resolve(), run.resolve()
+    if source.is_relative_to(output):
+        raise OutputError(f"{output} holds the source model; choose another OUTPUT")
+    if run.is_relative_to(output) or output.is_relative_to(run) or source.is_relative_to(run):
+        raise OutputError(
+            f"{run} cannot be the run directory of a job from {source} to {output}: one would lie "
+            "in the other; choose another --run-dir"
+        )
 
 
 def _check_output(output: Path, config: PruneConfig) -> None:

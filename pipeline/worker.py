@@ -23,7 +23,7 @@ from pipeline.forward import Forward
 from pipeline.job import Job, Outcome, SolvedSlices
 from pipeline.layers import layers_to_prune
 from pipeline.measure import Stopwatch, peak_memory
-from pipeline.model import Skeleton, open_skeleton
+from pipeline.model import Skeleton, first_line, open_skeleton
 from pipeline.solvers import SolverSettings, choose_regularization, solver_for
 from pipeline.solvers.types import AUTO
 from pipeline.solving import solve_group
@@ -31,7 +31,7 @@ from pipeline.split import deal, row_ranges
 from pipeline.statistics import FoldedStatistics, GroupAccumulator, merged
 from storage.checkpoints import BlockRecord, RowSlice, read_layer, verify_record, write_row_slices
 from storage.commit import StoredFile
-from storage.errors import ModelError, NumericalError
+from storage.errors import ConfigError, ModelError, NumericalError
 from storage.layer_files import write_layer_file
 from storage.model_files import WeightFileFingerprint, fingerprint_weight_file
 from storage.output import write_weight_file
@@ -39,10 +39,16 @@ from storage.run_directory import RunDirectory
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device that `--device` names; by default the GPU where there is one."""
-    if name is not None:
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that `--device` names; by default the GPU where there is one.
+
+    Raises `ConfigError` for a device that this machine does not have.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"--device {name} cannot be used here: {first_line(error)}") from error
 
 
 def make_deterministic(threads: int) -> None:

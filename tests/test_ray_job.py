@@ -127,6 +127,15 @@ def test_more_workers_than_the_cluster_has(bench: Bench, cluster: str) -> None:
     assert not bench.run.exists()
 
 
+def test_a_device_that_the_workers_lack(bench: Bench, cluster: str) -> None:
+    """A worker's own complaint, though it could not even start."""
+    driver = bench.start(ray_address=cluster, device="cuda:99")
+    assert driver.wait() == 2
+    (line,) = [line for line in driver.errors().splitlines() if line.startswith("prox24: ")]
+    assert "--device cuda:99" in line
+    assert not bench.run.exists()
+
+
 def test_no_cluster_at_the_address(bench: Bench) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -139,6 +139,22 @@ def measure(name: str, weight: Tensor, inputs: Tensor, labels: list[str]) -> lis
     return rows
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table."""
+    lines = [
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{time.strftime('%Y-%m-%d')}\n",
+        "| layer | method | error % | held out % | seconds | MiB |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['layer']} | {row['run']} | {row['error']:.4f} | {row['held_out']:.3f} | "
+            f"{row['seconds']:.3f} | {row['peak_mib']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Error against time, a panel per layer, a curve per method from bare to refined."""
     import matplotlib
@@ -167,7 +183,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--golden", type=Path, default=ROOT.parent / "shared" / "golden")
-    parser.add_argument("--output", type=Path, help="folder for solvers.json and solvers.png")
+    parser.add_argument("--output", type=Path, help="folder for solvers.json, .md and .png")
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--only-golden", action="store_true", help="leave out synthetic shapes")
     parser.add_argument("--threads", type=int, default=1)
@@ -193,6 +209,7 @@ def main() -> None:
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "solvers.json").write_text(json.dumps(rows, indent=1))
+        (options.output / "solvers.md").write_text(markdown(rows))
         plot(rows, options.output / "solvers.png")
 
 

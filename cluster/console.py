@@ -21,7 +21,7 @@ class Console:
         self.console = rich.console.Console(stderr=True, highlight=False)
         self._bar: Progress | None = None
         self._task: Any = None
-        self._title, self._blocks, self._done = "", 0, 0
+        self._title, self._blocks = "", 0
         self._started = self._block_started = time.monotonic()
         self._fresh, self._in_blocks = 0, False
 
@@ -43,7 +43,7 @@ class Console:
 
     def begin(self, title: str, blocks: int, done: int) -> None:
         """Starts the bar."""
-        self._title, self._blocks, self._done = title, blocks, done
+        self._title, self._blocks = title, blocks
         self._started = self._block_started = time.monotonic()
         self._fresh, self._in_blocks = 0, False
         if done:

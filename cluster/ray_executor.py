@@ -43,7 +43,7 @@ class RayExecutor:
         Raises `ResourceError` for an address that does not answer, or for more than the cluster
         has.
         """
-        self._own_cluster = connect(config)
+        connect(config)
         try:
             self.placement: Placement = choose_placement(
                 config.workers, config.threads, config.gpus_per_worker, ray.nodes()
@@ -162,8 +162,8 @@ def translate(error: Exception, phase: str) -> Exception:
     return error
 
 
-def connect(config: RuntimeConfig) -> bool:
-    """Connects to `--ray-address`, $RAY_ADDRESS, or a Ray of our own; True for the last.
+def connect(config: RuntimeConfig) -> None:
+    """Connects to `--ray-address`, $RAY_ADDRESS, or a Ray of our own.
 
     Raises `ResourceError` for an address that does not answer.
     """
@@ -177,7 +177,7 @@ def connect(config: RuntimeConfig) -> bool:
     if address is None:
         # More workers than cores may be asked for: the placement says no, not Ray's scheduler.
         ray.init(address="local", include_dashboard=False, **options)
-        return True
+        return
     try:
         _knock(address)
         ray.init(address=address, **options)
@@ -187,7 +187,6 @@ def connect(config: RuntimeConfig) -> bool:
             f"no Ray cluster answers at {address} ({first}); start one, or leave --ray-address out "
             "to use this machine"
         ) from error
-    return False
 
 
 def _knock(address: str) -> None:

@@ -140,7 +140,7 @@ class RuntimeConfig:
     workers: int | None = option(
         None,
         "number of workers, one per GPU or CPU slot; unset: with Ray one per GPU of the cluster, "
-        "on CPUs or with the local executor 1",
+        "without GPUs one per node; with the local executor 1",
     )
     threads: int | None = option(
         None,

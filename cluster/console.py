@@ -92,6 +92,10 @@ class Console:
         if self._bar is not None:
             self._bar.update(self._task, completed=completed, error=error)
 
+    def attempt_failed(self, what: str, attempt: int, attempts: int, reason: str) -> None:
+        """One line above the bar."""
+        self.print(f"{what}: {reason}; trying again (attempt {attempt} of {attempts} failed)")
+
     def note(self, message: str) -> None:
         """One line above the bar."""
         self.print(message)

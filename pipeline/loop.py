@@ -108,7 +108,8 @@ class BlockLoop:
                 f"{what} failed {len(history.failures)} times; committed blocks are kept, run the "
                 f"same command again to go on ({history.summary()})"
             ) from error
-        self.progress.note(f"{what}: {error}; trying again")
+        attempt = len(history.failures)
+        self.progress.attempt_failed(what, attempt, history.max_attempts, str(error))
         self.executor.recover()
 
     def _prune_block(self, block: int) -> None:

@@ -20,6 +20,10 @@ class Progress(Protocol):
         """A block is committed; its error is in per cent, None where none is known."""
         ...
 
+    def attempt_failed(self, what: str, attempt: int, attempts: int, reason: str) -> None:
+        """`what` (a block or a phase) failed for the `attempt`-th time and is tried again."""
+        ...
+
     def note(self, message: str) -> None:
         """Something that the user should know, once."""
         ...
@@ -39,6 +43,9 @@ class Silent:
         """Nothing."""
 
     def block_done(self, block: int, relative_error: float | None) -> None:
+        """Nothing."""
+
+    def attempt_failed(self, what: str, attempt: int, attempts: int, reason: str) -> None:
         """Nothing."""
 
     def note(self, message: str) -> None:

@@ -175,11 +175,12 @@ class LayerGroup:
     """Linear layers of a block that are always called with the same input tensor.
 
     `layers` are module paths inside the block (`self_attn.q_proj`), in module order; `columns` is
-    the width of their input.
+    the width of their input, `calls` how often a forward calls each of them.
     """
 
     layers: tuple[str, ...]
     columns: int
+    calls: int = 1
 
     @property
     def name(self) -> str:
@@ -212,15 +213,15 @@ def find_groups(
     finally:
         for handle in handles:
             handle.remove()
-    groups: dict[tuple[Any, ...], list[str]] = {}
+    groups: dict[tuple[tuple[Any, ...], ...], list[str]] = {}
     for layer, inputs in seen.items():
         if not inputs:
             raise ModelError(f"{layer} is a linear layer that its block's forward never calls")
         key = tuple((x.data_ptr(), x.shape, x.stride()) for x in inputs)
         groups.setdefault(key, []).append(layer)
     return tuple(
-        LayerGroup(tuple(names), int(block.get_submodule(names[0]).in_features))  # type: ignore[arg-type]
-        for names in groups.values()
+        LayerGroup(tuple(names), int(block.get_submodule(names[0]).in_features), len(key))  # type: ignore[arg-type]
+        for key, names in groups.items()
     )
 
 

@@ -163,9 +163,7 @@ def _row_documents(
         raise _no_text_column(name, columns, text_column)
 
 
-def _no_text_column(
-    name: str, columns: Iterable[str], text_column: str | None = None
-) -> DataError:
+def _no_text_column(name: str, columns: Iterable[str], text_column: str | None = None) -> DataError:
     what = f"no column '{text_column}'" if text_column else "no column that is plainly the text"
     return DataError(f"{name} has {what}: choose with --text-column, of: {', '.join(columns)}")
 
@@ -232,9 +230,7 @@ def _strings(column: Any, path: Path) -> Iterator[str]:
     return (value for value in values if value is not None)
 
 
-def _hub_documents(
-    dataset: str, text_column: str | None, splits: tuple[str, ...]
-) -> Iterator[str]:
+def _hub_documents(dataset: str, text_column: str | None, splits: tuple[str, ...]) -> Iterator[str]:
     try:
         import datasets  # here, so that local files need no `datasets`
     except ImportError as error:

@@ -44,18 +44,18 @@ class Forward:
         return [(index, ranges[index]) for index in range(start, stop)]
 
     def embedded(self, ends: ModelEnds, start: int, stop: int) -> Iterator[Tensor]:
-        """Inputs of block 0 for sequences `start:stop`, batch by batch, on the CPU."""
+        """Inputs of block 0 for sequences `start:stop`, batch by batch."""
         for first, last in batch_ranges(stop - start, self.job.batch_size):
             with self.watch("forward"):
                 hidden_states = ends.embed(self.tokens()[start + first : start + last])
-            yield _finite(hidden_states, "the embeddings").cpu()
+            yield _finite(hidden_states, "the embeddings")
 
     def outputs(self, block: int, module: nn.Module, stored: StoredFile) -> Iterator[Tensor]:
-        """A block's outputs for one activation shard of its inputs, batch by batch, on the CPU."""
+        """A block's outputs for one activation shard of its inputs, batch by batch."""
         for hidden_states in self.batches(block, stored, self.job.batch_size):
             with self.watch("forward"):
                 output = self.call(block, hidden_states).run(module, hidden_states)
-            yield _finite(output, f"block {block}").cpu()
+            yield _finite(output, f"block {block}")
 
     def own_batches(self, block: int, shards: list[StoredFile]) -> Iterator[tuple[int, Tensor]]:
         """(number of the first sequence, batch) of all of this rank's inputs of a block."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.capture import LayerGroup
 from pipeline.solvers import SolverSettings
 from storage.commit import StoredFile
 
@@ -38,6 +39,15 @@ class Outcome:
     value: Any
     seconds: dict[str, float]
     memory: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """One rank's shards of the next block's inputs, and that block's groups, whose statistics it
+    has kept."""
+
+    shards: list[StoredFile]
+    groups: tuple[LayerGroup, ...]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The block loop, written once for every executor.
 
 Per block: `calibrate` (dense forward, partial sums), `reduce`, `solve`, the record (the commit
-point), then `propagate` (pruned forward, next inputs). Progress lives in the run directory alone:
+point), then `propagate` (pruned forward, next inputs); in one pass with the next block's
+`calibrate` it is called `advance`. Progress lives in the run directory alone:
 a block with a record is done, a block whose inputs have a record can be run, and inputs that are
 missing are made again from the tokens through the committed blocks.
 """
@@ -14,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.capture import LayerGroup
 from pipeline.executor import Executor
-from pipeline.job import Outcome, SolvedSlices
+from pipeline.job import Advanced, Outcome, SolvedSlices
 from pipeline.progress import Progress
 from pipeline.retry import AttemptHistory
 from pipeline.solvers import merge_reports
@@ -96,7 +98,7 @@ class BlockLoop:
         history = AttemptHistory(self.max_attempts)
         while True:
             try:
-                shards = self._inputs(self.blocks)
+                shards, _ = self._inputs(self.blocks)
                 self.progress.phase("loss")
                 return self.executor.run("losses", self._each(self.blocks, shards))
             except WorkerLostError as error:
@@ -117,10 +119,12 @@ class BlockLoop:
         times: dict[str, PhaseTimes] = {}
         groups: list[Any] = []
         if self.calibrates:
-            shards = self._inputs(block)
-            self.progress.phase("calibrate", block)
-            outcomes = self._timed(times, "calibrate", self._each(block, shards))
-            groups = [list(group.layers) for group in outcomes[0].value]
+            shards, observed = self._inputs(block, observe=True)
+            if observed is None:
+                self.progress.phase("calibrate", block)
+                outcomes = self._timed(times, "calibrate", self._each(block, shards))
+                observed = outcomes[0].value
+            groups = [list(group.layers) for group in observed]
             began = time.perf_counter()
             reduced = self.executor.reduce()
             times["reduce"] = _times(time.perf_counter() - began, reduced)
@@ -151,12 +155,17 @@ class BlockLoop:
         choices: dict[str, dict[str, Any]] = read_json(path, CHOICES_SCHEMA)["groups"]
         return choices
 
-    def _inputs(self, block: int) -> list[StoredFile]:
+    def _inputs(
+        self, block: int, *, observe: bool = False
+    ) -> tuple[list[StoredFile], Sequence[LayerGroup] | None]:
         """The activation shards that block `block` reads, made if they are not there.
 
         Starts from the nearest committed inputs below `block`, or from the tokens; an older store
-        is deleted as soon as the one made from it is committed.
+        is deleted as soon as the one made from it is committed. With `observe`, a last step that
+        is still to be made also runs the dense block on what it writes: the ranks then hold the
+        block's statistics, and its groups are returned.
         """
+        observed: Sequence[LayerGroup] | None = None
         for below in range(block, -1, -1):
             if self.run.activation_record(below).exists():
                 break
@@ -170,20 +179,23 @@ class BlockLoop:
             self.progress.phase("propagate", current)
             record = self.read_record(current) if self.run.record(current).exists() else None
             shards = self._read_inputs(current)
-            self._make_inputs(
+            outcomes = self._make_inputs(
                 current + 1,
-                "propagate",
+                "advance" if observe and current + 1 == block else "propagate",
                 lambda stamp, b=current, r=record, s=shards: (b, r, s, stamp),
             )
+            if observe and current + 1 == block:
+                observed = outcomes[0].value.groups
             self.run.remove_activations(current)
-        return self._read_inputs(block)
+        return self._read_inputs(block), observed
 
-    def _make_inputs(self, block: int, phase: str, arguments: Any) -> None:
+    def _make_inputs(self, block: int, phase: str, arguments: Any) -> list[Outcome]:
         """Runs the phase that writes block `block`'s inputs and publishes their record."""
         stamp = self._stamp()
         times: dict[str, PhaseTimes] = {}
         outcomes = self._timed(times, phase, self._each(*arguments(stamp)))
-        shards = [shard.to_json() for outcome in outcomes for shard in outcome.value]
+        values = [o.value.shards if isinstance(o.value, Advanced) else o.value for o in outcomes]
+        shards = [shard.to_json() for value in values for shard in value]
         payload = {
             "schema_version": ACTIVATIONS_SCHEMA,
             "block": block,
@@ -193,6 +205,7 @@ class BlockLoop:
         publish_json(self.run.activation_record(block), payload, guard=self.lock.assert_held)
         # The store and its record are deleted soon; the report still wants the times.
         replace_json(self.run.report() / f"inputs-{block:03d}.json", payload)
+        return outcomes
 
     def _read_inputs(self, block: int) -> list[StoredFile]:
         payload = read_json(self.run.activation_record(block), ACTIVATIONS_SCHEMA)

@@ -9,21 +9,22 @@ from __future__ import annotations
 import fnmatch
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from pipeline.capture import LayerGroup, ModelEnds, find_groups
 from pipeline.collective import Collective
 from pipeline.forward import Forward
-from pipeline.job import Job, Outcome, SolvedSlices
+from pipeline.job import Advanced, Job, Outcome, SolvedSlices
 from pipeline.layers import layers_to_prune
 from pipeline.measure import Stopwatch, peak_memory
 from pipeline.model import Skeleton, first_line, open_skeleton
+from pipeline.observe import BlockObserver
 from pipeline.solvers import SolverSettings, choose_regularization, solver_for
 from pipeline.solvers.types import AUTO
 from pipeline.solving import solve_group
@@ -106,34 +107,14 @@ class BlockWorker:
 
     def calibrate(self, block: int, shards: list[StoredFile]) -> list[LayerGroup]:
         """Runs the dense block over this rank's shards, keeping its groups' partial sums."""
-        settings = self._settings()
-        with self.watch("load"):
-            module = self.skeleton.load_block(block, self.device)
-        layers = tuple(layers_to_prune(self.skeleton, block, settings, self.job.skip_unsupported))
-        groups = self._find_groups(block, module, layers, shards)
-        needs = solver_for(settings).needs
-        sums = {}
-        for group in groups:
-            saved = any(self._is_saved(block, layer) for layer in group.layers)
-            sums[group.name] = GroupAccumulator(
-                group.columns,
-                "full" if saved else needs,
-                self.device,
-                # Two halves of the sequences, where a choice is made on the one for the other.
-                boundary=self.job.nsamples // 2 if settings.shrinkage == AUTO else None,
-            )
-        handles = [self._observe(module, group, sums[group.name]) for group in groups]
+        size = self.job.batch_size
+        observer = self._observer(
+            block, lambda: next(iter(self.forward.batches(block, shards[0], size)))
+        )
         for start, hidden_states in self.forward.own_batches(block, shards):
-            for total in sums.values():
-                total.begin_batch(start, hidden_states.shape[0])
-            with self.watch("forward"):
-                self.forward.call(block, hidden_states).run(module, hidden_states)
-        for handle in handles:
-            handle.remove()
-        with self.watch("hessian"):
-            self.statistics = {name: total.statistics() for name, total in sums.items()}
-        self._block_groups = groups
-        return list(groups)
+            observer.add(start, hidden_states)
+        self.statistics = observer.statistics()
+        return list(self._block_groups)
 
     def reduce(self) -> None:
         """Sums the statistics over all ranks, in place."""
@@ -200,16 +181,39 @@ class BlockWorker:
         self, block: int, record: BlockRecord | None, shards: list[StoredFile], stamp: str
     ) -> list[StoredFile]:
         """Runs the block, pruned as `record` says (None: dense), and writes the next inputs."""
-        with self.watch("load"):
-            module = self.skeleton.load_block(block, self.device)
-            if record is not None:
-                self._insert_pruned(block, module, record)
+        module = self._load_pruned(block, record)
         return [
             self.forward.write(
                 block + 1, index, stamp, self.forward.outputs(block, module, shards[index])
             )
             for index, _ in self.forward.own_shards()
         ]
+
+    def advance(
+        self, block: int, record: BlockRecord | None, shards: list[StoredFile], stamp: str
+    ) -> Advanced:
+        """`propagate` of a block and `calibrate` of the next, in one pass over the shards.
+
+        The statistics are taken of the bytes that are written, in the same batches: they equal
+        those of the two passes bit for bit. Two blocks' weights are held.
+        """
+        module = self._load_pruned(block, record)
+        observer = self._observer(
+            block + 1, lambda: next(self.forward.outputs(block, module, shards[0]))
+        )
+
+        def observed(index: int, start: int) -> Iterator[Tensor]:
+            for output in self.forward.outputs(block, module, shards[index]):
+                observer.add(start, output)
+                start += output.shape[0]
+                yield output
+
+        written = [
+            self.forward.write(block + 1, index, stamp, observed(index, start))
+            for index, (start, _) in self.forward.own_shards()
+        ]
+        self.statistics = observer.statistics()
+        return Advanced(written, self._block_groups)
 
     def write_output(
         self, files: list[str], records: list[BlockRecord], folder: str
@@ -268,28 +272,47 @@ class BlockWorker:
             raise ModelError("this job evaluates; it has no solver")
         return self.job.settings
 
+    def _observer(self, block: int, first: Callable[[], Tensor]) -> BlockObserver:
+        """The dense block with its groups observed; `first` gives the first batch of sequence 0."""
+        settings = self._settings()
+        with self.watch("load"):
+            module = self.skeleton.load_block(block, self.device)
+        layers = tuple(layers_to_prune(self.skeleton, block, settings, self.job.skip_unsupported))
+        self._block_groups = self._find_groups(block, module, layers, first)
+        needs = solver_for(settings).needs
+        sums = {}
+        for group in self._block_groups:
+            saved = any(self._is_saved(block, layer) for layer in group.layers)
+            sums[group] = GroupAccumulator(
+                group.columns,
+                "full" if saved else needs,
+                self.device,
+                # Two halves of the sequences, where a choice is made on the one for the other.
+                boundary=self.job.nsamples // 2 if settings.shrinkage == AUTO else None,
+            )
+        return BlockObserver(module, sums, partial(self.forward.call, block), self.watch)
+
     def _find_groups(
-        self, block: int, module: nn.Module, layers: tuple[str, ...], shards: list[StoredFile]
+        self, block: int, module: nn.Module, layers: tuple[str, ...], first: Callable[[], Tensor]
     ) -> tuple[LayerGroup, ...]:
-        """The block's groups; blocks of the same modules share one look at a forward."""
+        """The block's groups; blocks of the same modules share one look at a forward.
+
+        The first sequences serve every rank: one without its own must know the groups too.
+        """
         structure = (str(module), layers)
         if structure not in self._groups:
-            # Shard 0 serves every rank: one without sequences of its own must know the groups too.
-            first = next(iter(self.forward.batches(block, shards[0], 1)))
-            call = self.forward.call(block, first)
-            self._groups[structure] = find_groups(module, call, first, layers)
+            batch = first()
+            call = self.forward.call(block, batch)
+            self._groups[structure] = find_groups(module, call, batch, layers)
         return self._groups[structure]
 
-    def _observe(
-        self, module: nn.Module, group: LayerGroup, total: GroupAccumulator
-    ) -> RemovableHandle:
-        """Sums the inputs of the group's first layer: the others are called with the same."""
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            with self.watch("hessian"):
-                total.add(args[0] if args else kwargs["input"])
-
-        return module.get_submodule(group.name).register_forward_pre_hook(hook, with_kwargs=True)
+    def _load_pruned(self, block: int, record: BlockRecord | None) -> nn.Module:
+        """A block as `record` says; dense where that is None."""
+        with self.watch("load"):
+            module = self.skeleton.load_block(block, self.device)
+            if record is not None:
+                self._insert_pruned(block, module, record)
+        return module
 
     def _solve_group(
         self,

@@ -56,8 +56,9 @@ def test_two_activation_stores_at_most(tiny_model: TinyModel, tmp_path: Path) ->
     result = prune_here(
         tiny_model("llama", blocks=4), tmp_path / "output", workers=2, executor=Watching(2, look)
     )
-    assert ("calibrate", ["block-003"]) in stores
-    assert ("propagate", ["block-002", "block-003"]) in stores
+    assert ("calibrate", ["block-000"]) in stores
+    assert ("advance", ["block-002", "block-003"]) in stores
+    assert ("solve", ["block-003"]) in stores
     assert max(len(names) for _, names in stores) == 2
     assert not list(result.run_directory.glob("activations/*"))
 
@@ -83,7 +84,7 @@ def test_activation_stores_are_plain_arrow(
     stores: dict[str, list[pa.Table]] = {}
 
     def look(phase: str, run: Path) -> None:
-        if phase == "propagate":
+        if phase == "advance":
             for path in sorted(run.glob("activations/block-001/*.arrow")):
                 table = pa.ipc.open_file(path.read_bytes()).read_all()
                 stores.setdefault("inputs", []).append(table)

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from cluster.console import Console, solve_table
 from cluster.source import resolve_model
+from cluster.status import DESCRIPTION, add_arguments, show
 from pipeline.config import EvalConfig, PruneConfig, RuntimeConfig, SolveConfig
 from pipeline.executor import Executor, LocalExecutor
 from storage.errors import ConfigError, Prox24Error, RunInterrupted
@@ -81,6 +82,11 @@ def make_parser() -> argparse.ArgumentParser:
         help=".safetensors file with `weight` (R, C) and `inputs` (sequences, tokens, C), or with "
         "`hessian` (C, C), the sum of x xᵀ over the `tokens` that its metadata states",
     )
+    status = commands.add_parser(
+        "status", help="show how far a job is, from its run directory", description=DESCRIPTION,
+        allow_abbrev=False, dataclass_types=[],
+    )  # fmt: skip
+    add_arguments(status)
     demo = commands.add_parser(
         "demo", help="prune a small real model on this machine", allow_abbrev=False,
         dataclass_types=[],
@@ -116,6 +122,7 @@ def run(arguments: Sequence[str]) -> int:
                 "prune": _prune,
                 "eval": _evaluate,
                 "solve": _solve,
+                "status": show,
                 "demo": _demo,
             }[options.command]
             return command(options)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cluster.status import duration
 from pipeline.config import PruneConfig
 
 if TYPE_CHECKING:
@@ -117,13 +118,6 @@ class Console:
             f"peak memory: driver {memory['driver_rss_bytes'] / 2**20:.0f} MiB, "
             f"worker {memory['worker_rss_bytes'] / 2**20:.0f} MiB"
         )
-
-
-def duration(seconds: float) -> str:
-    """`1:02:03`, `2:03` or `0:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def solve_table(results: dict[str, dict[str, Any]]) -> str:

@@ -12,7 +12,8 @@ import rich.box
 import rich.console
 import rich.table
 
-from cluster.console import Console, duration
+from cluster.console import Console
+from cluster.status import duration
 from pipeline.config import EvalConfig, Method, PruneConfig, RuntimeConfig
 from pipeline.demo_model import demo_model, demo_texts
 from pipeline.evaluate import evaluate

@@ -126,6 +126,7 @@ class BlockLoop:
                 observed = outcomes[0].value
             groups = [list(group.layers) for group in observed]
             began = time.perf_counter()
+            self.progress.phase("reduce", block)
             reduced = self.executor.reduce()
             times["reduce"] = _times(time.perf_counter() - began, reduced)
         choices = self._choices(block, times) if self.chooses else None

@@ -70,6 +70,7 @@ def write_manifest(
     job: dict[str, Any],
     tokens: StoredFile,
     weight_files: dict[str, str],
+    blocks: int,
 ) -> None:
     """Publishes `run.json`, after which the directory belongs to this job."""
     payload = {
@@ -78,6 +79,7 @@ def write_manifest(
         "job": job,
         "tokens": tokens.to_json(),
         "weight_files": weight_files,
+        "blocks": blocks,
     }
     publish_json(run.manifest, payload, guard=lock.assert_held)
 

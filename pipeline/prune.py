@@ -27,6 +27,7 @@ from pipeline.manifest import (
 from pipeline.model import Skeleton, check_seqlen, check_tokens, open_skeleton
 from pipeline.output import finished_output, write_output
 from pipeline.progress import Progress
+from pipeline.recorded_progress import recorded
 from pipeline.report import read_summary, summarize, write_summary
 from pipeline.solvers import solver_for
 from pipeline.solvers.types import AUTO
@@ -82,7 +83,11 @@ def prune(
     selection = _check(skeleton, config)
     run = RunDirectory(run_directory_of(output, config))
     _check_apart(source, output, run.path)
-    with _locked(run, progress) as lock:
+    name = source_name or source.name
+    with (
+        _locked(run, progress) as lock,
+        recorded(progress, run, lock, name, output) as progress,
+    ):
         recover_output(output)
         job = describe_job(config, skeleton, data_identity(config.dataset))
         manifest = read_manifest(run)
@@ -93,6 +98,7 @@ def prune(
                 return PruneResult(output, run.path, _tidy(run, len(skeleton.blocks)))
         _check_output(output, config)
         run.sweep_uncommitted(guard=lock.assert_held)
+        progress.phase("read text")
         tokens = _tokens(run, skeleton, config, manifest)
         _check_space(run, output, skeleton, config)
         evaluation = config.evaluation()
@@ -102,9 +108,7 @@ def prune(
         try:
             loop = _start(run, lock, skeleton, config, executor, progress)
             _fingerprint(loop, skeleton, job, tokens, manifest)
-            return _finish(
-                loop, skeleton, config, job, output, selection, source_name or source.name
-            )
+            return _finish(loop, skeleton, config, job, output, selection, name)
         finally:
             progress.end()
             executor.close()
@@ -271,7 +275,8 @@ def _fingerprint(
     outcomes = loop.guarded("fingerprint", [(own,) for own in files])
     found = {f.file: f.sha256 for outcome in outcomes for f in outcome.value}
     if manifest is None:
-        write_manifest(loop.run, loop.lock, job, tokens, dict(sorted(found.items())))
+        weight_files = dict(sorted(found.items()))
+        write_manifest(loop.run, loop.lock, job, tokens, weight_files, loop.blocks)
     else:
         require_fingerprints(loop.run, manifest, found)
 

@@ -9,6 +9,7 @@
 `arrow_store`         activation shards and calibration tokens as Arrow IPC files
 `checkpoints`         row slices of pruned layers, and the record that commits a block
 `run_directory`       where everything of one job lies
+`status_file`         what a job is doing, for people who look in from outside
 `output`              the pruned model, written in the source's own layout
 
 Nothing here knows about Ray, models or solvers.

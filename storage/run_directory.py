@@ -3,9 +3,11 @@
     run.json                        the manifest: config, fingerprints, versions
     lock-NONCE.json                 who works on it (`storage.lock`)
     tokens.arrow                    calibration tokens
+    choices/block-007.json          settings chosen while the job runs
     activations/block-007/          the inputs of block 7: activation shards and record.json
     checkpoints/block-007/          block 7 pruned: row slices and record.json
     report/                         figures for the user
+    status.json                     what is going on, for `prox24 status`; nothing relies on it
 
 A file under activations/ or checkpoints/ counts only if the record.json beside it names it; all
 others are left from attempts that were not committed.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from pipeline.measure import Stopwatch, peak_memory
 from pipeline.model import Skeleton, first_line, open_skeleton
 from pipeline.observe import BlockObserver
 from pipeline.solvers import SolverSettings, choose_regularization, solver_for
+from pipeline.solvers.cost import solve_cost
 from pipeline.solvers.types import AUTO
 from pipeline.solving import solve_group
-from pipeline.split import deal, row_ranges
+from pipeline.split import GroupRows, deal, row_ranges, whole_layers
 from pipeline.statistics import FoldedStatistics, GroupAccumulator, merged
 from storage.checkpoints import BlockRecord, RowSlice, read_layer, verify_record, write_row_slices
 from storage.commit import StoredFile
@@ -149,8 +150,8 @@ class BlockWorker:
         """
         settings = self._settings()
         names = layers_to_prune(self.skeleton, block, settings, self.job.skip_unsupported)
-        ranges = row_ranges(names, self.rank, self.world, separable=solver_for(settings).separable)
         groups = self._block_groups or tuple(LayerGroup((n,), names[n][1]) for n in names)
+        ranges = self._deal_rows(groups, names)[self.rank]
         slices: dict[str, RowSlice] = {}
         reports: dict[str, dict[str, Any]] = {}
         costs: dict[str, dict[str, float]] = {}
@@ -313,6 +314,19 @@ class BlockWorker:
             if record is not None:
                 self._insert_pruned(block, module, record)
         return module
+
+    def _deal_rows(
+        self, groups: Sequence[LayerGroup], shapes: dict[str, tuple[int, int]]
+    ) -> list[dict[str, tuple[int, int]]]:
+        """The rows of each layer that each rank solves: the same answer on every rank."""
+        settings = self._settings()
+        costs = {group: solve_cost(settings, group.columns) for group in groups}
+        parts = [
+            GroupRows({n: shapes[n][0] for n in group.layers}, cost.fixed, cost.per_row)
+            for group, cost in costs.items()
+        ]
+        dealt = row_ranges if solver_for(settings).separable else whole_layers
+        return dealt(parts, self.world)
 
     def _solve_group(
         self,

@@ -209,9 +209,7 @@ def test_exactly_enough_tokens_are_all_used(tmp_path: Path, tokenizer: Any) -> N
 
 
 @columnar
-def test_one_token_too_few_names_the_count(
-    tmp_path: Path, tokenizer: Any, write: Writer
-) -> None:
+def test_one_token_too_few_names_the_count(tmp_path: Path, tokenizer: Any, write: Writer) -> None:
     # Joined with blank lines: 10 + 2 + 10 + 2 + 15 = 39 tokens, of which no document has 20.
     path = str(write(tmp_path / "d", {"text": ["a" * 10, "b" * 10, "c" * 15]}))
     assert calibration_tokens(tokenizer, path, None, 1, 39, 0).shape == (1, 39)

@@ -28,6 +28,7 @@ PLACEMENT_FIELDS = frozenset(
         "debug",
         "trust_remote_code",
         "max_attempts",
+        "trace",
         "phase_timeout",
         "gpus_per_worker",
         "workers",
@@ -166,6 +167,9 @@ class RuntimeConfig:
     batch_size: int = option(4, "sequences in one forward pass")
     phase_timeout: float = option(
         7200.0, "seconds after which a phase of one block counts as hanging and is redone"
+    )
+    trace: str | None = option(
+        None, "file to write what every worker did when, for ui.perfetto.dev or chrome://tracing"
     )
     trust_remote_code: bool = option(False, "run model code that the model folder carries")
     verbose: bool = option(False, "show Ray's own log and debug messages")

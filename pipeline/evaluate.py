@@ -24,6 +24,7 @@ from pipeline.loop import BlockLoop
 from pipeline.manifest import data_identity
 from pipeline.model import Skeleton, check_seqlen, check_tokens, open_skeleton
 from pipeline.progress import Progress
+from pipeline.trace import traced
 from storage.arrow_store import write_tokens
 from storage.errors import NumericalError
 from storage.lock import RunLock
@@ -42,7 +43,7 @@ def evaluate(
     compute.
     """
     prepared = prepare(source, config)
-    executor = make_executor()
+    executor = traced(make_executor(), config.trace)
     try:
         return measure_perplexity(prepared, config, executor, progress)
     finally:

@@ -13,8 +13,15 @@ from pipeline.worker import BlockWorker
 class Executor(Protocol):
     """Runs phases of `BlockWorker` on every rank. The loop knows no more of a cluster than this."""
 
-    world: int
-    threads: int
+    @property
+    def world(self) -> int:
+        """How many ranks there are."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of each rank."""
+        ...
 
     def start(self, job: Job) -> None:
         """Makes the ranks, before anything else; again, for another job, in place of the first."""

@@ -15,7 +15,7 @@ class Job:
     """What every rank is told at its start. Paths are seen by all nodes.
 
     `settings` is None for an evaluation. `save_layers` is a pattern of layer names whose weight and
-    Hessian are saved, or None.
+    Hessian are saved, or None. `trace`: whether outcomes tell what was done when.
     """
 
     source: str
@@ -30,15 +30,21 @@ class Job:
     skip_unsupported: bool
     trust_remote_code: bool
     save_layers: str | None = None
+    trace: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A phase's result on one rank, with its seconds by kind and its peak memory in bytes."""
+    """A phase's result on one rank, with its seconds by kind and its peak memory in bytes.
+
+    `events` are there where the job is traced: (kind, or "" for the whole phase; start in seconds
+    since the epoch; seconds).
+    """
 
     value: Any
     seconds: dict[str, float]
     memory: dict[str, Any]
+    events: tuple[tuple[str, float, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,14 @@ class Stopwatch:
     """Seconds by kind of work. Nested timings are exclusive: the inner one is taken off the outer.
 
     On a GPU each boundary waits for the device, or a kernel's time would land on whoever waits.
+    With `trace` each stretch is kept as (kind, start in seconds since the epoch, seconds).
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, trace: bool = False) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
+        self.events: list[tuple[str, float, float]] = []
+        self._trace = trace
         self._running: list[tuple[str, float]] = []
 
     @contextmanager
@@ -42,7 +45,15 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
         if self._running:
             kind, since = self._running[-1]
-            self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - since
+            elapsed = time.perf_counter() - since
+            self.seconds[kind] = self.seconds.get(kind, 0.0) + elapsed
+            if self._trace:
+                self.events.append((kind, time.time() - elapsed, elapsed))
+
+    def take_events(self) -> tuple[tuple[str, float, float], ...]:
+        """The stretches since the last call; none without `trace`."""
+        events, self.events = self.events, []
+        return tuple(events)
 
     def take(self) -> dict[str, float]:
         """The seconds since the last call, by kind."""

@@ -32,6 +32,7 @@ from pipeline.report import read_summary, summarize, write_summary
 from pipeline.solvers import solver_for
 from pipeline.solvers.types import AUTO
 from pipeline.split import deal
+from pipeline.trace import traced
 from storage.arrow_store import read_tokens, write_tokens
 from storage.checkpoints import BlockRecord
 from storage.commit import StoredFile
@@ -104,7 +105,7 @@ def prune(
         evaluation = config.evaluation()
         if evaluation is not None:
             prepare(source, evaluation)  # a text that is missing or too short is found now
-        executor = make_executor()
+        executor = traced(make_executor(), config.trace)
         try:
             loop = _start(run, lock, skeleton, config, executor, progress)
             _fingerprint(loop, skeleton, job, tokens, manifest)

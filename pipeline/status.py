@@ -247,9 +247,7 @@ def _eta(
 
 def _disk(run: RunDirectory) -> dict[str, int]:
     """Bytes in the run directory, and free on its filesystem."""
-    parts = {
-        name: RunDirectory(run.path / name).size() for name in ("activations", "checkpoints")
-    }
+    parts = {name: RunDirectory(run.path / name).size() for name in ("activations", "checkpoints")}
     free = 0
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(run.path).free

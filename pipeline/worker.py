@@ -75,7 +75,7 @@ class BlockWorker:
         self.skeleton: Skeleton = open_skeleton(
             Path(job.source), dtype=job.dtype, trust_remote_code=job.trust_remote_code
         )
-        self.watch = Stopwatch(self.device)
+        self.watch = Stopwatch(self.device, trace=job.trace)
         self.forward = Forward(job, rank, world, self.skeleton, self.watch)
         self.collective: Collective | None = None
         self.statistics: dict[str, FoldedStatistics] = {}
@@ -85,10 +85,14 @@ class BlockWorker:
     @torch.no_grad()
     def perform(self, phase: str, *arguments: Any) -> Outcome:
         """Runs the phase method of that name; the caller gets its value, time and memory."""
+        start, began = time.time(), time.perf_counter()
         with self.watch("other"):
             method: Callable[..., Any] = getattr(self, phase)
             value = method(*arguments)
-        return Outcome(value, self.watch.take(), peak_memory(self.device))
+        events = self.watch.take_events()
+        if self.job.trace:
+            events = (("", start, time.perf_counter() - began), *events)
+        return Outcome(value, self.watch.take(), peak_memory(self.device), events)
 
     # -- phases -----------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from pipeline.trace import traced
 from storage.arrow_store import write_tokens
 from storage.errors import NumericalError
 from storage.lock import RunLock
-from storage.run_directory import RunDirectory
+from storage.run_directory import SCRATCH_PREFIX, RunDirectory
 
 
 def evaluate(
@@ -86,7 +86,7 @@ def measure_perplexity(
     Raises `NumericalError` where the loss is not finite.
     """
     skeleton, tokens = prepared.skeleton, prepared.tokens
-    with tempfile.TemporaryDirectory(prefix="prox24-eval-", dir=config.scratch_dir) as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=config.scratch_dir) as scratch:
         run = RunDirectory(Path(scratch).absolute())
         write_tokens(run.tokens(), tokens)
         with RunLock(run.path) as lock:

@@ -16,6 +16,7 @@ from pipeline.split import batch_ranges, even_range, shard_ranges
 from storage.arrow_store import open_activation_shard, read_tokens, write_activation_shard
 from storage.commit import StoredFile
 from storage.errors import NumericalError
+from storage.lock import require_owner
 from storage.run_directory import RunDirectory
 
 
@@ -80,6 +81,7 @@ class Forward:
     def write(self, block: int, index: int, stamp: str, batches: Iterable[Tensor]) -> StoredFile:
         """Writes one activation shard of a block's inputs under a name of this attempt alone."""
         path = self.run.activations(block) / f"shard-{index:05d}.{stamp}.arrow"
+        require_owner(self.job.lock_file)
         with self.watch("io"):
             return write_activation_shard(path, batches, block=block, index=index)
 

@@ -15,7 +15,8 @@ class Job:
     """What every rank is told at its start. Paths are seen by all nodes.
 
     `settings` is None for an evaluation. `save_layers` is a pattern of layer names whose weight and
-    Hessian are saved, or None. `trace`: whether outcomes tell what was done when.
+    Hessian are saved, or None. `trace`: whether outcomes tell what was done when. `lock_file`: the
+    driver's hold on the run directory.
     """
 
     source: str
@@ -31,6 +32,7 @@ class Job:
     trust_remote_code: bool
     save_layers: str | None = None
     trace: bool = False
+    lock_file: str | None = None
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 ACTIVATIONS_SCHEMA = 1
 CHOICES_SCHEMA = 1
+STAMP_DIGITS = 12
+"""How much of the lock's nonce the names of an owner's files hold."""
 
 
 @dataclass
@@ -82,7 +84,7 @@ class BlockLoop:
                     self._retry_or_raise(error, history, f"block {block}")
         if self.calibrates:
             for block in range(self.blocks):
-                self.run.remove_activations(block)
+                self.run.remove_activations(block, self.lock.assert_held)
 
     def guarded(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
         """One phase outside a block, done again when workers are lost."""
@@ -175,7 +177,7 @@ class BlockLoop:
             self.progress.phase("embed")
             self._make_inputs(0, "embed", lambda stamp: (stamp,))
         for older in range(below):
-            self.run.remove_activations(older)
+            self.run.remove_activations(older, self.lock.assert_held)
         for current in range(below, block):
             self.progress.phase("propagate", current)
             record = self.read_record(current) if self.run.record(current).exists() else None
@@ -187,7 +189,7 @@ class BlockLoop:
             )
             if observe and current + 1 == block:
                 observed = outcomes[0].value.groups
-            self.run.remove_activations(current)
+            self.run.remove_activations(current, self.lock.assert_held)
         return self._read_inputs(block), observed
 
     def _make_inputs(self, block: int, phase: str, arguments: Any) -> list[Outcome]:
@@ -203,9 +205,11 @@ class BlockLoop:
             "shards": shards,
             "phases": {name: phase_times.to_json() for name, phase_times in times.items()},
         }
+        # The store and its record are deleted soon; the report still wants the times. Written
+        # before the commit, or a kill between the two would lose them.
+        path = self.run.report() / f"inputs-{block:03d}.json"
+        replace_json(path, payload, guard=self.lock.assert_held)
         publish_json(self.run.activation_record(block), payload, guard=self.lock.assert_held)
-        # The store and its record are deleted soon; the report still wants the times.
-        replace_json(self.run.report() / f"inputs-{block:03d}.json", payload)
         return outcomes
 
     def _read_inputs(self, block: int) -> list[StoredFile]:
@@ -259,7 +263,7 @@ class BlockLoop:
     def _stamp(self) -> str:
         """A name part that no other attempt of any driver uses: files are never renamed."""
         self._attempt += 1
-        return f"{self.lock.nonce[:12]}-{self._attempt}"
+        return f"{self.lock.nonce[:STAMP_DIGITS]}-{self._attempt}"
 
 
 def _times(wall: float, outcomes: list[Outcome]) -> PhaseTimes:

@@ -6,21 +6,26 @@ same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import platform
+import re
+import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import PruneConfig
-from pipeline.loop import block_error
+from pipeline.loop import STAMP_DIGITS, block_error
 from pipeline.model import Skeleton
 from pipeline.model_card import model_card
 from pipeline.version import VERSION
 from storage.checkpoints import BlockRecord
 from storage.commit import StoredFile, write_new_file
+from storage.lock import RunLock
 from storage.output import copy_side_files, publish_output
 from storage.run_directory import RunDirectory
 
@@ -50,6 +55,7 @@ def write_output(
     skipped: Sequence[str],
     source_name: str,
     run: RunDirectory,
+    lock: RunLock,
     write_files: Callable[[str], list[StoredFile]],
     evaluate: Callable[[Path], dict[str, Any] | None],
 ) -> None:
@@ -58,40 +64,73 @@ def write_output(
     `write_files(folder)` has the workers write the weight files and returns what they wrote;
     `evaluate(folder)` then measures the model's perplexity, or gives None.
     """
-    partial = output.with_name(f".{output.name}.partial-{run.path.name}")
-    shutil.rmtree(partial, ignore_errors=True)
+    with _partial(output, run, lock) as partial:
+        stored = sorted(write_files(str(partial)), key=lambda file: file.name)
+        copy_side_files(skeleton.files, partial)
+        perplexity = evaluate(partial)
+        layers = layer_results(records, skeleton.blocks_path)
+        results = {
+            "schema_version": RESULT_SCHEMA,
+            "job": job,
+            "source": source_name,
+            "blocks": [
+                {"block": record.block, "relative_error": block_error(record)}
+                for record in records
+            ],
+            "layers": layers,
+            "skipped_layers": list(skipped),
+            "perplexity": perplexity,
+            "weight_files": [file.to_json() for file in stored],
+            "environment": {
+                "prox24": VERSION,
+                "python": platform.python_version(),
+                **{name: metadata.version(name) for name in _LIBRARIES},
+            },
+        }
+        card = model_card(
+            source_name=source_name,
+            settings=card_settings(job),
+            results=layers,
+            perplexity=perplexity,
+            license=source_license(skeleton.files.folder),
+        )
+        _write(partial / "README.md", card)
+        _write(partial / RESULT_FILE, json.dumps(results, indent=1) + "\n")
+        publish_output(partial, output, config.overwrite, lock.assert_held)
+
+
+@contextlib.contextmanager
+def _partial(output: Path, run: RunDirectory, lock: RunLock) -> Iterator[Path]:
+    """A new folder beside `output`, of this owner of the run alone; gone in the end."""
+    partial = output.with_name(_partial_prefix(output, run) + lock.nonce[:STAMP_DIGITS])
     partial.mkdir(parents=True)
-    stored = sorted(write_files(str(partial)), key=lambda file: file.name)
-    copy_side_files(skeleton.files, partial)
-    perplexity = evaluate(partial)
-    layers = layer_results(records, skeleton.blocks_path)
-    results = {
-        "schema_version": RESULT_SCHEMA,
-        "job": job,
-        "source": source_name,
-        "blocks": [
-            {"block": record.block, "relative_error": block_error(record)} for record in records
-        ],
-        "layers": layers,
-        "skipped_layers": list(skipped),
-        "perplexity": perplexity,
-        "weight_files": [file.to_json() for file in stored],
-        "environment": {
-            "prox24": VERSION,
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in _LIBRARIES},
-        },
-    }
-    card = model_card(
-        source_name=source_name,
-        settings=card_settings(job),
-        results=layers,
-        perplexity=perplexity,
-        license=source_license(skeleton.files.folder),
-    )
-    _write(partial / "README.md", card)
-    _write(partial / RESULT_FILE, json.dumps(results, indent=1) + "\n")
-    publish_output(partial, output, config.overwrite)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def discard_partials(output: Path, run: RunDirectory, lock: RunLock) -> None:
+    """Deletes what former owners of the run were writing beside `output`.
+
+    Each folder is renamed first, in one step: a former owner that wakes up just before its last
+    rename finds it whole or not at all, and never publishes a folder that is half deleted.
+    """
+    prefix = _partial_prefix(output, run)
+    pattern = re.compile(re.escape(prefix) + f"[0-9a-f]{{{STAMP_DIGITS}}}")
+    if not output.parent.is_dir():
+        return
+    found = [path for path in output.parent.iterdir() if pattern.fullmatch(path.name)]
+    lock.assert_held()  # so those listed are older than any later owner's
+    for path in found:
+        doomed = path.with_name(prefix + secrets.token_hex(STAMP_DIGITS // 2))
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _partial_prefix(output: Path, run: RunDirectory) -> str:
+    return f".{output.name}.partial-{run.path.name}-"
 
 
 def layer_results(records: Sequence[BlockRecord], blocks_path: str) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pipeline.evaluate import measure_perplexity, prepare
 from pipeline.executor import Executor
 from pipeline.job import Job
 from pipeline.layers import Selection, layers_to_prune, select_layers
-from pipeline.loop import BlockLoop
+from pipeline.loop import STAMP_DIGITS, BlockLoop
 from pipeline.manifest import (
     check_manifest,
     data_identity,
@@ -25,7 +25,7 @@ from pipeline.manifest import (
     write_manifest,
 )
 from pipeline.model import Skeleton, check_seqlen, check_tokens, open_skeleton
-from pipeline.output import finished_output, write_output
+from pipeline.output import discard_partials, finished_output, write_output
 from pipeline.progress import Progress
 from pipeline.recorded_progress import recorded
 from pipeline.report import read_summary, summarize, write_summary
@@ -35,8 +35,8 @@ from pipeline.split import deal
 from pipeline.trace import traced
 from storage.arrow_store import read_tokens, write_tokens
 from storage.checkpoints import BlockRecord
-from storage.commit import StoredFile
-from storage.errors import OutputError, ResourceError
+from storage.commit import StoredFile, replace_by, temporary_name
+from storage.errors import OutputError, ResourceError, RunDirectoryError
 from storage.lock import RunLock
 from storage.output import recover_output
 from storage.run_directory import RunDirectory
@@ -89,18 +89,20 @@ def prune(
         _locked(run, progress) as lock,
         recorded(progress, run, lock, name, output) as progress,
     ):
-        recover_output(output)
+        # First of all: what a displaced owner had ready can no longer become the output.
+        discard_partials(output, run, lock)
+        recover_output(output, lock.assert_held)
         job = describe_job(config, skeleton, data_identity(config.dataset))
         manifest = read_manifest(run)
         if manifest is not None:
             check_manifest(run, manifest, job)
             if finished_output(output, job) is not None:
                 # Killed between the output's rename and the end: only the tidying up is left.
-                return PruneResult(output, run.path, _tidy(run, len(skeleton.blocks)))
+                return PruneResult(output, run.path, _tidy(run, lock, len(skeleton.blocks)))
         _check_output(output, config)
         run.sweep_uncommitted(guard=lock.assert_held)
         progress.phase("read text")
-        tokens = _tokens(run, skeleton, config, manifest)
+        tokens = _tokens(run, lock, skeleton, config, manifest)
         _check_space(run, output, skeleton, config)
         evaluation = config.evaluation()
         if evaluation is not None:
@@ -144,21 +146,32 @@ def _check_output(output: Path, config: PruneConfig) -> None:
 
 @contextlib.contextmanager
 def _locked(run: RunDirectory, progress: Progress) -> Iterator[RunLock]:
-    """The run directory's lock; leaves no new run directory behind when a check fails."""
+    """The run directory's lock; leaves no new run directory behind when a check fails.
+
+    Whatever fails after another process has taken the run over, that is what the user is told.
+    """
     existed = run.path.exists()
 
-    def wait(seconds: float) -> None:
+    def wait(seconds: float, who: str) -> None:
         progress.note(
-            f"{run.path} may still be owned on another host; taking over in {seconds:.0f} s"
+            f"{run.path}: in use by {who}; taking it over in {seconds:.0f} s unless that one beats"
         )
 
     try:
         with RunLock(run.path, on_wait=wait) as lock:
             try:
                 yield lock
+            except Exception:
+                try:
+                    lock.assert_held()
+                except RunDirectoryError:
+                    run.sweep_own(lock.nonce[:STAMP_DIGITS])
+                    raise
+                raise
             finally:
                 if not existed and not run.manifest.exists():
                     run.sweep_uncommitted(guard=lock.assert_held)
+                    run.tokens().unlink(missing_ok=True)
     finally:
         if not existed:
             with contextlib.suppress(OSError):
@@ -166,7 +179,11 @@ def _locked(run: RunDirectory, progress: Progress) -> Iterator[RunLock]:
 
 
 def _tokens(
-    run: RunDirectory, skeleton: Skeleton, config: PruneConfig, manifest: dict[str, Any] | None
+    run: RunDirectory,
+    lock: RunLock,
+    skeleton: Skeleton,
+    config: PruneConfig,
+    manifest: dict[str, Any] | None,
 ) -> StoredFile:
     """The calibration tokens' file: the committed one, or a new one."""
     if manifest is not None:
@@ -178,8 +195,11 @@ def _tokens(
         tokenizer, config.dataset, config.text_column, config.nsamples, config.seqlen, config.seed
     )
     check_tokens(skeleton, tokens)
-    run.tokens().unlink(missing_ok=True)
-    return write_tokens(run.tokens(), tokens)
+    # Not under the final name, which a late process would delete or find taken.
+    temporary = temporary_name(run.tokens())
+    stored = write_tokens(temporary, tokens)
+    replace_by(temporary, run.tokens(), lock.assert_held)
+    return replace(stored, name=run.tokens().name)
 
 
 def _check_space(run: RunDirectory, output: Path, skeleton: Skeleton, config: PruneConfig) -> None:
@@ -238,6 +258,7 @@ def _start(
             skip_unsupported=config.skip_unsupported,
             trust_remote_code=config.trust_remote_code,
             save_layers=config.save_layers,
+            lock_file=str(lock.path),
         )
     )
     return BlockLoop(
@@ -295,7 +316,7 @@ def _finish(
     loop.prune()
     records: list[BlockRecord] = [loop.read_record(block) for block in range(loop.blocks)]
     loop.progress.phase("write")
-    write_summary(loop.run, summarize(loop.run, records))
+    write_summary(loop.run, summarize(loop.run, records), loop.lock.assert_held)
     files = _file_arguments(skeleton, loop.executor.world)
     write_output(
         output,
@@ -306,6 +327,7 @@ def _finish(
         skipped=selection.skipped,
         source_name=source_name,
         run=loop.run,
+        lock=loop.lock,
         write_files=lambda folder: [
             stored
             for outcome in loop.guarded("write_output", [(own, records, folder) for own in files])
@@ -313,7 +335,7 @@ def _finish(
         ],
         evaluate=lambda folder: _perplexity(loop, config, folder),
     )
-    return PruneResult(output, loop.run.path, _tidy(loop.run, loop.blocks))
+    return PruneResult(output, loop.run.path, _tidy(loop.run, loop.lock, loop.blocks))
 
 
 def _perplexity(loop: BlockLoop, config: PruneConfig, folder: Path) -> dict[str, Any] | None:
@@ -322,15 +344,17 @@ def _perplexity(loop: BlockLoop, config: PruneConfig, folder: Path) -> dict[str,
     if evaluation is None:
         return None
     prepared = prepare(folder, evaluation)
+    # Seen by all nodes, and swept if this process is killed.
+    evaluation = replace(evaluation, scratch_dir=str(loop.run.path))
     return measure_perplexity(prepared, evaluation, loop.executor, loop.progress)
 
 
-def _tidy(run: RunDirectory, blocks: int) -> dict[str, Any]:
+def _tidy(run: RunDirectory, lock: RunLock, blocks: int) -> dict[str, Any]:
     """Deletes what a finished job no longer needs, the last block first; returns its summary.
 
     Records go before the files they name, so that a kill in the middle leaves a valid directory.
     """
     for block in reversed(range(blocks + 1)):
-        run.remove_activations(block)
-        run.remove_checkpoint(block)
+        run.remove_activations(block, lock.assert_held)
+        run.remove_checkpoint(block, lock.assert_held)
     return read_summary(run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pipeline.loop import ACTIVATIONS_SCHEMA, block_error
@@ -59,9 +59,11 @@ def summarize(run: RunDirectory, records: Sequence[BlockRecord]) -> dict[str, An
     }
 
 
-def write_summary(run: RunDirectory, summary: dict[str, Any]) -> None:
-    """Writes `report/summary.json`."""
-    replace_json(run.report() / "summary.json", summary)
+def write_summary(
+    run: RunDirectory, summary: dict[str, Any], guard: Callable[[], None] | None = None
+) -> None:
+    """Writes `report/summary.json`; `guard` as in `replace_json`."""
+    replace_json(run.report() / "summary.json", summary, guard=guard)
 
 
 def read_summary(run: RunDirectory) -> dict[str, Any]:

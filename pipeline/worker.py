@@ -35,6 +35,7 @@ from storage.checkpoints import BlockRecord, RowSlice, read_layer, verify_record
 from storage.commit import StoredFile
 from storage.errors import ConfigError, ModelError, NumericalError
 from storage.layer_files import write_layer_file
+from storage.lock import require_owner
 from storage.model_files import WeightFileFingerprint, fingerprint_weight_file
 from storage.output import write_weight_file
 from storage.run_directory import RunDirectory
@@ -179,6 +180,7 @@ class BlockWorker:
         if not slices:
             return SolvedSlices(None, ranges, reports, costs)
         path = self.run.checkpoints(block) / f"rank-{self.rank}.{stamp}.safetensors"
+        require_owner(self.job.lock_file)
         with self.watch("io"):
             return SolvedSlices(write_row_slices(path, slices), ranges, reports, costs)
 
@@ -241,6 +243,7 @@ class BlockWorker:
                 verified.add(record.block)
             return [read_layer(directory, record, layer, verify=False)]
 
+        require_owner(self.job.lock_file)
         with self.watch("io"):
             return [
                 write_weight_file(self.skeleton.files, file, Path(folder) / file, replacement)

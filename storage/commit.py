@@ -251,12 +251,25 @@ def replace_file(path: Path, guard: Callable[[], None] | None = None) -> Iterato
     temporary = temporary_name(path)
     with write_new_file(temporary) as writer:
         yield writer
+    replace_by(temporary, path, guard)
+
+
+def replace_by(temporary: Path, path: Path, guard: Callable[[], None] | None = None) -> None:
+    """Rename `temporary`, a durable file with a `temporary_name` of `path`, to `path`.
+
+    As in `replace_file`. A displaced owner, whose temporary file was removed, gets a
+    RunDirectoryError.
+    """
     try:
         if guard is not None:
             guard()
         with _explained(path):
             os.replace(temporary, path)
             fsync_directory(path.parent)
+    except FileNotFoundError as error:
+        raise RunDirectoryError(
+            f"{path}: not written, another process took the run directory over; let that one go on"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -314,16 +327,10 @@ def replace_json(
     """Write `payload` to `path`, whole or not at all, replacing what is there.
 
     `guard` and the errors are those of `replace_file`, and NumericalError as in `publish_json`.
-    A displaced owner, whose temporary file was removed, gets a RunDirectoryError.
     """
     encoded = encode_json(payload, path)
-    try:
-        with replace_file(path, guard) as writer:
-            writer.write(encoded)
-    except FileNotFoundError as error:
-        raise RunDirectoryError(
-            f"{path}: not written, another process took the run directory over; let that one go on"
-        ) from error
+    with replace_file(path, guard) as writer:
+        writer.write(encoded)
 
 
 def read_json(path: Path, schema: int) -> dict[str, Any]:

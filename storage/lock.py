@@ -8,7 +8,10 @@ than one, whoever dies or sleeps in between. Nothing is ever replaced, so a proc
 late cannot take back what it lost: it beats into a file that has no name any more.
 
 Who is dead: on this host (same name, boot and process namespace) the kernel knows, and the lock is
-taken over at once; from another host all one can see is whether the heartbeat goes on.
+taken over at once; from another host all one can see is whether the heartbeat goes on. A process of
+this host that lives but has not beaten for long (stopped, or stuck in the kernel) is treated like
+another host's: its heartbeat is watched, and if it does not move the lock is taken over. That is
+safe whoever wakes up later; it is not needed for safety that the other one is dead.
 """
 
 from __future__ import annotations
@@ -93,8 +96,9 @@ class RunLock:
     """Context manager that holds a run directory; a thread keeps the heartbeat going.
 
     directory: created if missing. heartbeat_seconds: time between beats. stale_seconds: how long
-    another host's heartbeat must not move before its lock is taken over; `on_wait` gets the
-    seconds that remain, about once a second.
+    a heartbeat must not move before its lock is taken over, where the owner cannot be seen (another
+    host) or is seen alive but has not beaten for that long already (stopped). `on_wait` gets the
+    seconds that remain and a text that says who is waited for, about once a second.
 
     Entering raises RunDirectoryError, naming host, process and last heartbeat, if the owner lives.
     Taking the lock also removes all temporary files in the directory: whatever a displaced owner
@@ -107,7 +111,7 @@ class RunLock:
         heartbeat_seconds: float = 5,
         *,
         stale_seconds: float = 30,
-        on_wait: Callable[[float], None] | None = None,
+        on_wait: Callable[[float, str], None] | None = None,
     ) -> None:
         self.directory = directory
         self._heartbeat_seconds = heartbeat_seconds
@@ -139,8 +143,8 @@ class RunLock:
             )
 
     def __enter__(self) -> RunLock:
-        make_directory(self.directory)
         for _ in range(_MAX_ROUNDS):
+            make_directory(self.directory)  # each time: one that gives up removes an empty one
             dead = {path for path in _lock_files(self.directory) if self._judge(path)}
             if self._claim(dead):
                 return self
@@ -171,9 +175,9 @@ class RunLock:
         return self._owner
 
     def _judge(self, path: Path) -> bool:
-        """True if the owner of `path` is dead, False if the file went away meanwhile.
+        """True if the owner of `path` is dead or frozen, False if the file went away meanwhile.
 
-        Waits for another host's heartbeat; raises RunDirectoryError if the owner is alive.
+        Waits for a heartbeat that cannot be judged; raises RunDirectoryError if the owner lives.
         """
         content = _read(path)
         if content is None:
@@ -183,14 +187,15 @@ class RunLock:
         if alive is False:
             logger.info("taking over %s: its owner is dead", path)
             return True
-        if alive:
+        if alive and owner is not None and _age(owner) < self._stale_seconds:
             if _goes_away(path):
                 return False
             raise self._refusal(owner)
+        # Also after this machine slept: a live owner's heartbeat is old then, but moves soon.
         deadline = time.monotonic() + self._stale_seconds
         while (remaining := deadline - time.monotonic()) > 0:
             if self._on_wait is not None:
-                self._on_wait(remaining)
+                self._on_wait(remaining, _named(owner))
             time.sleep(min(1.0, remaining))
             now = _read(path)
             if now is None:
@@ -200,9 +205,9 @@ class RunLock:
         return True
 
     def _refusal(self, owner: Owner | None) -> RunDirectoryError:
-        who = owner.describe() if owner is not None else "a process whose lock cannot be read"
         return RunDirectoryError(
-            f"{self.directory}: in use by {who}; wait for it, stop it, or use another --run-dir"
+            f"{self.directory}: in use by {_named(owner)}; wait for it, stop it, or use another "
+            "--run-dir"
         )
 
     def _claim(self, dead: set[Path]) -> bool:
@@ -221,7 +226,7 @@ class RunLock:
             if won:
                 for other in dead:
                     other.unlink(missing_ok=True)
-                _remove_temporaries(self.directory)
+                _remove_temporaries(self.directory, path)
                 fsync_directory(self.directory)
         except FileNotFoundError:
             won = False  # the temporary file: another process took the lock and swept
@@ -259,11 +264,37 @@ def _lock_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("lock-*.json"))
 
 
-def _remove_temporaries(directory: Path) -> None:
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            if is_temporary(path := Path(folder, name)):
-                path.unlink(missing_ok=True)
+def require_owner(lock_file: str | None) -> None:
+    """For workers, just before they write: RunDirectoryError if their driver was displaced.
+
+    lock_file: path of the driver's lock file, None where there is no lock. A worker's files bear
+    names of their own, so this guards no data; it keeps late ones from littering the directory.
+    """
+    if lock_file is not None and _read(Path(lock_file)) is None:
+        raise RunDirectoryError(
+            f"{Path(lock_file).parent}: another process took the run over; let that one go on"
+        )
+
+
+def _remove_temporaries(directory: Path, lock_file: Path) -> None:
+    """Deletes the temporary files of former owners, and none of a later one.
+
+    They are listed first. If the lock is still ours after that, all of them are older than any
+    later owner, and as no name is ever used twice, deleting them is safe however late it happens.
+    """
+    found = [Path(folder, name) for folder, _, names in os.walk(directory) for name in names]
+    if lock_file.exists():
+        for path in filter(is_temporary, found):
+            path.unlink(missing_ok=True)
+
+
+def _named(owner: Owner | None) -> str:
+    return owner.describe() if owner is not None else "a process whose lock cannot be read"
+
+
+def _age(owner: Owner) -> float:
+    """Seconds since the last heartbeat of a process of this host; the clock may have been set."""
+    return abs(time.time() - owner.heartbeat)
 
 
 def _read(path: Path) -> bytes | None:

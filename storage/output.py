@@ -129,28 +129,37 @@ def _is_side_file(path: Path, index: str | None) -> bool:
     return not _NOT_COPIED.fullmatch(path.suffix.lower())
 
 
-def publish_output(partial: Path, output: Path, overwrite: bool) -> None:
+def publish_output(
+    partial: Path, output: Path, overwrite: bool, guard: Callable[[], None] | None = None
+) -> None:
     """Make everything in `partial` durable and rename it to `output`, in the same filesystem.
 
     overwrite: replace a non-empty folder; it is moved aside first, and deleted when the new one is
-    in place. If the process dies between the two renames, `recover_output` brings it back. Raises
+    in place. If the process dies between the two renames, `recover_output` brings it back. `guard`
+    (the lock's `assert_held`) runs before anything is moved or deleted. Raises
     OutputError if `output` is a file, is not empty and `overwrite` is False, contains `partial` or
     the working directory, or is on another filesystem.
     """
     output, partial = Path(os.path.realpath(output)), Path(os.path.realpath(partial))
     if not partial.is_dir():
         raise OutputError(f"{partial}: no such folder; run the same command again")
-    recover_output(output)
+    recover_output(output, guard)
     _check_target(partial, output, overwrite)
     _make_durable(partial)
-    aside = _aside(output)
+    aside, moved = _aside(output), False
+    if guard is not None:
+        guard()
     try:
         if output.exists():
             os.rename(output, aside)
+            moved = True
         os.rename(partial, output)
-    except OSError as error:
-        recover_output(output)
-        if error.errno in (errno.EXDEV, errno.EBUSY):
+    except BaseException as error:
+        # A signal may come before `moved` is set; an OSError then means that nothing was moved.
+        if (moved or not isinstance(error, OSError)) and aside.is_dir() and not output.exists():
+            # Without asking the guard: whoever owns the run now, this undoes what was done here.
+            os.rename(aside, output)
+        if isinstance(error, OSError) and error.errno in (errno.EXDEV, errno.EBUSY):
             raise OutputError(
                 f"{output}: {partial} cannot be renamed to it ({error.strerror}): a mount point "
                 "or another filesystem; name a folder inside it"
@@ -162,16 +171,18 @@ def publish_output(partial: Path, output: Path, overwrite: bool) -> None:
     _discard(aside)
 
 
-def recover_output(output: Path) -> None:
+def recover_output(output: Path, guard: Callable[[], None] | None = None) -> None:
     """Finish, or undo, a `publish_output` that was killed; does nothing otherwise.
 
     If the old folder is aside and no new one is in place, the old one comes back; if both are
-    there, the old one is deleted.
+    there, the old one is deleted. `guard` as in `publish_output`.
     """
     output = Path(os.path.realpath(output))
     aside = _aside(output)
     if not aside.is_dir():
         return
+    if guard is not None:
+        guard()
     if output.exists():
         _discard(aside)
     else:

@@ -8,6 +8,7 @@
     checkpoints/block-007/          block 7 pruned: row slices and record.json
     report/                         figures for the user
     status.json                     what is going on, for `prox24 status`; nothing relies on it
+    prox24-scratch-*/               an owner's own, e.g. while it measures the perplexity
 
 A file under activations/ or checkpoints/ counts only if the record.json beside it names it; all
 others are left from attempts that were not committed.
@@ -31,6 +32,8 @@ from storage.errors import CorruptFileError, RunDirectoryError
 logger = logging.getLogger(__name__)
 
 RECORD_NAME = "record.json"
+SCRATCH_PREFIX = "prox24-scratch-"
+"""Begins the names of folders for one owner's use, which the next one deletes."""
 
 _BLOCK = re.compile(r"block-(\d{3,9})")
 _ABSENT = object()
@@ -98,17 +101,25 @@ class RunDirectory:
                     continue
         return total
 
-    def remove_activations(self, block: int) -> None:
-        """Delete the inputs of `block`: the record first, so that no record names missing files."""
-        self._remove(self.activations(block))
+    def remove_activations(self, block: int, guard: Callable[[], None] | None = None) -> None:
+        """Delete the inputs of `block`: the record first, so that no record names missing files.
 
-    def remove_checkpoint(self, block: int) -> None:
-        """Delete the record of `block` and then its row slices; for a job whose output is whole."""
-        self._remove(self.checkpoints(block))
+        `guard` (the lock's `assert_held`) runs before, if there is anything to delete.
+        """
+        self._remove(self.activations(block), guard)
 
-    def _remove(self, directory: Path) -> None:
+    def remove_checkpoint(self, block: int, guard: Callable[[], None] | None = None) -> None:
+        """Delete the record of `block` and then its row slices; for a job whose output is whole.
+
+        `guard` as in `remove_activations`.
+        """
+        self._remove(self.checkpoints(block), guard)
+
+    def _remove(self, directory: Path, guard: Callable[[], None] | None) -> None:
         if directory.is_dir():
             self.contained(directory)
+            if guard is not None:
+                guard()
             record = directory / RECORD_NAME
             if record.exists():
                 record.unlink()
@@ -118,20 +129,19 @@ class RunDirectory:
     def sweep_uncommitted(self, guard: Callable[[], None] | None = None) -> list[Path]:
         """Delete what no record names, and return it; for the holder of the lock only.
 
-        That is: temporary files, files under activations/ and checkpoints/ that the record beside
-        them does not name, and the tokens if there is no manifest. `guard` (the lock's
-        `assert_held`) runs after the files are listed and before any is deleted, so that an owner
-        that was displaced meanwhile deletes nothing that its successor wrote. Raises
+        That is: temporary files, scratch folders, and files under activations/ and checkpoints/
+        that the record beside them does not name. No such name is ever used twice. `guard` (the
+        lock's `assert_held`) runs after the files are listed and before any is deleted, so that an
+        owner that was displaced meanwhile deletes nothing that its successor wrote. Raises
         CorruptFileError, and deletes nothing, if a record cannot be read.
         """
         doomed = [path for path in self._files() if is_temporary(path)]
+        doomed += self.path.glob(f"{SCRATCH_PREFIX}*")
         for area in ("activations", "checkpoints"):
             for directory in self._block_directories(area):
                 self.contained(directory)
                 names = _named_files(directory / RECORD_NAME)
                 doomed += [path for path in directory.iterdir() if path.name not in names]
-        if not self.manifest.exists() and self.tokens().exists():
-            doomed.append(self.tokens())
         if guard is not None:
             guard()
         for path in doomed:
@@ -141,6 +151,20 @@ class RunDirectory:
             else:
                 path.unlink(missing_ok=True)
         return doomed
+
+    def sweep_own(self, stamp: str) -> None:
+        """Delete the files of attempts whose names hold `stamp` that no record names.
+
+        For an owner that was displaced: no one will ever commit them, and no one else uses `stamp`.
+        """
+        for area in ("activations", "checkpoints"):
+            for directory in self._block_directories(area):
+                self.contained(directory)
+                found = [path for path in directory.iterdir() if f".{stamp}-" in path.name]
+                names = _named_files(directory / RECORD_NAME)
+                for path in found:
+                    if path.name not in names:
+                        path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
         return [Path(folder, name) for folder, _, names in os.walk(self.path) for name in names]

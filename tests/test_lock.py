@@ -129,6 +129,12 @@ def is_stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
 
 
+def age_of_the_heartbeat(run: Path) -> float:
+    owner = lock.read_owner(run)
+    assert owner is not None
+    return time.time() - owner.heartbeat
+
+
 def test_held_inside_and_gone_after(run: Path) -> None:
     with RunLock(run) as held:
         held.assert_held()
@@ -158,14 +164,53 @@ def test_a_live_owner_is_named(run: Path, holder: Callable[..., Holder]) -> None
     assert first.read() == "fine"
 
 
-def test_a_stopped_owner_of_this_host_is_alive(run: Path, holder: Callable[..., Holder]) -> None:
+def test_an_owner_that_has_just_been_stopped_is_alive(
+    run: Path, holder: Callable[..., Holder]
+) -> None:
     first = holder()
     assert first.read().startswith("held")
     first.signal(signal.SIGSTOP)
     until(lambda: is_stopped(first.pid))
     with pytest.raises(RunDirectoryError, match=f"process {first.pid} on "):
-        RunLock(run, stale_seconds=0.1).__enter__()
+        RunLock(run, stale_seconds=60).__enter__()
     first.signal(signal.SIGCONT)
+    first.tell("assert")
+    assert first.read() == "fine"
+
+
+def test_an_owner_that_stays_stopped_is_replaced(run: Path, holder: Callable[..., Holder]) -> None:
+    """After a countdown; it finds out when it wakes up."""
+    first = holder()
+    assert first.read().startswith("held")
+    first.signal(signal.SIGSTOP)
+    until(lambda: is_stopped(first.pid))
+    until(lambda: age_of_the_heartbeat(run) > 0.3)
+    waits: list[str] = []
+    with RunLock(
+        run, stale_seconds=0.3, on_wait=lambda seconds, who: waits.append(who)
+    ) as mine:
+        assert f"process {first.pid} on " in waits[0]
+        assert "last heartbeat" in waits[0]
+        first.signal(signal.SIGCONT)
+        first.tell("assert")
+        assert "another process took the run over" in first.read()
+        mine.assert_held()
+        assert lock_files(run) == [mine.path]
+
+
+def test_an_owner_that_was_stopped_and_goes_on_keeps_it(
+    run: Path, holder: Callable[..., Holder]
+) -> None:
+    """As after a laptop's sleep: the heartbeat is old, but it moves again."""
+    first = holder()
+    assert first.read().startswith("held")
+    first.signal(signal.SIGSTOP)
+    until(lambda: is_stopped(first.pid))
+    until(lambda: age_of_the_heartbeat(run) > 1)
+    with pytest.raises(RunDirectoryError, match=f"process {first.pid} on "):
+        RunLock(
+            run, stale_seconds=1, on_wait=lambda seconds, who: first.signal(signal.SIGCONT)
+        ).__enter__()
     first.tell("assert")
     assert first.read() == "fine"
 
@@ -182,7 +227,7 @@ def test_a_killed_owner_is_replaced_without_waiting(
     else:
         os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
     waits: list[float] = []
-    with RunLock(run, on_wait=waits.append) as held:
+    with RunLock(run, on_wait=lambda seconds, who: waits.append(seconds)) as held:
         assert lock_files(run) == [held.path]
     assert waits == []
 
@@ -210,7 +255,7 @@ def test_a_pid_in_use_again_is_not_taken_for_the_owner(
         RunLock(run).__enter__()
     rewrite(left, **changes)
     waits: list[float] = []
-    with RunLock(run, on_wait=waits.append):
+    with RunLock(run, on_wait=lambda seconds, who: waits.append(seconds)):
         assert not left.exists()
     assert waits == []
 
@@ -222,7 +267,7 @@ def test_another_hosts_heartbeat_decides(
     other = holder(host="elsewhere")
     assert other.read().startswith("held")
     waits: list[float] = []
-    mine = RunLock(run, stale_seconds=1.5, on_wait=waits.append)
+    mine = RunLock(run, stale_seconds=1.5, on_wait=lambda seconds, who: waits.append(seconds))
     if killer is None:
         with pytest.raises(RunDirectoryError, match=f"process {other.pid} on elsewhere"):
             mine.__enter__()
@@ -244,7 +289,7 @@ def test_another_machine_of_the_same_name_is_not_taken_for_a_dead_process(run: P
     left.write_bytes(kept)
     rewrite(left, boot_id="of the other machine", heartbeat=time.time())
     waits: list[float] = []
-    with RunLock(run, stale_seconds=0.3, on_wait=waits.append):
+    with RunLock(run, stale_seconds=0.3, on_wait=lambda seconds, who: waits.append(seconds)):
         pass
     assert waits
 
@@ -315,7 +360,12 @@ def test_an_unreadable_lock_is_waited_for(run: Path, content: bytes) -> None:
     run.mkdir()
     (run / "lock-0.json").write_bytes(content)
     waits: list[float] = []
-    with RunLock(run, stale_seconds=0.2, on_wait=waits.append) as held:
+
+    def note(seconds: float, who: str) -> None:
+        assert "cannot be read" in who
+        waits.append(seconds)
+
+    with RunLock(run, stale_seconds=0.2, on_wait=note) as held:
         assert lock_files(run) == [held.path]
     assert waits
 

@@ -11,7 +11,7 @@ from storage.arrow_store import write_activation_shard, write_tokens
 from storage.checkpoints import BlockRecord, RowSlice, write_row_slices
 from storage.commit import publish_json, temporary_name
 from storage.errors import CorruptFileError, RunDirectoryError
-from storage.run_directory import RunDirectory, differences
+from storage.run_directory import SCRATCH_PREFIX, RunDirectory, differences
 
 
 def write_inputs(run: RunDirectory, block: int, stamp: str, *, commit: bool) -> Path:
@@ -71,6 +71,7 @@ def test_the_sweep_deletes_what_no_record_names_and_nothing_else(run: RunDirecto
         run.record(0),
         write_inputs(run, 1, "a-2", commit=True),
         run.activation_record(1),
+        run.tokens(),
         run.report() / "times.json",
         run.path / "lock-1.json",
         run.path / "notes-of-the-user.txt",
@@ -80,8 +81,10 @@ def test_the_sweep_deletes_what_no_record_names_and_nothing_else(run: RunDirecto
     (run.path / "lock-1.json").write_text("{}")
     (run.path / "notes-of-the-user.txt").write_text("mine")
     write_tokens(run.tokens(), torch.ones(2, 3, dtype=torch.int64))
+    scratch = run.path / f"{SCRATCH_PREFIX}1"
+    scratch.mkdir()
     left = {
-        run.tokens(),
+        scratch,
         write_block(run, 0, "zombie-1", commit=False),
         write_block(run, 1, "a-3", commit=False),
         write_inputs(run, 1, "zombie-2", commit=False),
@@ -91,7 +94,7 @@ def test_the_sweep_deletes_what_no_record_names_and_nothing_else(run: RunDirecto
         temporary = temporary_name(path)
         temporary.write_bytes(b"{")
         left.add(temporary)
-    assert files_of(run) == kept | left
+    assert files_of(run) | {scratch} == kept | left
     assert set(run.sweep_uncommitted()) == left
     assert files_of(run) == kept
     assert run.sweep_uncommitted() == []

@@ -128,10 +128,8 @@ def run(arguments: Sequence[str]) -> int:
             return command(options)
     except SystemExit as exit:
         return int(exit.code or 0)
-    except KeyboardInterrupt:
-        return _interrupted(RunInterrupted("interrupted"), arguments)
-    except RunInterrupted as error:
-        return _interrupted(error, arguments)
+    except KeyboardInterrupt as signalled:
+        return _interrupted(RunInterrupted(str(signalled) or "SIGINT"), arguments)
     except Exception as error:
         if options is not None and options.debug:
             raise
@@ -279,8 +277,10 @@ def _signals() -> Iterator[None]:
 
     def stop(number: int, _: Any) -> NoReturn:
         # A second signal must not break off the unwinding.
-        signal.signal(number, signal.SIG_IGN)
-        raise RunInterrupted(signal.Signals(number).name)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # What libraries let pass, and a handler of `Exception` does not take for its own error.
+        raise KeyboardInterrupt(signal.Signals(number).name)
 
     before = signal.signal(signal.SIGTERM, stop)
     before_interrupt = signal.signal(signal.SIGINT, stop)

@@ -7,6 +7,7 @@ takes none, and is as real a process to send signals to.
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -17,10 +18,12 @@ from typing import Any
 
 import psutil
 
+from tests.injection import Injection, arm
+
 CONTEXT = multiprocessing.get_context("forkserver")
 # One list for all tests: there is one fork server a session.
 CONTEXT.set_forkserver_preload(
-    ["__main__", "cluster.command_line", "pipeline.prune", "pipeline.evaluate", "tests.jobs"]
+    ["__main__", "cluster.command_line", "pipeline.prune", "pipeline.evaluate", "tests.warm"]
 )
 PATIENCE = 120.0
 
@@ -34,7 +37,14 @@ def until(condition: Callable[[], Any], what: str = "it") -> Any:
     return value
 
 
-def _run(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+def _run(
+    arguments: list[str],
+    log: str,
+    environment: dict[str, str],
+    injection: Injection | None,
+    lock_options: dict[str, float],
+) -> None:
+    import pipeline.prune
     from cluster.command_line import run
 
     os.setsid()
@@ -43,18 +53,34 @@ def _run(arguments: list[str], log: str, environment: dict[str, str]) -> None:
         descriptor = os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    if lock_options:
+        shorter: Any = functools.partial(pipeline.prune.RunLock, **lock_options)
+        pipeline.prune.RunLock = shorter  # type: ignore[misc]
+    if injection is not None:
+        arm(injection)
     os._exit(run(arguments) & 0xFF)
 
 
 class Driver:
-    """`prox24 ARGUMENTS` in a process of its own, a session leader."""
+    """`prox24 ARGUMENTS` in a process of its own, a session leader.
+
+    lock_options: of its `RunLock`, where tests cannot wait for the usual ones.
+    """
 
     def __init__(
-        self, arguments: Sequence[str | Path], log: Path, environment: dict[str, str] | None = None
+        self,
+        arguments: Sequence[str | Path],
+        log: Path,
+        environment: dict[str, str] | None = None,
+        *,
+        injection: Injection | None = None,
+        lock_options: dict[str, float] | None = None,
     ) -> None:
         self.log = log
+        strings = [str(argument) for argument in arguments]
         self.process: Any = CONTEXT.Process(
-            target=_run, args=([str(a) for a in arguments], str(log), environment or {})
+            target=_run,
+            args=(strings, str(log), environment or {}, injection, lock_options or {}),
         )
         self.process.start()
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.background import Background, Behind
 from pipeline.capture import BlockCall, ModelEnds
 from pipeline.job import Job
 from pipeline.measure import Stopwatch
 from pipeline.model import Skeleton
 from pipeline.split import batch_ranges, even_range, shard_ranges
-from storage.arrow_store import open_activation_shard, read_tokens, write_activation_shard
+from storage.arrow_store import (
+    ActivationShard,
+    open_activation_shard,
+    read_tokens,
+    write_activation_shard,
+)
 from storage.commit import StoredFile
 from storage.errors import NumericalError
 from storage.lock import require_owner
@@ -29,6 +37,7 @@ class Forward:
         self.job, self.rank, self.world = job, rank, world
         self.skeleton, self.watch, self.device = skeleton, watch, watch.device
         self.run = RunDirectory(Path(job.run_directory))
+        self.background = Background()
         self._calls: dict[int, list[BlockCall]] = {}
         self._tokens: Tensor | None = None
 
@@ -44,32 +53,72 @@ class Forward:
         start, stop = even_range(len(ranges), self.rank, self.world)
         return [(index, ranges[index]) for index in range(start, stop)]
 
-    def embedded(self, ends: ModelEnds, start: int, stop: int) -> Iterator[Tensor]:
-        """Inputs of block 0 for sequences `start:stop`, batch by batch."""
-        for first, last in batch_ranges(stop - start, self.job.batch_size):
-            with self.watch("forward"):
-                hidden_states = ends.embed(self.tokens()[start + first : start + last])
-            yield _finite(hidden_states, "the embeddings")
+    def embedded(self, ends: ModelEnds) -> Iterator[tuple[int, Tensor]]:
+        """(activation shard, batch) of all of this rank's inputs of block 0."""
+        for index, (start, stop) in self.own_shards():
+            for first, last in batch_ranges(stop - start, self.job.batch_size):
+                with self.watch("forward"):
+                    hidden_states = ends.embed(self.tokens()[start + first : start + last])
+                yield index, _finite(hidden_states, "the embeddings")
 
-    def outputs(self, block: int, module: nn.Module, stored: StoredFile) -> Iterator[Tensor]:
-        """A block's outputs for one activation shard of its inputs, batch by batch."""
-        for hidden_states in self.batches(block, stored, self.job.batch_size):
-            with self.watch("forward"):
-                output = self.call(block, hidden_states).run(module, hidden_states)
-            yield _finite(output, f"block {block}")
+    def output(self, block: int, module: nn.Module, hidden_states: Tensor) -> Tensor:
+        """What a block makes of a batch `(n, seqlen, hidden)` of its inputs."""
+        with self.watch("forward"):
+            output = self.call(block, hidden_states).run(module, hidden_states)
+        return _finite(output, f"block {block}")
 
-    def own_batches(self, block: int, shards: list[StoredFile]) -> Iterator[tuple[int, Tensor]]:
-        """(number of the first sequence, batch) of all of this rank's inputs of a block."""
-        for index, (start, _) in self.own_shards():
-            for batch in self.batches(block, shards[index], self.job.batch_size):
-                yield start, batch
+    def own_batches(
+        self, block: int, shards: list[StoredFile], batch_size: int | None = None
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """(activation shard, number of the first sequence, batch) of this rank's inputs of a block.
+
+        The next shard is opened, and its hash compared, while this one is used.
+        """
+        own = self.own_shards()
+        opened = self.background.ahead(partial(self._open, block), [shards[i] for i, _ in own])
+        for index, (start, _) in own:
+            with self.watch("io"):
+                shard = next(opened)
+            for batch in self._read(shard, batch_size or self.job.batch_size):
+                yield index, start, batch
                 start += batch.shape[0]
 
-    def batches(self, block: int, stored: StoredFile, batch_size: int) -> Iterator[Tensor]:
-        """An activation shard's batches `(n, seqlen, hidden)` on the device, the model's own."""
-        path = self.run.activations(block) / stored.name
+    def first_batch(self, block: int, shards: list[StoredFile]) -> Tensor:
+        """The first batch of all inputs of a block, whosever it is."""
         with self.watch("io"):
-            shard = open_activation_shard(path, sha256=stored.sha256)
+            shard = self._open(block, shards[0])
+        return next(self._read(shard, self.job.batch_size))
+
+    def write(
+        self, block: int, stamp: str, batches: Iterable[tuple[int, Tensor]]
+    ) -> list[StoredFile]:
+        """Writes activation shards of a block's inputs under names of this attempt alone.
+
+        `batches` are (activation shard, batch) in order. A shard is written while the next one is
+        made. A batch is copied first: who made it may go on to use it, and change it in place.
+        """
+        written: list[StoredFile] = []
+        behind = Behind(self.background)
+        for index, own in itertools.groupby(batches, key=lambda item: item[0]):
+            copies = [batch.to("cpu", copy=True) for _, batch in own]
+            path = self.run.activations(block) / f"shard-{index:05d}.{stamp}.arrow"
+            require_owner(self.job.lock_file)
+
+            def write(path: Path = path, copies: list[Tensor] = copies, index: int = index) -> None:
+                written.append(write_activation_shard(path, copies, block=block, index=index))
+
+            with self.watch("io"):
+                behind.add(write)
+        with self.watch("io"):
+            behind.wait()
+        return written
+
+    def _open(self, block: int, stored: StoredFile) -> ActivationShard:
+        path = self.run.activations(block) / stored.name
+        return open_activation_shard(path, sha256=stored.sha256)
+
+    def _read(self, shard: ActivationShard, batch_size: int) -> Iterator[Tensor]:
+        """An activation shard's batches `(n, seqlen, hidden)` on the device, the model's own."""
         with shard:
             for start, stop in batch_ranges(shard.rows, batch_size):
                 with self.watch("io"):
@@ -77,13 +126,6 @@ class Forward:
                     # place changes its own view, not the file.
                     batch = shard.read(start, stop).to(self.device)
                 yield batch
-
-    def write(self, block: int, index: int, stamp: str, batches: Iterable[Tensor]) -> StoredFile:
-        """Writes one activation shard of a block's inputs under a name of this attempt alone."""
-        path = self.run.activations(block) / f"shard-{index:05d}.{stamp}.arrow"
-        require_owner(self.job.lock_file)
-        with self.watch("io"):
-            return write_activation_shard(path, batches, block=block, index=index)
 
     def call(self, block: int, hidden_states: Tensor) -> BlockCall:
         """What the block is called with for batches of this size, learnt once for each size."""

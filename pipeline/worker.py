@@ -10,6 +10,7 @@ import fnmatch
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ class BlockWorker:
         self.statistics: dict[str, FoldedStatistics] = {}
         self._groups: dict[tuple[Any, ...], tuple[LayerGroup, ...]] = {}
         self._block_groups: tuple[LayerGroup, ...] = ()
+        self._coming: tuple[int, Future[nn.Module]] | None = None
 
     @torch.no_grad()
     def perform(self, phase: str, *arguments: Any) -> Outcome:
@@ -106,18 +108,12 @@ class BlockWorker:
         """Writes this rank's activation shards of block 0: the embedded tokens."""
         with self.watch("load"):
             ends = ModelEnds(self.skeleton, self.device, head=False)
-        return [
-            self.forward.write(0, index, stamp, self.forward.embedded(ends, start, stop))
-            for index, (start, stop) in self.forward.own_shards()
-        ]
+        return self.forward.write(0, stamp, self.forward.embedded(ends))
 
     def calibrate(self, block: int, shards: list[StoredFile]) -> list[LayerGroup]:
         """Runs the dense block over this rank's shards, keeping its groups' partial sums."""
-        size = self.job.batch_size
-        observer = self._observer(
-            block, lambda: next(iter(self.forward.batches(block, shards[0], size)))
-        )
-        for start, hidden_states in self.forward.own_batches(block, shards):
+        observer = self._observer(block, lambda: self.forward.first_batch(block, shards))
+        for _, start, hidden_states in self.forward.own_batches(block, shards):
             observer.add(start, hidden_states)
         self.statistics = observer.statistics()
         return list(self._block_groups)
@@ -154,6 +150,8 @@ class BlockWorker:
         `choices` are what `choose` gave for all groups; None where nothing is chosen.
         """
         settings = self._settings()
+        if self.statistics and block + 1 < len(self.skeleton.blocks):
+            self._load_ahead(block + 1)
         names = layers_to_prune(self.skeleton, block, settings, self.job.skip_unsupported)
         groups = self._block_groups or tuple(LayerGroup((n,), names[n][1]) for n in names)
         ranges = self._deal_rows(groups, names)[self.rank]
@@ -189,12 +187,11 @@ class BlockWorker:
     ) -> list[StoredFile]:
         """Runs the block, pruned as `record` says (None: dense), and writes the next inputs."""
         module = self._load_pruned(block, record)
-        return [
-            self.forward.write(
-                block + 1, index, stamp, self.forward.outputs(block, module, shards[index])
-            )
-            for index, _ in self.forward.own_shards()
-        ]
+        outputs = (
+            (index, self.forward.output(block, module, batch))
+            for index, _, batch in self.forward.own_batches(block, shards)
+        )
+        return self.forward.write(block + 1, stamp, outputs)
 
     def advance(
         self, block: int, record: BlockRecord | None, shards: list[StoredFile], stamp: str
@@ -206,19 +203,17 @@ class BlockWorker:
         """
         module = self._load_pruned(block, record)
         observer = self._observer(
-            block + 1, lambda: next(self.forward.outputs(block, module, shards[0]))
+            block + 1,
+            lambda: self.forward.output(block, module, self.forward.first_batch(block, shards)),
         )
 
-        def observed(index: int, start: int) -> Iterator[Tensor]:
-            for output in self.forward.outputs(block, module, shards[index]):
+        def outputs() -> Iterator[tuple[int, Tensor]]:
+            for index, start, hidden_states in self.forward.own_batches(block, shards):
+                output = self.forward.output(block, module, hidden_states)
+                yield index, output
                 observer.add(start, output)
-                start += output.shape[0]
-                yield output
 
-        written = [
-            self.forward.write(block + 1, index, stamp, observed(index, start))
-            for index, (start, _) in self.forward.own_shards()
-        ]
+        written = self.forward.write(block + 1, stamp, outputs())
         self.statistics = observer.statistics()
         return Advanced(written, self._block_groups)
 
@@ -258,15 +253,14 @@ class BlockWorker:
         with self.watch("load"):
             ends = ModelEnds(self.skeleton, self.device, head=True)
         sums = []
-        for index, (start, _) in self.forward.own_shards():
-            for offset, hidden_states in enumerate(self.forward.batches(block, shards[index], 1)):
-                tokens = self.forward.tokens()[start + offset][None].to(self.device)
-                with self.watch("forward"):
-                    logits = ends.logits(tokens, hidden_states)
-                    loss = nn.functional.cross_entropy(
-                        logits[0, :-1].float(), tokens[0, 1:], reduction="none"
-                    )
-                    sums.append(float(loss.double().sum()))
+        for _, start, hidden_states in self.forward.own_batches(block, shards, batch_size=1):
+            tokens = self.forward.tokens()[start][None].to(self.device)
+            with self.watch("forward"):
+                logits = ends.logits(tokens, hidden_states)
+                loss = nn.functional.cross_entropy(
+                    logits[0, :-1].float(), tokens[0, 1:], reduction="none"
+                )
+                sums.append(float(loss.double().sum()))
         return sums
 
     def forget(self) -> None:
@@ -283,8 +277,7 @@ class BlockWorker:
     def _observer(self, block: int, first: Callable[[], Tensor]) -> BlockObserver:
         """The dense block with its groups observed; `first` gives the first batch of sequence 0."""
         settings = self._settings()
-        with self.watch("load"):
-            module = self.skeleton.load_block(block, self.device)
+        module = self._load(block)
         layers = tuple(layers_to_prune(self.skeleton, block, settings, self.job.skip_unsupported))
         self._block_groups = self._find_groups(block, module, layers, first)
         needs = solver_for(settings).needs
@@ -313,6 +306,20 @@ class BlockWorker:
             call = self.forward.call(block, batch)
             self._groups[structure] = find_groups(module, call, batch, layers)
         return self._groups[structure]
+
+    def _load_ahead(self, block: int) -> None:
+        """Begins to read a block's weights into host memory, for the next `_load`."""
+        host = torch.device("cpu")
+        load = partial(self.skeleton.load_block, block, host)
+        self._coming = (block, self.forward.background.submit(load))
+
+    def _load(self, block: int) -> nn.Module:
+        """A dense block on the device, read already where `_load_ahead` was told of it."""
+        with self.watch("load"):
+            coming, self._coming = self._coming, None
+            if coming is not None and coming[0] == block:
+                return coming[1].result().to(self.device)
+            return self.skeleton.load_block(block, self.device)
 
     def _load_pruned(self, block: int, record: BlockRecord | None) -> nn.Module:
         """A block as `record` says; dense where that is None."""

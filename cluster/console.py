@@ -110,9 +110,11 @@ class Console:
     def result(self, result: PruneResult) -> None:
         """What a finished job left."""
         summary = result.summary
+        self.print(f"wrote {result.output}")
+        if not summary:
+            return
         parts = ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in summary["seconds"].items())
         memory = summary["memory"]
-        self.print(f"wrote {result.output}")
         self.print(f"seconds: {summary['wall']:.1f} in all; {parts}")
         self.print(
             f"peak memory: driver {memory['driver_rss_bytes'] / 2**20:.0f} MiB, "

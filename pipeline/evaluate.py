@@ -24,6 +24,7 @@ from pipeline.loop import BlockLoop
 from pipeline.manifest import data_identity
 from pipeline.model import Skeleton, check_seqlen, check_tokens, open_skeleton
 from pipeline.progress import Progress
+from pipeline.space import check_evaluation_space
 from pipeline.trace import traced
 from storage.arrow_store import write_tokens
 from storage.errors import NumericalError
@@ -43,6 +44,7 @@ def evaluate(
     compute.
     """
     prepared = prepare(source, config)
+    check_evaluation_space(config, prepared.skeleton, len(prepared.tokens))
     executor = traced(make_executor(), config.trace)
     try:
         return measure_perplexity(prepared, config, executor, progress)
@@ -88,11 +90,13 @@ def measure_perplexity(
     skeleton, tokens = prepared.skeleton, prepared.tokens
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=config.scratch_dir) as scratch:
         run = RunDirectory(Path(scratch).absolute())
-        write_tokens(run.tokens(), tokens)
+        stored = write_tokens(run.tokens(), tokens)
         with RunLock(run.path) as lock:
             progress.begin("evaluating", len(skeleton.blocks), 0)
             progress.phase("start workers")
-            executor.start(_job(config, skeleton.files.folder, run, len(tokens), executor))
+            executor.start(
+                _job(config, skeleton.files.folder, run, len(tokens), stored.sha256, executor)
+            )
             loop = BlockLoop(
                 executor=executor,
                 run=run,
@@ -124,11 +128,17 @@ def measure_perplexity(
 
 
 def _job(
-    config: EvalConfig, folder: Path, run: RunDirectory, nsamples: int, executor: Executor
+    config: EvalConfig,
+    folder: Path,
+    run: RunDirectory,
+    nsamples: int,
+    tokens_sha256: str,
+    executor: Executor,
 ) -> Job:
     return Job(
         source=str(folder),
         run_directory=str(run.path),
+        tokens_sha256=tokens_sha256,
         settings=None,
         nsamples=nsamples,
         seqlen=config.seqlen,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -44,18 +44,24 @@ class Forward:
     def tokens(self) -> Tensor:
         """All sequences, int64 `(nsamples, seqlen)` on the CPU."""
         if self._tokens is None:
-            self._tokens = read_tokens(self.run.tokens())
+            self._tokens = read_tokens(self.run.tokens(), sha256=self.job.tokens_sha256)
         return self._tokens
 
-    def own_shards(self) -> list[tuple[int, tuple[int, int]]]:
-        """(index, range of sequences) of the activation shards that are this rank's."""
+    def own_shards(self, only: Sequence[int] | None = None) -> list[tuple[int, tuple[int, int]]]:
+        """(index, range of sequences) of the activation shards that are this rank's.
+
+        Of those numbered in `only`, where that is given.
+        """
         ranges = shard_ranges(self.job.nsamples, self.job.batch_size)
         start, stop = even_range(len(ranges), self.rank, self.world)
-        return [(index, ranges[index]) for index in range(start, stop)]
+        own = range(start, stop)
+        return [(index, ranges[index]) for index in own if only is None or index in only]
 
-    def embedded(self, ends: ModelEnds) -> Iterator[tuple[int, Tensor]]:
-        """(activation shard, batch) of all of this rank's inputs of block 0."""
-        for index, (start, stop) in self.own_shards():
+    def embedded(
+        self, ends: ModelEnds, only: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(activation shard, batch) of all of this rank's inputs of block 0; `only` some shards."""
+        for index, (start, stop) in self.own_shards(only):
             for first, last in batch_ranges(stop - start, self.job.batch_size):
                 with self.watch("forward"):
                     hidden_states = ends.embed(self.tokens()[start + first : start + last])
@@ -68,13 +74,17 @@ class Forward:
         return _finite(output, f"block {block}")
 
     def own_batches(
-        self, block: int, shards: list[StoredFile], batch_size: int | None = None
+        self,
+        block: int,
+        shards: Sequence[StoredFile] | Mapping[int, StoredFile],
+        batch_size: int | None = None,
+        only: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, int, Tensor]]:
         """(activation shard, number of the first sequence, batch) of this rank's inputs of a block.
 
-        The next shard is opened, and its hash compared, while this one is used.
+        `shards`: by number; `only` some of them. The next shard is opened, and its hash compared, while this one is used.
         """
-        own = self.own_shards()
+        own = self.own_shards(only)
         opened = self.background.ahead(partial(self._open, block), [shards[i] for i, _ in own])
         for index, (start, _) in own:
             with self.watch("io"):

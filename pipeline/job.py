@@ -14,13 +14,14 @@ from storage.commit import StoredFile
 class Job:
     """What every rank is told at its start. Paths are seen by all nodes.
 
-    `settings` is None for an evaluation. `save_layers` is a pattern of layer names whose weight and
-    Hessian are saved, or None. `trace`: whether outcomes tell what was done when. `lock_file`: the
-    driver's hold on the run directory.
+    `settings` is None for an evaluation. `tokens_sha256` is of the tokens' file. `save_layers` is a
+    pattern of layer names whose weight and Hessian are saved, or None. `trace`: whether outcomes
+    tell what was done when. `lock_file`: the driver's hold on the run directory.
     """
 
     source: str
     run_directory: str
+    tokens_sha256: str
     settings: SolverSettings | None
     nsamples: int
     seqlen: int

@@ -4,36 +4,39 @@ Per block: `calibrate` (dense forward, partial sums), `reduce`, `solve`, the rec
 point), then `propagate` (pruned forward, next inputs); in one pass with the next block's
 `calibrate` it is called `advance`. Progress lives in the run directory alone:
 a block with a record is done, a block whose inputs have a record can be run, and inputs that are
-missing are made again from the tokens through the committed blocks.
+missing are made again from the tokens through the committed blocks. What turns out to be damaged
+is made again by `pipeline.repair`.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from pipeline.capture import LayerGroup
 from pipeline.executor import Executor
 from pipeline.job import Advanced, Outcome, SolvedSlices
 from pipeline.progress import Progress
+from pipeline.repair import ACTIVATIONS_SCHEMA, CHOICES_SCHEMA, Repairs, read_inputs
 from pipeline.retry import AttemptHistory
 from pipeline.solvers import merge_reports
 from pipeline.solvers.types import SolveReport
 from storage.checkpoints import BlockRecord, LayerRecord, LayerSlice, read_block_record
 from storage.commit import StoredFile, publish_json, read_json, replace_json
-from storage.errors import Prox24Error, WorkerLostError
+from storage.errors import CorruptFileError, Prox24Error, WorkerLostError
 from storage.lock import RunLock
 from storage.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
-ACTIVATIONS_SCHEMA = 1
-CHOICES_SCHEMA = 1
 STAMP_DIGITS = 12
 """How much of the lock's nonce the names of an owner's files hold."""
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -54,8 +57,10 @@ class BlockLoop:
     """Runs blocks on an executor and commits them. One driver at a time: the holder of `lock`.
 
     `layers` gives per block the pruned layers' shapes; `dtypes` their stored dtypes (safetensors
-    names). `calibrates` is False for a method that needs no statistics: no activations then.
-    `chooses`: whether a part of the settings is chosen per group before solving.
+    names); both are empty for an evaluation. `calibrates` is False for a method that needs no
+    statistics: no activations then. `chooses`: whether a part of the settings is chosen per group
+    before solving. `mend_tokens` makes the tokens' file again if it is damaged, and tells so;
+    `manifest` is what `run.json` says, once that is known.
     """
 
     executor: Executor
@@ -68,43 +73,66 @@ class BlockLoop:
     calibrates: bool
     chooses: bool
     max_attempts: int
+    mend_tokens: Callable[[], bool] | None = None
+    manifest: dict[str, Any] | None = field(default=None, init=False)
+    # Blocks below this number have been committed.
+    begun: int = field(default=0, init=False)
     _attempt: int = field(default=0, init=False)
 
     def prune(self) -> None:
         """Commits every block that is not committed yet, in order."""
-        for block in range(self.blocks):
-            if self.run.record(block).exists():
-                continue
-            history = AttemptHistory(self.max_attempts)
-            while True:
-                try:
-                    self._prune_block(block)
-                    break
-                except WorkerLostError as error:
-                    self._retry_or_raise(error, history, f"block {block}")
+        self.begun = self.run.blocks_begun()
+        if self.begun or self.run.committed_activations():
+            self.persist("the repair", lambda: Repairs(self).mend(hashed=False))
+        for block in range(self.begun, self.blocks):
+            self.persist(f"block {block}", partial(self._prune_block, block))
+            self.begun = block + 1
         if self.calibrates:
             for block in range(self.blocks):
                 self.run.remove_activations(block, self.lock.assert_held)
 
-    def guarded(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
-        """One phase outside a block, done again when workers are lost."""
+    def persist(self, what: str, work: Callable[[], T]) -> T:
+        """Does `work`; again where workers were lost, or a damaged file was made again.
+
+        Raises `Prox24Error` where workers are lost too often, `CorruptFileError` where damage
+        cannot be mended, because it is not in the run directory, or comes back too often.
+        """
         history = AttemptHistory(self.max_attempts)
+        damaged: CorruptFileError | None = None
         while True:
             try:
-                return self.executor.run(phase, arguments)
+                if damaged is not None:
+                    self._mend(damaged)
+                    damaged = None
+                return work()
             except WorkerLostError as error:
-                self._retry_or_raise(error, history, f"phase {phase}")
+                self._retry_or_raise(error, history, what)
+            except CorruptFileError as error:
+                history.failures.append(str(error))
+                if error is damaged or len(history.failures) >= self.max_attempts:
+                    raise
+                damaged = error
+
+    def _mend(self, error: CorruptFileError) -> None:
+        """Makes again what is damaged; raises `error` where nothing in the run directory is."""
+        if not Repairs(self).mend(hashed=True):
+            raise error
+
+    def guarded(
+        self, phase: str, arguments: Callable[[], Sequence[tuple[Any, ...]]]
+    ) -> list[Outcome]:
+        """One phase outside a block, done again when workers are lost."""
+        return self.persist(f"phase {phase}", lambda: self.executor.run(phase, arguments()))
 
     def evaluate(self) -> list[Outcome]:
         """Runs the model as it is, block by block; each rank's losses, in rank order."""
-        history = AttemptHistory(self.max_attempts)
-        while True:
-            try:
-                shards, _ = self._inputs(self.blocks)
-                self.progress.phase("loss")
-                return self.executor.run("losses", self._each(self.blocks, shards))
-            except WorkerLostError as error:
-                self._retry_or_raise(error, history, "the evaluation")
+
+        def work() -> list[Outcome]:
+            shards, _ = self.inputs(self.blocks)
+            self.progress.phase("loss")
+            return self.executor.run("losses", self.each(self.blocks, shards))
+
+        return self.persist("the evaluation", work)
 
     def _retry_or_raise(self, error: WorkerLostError, history: AttemptHistory, what: str) -> None:
         if not history.should_retry(error):
@@ -117,14 +145,20 @@ class BlockLoop:
         self.executor.recover()
 
     def _prune_block(self, block: int) -> None:
+        record = self.solve(block)
+        publish_json(self.run.record(block), record.to_json(), guard=self.lock.assert_held)
+        self.progress.block_done(block, block_error(record))
+
+    def solve(self, block: int) -> BlockRecord:
+        """Everything of a block but its commit: the record that names the files written."""
         started = time.perf_counter()
         times: dict[str, PhaseTimes] = {}
         groups: list[Any] = []
         if self.calibrates:
-            shards, observed = self._inputs(block, observe=True)
+            shards, observed = self.inputs(block, observe=True)
             if observed is None:
                 self.progress.phase("calibrate", block)
-                outcomes = self._timed(times, "calibrate", self._each(block, shards))
+                outcomes = self._timed(times, "calibrate", self.each(block, shards))
                 observed = outcomes[0].value
             groups = [list(group.layers) for group in observed]
             began = time.perf_counter()
@@ -133,7 +167,7 @@ class BlockLoop:
             times["reduce"] = _times(time.perf_counter() - began, reduced)
         choices = self._choices(block, times) if self.chooses else None
         self.progress.phase("solve", block)
-        arguments = self._each(block, self._stamp(), choices)
+        arguments = self.each(block, self.stamp(), choices)
         solved = [outcome.value for outcome in self._timed(times, "solve", arguments)]
         results = {
             "groups": groups,
@@ -142,23 +176,21 @@ class BlockLoop:
             "phases": {name: phase.to_json() for name, phase in times.items()},
             "seconds": time.perf_counter() - started,
         }
-        record = self._assemble(block, solved, results)
-        publish_json(self.run.record(block), record.to_json(), guard=self.lock.assert_held)
-        self.progress.block_done(block, block_error(record))
+        return self._assemble(block, solved, results)
 
     def _choices(self, block: int, times: dict[str, PhaseTimes]) -> dict[str, dict[str, Any]]:
         """What is chosen for each group: committed before its first use, replayed on resume."""
-        path = self.run.path / "choices" / f"block-{block:03d}.json"
+        path = self.run.choices(block)
         if not path.exists():
             self.progress.phase("choose", block)
-            outcomes = self._timed(times, "choose", self._each(block))
+            outcomes = self._timed(times, "choose", self.each(block))
             groups = {name: own for o in outcomes for name, own in o.value.items()}
             payload = {"schema_version": CHOICES_SCHEMA, "block": block, "groups": groups}
             publish_json(path, payload, guard=self.lock.assert_held)
         choices: dict[str, dict[str, Any]] = read_json(path, CHOICES_SCHEMA)["groups"]
         return choices
 
-    def _inputs(
+    def inputs(
         self, block: int, *, observe: bool = False
     ) -> tuple[list[StoredFile], Sequence[LayerGroup] | None]:
         """The activation shards that block `block` reads, made if they are not there.
@@ -180,8 +212,8 @@ class BlockLoop:
             self.run.remove_activations(older, self.lock.assert_held)
         for current in range(below, block):
             self.progress.phase("propagate", current)
-            record = self.read_record(current) if self.run.record(current).exists() else None
-            shards = self._read_inputs(current)
+            record = self.pruned(current)
+            shards = read_inputs(self.run.activation_record(current))
             outcomes = self._make_inputs(
                 current + 1,
                 "advance" if observe and current + 1 == block else "propagate",
@@ -190,13 +222,13 @@ class BlockLoop:
             if observe and current + 1 == block:
                 observed = outcomes[0].value.groups
             self.run.remove_activations(current, self.lock.assert_held)
-        return self._read_inputs(block), observed
+        return read_inputs(self.run.activation_record(block)), observed
 
     def _make_inputs(self, block: int, phase: str, arguments: Any) -> list[Outcome]:
         """Runs the phase that writes block `block`'s inputs and publishes their record."""
-        stamp = self._stamp()
+        stamp = self.stamp()
         times: dict[str, PhaseTimes] = {}
-        outcomes = self._timed(times, phase, self._each(*arguments(stamp)))
+        outcomes = self._timed(times, phase, self.each(*arguments(stamp)))
         values = [o.value.shards if isinstance(o.value, Advanced) else o.value for o in outcomes]
         shards = [shard.to_json() for value in values for shard in value]
         payload = {
@@ -212,9 +244,12 @@ class BlockLoop:
         publish_json(self.run.activation_record(block), payload, guard=self.lock.assert_held)
         return outcomes
 
-    def _read_inputs(self, block: int) -> list[StoredFile]:
-        payload = read_json(self.run.activation_record(block), ACTIVATIONS_SCHEMA)
-        return [StoredFile.from_json(entry) for entry in payload["shards"]]
+    def pruned(self, block: int) -> BlockRecord | None:
+        """What replaces the block's weights in a forward pass; None, for an evaluation, nothing.
+
+        In a job a missing record is damage: going on from dense weights would be silently wrong.
+        """
+        return self.read_record(block) if self.layers else None
 
     def read_record(self, block: int) -> BlockRecord:
         """The committed record of a block. Raises `CorruptFileError` where it is damaged."""
@@ -257,10 +292,11 @@ class BlockLoop:
         times[phase] = _times(time.perf_counter() - began, outcomes)
         return outcomes
 
-    def _each(self, *arguments: Any) -> list[tuple[Any, ...]]:
+    def each(self, *arguments: Any) -> list[tuple[Any, ...]]:
+        """The same arguments for every rank."""
         return [arguments] * self.executor.world
 
-    def _stamp(self) -> str:
+    def stamp(self) -> str:
         """A name part that no other attempt of any driver uses: files are never renamed."""
         self._attempt += 1
         return f"{self.lock.nonce[:STAMP_DIGITS]}-{self._attempt}"

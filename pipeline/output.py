@@ -13,7 +13,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from pipeline.model import Skeleton
 from pipeline.model_card import model_card
 from pipeline.version import VERSION
 from storage.checkpoints import BlockRecord
-from storage.commit import StoredFile, write_new_file
+from storage.commit import StoredFile, make_directory, write_new_file
 from storage.lock import RunLock
 from storage.output import copy_side_files, publish_output
 from storage.run_directory import RunDirectory
@@ -51,22 +51,24 @@ def write_output(
     job: dict[str, Any],
     skeleton: Skeleton,
     config: PruneConfig,
-    records: Sequence[BlockRecord],
     skipped: Sequence[str],
     source_name: str,
     run: RunDirectory,
     lock: RunLock,
-    write_files: Callable[[str], list[StoredFile]],
+    side_files: Mapping[str, str],
+    write_files: Callable[[str], tuple[list[StoredFile], list[BlockRecord]]],
     evaluate: Callable[[Path], dict[str, Any] | None],
 ) -> None:
     """Writes the folder beside `output` under a name no reader trusts, then renames it.
 
-    `write_files(folder)` has the workers write the weight files and returns what they wrote;
+    `write_files(folder)` has the workers write the weight files and returns what they wrote, and
+    the blocks' records that it was made from; `side_files` are the hashes of what is copied;
     `evaluate(folder)` then measures the model's perplexity, or gives None.
     """
     with _partial(output, run, lock) as partial:
-        stored = sorted(write_files(str(partial)), key=lambda file: file.name)
-        copy_side_files(skeleton.files, partial)
+        stored, records = write_files(str(partial))
+        stored.sort(key=lambda file: file.name)
+        copy_side_files(skeleton.files, partial, side_files)
         perplexity = evaluate(partial)
         layers = layer_results(records, skeleton.blocks_path)
         results = {
@@ -74,8 +76,7 @@ def write_output(
             "job": job,
             "source": source_name,
             "blocks": [
-                {"block": record.block, "relative_error": block_error(record)}
-                for record in records
+                {"block": record.block, "relative_error": block_error(record)} for record in records
             ],
             "layers": layers,
             "skipped_layers": list(skipped),
@@ -103,7 +104,7 @@ def write_output(
 def _partial(output: Path, run: RunDirectory, lock: RunLock) -> Iterator[Path]:
     """A new folder beside `output`, of this owner of the run alone; gone in the end."""
     partial = output.with_name(_partial_prefix(output, run) + lock.nonce[:STAMP_DIGITS])
-    partial.mkdir(parents=True)
+    make_directory(partial)
     try:
         yield partial
     finally:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.calibration import calibration_tokens, load_tokenizer
 from pipeline.config import PruneConfig
 from pipeline.evaluate import measure_perplexity, prepare
 from pipeline.executor import Executor
@@ -24,26 +23,25 @@ from pipeline.manifest import (
     require_fingerprints,
     write_manifest,
 )
-from pipeline.model import Skeleton, check_seqlen, check_tokens, open_skeleton
+from pipeline.model import Skeleton, check_seqlen, open_skeleton
 from pipeline.output import discard_partials, finished_output, write_output
 from pipeline.progress import Progress
 from pipeline.recorded_progress import recorded
 from pipeline.report import read_summary, summarize, write_summary
 from pipeline.solvers import solver_for
 from pipeline.solvers.types import AUTO
+from pipeline.space import check_job_space
 from pipeline.split import deal
+from pipeline.tokens_file import committed_tokens, mend_tokens
 from pipeline.trace import traced
-from storage.arrow_store import read_tokens, write_tokens
 from storage.checkpoints import BlockRecord
-from storage.commit import StoredFile, replace_by, temporary_name
-from storage.errors import OutputError, ResourceError, RunDirectoryError
+from storage.commit import StoredFile
+from storage.errors import CorruptFileError, OutputError, RunDirectoryError
 from storage.lock import RunLock
 from storage.output import recover_output
 from storage.run_directory import RunDirectory
 
 ExecutorFactory = Callable[[], Executor]
-# What records, tokens and side files may take besides the weights and activations, in bytes.
-_SLACK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -95,21 +93,24 @@ def prune(
         job = describe_job(config, skeleton, data_identity(config.dataset))
         manifest = read_manifest(run)
         if manifest is not None:
-            check_manifest(run, manifest, job)
+            check_manifest(run, manifest, job, skeleton.files)
             if finished_output(output, job) is not None:
                 # Killed between the output's rename and the end: only the tidying up is left.
-                return PruneResult(output, run.path, _tidy(run, lock, len(skeleton.blocks)))
+                blocks = len(skeleton.blocks)
+                return PruneResult(output, run.path, _tidy(run, lock, blocks, progress))
         _check_output(output, config)
         run.sweep_uncommitted(guard=lock.assert_held)
         progress.phase("read text")
-        tokens = _tokens(run, lock, skeleton, config, manifest)
-        _check_space(run, output, skeleton, config)
         evaluation = config.evaluation()
+        sequences = 0
         if evaluation is not None:
-            prepare(source, evaluation)  # a text that is missing or too short is found now
+            # A text that is missing or too short is found now.
+            sequences = len(prepare(source, evaluation).tokens)
+        check_job_space(run, output, skeleton, config, sequences)
+        tokens = committed_tokens(run, lock, skeleton, config, manifest, progress)
         executor = traced(make_executor(), config.trace)
         try:
-            loop = _start(run, lock, skeleton, config, executor, progress)
+            loop = _start(run, lock, skeleton, config, executor, progress, tokens)
             _fingerprint(loop, skeleton, job, tokens, manifest)
             return _finish(loop, skeleton, config, job, output, selection, name)
         finally:
@@ -178,52 +179,6 @@ def _locked(run: RunDirectory, progress: Progress) -> Iterator[RunLock]:
                 run.path.rmdir()
 
 
-def _tokens(
-    run: RunDirectory,
-    lock: RunLock,
-    skeleton: Skeleton,
-    config: PruneConfig,
-    manifest: dict[str, Any] | None,
-) -> StoredFile:
-    """The calibration tokens' file: the committed one, or a new one."""
-    if manifest is not None:
-        stored = StoredFile.from_json(manifest["tokens"], str(run.manifest))
-        read_tokens(run.path / stored.name, sha256=stored.sha256)
-        return stored
-    tokenizer = load_tokenizer(skeleton.files.folder, config.trust_remote_code)
-    tokens = calibration_tokens(
-        tokenizer, config.dataset, config.text_column, config.nsamples, config.seqlen, config.seed
-    )
-    check_tokens(skeleton, tokens)
-    # Not under the final name, which a late process would delete or find taken.
-    temporary = temporary_name(run.tokens())
-    stored = write_tokens(temporary, tokens)
-    replace_by(temporary, run.tokens(), lock.assert_held)
-    return replace(stored, name=run.tokens().name)
-
-
-def _check_space(run: RunDirectory, output: Path, skeleton: Skeleton, config: PruneConfig) -> None:
-    """Compares what the job will write with what is free, before it starts."""
-    weights = sum(entry.end - entry.start for entry in skeleton.files.tensors.values())
-    hidden = skeleton.model.config.get_text_config().hidden_size
-    store = config.nsamples * config.seqlen * hidden * skeleton.dtype.itemsize
-    needs = solver_for(config.solver_settings(config.method)).needs
-    # Two activation stores, row slices and the output at the most.
-    wanted = {run.path: weights + (0 if needs == "none" else 2 * store) + _SLACK_BYTES}
-    output_parent = next(parent for parent in output.parents if parent.exists())
-    if output_parent.stat().st_dev == run.path.stat().st_dev:
-        wanted[run.path] += weights
-    else:
-        wanted[output_parent] = weights + _SLACK_BYTES
-    for path, size in wanted.items():
-        free = shutil.disk_usage(path).free + (run.size() if path == run.path else 0)
-        if free < size:
-            raise ResourceError(
-                f"{path}: the job needs about {size / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are "
-                "free; make room, choose another --run-dir, or lower --nsamples or --seqlen"
-            )
-
-
 def _start(
     run: RunDirectory,
     lock: RunLock,
@@ -231,6 +186,7 @@ def _start(
     config: PruneConfig,
     executor: Executor,
     progress: Progress,
+    tokens: StoredFile,
 ) -> BlockLoop:
     settings = config.solver_settings(config.method)
     layers = [
@@ -248,6 +204,7 @@ def _start(
         Job(
             source=str(skeleton.files.folder),
             run_directory=str(run.path),
+            tokens_sha256=tokens.sha256,
             settings=settings,
             nsamples=config.nsamples,
             seqlen=config.seqlen,
@@ -272,6 +229,7 @@ def _start(
         calibrates=solver_for(settings).needs != "none" or config.save_layers is not None,
         chooses=settings.shrinkage == AUTO,
         max_attempts=config.max_attempts,
+        mend_tokens=partial(mend_tokens, run, lock, skeleton, config, tokens, progress),
     )
 
 
@@ -293,14 +251,18 @@ def _fingerprint(
 ) -> None:
     """Hashes the source on the workers; commits the manifest, or compares with it."""
     loop.progress.phase("check weights")
-    files = _file_arguments(skeleton, loop.executor.world)
-    outcomes = loop.guarded("fingerprint", [(own,) for own in files])
-    found = {f.file: f.sha256 for outcome in outcomes for f in outcome.value}
+    outcomes = loop.guarded(
+        "fingerprint",
+        lambda: [(own,) for own in _file_arguments(skeleton, loop.executor.world)],
+    )
+    found = [fingerprint for outcome in outcomes for fingerprint in outcome.value]
     if manifest is None:
-        weight_files = dict(sorted(found.items()))
-        write_manifest(loop.run, loop.lock, job, tokens, weight_files, loop.blocks)
+        manifest = write_manifest(
+            loop.run, loop.lock, job, tokens, skeleton.files, found, loop.blocks
+        )
     else:
         require_fingerprints(loop.run, manifest, found)
+    loop.manifest = manifest
 
 
 def _finish(
@@ -314,28 +276,38 @@ def _finish(
 ) -> PruneResult:
     """Prunes the blocks that are left, writes the output, reports, and clears the run directory."""
     loop.prune()
-    records: list[BlockRecord] = [loop.read_record(block) for block in range(loop.blocks)]
-    loop.progress.phase("write")
-    write_summary(loop.run, summarize(loop.run, records), loop.lock.assert_held)
-    files = _file_arguments(skeleton, loop.executor.world)
+    if loop.manifest is None:
+        raise RunDirectoryError(f"{loop.run.manifest}: not read")
     write_output(
         output,
         job=job,
         skeleton=skeleton,
         config=config,
-        records=records,
         skipped=selection.skipped,
         source_name=source_name,
         run=loop.run,
         lock=loop.lock,
-        write_files=lambda folder: [
-            stored
-            for outcome in loop.guarded("write_output", [(own, records, folder) for own in files])
-            for stored in outcome.value
-        ],
+        side_files=loop.manifest["side_files"],
+        write_files=lambda folder: loop.persist(
+            "phase write_output", lambda: _write_files(loop, skeleton, folder)
+        ),
         evaluate=lambda folder: _perplexity(loop, config, folder),
     )
-    return PruneResult(output, loop.run.path, _tidy(loop.run, loop.lock, loop.blocks))
+    summary = _tidy(loop.run, loop.lock, loop.blocks, loop.progress)
+    return PruneResult(output, loop.run.path, summary)
+
+
+def _write_files(
+    loop: BlockLoop, skeleton: Skeleton, folder: str
+) -> tuple[list[StoredFile], list[BlockRecord]]:
+    """The output's weight files, written by the workers, and the records they were made from."""
+    records = [loop.read_record(block) for block in range(loop.blocks)]
+    loop.progress.phase("write")
+    summary = summarize(loop.run, records, loop.progress.note)
+    write_summary(loop.run, summary, loop.lock.assert_held)
+    files = _file_arguments(skeleton, loop.executor.world)
+    outcomes = loop.executor.run("write_output", [(own, records, folder) for own in files])
+    return [stored for outcome in outcomes for stored in outcome.value], records
 
 
 def _perplexity(loop: BlockLoop, config: PruneConfig, folder: Path) -> dict[str, Any] | None:
@@ -349,12 +321,19 @@ def _perplexity(loop: BlockLoop, config: PruneConfig, folder: Path) -> dict[str,
     return measure_perplexity(prepared, evaluation, loop.executor, loop.progress)
 
 
-def _tidy(run: RunDirectory, lock: RunLock, blocks: int) -> dict[str, Any]:
+def _tidy(run: RunDirectory, lock: RunLock, blocks: int, progress: Progress) -> dict[str, Any]:
     """Deletes what a finished job no longer needs, the last block first; returns its summary.
+
+    The summary is for the user alone: it is empty where it is damaged and what it was made from is
+    gone.
 
     Records go before the files they name, so that a kill in the middle leaves a valid directory.
     """
     for block in reversed(range(blocks + 1)):
         run.remove_activations(block, lock.assert_held)
         run.remove_checkpoint(block, lock.assert_held)
-    return read_summary(run)
+    try:
+        return read_summary(run)
+    except CorruptFileError as error:
+        progress.note(f"{error}; the output is whole, its figures are in its prox24.json")
+        return {}

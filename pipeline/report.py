@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from pipeline.loop import ACTIVATIONS_SCHEMA, block_error
+from pipeline.loop import block_error
 from pipeline.measure import peak_memory
+from pipeline.repair import ACTIVATIONS_SCHEMA
 from storage.checkpoints import BlockRecord
 from storage.commit import read_json, replace_json
+from storage.errors import CorruptFileError
 from storage.run_directory import RunDirectory
 
 SUMMARY_SCHEMA = 1
@@ -16,19 +18,25 @@ SUMMARY_SCHEMA = 1
 KINDS = ("forward", "hessian", "reduce", "choose", "solve", "io", "load")
 
 
-def summarize(run: RunDirectory, records: Sequence[BlockRecord]) -> dict[str, Any]:
+def summarize(
+    run: RunDirectory, records: Sequence[BlockRecord], note: Callable[[str], None]
+) -> dict[str, Any]:
     """The finished job's figures.
 
     `wall`: seconds of all phases at the driver. `seconds`: that time split by kind of work, each
     the mean over ranks, so that the parts and "other" (waiting, dispatch) add up to `wall`.
     `memory`: peak bytes of the driver and of the largest worker. Interrupted runs are included:
-    each phase is counted once, in the attempt that was committed.
+    each phase is counted once, in the attempt that was committed. A damaged file of times is named
+    to `note`, and missing in the sums.
     """
     phases = [phase for record in records for phase in record.results["phases"].values()]
     for block in range(len(records)):
         path = run.report() / f"inputs-{block:03d}.json"
         if path.exists():
-            phases += read_json(path, ACTIVATIONS_SCHEMA)["phases"].values()
+            try:
+                phases += read_json(path, ACTIVATIONS_SCHEMA)["phases"].values()
+            except CorruptFileError:
+                note(f"{path}: damaged; the summary lacks the times in it")
     wall = sum(phase["wall"] for phase in phases)
     seconds = {kind: _mean_over_ranks(phases, kind) for kind in KINDS}
     seconds["other"] = max(0.0, wall - sum(seconds.values()))

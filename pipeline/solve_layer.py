@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Method, SolveConfig
+from pipeline.device import choose_device, make_deterministic
 from pipeline.measure import device_peak, host_peak, reset_peaks
 from pipeline.solvers import (
     Pattern,
@@ -22,7 +23,6 @@ from pipeline.solvers import (
 )
 from pipeline.solvers.types import AUTO
 from pipeline.statistics import Accumulator, merged
-from pipeline.worker import choose_device, make_deterministic
 from storage.commit import replace_file
 from storage.errors import ConfigError, DataError, NumericalError
 from storage.layer_files import SavedLayer, read_layer_file

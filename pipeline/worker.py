@@ -7,9 +7,8 @@ one thing: the statistics between `calibrate` and `solve`. A lost rank therefore
 from __future__ import annotations
 
 import fnmatch
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -20,11 +19,13 @@ from torch import Tensor, nn
 
 from pipeline.capture import LayerGroup, ModelEnds, find_groups
 from pipeline.collective import Collective
+from pipeline.device import choose_device, make_deterministic
 from pipeline.forward import Forward
 from pipeline.job import Advanced, Job, Outcome, SolvedSlices
 from pipeline.layers import layers_to_prune
+from pipeline.manifest import expect_source
 from pipeline.measure import Stopwatch, peak_memory
-from pipeline.model import Skeleton, first_line, open_skeleton
+from pipeline.model import Skeleton, open_skeleton
 from pipeline.observe import BlockObserver
 from pipeline.solvers import SolverSettings, choose_regularization, solver_for
 from pipeline.solvers.cost import solve_cost
@@ -34,36 +35,12 @@ from pipeline.split import GroupRows, deal, row_ranges, whole_layers
 from pipeline.statistics import FoldedStatistics, GroupAccumulator, merged
 from storage.checkpoints import BlockRecord, RowSlice, read_layer, verify_record, write_row_slices
 from storage.commit import StoredFile
-from storage.errors import ConfigError, ModelError, NumericalError
+from storage.errors import ModelError, NumericalError
 from storage.layer_files import write_layer_file
 from storage.lock import require_owner
 from storage.model_files import WeightFileFingerprint, fingerprint_weight_file
 from storage.output import write_weight_file
 from storage.run_directory import RunDirectory
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device that `--device` names; by default the GPU where there is one.
-
-    Raises `ConfigError` for a device that this machine does not have.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"--device {name} cannot be used here: {first_line(error)}") from error
-
-
-def make_deterministic(threads: int) -> None:
-    """Fixes what lets equal inputs give unequal bytes: thread count and kernel choice."""
-    # Read by cuBLAS when its first handle is made.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 class BlockWorker:
@@ -90,6 +67,8 @@ class BlockWorker:
         """Runs the phase method of that name; the caller gets its value, time and memory."""
         start, began = time.time(), time.perf_counter()
         with self.watch("other"):
+            if phase != "fingerprint":
+                self._expect_source()
             method: Callable[..., Any] = getattr(self, phase)
             value = method(*arguments)
         events = self.watch.take_events()
@@ -104,11 +83,14 @@ class BlockWorker:
         with self.watch("load"):
             return [fingerprint_weight_file(self.skeleton.files.folder, file) for file in files]
 
-    def embed(self, stamp: str) -> list[StoredFile]:
-        """Writes this rank's activation shards of block 0: the embedded tokens."""
+    def embed(self, stamp: str, only: Sequence[int] | None = None) -> list[StoredFile]:
+        """Writes this rank's activation shards of block 0: the embedded tokens.
+
+        `only`: numbers of the activation shards that are wanted; None for all.
+        """
         with self.watch("load"):
             ends = ModelEnds(self.skeleton, self.device, head=False)
-        return self.forward.write(0, stamp, self.forward.embedded(ends))
+        return self.forward.write(0, stamp, self.forward.embedded(ends, only))
 
     def calibrate(self, block: int, shards: list[StoredFile]) -> list[LayerGroup]:
         """Runs the dense block over this rank's shards, keeping its groups' partial sums."""
@@ -183,13 +165,21 @@ class BlockWorker:
             return SolvedSlices(write_row_slices(path, slices), ranges, reports, costs)
 
     def propagate(
-        self, block: int, record: BlockRecord | None, shards: list[StoredFile], stamp: str
+        self,
+        block: int,
+        record: BlockRecord | None,
+        shards: Sequence[StoredFile] | Mapping[int, StoredFile],
+        stamp: str,
+        only: Sequence[int] | None = None,
     ) -> list[StoredFile]:
-        """Runs the block, pruned as `record` says (None: dense), and writes the next inputs."""
+        """Runs the block, pruned as `record` says (None: dense), and writes the next inputs.
+
+        `shards`: by number. `only` as in `embed`.
+        """
         module = self._load_pruned(block, record)
         outputs = (
             (index, self.forward.output(block, module, batch))
-            for index, _, batch in self.forward.own_batches(block, shards)
+            for index, _, batch in self.forward.own_batches(block, shards, only=only)
         )
         return self.forward.write(block + 1, stamp, outputs)
 
@@ -268,6 +258,11 @@ class BlockWorker:
         self.statistics = {}
 
     # -- pieces -----------------------------------------------------------------------------
+
+    def _expect_source(self) -> None:
+        """Before a source tensor is first used: from now on each is verified when it is read."""
+        if self.job.settings is not None and not self.skeleton.files.expected:
+            expect_source(self.run, self.skeleton.files)
 
     def _settings(self) -> SolverSettings:
         if self.job.settings is None:

@@ -2,6 +2,7 @@
 
 `errors`              the exception tree of the whole project
 `commit`              hashing, durable and create-if-absent writes: the commit protocol
+`mending`             whether a committed file is still as it was written
 `checked_json`        JSON records that carry their own checksum and a schema version
 `lock`                one driver at a time on a run directory
 `safetensors_format`  headers and dtype names of safetensors files

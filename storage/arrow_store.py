@@ -188,7 +188,7 @@ def open_activation_shard(path: Path, *, sha256: str | None) -> ActivationShard:
     try:
         return ActivationShard(path, batches, metadata)
     except (KeyError, ValueError) as error:
-        raise CorruptFileError(f"{path}: malformed schema metadata; redo it") from error
+        raise CorruptFileError(f"{path}: malformed schema metadata") from error
 
 
 def read_tokens(path: Path, sha256: str | None = None) -> torch.Tensor:
@@ -234,7 +234,7 @@ def _open(
         TypeError,
         AttributeError,
     ) as error:
-        raise CorruptFileError(f"{path}: not a readable {kind} file ({error}); redo it") from error
+        raise CorruptFileError(f"{path}: not a readable {kind} file ({error})") from error
     return batches, metadata
 
 

@@ -182,7 +182,7 @@ def read_layer(
     if covered != item.shape[0] or (slices and slices[-1].stop != covered):
         raise CorruptFileError(
             f"{directory}: the row slices of block {record.block}, {layer}, do not cover its "
-            f"{item.shape[0]} rows; delete the record to redo the block"
+            f"{item.shape[0]} rows"
         )
     weight = torch.empty(item.shape, dtype=torch_dtype(item.dtype))
     for part in slices:
@@ -205,14 +205,14 @@ def _read_slice(path: Path, layer: str, rows: torch.Tensor) -> None:
         entries = {entry.name: entry for entry in read_header(path, path.name)}
         entry = entries.get(layer)
         if entry is None or entry.shape != tuple(rows.shape):
-            raise CorruptFileError(f"{path}: no {tuple(rows.shape)} of {layer}; redo the block")
+            raise CorruptFileError(f"{path}: no {tuple(rows.shape)} of {layer}")
         if entry.dtype != safetensors_dtype(rows.dtype):
             raise CorruptFileError(f"{path}: {layer} is {entry.dtype}, not as recorded")
         with open(path, "rb", buffering=0) as file:
             file.seek(entry.start)
             read_into(file, rows.view(-1).view(torch.uint8), f"{path}: {layer}")
     except OSError as error:
-        raise CorruptFileError(f"{path}: cannot be read ({error.strerror}); redo it") from error
+        raise CorruptFileError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _object(data: object, source: str) -> dict[str, Any]:
@@ -222,4 +222,4 @@ def _object(data: object, source: str) -> dict[str, Any]:
 
 
 def _malformed(source: str) -> CorruptFileError:
-    return CorruptFileError(f"{source}: not a block record; delete it to redo the block")
+    return CorruptFileError(f"{source}: not a block record")

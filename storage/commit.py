@@ -5,6 +5,7 @@ The commit protocol, which everything else in this package relies on:
 1. A worker writes a file under a name that no other attempt uses (`write_new_file`): created with
    O_EXCL, hashed while it is written, flushed to disk together with its directory entry. It is
    never renamed, so a process that was frozen and wakes up late cannot put it over another's.
+   (The one exception, `storage.mending`, puts bytes that are known to be equal in a damaged place.)
 2. The holder of the run's lock publishes a record that names those files and their hashes
    (`publish_json`): written under a temporary name, flushed, then linked to its final name, which
    fails if that name exists. That link is the commit. `guard` (the lock's `assert_held`) runs
@@ -38,6 +39,13 @@ logger = logging.getLogger(__name__)
 CHUNK_BYTES = 8 * 2**20
 """How much of a file is in memory while it is hashed or copied."""
 
+_FULL = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room within the quota",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+}
+"""What to do about a write that found no room."""
+
 TEMPORARY_SUFFIX = ".tmp"
 """Ends the name of every file that is not committed yet and was never meant to be read."""
 
@@ -70,11 +78,11 @@ class StoredFile:
     def from_json(data: object, source: str = "record") -> StoredFile:
         """Raises CorruptFileError, naming `source`, for anything `to_json` does not write."""
         if not isinstance(data, dict):
-            raise CorruptFileError(f"{source}: a file entry is not an object; delete it to redo it")
+            raise CorruptFileError(f"{source}: a file entry is not an object")
         name, sha256 = data.get("name"), data.get("sha256")
         size, rows = data.get("bytes"), data.get("rows")
         if not (is_plain_name(name) and is_sha256(sha256) and is_count(size) and is_count(rows)):
-            raise CorruptFileError(f"{source}: a file entry is malformed; delete it to redo it")
+            raise CorruptFileError(f"{source}: a file entry is malformed")
         return StoredFile(str(name), str(sha256), cast(int, size), cast(int, rows))
 
 
@@ -112,11 +120,9 @@ def verify_file(path: Path, sha256: str) -> None:
     try:
         found = sha256_file(path)
     except OSError as error:
-        raise CorruptFileError(f"{path}: cannot be read ({error.strerror}); redo it") from error
+        raise CorruptFileError(f"{path}: cannot be read ({error.strerror})") from error
     if found != sha256:
-        raise CorruptFileError(
-            f"{path}: sha256 is {found[:12]}…, was {sha256[:12]}… when written; redo it"
-        )
+        raise CorruptFileError(f"{path}: sha256 is {found[:12]}…, was {sha256[:12]}… when written")
 
 
 def fsync_directory(path: Path) -> None:
@@ -139,7 +145,7 @@ def make_directory(path: Path) -> None:
     if path.is_dir():
         return
     make_directory(path.parent)
-    with _explained(path):
+    with explained(path):
         path.mkdir(exist_ok=True)
         fsync_directory(path.parent)
 
@@ -229,7 +235,7 @@ def write_new_file(path: Path) -> Iterator[HashingWriter]:
     ResourceError if the disk or the quota is full.
     """
     make_directory(path.parent)
-    with _explained(path), open(path, "xb") as file:
+    with explained(path), open(path, "xb") as file:
         writer = HashingWriter(file)
         try:
             yield writer
@@ -263,7 +269,7 @@ def replace_by(temporary: Path, path: Path, guard: Callable[[], None] | None = N
     try:
         if guard is not None:
             guard()
-        with _explained(path):
+        with explained(path):
             os.replace(temporary, path)
             fsync_directory(path.parent)
     except FileNotFoundError as error:
@@ -300,7 +306,8 @@ def publish_json(
 
 def _link(temporary: Path, path: Path, encoded: bytes) -> None:
     try:
-        os.link(temporary, path)
+        with explained(path):
+            os.link(temporary, path)
     except FileExistsError:
         # Also where a network filesystem carried out the link and lost the answer.
         if path.read_bytes() != encoded:
@@ -360,13 +367,17 @@ def is_temporary(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Say in one line what a full disk means; other errors of the system pass as they are."""
+def explained(path: Path) -> Iterator[None]:
+    """Say in one line what a full disk means; other errors of the system pass as they are.
+
+    Everything that prox24 writes goes through here.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             raise ResourceError(
-                f"{path}: {os.strerror(error.errno)}; make room and run the same command again"
+                f"{path}: not written, {os.strerror(error.errno or 0)}; {_FULL[error.errno]} "
+                "and run the same command again"
             ) from error
         raise

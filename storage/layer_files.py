@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,14 @@ from safetensors import SafetensorError, safe_open
 from storage.commit import replace_file
 from storage.errors import CorruptFileError, DataError
 from storage.safetensors_format import header_for, tensor_bytes
+
+
+def _hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the tensors' bytes, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensor_bytes(tensors[name]))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,11 @@ def write_layer_file(
     The file appears whole or not at all. Raises `ResourceError` if the disk is full.
     """
     tensors = {"hessian": hessian.cpu().contiguous(), "weight": weight.cpu().contiguous()}
-    metadata = {"tokens": str(tokens), "sequences": str(sequences)}
+    metadata = {
+        "tokens": str(tokens),
+        "sequences": str(sequences),
+        "sha256": _hash(tensors),
+    }
     with replace_file(path) as writer:
         writer.write(header_for(tensors, metadata))
         for tensor in tensors.values():
@@ -45,7 +59,7 @@ def write_layer_file(
 
 def read_layer_file(path: Path) -> SavedLayer:
     """Reads a layer file: `weight` and `inputs` (sequences, tokens, C) or (tokens, C), or `hessian`
-    with the metadata `tokens`.
+    with the metadata `tokens`. Where the metadata have `sha256`, it is verified.
 
     Raises `DataError` for a file that is missing or lacks them, `CorruptFileError` for one that is
     damaged.
@@ -63,6 +77,11 @@ def read_layer_file(path: Path) -> SavedLayer:
             }
     except (SafetensorError, OSError) as error:
         raise CorruptFileError(f"{path}: not a safetensors file, or damaged ({error})") from error
+    if "sha256" in metadata and metadata["sha256"] != _hash(tensors):
+        raise CorruptFileError(
+            f"{path}: altered since it was written; save the layer again with prune --save-layers "
+            "in a new run directory"
+        )
     weight, inputs, hessian = (tensors.get(name) for name in ("weight", "inputs", "hessian"))
     if weight is None or weight.dim() != 2:
         raise DataError(f"{path} holds no `weight` of shape (R, C)")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -42,13 +43,29 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
+class Digest(Protocol):
+    """What hashlib makes."""
+
+    def update(self, data: Any, /) -> None:
+        """Hashes more bytes."""
+        ...
+
+    def hexdigest(self) -> str:
+        """The hash of all bytes so far."""
+        ...
+
+
 @dataclass(frozen=True)
 class WeightFileFingerprint:
-    """What one weight file contained when it was read through; sha256 is of the whole file."""
+    """What one weight file contained when it was read through.
+
+    sha256: of the whole file. tensors: name → sha256 of the tensor's bytes.
+    """
 
     file: str
     bytes: int
     sha256: str
+    tensors: dict[str, str]
 
 
 class ModelFiles:
@@ -56,6 +73,8 @@ class ModelFiles:
 
     folder: the model folder. files: names of its weight files, sorted. tensors: name → entry.
     config: the contents of config.json. index: name of the index file, None for a single file.
+    expected: tensor → sha256 that its bytes must have wherever they are read; empty where no one
+    has hashed the model yet.
     """
 
     def __init__(
@@ -71,6 +90,7 @@ class ModelFiles:
         self.tensors = tensors
         self.config = config
         self.index = index
+        self.expected: Mapping[str, str] = {}
 
     @staticmethod
     def open(folder: Path) -> ModelFiles:
@@ -114,11 +134,11 @@ class ModelFiles:
         """A copy of tensor `name` on the CPU, in its own dtype.
 
         rows: (start, stop) of the first dimension; None for the whole tensor.
-        Only the bytes asked for are read. Raises ModelError for an unknown name or dtype,
-        CorruptFileError if the file became shorter, IndexError if the rows are not there.
+        Only the bytes asked for are read, or all of them where the tensor's hash is known. Raises
+        ModelError for an unknown name or dtype, CorruptFileError if the file became shorter or the
+        tensor is not the `expected` one, IndexError if the rows are not there.
         """
         entry = self.entry(name)
-        dtype = torch_dtype(entry.dtype)
         shape, start, end = entry.shape, entry.start, entry.end
         if rows is not None:
             if not shape or not 0 <= rows[0] <= rows[1] <= shape[0]:
@@ -126,16 +146,40 @@ class ModelFiles:
             row_bytes = (end - start) // shape[0] if shape[0] else 0
             shape = (rows[1] - rows[0], *shape[1:])
             start, end = start + rows[0] * row_bytes, start + rows[1] * row_bytes
-        raw = torch.empty(end - start, dtype=torch.uint8)
+        whole = (entry.start, entry.end) if name in self.expected else (start, end)
+        raw = torch.empty(whole[1] - whole[0], dtype=torch.uint8)
         with open(inside(self.folder, entry.file), "rb", buffering=0) as file:
-            file.seek(start)
+            file.seek(whole[0])
             read_into(file, raw, f"{self.folder / entry.file}: tensor {name}")
-        return raw.view(dtype).reshape(shape)
+        if name in self.expected:
+            self.check(entry, hashlib.sha256(raw.numpy().data))
+        if whole != (start, end):
+            raw = raw[start - whole[0] : end - whole[0]].clone()  # lets go of the other rows
+        return raw.view(torch_dtype(entry.dtype)).reshape(shape)
+
+    def check(self, entry: TensorEntry, digest: Digest) -> None:
+        """Raise CorruptFileError if the bytes in `digest` are not the expected ones of a tensor."""
+        if self.expected.get(entry.name, digest.hexdigest()) != digest.hexdigest():
+            raise CorruptFileError(
+                f"{self.folder / entry.file}: tensor {entry.name} is not what it was when the job "
+                "began; restore the file and run the same command again"
+            )
 
     def header_bytes(self, file: str) -> bytes:
         """The first 8 bytes and the JSON header of a weight file, verbatim."""
         with open(inside(self.folder, file), "rb") as stream:
             return raw_header(stream, self.folder / file)
+
+    def parts(self) -> dict[str, str]:
+        """SHA-256 of config.json and of each weight file's size and header, by file name.
+
+        What `identity` sums up, so that it can be told which file made the difference.
+        """
+        found = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes())}
+        for file in self.files:
+            size = (self.folder / file).stat().st_size
+            found[file] = hashlib.sha256(str(size).encode() + b" " + self.header_bytes(file))
+        return {name: digest.hexdigest() for name, digest in found.items()}
 
     def identity(self) -> str:
         """SHA-256 over config.json and each weight file's name, size and header.
@@ -243,22 +287,25 @@ def fingerprint_weight_file(folder: Path, file: str) -> WeightFileFingerprint:
     path = inside(folder, file)
     entries = read_header(path, file)
     digest = hashlib.sha256()
+    tensors = {}
     chunk = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
     with open(path, "rb", buffering=0) as stream:
         digest.update(raw_header(stream, path))
         for entry in entries:
-            dtype = torch_dtype(entry.dtype)
+            dtype, own = torch_dtype(entry.dtype), hashlib.sha256()
             for start in range(entry.start, entry.end, CHUNK_BYTES):
                 part = chunk[: min(CHUNK_BYTES, entry.end - start)]
                 read_into(stream, part, f"{path}: tensor {entry.name}")
                 digest.update(part.numpy().data)
+                own.update(part.numpy().data)
                 if dtype.is_floating_point and not _finite(part.view(dtype)):
                     raise ModelError(
                         f"{path}: tensor {entry.name} holds NaN or Inf; the model is damaged, "
                         "download it again"
                     )
+            tensors[entry.name] = own.hexdigest()
         size = stream.tell()
-    return WeightFileFingerprint(file, size, digest.hexdigest())
+    return WeightFileFingerprint(file, size, digest.hexdigest(), tensors)
 
 
 def _finite(values: torch.Tensor) -> bool:

@@ -7,12 +7,13 @@ not at all.
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from storage.commit import (
     is_temporary,
     make_directory,
     replace_file,
+    sha256_file,
 )
 from storage.errors import CorruptFileError, ModelError, OutputError
 from storage.model_files import ModelFiles, inside, torch_dtype
@@ -53,8 +55,8 @@ def write_weight_file(
     an earlier attempt's.
 
     Raises ModelError if pieces have another dtype, row length or number of rows than the tensor,
-    CorruptFileError if the source is not what it was when opened, ResourceError if the disk is
-    full.
+    CorruptFileError if the source is not what it was when opened, or a tensor not the one that
+    `source.expected` names, ResourceError if the disk is full.
     """
     path = inside(source.folder, file)
     with open(path, "rb", buffering=0) as stream, replace_file(destination) as writer:
@@ -64,19 +66,24 @@ def write_weight_file(
                 raise CorruptFileError(f"{path}: changed while it was read; download it again")
             pieces = replacement(entry.name)
             if pieces is None:
-                _copy(stream, entry, writer, path)
+                _copy(source, stream, entry, writer, path)
             else:
                 _replace(pieces, entry, writer, path)
     return writer.stored(file)
 
 
-def _copy(stream: io.FileIO, entry: TensorEntry, writer: HashingWriter, path: Path) -> None:
+def _copy(
+    source: ModelFiles, stream: io.FileIO, entry: TensorEntry, writer: HashingWriter, path: Path
+) -> None:
     stream.seek(entry.start)
+    digest = hashlib.sha256()
     buffer = torch.empty(min(CHUNK_BYTES, entry.end - entry.start), dtype=torch.uint8)
     for start in range(entry.start, entry.end, CHUNK_BYTES):
         part = buffer[: min(CHUNK_BYTES, entry.end - start)]
         read_into(stream, part, f"{path}: tensor {entry.name}")
         writer.write(part.numpy().data)
+        digest.update(part.numpy().data)
+    source.check(entry, digest)
 
 
 def _replace(
@@ -97,27 +104,60 @@ def _replace(
         raise ModelError(f"{path}: tensor {entry.name} is {entry.shape}, got {rows} new rows")
 
 
-def copy_side_files(source: ModelFiles, destination: Path) -> list[str]:
-    """Copy what belongs to the model and is not weights into the folder; return names, sorted.
+def side_files(source: ModelFiles) -> list[str]:
+    """What belongs to the model and is not weights, sorted: the names of the files to copy.
 
     That is every regular file at the top of the model folder (config, generation config, tokenizer,
     chat template, code, license, the index if the model has one) and the chat templates in
     additional_chat_templates/; not hidden files, weights of any format, README.md or an earlier
-    prox24.json. Links are followed within the model only (`inside`). Durable when this returns.
+    prox24.json.
     """
     names = [path.name for path in source.folder.iterdir() if _is_side_file(path, source.index)]
     for folder in _SIDE_FOLDERS:
         if (source.folder / folder).is_dir():
             paths = (source.folder / folder).iterdir()
             names += [f"{folder}/{path.name}" for path in paths if _is_side_file(path, None)]
-    for name in sorted(names):
+    return sorted(names)
+
+
+def hash_side_files(source: ModelFiles) -> dict[str, str]:
+    """Name → sha256 of the side files, and of README.md, which the new model card is made from."""
+    card = ["README.md"] if (source.folder / "README.md").is_file() else []
+    return {name: sha256_file(inside(source.folder, name)) for name in side_files(source) + card}
+
+
+def copy_side_files(
+    source: ModelFiles, destination: Path, expected: Mapping[str, str] | None = None
+) -> list[str]:
+    """Copy the side files into the folder `destination`; return their names, sorted.
+
+    Links are followed within the model only (`inside`). Durable when this returns. expected: what
+    `hash_side_files` gave when the job began; CorruptFileError, naming the file, if one is another
+    now. Raises ResourceError if the disk is full.
+    """
+    names = side_files(source)
+    if expected is not None:
+        names = sorted(name for name in expected if name != "README.md")
+    for name in names:
         with (
             open(inside(source.folder, name), "rb") as stream,
             replace_file(destination / name) as writer,
         ):
             while chunk := stream.read(CHUNK_BYTES):
                 writer.write(chunk)
-    return sorted(names)
+            _require_unchanged(source.folder / name, writer.sha256, (expected or {}).get(name))
+    if expected is not None and "README.md" in expected:
+        card = inside(source.folder, "README.md")
+        _require_unchanged(card, sha256_file(card), expected["README.md"])
+    return names
+
+
+def _require_unchanged(path: Path, sha256: str, expected: str | None) -> None:
+    if expected is not None and sha256 != expected:
+        raise CorruptFileError(
+            f"{path}: not what it was when the job began; restore the file and run the same "
+            "command again"
+        )
 
 
 def _is_side_file(path: Path, index: str | None) -> bool:

@@ -9,6 +9,7 @@
     report/                         figures for the user
     status.json                     what is going on, for `prox24 status`; nothing relies on it
     prox24-scratch-*/               an owner's own, e.g. while it measures the perplexity
+    layers/NAME.safetensors         what --save-layers asked for
 
 A file under activations/ or checkpoints/ counts only if the record.json beside it names it; all
 others are left from attempts that were not committed.
@@ -25,7 +26,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from storage.checked_json import MAX_JSON_BYTES
+from storage.checked_json import MAX_JSON_BYTES, decode_json
 from storage.commit import fsync_directory, is_temporary
 from storage.errors import CorruptFileError, RunDirectoryError
 
@@ -71,6 +72,10 @@ class RunDirectory:
         """The record that commits the pruned `block`."""
         return self.checkpoints(block) / RECORD_NAME
 
+    def choices(self, block: int) -> Path:
+        """The file that commits what was chosen at run time for `block`."""
+        return self.path / "choices" / f"block-{block:03d}.json"
+
     def report(self) -> Path:
         """Directory of the figures for the user."""
         return self.path / "report"
@@ -89,6 +94,15 @@ class RunDirectory:
     def committed_activations(self) -> list[int]:
         """Blocks whose inputs are committed, ascending."""
         return self._blocks_with_record("activations")
+
+    def blocks_begun(self) -> int:
+        """How many blocks must have been committed, going by what is there.
+
+        Blocks are committed in order, and a block's inputs after the block before it. So a block
+        below this number that has no record had one, and lost it.
+        """
+        past = [block + 1 for block in self.committed_blocks()]
+        return max([0, *past, *self.committed_activations()])
 
     def size(self) -> int:
         """Bytes of all files in the directory; files that vanish meanwhile count nothing."""
@@ -130,17 +144,22 @@ class RunDirectory:
         """Delete what no record names, and return it; for the holder of the lock only.
 
         That is: temporary files, scratch folders, and files under activations/ and checkpoints/
-        that the record beside them does not name. No such name is ever used twice. `guard` (the
-        lock's `assert_held`) runs after the files are listed and before any is deleted, so that an
-        owner that was displaced meanwhile deletes nothing that its successor wrote. Raises
-        CorruptFileError, and deletes nothing, if a record cannot be read.
+        that the record beside them does not name. No such name is ever used twice. Where a record
+        cannot be read or was lost, the files are kept: they tell whether the block, done again, is
+        what it was. `guard` (the lock's `assert_held`) runs after the files are listed and before
+        any is deleted, so that an owner that was displaced meanwhile deletes nothing that its
+        successor wrote.
         """
         doomed = [path for path in self._files() if is_temporary(path)]
         doomed += self.path.glob(f"{SCRATCH_PREFIX}*")
+        begun = self.blocks_begun()
         for area in ("activations", "checkpoints"):
             for directory in self._block_directories(area):
                 self.contained(directory)
                 names = _named_files(directory / RECORD_NAME)
+                lost = area == "checkpoints" and int(directory.name.removeprefix("block-")) < begun
+                if names is None or (not names and lost):
+                    continue
                 doomed += [path for path in directory.iterdir() if path.name not in names]
         if guard is not None:
             guard()
@@ -163,7 +182,7 @@ class RunDirectory:
                 found = [path for path in directory.iterdir() if f".{stamp}-" in path.name]
                 names = _named_files(directory / RECORD_NAME)
                 for path in found:
-                    if path.name not in names:
+                    if names is not None and path.name not in names:
                         path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
@@ -181,19 +200,30 @@ class RunDirectory:
         return sorted(int(name.removeprefix("block-")) for name in found)
 
 
-def _named_files(record: Path) -> set[str]:
-    """Names that a record of either kind gives under "files" or "shards", and its own."""
+def _named_files(record: Path) -> set[str] | None:
+    """Names that a record of either kind gives under "files" or "shards", and its own.
+
+    Empty if there is no record, None if it cannot be read.
+    """
     if not record.exists():
         return set()
     try:
         with open(record, "rb") as file:
-            data = json.loads(file.read(MAX_JSON_BYTES))
+            raw = file.read(MAX_JSON_BYTES)
+        # Of any version: what another prox24 wrote is not ours to delete.
+        data = decode_json(raw, record, json.loads(raw).get("schema_version"))
         entries = [*data.get("files", []), *data.get("shards", [])]
         return {RECORD_NAME, *(str(entry["name"]) for entry in entries)}
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise CorruptFileError(
-            f"{record}: not a record of prox24; delete it to redo the block"
-        ) from error
+    except (
+        CorruptFileError,
+        OSError,
+        ValueError,
+        RecursionError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):
+        return None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from storage.arrow_store import write_activation_shard, write_tokens
 from storage.checkpoints import BlockRecord, RowSlice, write_row_slices
 from storage.commit import publish_json, temporary_name
-from storage.errors import CorruptFileError, RunDirectoryError
+from storage.errors import RunDirectoryError
 from storage.run_directory import SCRATCH_PREFIX, RunDirectory, differences
 
 
@@ -123,14 +123,30 @@ def test_a_displaced_owner_sweeps_nothing(run: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"files": 3}', b'{"files": [{}]}', b"\xff"])
-def test_an_unreadable_record_stops_the_sweep(run: RunDirectory, content: bytes) -> None:
+def test_files_of_an_unreadable_record_are_kept(run: RunDirectory, content: bytes) -> None:
     path = write_block(run, 0, "a", commit=True)
     other = write_block(run, 1, "a", commit=False)
     run.record(0).write_bytes(content)
-    with pytest.raises(CorruptFileError, match=r"block-000/record\.json"):
-        run.sweep_uncommitted()
+    assert run.sweep_uncommitted() == [other]
     assert path.exists()
-    assert other.exists()
+
+
+def test_files_of_a_lost_record_are_kept(run: RunDirectory) -> None:
+    """Blocks are committed in order: what lies below a committed one had a record."""
+    kept = [write_block(run, block, "a", commit=True) for block in range(3)]
+    attempt = write_block(run, 3, "a", commit=False)
+    run.record(1).unlink()
+    assert run.blocks_begun() == 3
+    assert run.sweep_uncommitted() == [attempt]
+    assert all(path.exists() for path in kept)
+
+
+def test_files_of_a_record_with_an_altered_name_are_kept(run: RunDirectory) -> None:
+    path = write_block(run, 0, "a", commit=True)
+    record = run.record(0).read_text().replace(path.name, "x" + path.name[1:])
+    run.record(0).write_text(record)
+    assert run.sweep_uncommitted() == []
+    assert path.exists()
 
 
 def test_a_link_out_of_the_directory_is_not_swept(run: RunDirectory, tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""The calibration tokens of a job: cut from the text once, and again if their file is damaged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.calibration import calibration_tokens, load_tokenizer
+from pipeline.config import PruneConfig
+from pipeline.model import Skeleton, check_tokens
+from pipeline.progress import Progress
+from storage.arrow_store import write_tokens
+from storage.commit import StoredFile, replace_by, temporary_name
+from storage.errors import CorruptFileError
+from storage.lock import RunLock
+from storage.mending import damage
+from storage.run_directory import RunDirectory
+
+
+def committed_tokens(
+    run: RunDirectory,
+    lock: RunLock,
+    skeleton: Skeleton,
+    config: PruneConfig,
+    manifest: dict[str, Any] | None,
+    progress: Progress,
+) -> StoredFile:
+    """The calibration tokens' file: the one that the manifest names, whole, or a new one."""
+    if manifest is not None:
+        stored = StoredFile.from_json(manifest["tokens"], str(run.manifest))
+        mend_tokens(run, lock, skeleton, config, stored, progress)
+        return stored
+    tokens = _cut(skeleton, config)
+    # Not under the final name, which a late process would delete or find taken.
+    temporary = temporary_name(run.tokens())
+    stored = write_tokens(temporary, tokens)
+    replace_by(temporary, run.tokens(), lock.assert_held)
+    return replace(stored, name=run.tokens().name)
+
+
+def mend_tokens(
+    run: RunDirectory,
+    lock: RunLock,
+    skeleton: Skeleton,
+    config: PruneConfig,
+    stored: StoredFile,
+    progress: Progress,
+) -> bool:
+    """Cuts the tokens from the text again if their file is damaged; whether it was.
+
+    Raises `CorruptFileError` where that gives other bytes: the job cannot go on with them.
+    """
+    path = run.path / stored.name
+    state = damage(path, stored, hashed=True)
+    if state is None:
+        return False
+    temporary = temporary_name(path)
+    if write_tokens(temporary, _cut(skeleton, config)).sha256 != stored.sha256:
+        temporary.unlink()
+        raise CorruptFileError(
+            f"{path}: {state}, and the text gives other tokens now; restore the file, or delete "
+            "the run directory to start anew"
+        )
+    replace_by(temporary, path, lock.assert_held)
+    progress.note(f"{path}: {state}; cut from the text again, the same bytes as before")
+    return True
+
+
+def _cut(skeleton: Skeleton, config: PruneConfig) -> Tensor:
+    tokenizer = load_tokenizer(skeleton.files.folder, config.trust_remote_code)
+    tokens = calibration_tokens(
+        tokenizer, config.dataset, config.text_column, config.nsamples, config.seqlen, config.seed
+    )
+    check_tokens(skeleton, tokens)
+    return tokens

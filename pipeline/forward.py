@@ -82,7 +82,8 @@ class Forward:
     ) -> Iterator[tuple[int, int, Tensor]]:
         """(activation shard, number of the first sequence, batch) of this rank's inputs of a block.
 
-        `shards`: by number; `only` some of them. The next shard is opened, and its hash compared, while this one is used.
+        `shards`: by number; `only` some of them. The next shard is opened, and its hash compared,
+        while this one is used.
         """
         own = self.own_shards(only)
         opened = self.background.ahead(partial(self._open, block), [shards[i] for i, _ in own])

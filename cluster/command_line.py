@@ -302,4 +302,6 @@ def _interrupted(error: RunInterrupted, arguments: Sequence[str]) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """Names in a message may come from a file: nothing of them reaches the terminal as control."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text)

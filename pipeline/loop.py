@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+from pipeline.block_results import read_record
 from pipeline.capture import LayerGroup
 from pipeline.executor import Executor
 from pipeline.job import Advanced, Outcome, SolvedSlices
@@ -25,7 +26,7 @@ from pipeline.repair import ACTIVATIONS_SCHEMA, CHOICES_SCHEMA, Repairs, read_in
 from pipeline.retry import AttemptHistory
 from pipeline.solvers import merge_reports
 from pipeline.solvers.types import SolveReport
-from storage.checkpoints import BlockRecord, LayerRecord, LayerSlice, read_block_record
+from storage.checkpoints import BlockRecord, LayerRecord, LayerSlice
 from storage.commit import StoredFile, publish_json, read_json, replace_json
 from storage.errors import CorruptFileError, Prox24Error, WorkerLostError
 from storage.lock import RunLock
@@ -253,7 +254,7 @@ class BlockLoop:
 
     def read_record(self, block: int) -> BlockRecord:
         """The committed record of a block. Raises `CorruptFileError` where it is damaged."""
-        return read_block_record(self.run.record(block))
+        return read_record(self.run.record(block))
 
     def _assemble(
         self, block: int, solved: list[SolvedSlices], results: dict[str, Any]

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from pipeline.model_config import build, load_config, rehearse
 from storage.errors import ConfigError, ModelError
 from storage.model_files import ModelFiles, torch_dtype
 
@@ -136,21 +136,18 @@ def open_skeleton(folder: Path, *, dtype: str | None, trust_remote_code: bool) -
     missing or have the wrong shape; `CorruptFileError` for damaged files.
     """
     files = ModelFiles.open(folder)
-    config = _load_config(folder, trust_remote_code)
-    _require_causal(config, folder)
+    config = load_config(files, trust_remote_code)
     forward_dtype = _forward_dtype(config, files, dtype)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=forward_dtype, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        raise ModelError(
-            f"{folder}: transformers cannot build a causal LM from its config.json: "
-            f"{first_line(error)}"
-        ) from error
+    if not trust_remote_code:  # a model's own code may not be fit for it
+        _take_apart(rehearse(config, folder, forward_dtype), files, forward_dtype)
+    return _take_apart(
+        build(config, folder, forward_dtype, trust_remote_code), files, forward_dtype
+    )
+
+
+def _take_apart(model: PreTrainedModel, files: ModelFiles, dtype: torch.dtype) -> Skeleton:
     model.eval()
-    skeleton = Skeleton(model, files, _find_blocks(model, folder), forward_dtype)
+    skeleton = Skeleton(model, files, _find_blocks(model, files.folder), dtype)
     _check_tensors(skeleton)
     return skeleton
 
@@ -176,40 +173,6 @@ def check_tokens(skeleton: Skeleton, tokens: Tensor) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for one-line reports."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _load_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(
-            f"{folder / 'config.json'} is not a config that transformers knows: {first_line(error)}"
-        ) from error
-    if not isinstance(config, PreTrainedConfig):
-        raise ModelError(f"{folder / 'config.json'} does not describe a model")
-    return config
-
-
-def _require_causal(config: PreTrainedConfig, folder: Path) -> None:
-    """Refuses encoders: AutoModelForCausalLM would wrap some of them without complaint."""
-    names = list(config.architectures or [])
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{folder}: {config.model_type} is an encoder-decoder model; prox24 prunes "
-            "decoder-only causal LMs"
-        )
-    if not names:
-        raise ModelError(
-            f"{folder / 'config.json'} names no `architectures`; add the class that the weights "
-            "were saved from, such as LlamaForCausalLM"
-        )
-    if not any("CausalLM" in name or "LMHead" in name for name in names):
-        raise ModelError(
-            f"{folder}: {', '.join(names)} is not a causal LM; prox24 prunes decoder-only causal "
-            "LMs (classes named ...ForCausalLM or ...LMHeadModel)"
-        )
 
 
 def _forward_dtype(config: PreTrainedConfig, files: ModelFiles, name: str | None) -> torch.dtype:

@@ -65,7 +65,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     problems: list[str] = []
     owner = _owner(run, problems)
     said = _said(run, problems)
-    manifest = _record(run.manifest, problems)
+    manifest = _record(run, run.manifest, problems)
     blocks, total, finished = _blocks(run, manifest, said, problems)
     state = _state(owner, said, finished)
     current = said if owner is None or said.get("nonce") == owner["nonce"] else {}
@@ -88,12 +88,14 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     }
 
 
-def _record(path: Path, problems: list[str], schema: int = _SCHEMA) -> dict[str, Any]:
+def _record(
+    run: RunDirectory, path: Path, problems: list[str], schema: int = _SCHEMA
+) -> dict[str, Any]:
     """A record, or an empty one where the file is missing; a damaged one is also a problem."""
     if not os.path.lexists(path):
         return {}
     try:
-        return read_json(path, schema)
+        return read_json(run.contained(path), schema)
     except (CorruptFileError, RunDirectoryError) as error:
         if os.path.lexists(path):  # a live job deletes what it no longer needs
             problems.append(str(error))
@@ -101,7 +103,7 @@ def _record(path: Path, problems: list[str], schema: int = _SCHEMA) -> dict[str,
 
 
 def _said(run: RunDirectory, problems: list[str]) -> dict[str, Any]:
-    return _record(run.path / STATUS_NAME, problems, STATUS_SCHEMA)
+    return _record(run, run.path / STATUS_NAME, problems, STATUS_SCHEMA)
 
 
 def _owner(run: RunDirectory, problems: list[str]) -> dict[str, Any] | None:
@@ -148,11 +150,11 @@ def _blocks(
     blocks = []
     committed = run.committed_blocks()
     for block in committed:
-        record = _record(run.record(block), problems)
+        record = _record(run, run.record(block), problems)
         results, layers = _mapping(record.get("results")), _mapping(record.get("layers"))
         blocks.append(_figures(block, record, results.get("seconds"), _error(layers)))
     total = next((n for n in (manifest.get("blocks"), said.get("blocks")) if is_count(n)), None)
-    summary = _record(run.report() / "summary.json", problems)
+    summary = _record(run, run.report() / "summary.json", problems)
     reported = summary.get("blocks")
     # The summary comes before the output, the records go after it.
     finished = isinstance(reported, list) and not committed and bool(manifest)
@@ -247,7 +249,10 @@ def _eta(
 
 def _disk(run: RunDirectory) -> dict[str, int]:
     """Bytes in the run directory, and free on its filesystem."""
-    parts = {name: RunDirectory(run.path / name).size() for name in ("activations", "checkpoints")}
+    parts = {
+        name: 0 if (run.path / name).is_symlink() else RunDirectory(run.path / name).size()
+        for name in ("activations", "checkpoints")
+    }
     free = 0
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(run.path).free

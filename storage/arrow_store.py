@@ -26,7 +26,7 @@ import pyarrow as pa
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from storage.commit import StoredFile, verify_file, write_new_file
+from storage.commit import StoredFile, open_own, verify_file, write_new_file
 from storage.errors import ConfigError, CorruptFileError, RunDirectoryError
 
 ARROW_SCHEMA = 1
@@ -204,7 +204,7 @@ def _open(
     if sha256 is not None:
         verify_file(path, sha256)
     try:
-        with open(path, "rb") as file:
+        with open_own(path) as file:
             # Copy-on-write: a model that writes to its input spoils its own view, not the file,
             # and is not killed by the kernel as it would be on a read-only map.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -68,5 +68,9 @@ def _checksum(body: dict[str, Any]) -> str:
 
 
 def is_count(value: object) -> bool:
-    """True for an int >= 0; False for a bool, which Python counts among the ints."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    """True for an int from 0 to 2^63 - 1: a size, a number of things.
+
+    False for a bool, which Python counts among the ints, and for an int of thousands of digits,
+    which JSON can hold and Python refuses to print.
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63

@@ -7,7 +7,8 @@ their hashes and says which rows of which layer are where. The record's existenc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -184,13 +185,27 @@ def read_layer(
             f"{directory}: the row slices of block {record.block}, {layer}, do not cover its "
             f"{item.shape[0]} rows"
         )
-    weight = torch.empty(item.shape, dtype=torch_dtype(item.dtype))
+    dtype = torch_dtype(item.dtype)
+    # A shape that the files cannot fill is not worth the memory.
+    if math.prod(item.shape) * dtype.itemsize > _sizes(directory, {part.file for part in slices}):
+        raise CorruptFileError(
+            f"{directory}: the row slices of block {record.block}, {layer}, are too short or gone; "
+            "delete the record to redo the block"
+        )
+    weight = torch.empty(item.shape, dtype=dtype)
     for part in slices:
         path = directory / part.file
         if verify:
             verify_file(path, hashes[part.file])
         _read_slice(path, layer, weight[part.start : part.stop])
     return weight
+
+
+def _sizes(directory: Path, names: Iterable[str]) -> int:
+    try:
+        return sum((directory / name).stat().st_size for name in names)
+    except OSError as error:
+        raise CorruptFileError(f"{error.filename}: {error.strerror}; redo the block") from error
 
 
 def verify_record(directory: Path, record: BlockRecord) -> None:

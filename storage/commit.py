@@ -26,6 +26,7 @@ import hashlib
 import logging
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,9 +116,23 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def open_own(path: Path) -> BinaryIO:
+    """Open for reading a file that prox24 wrote: a regular file, under this very name.
+
+    OSError for a link, which could lead out of the run directory, and for a pipe or a device, on
+    which a reader would wait for ever.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(descriptor, "rb")
+
+
 def verify_file(path: Path, sha256: str) -> None:
-    """Raise CorruptFileError unless `path` is a readable file with this hash."""
+    """Raise CorruptFileError unless `path` is a readable file of ours with this hash."""
     try:
+        open_own(path).close()
         found = sha256_file(path)
     except OSError as error:
         raise CorruptFileError(f"{path}: cannot be read ({error.strerror})") from error
@@ -347,7 +362,7 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
     RunDirectoryError if its `schema_version` is not `schema`.
     """
     try:
-        with open(path, "rb") as file:
+        with open_own(path) as file:
             raw = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
         raise CorruptFileError(

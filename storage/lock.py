@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import logging
 import os
 import random
@@ -32,7 +33,7 @@ from types import TracebackType
 from typing import Any
 
 from storage.checked_json import decode_json, encode_json, is_count
-from storage.commit import fsync_directory, is_temporary, make_directory, temporary_name
+from storage.commit import fsync_directory, is_temporary, make_directory, open_own, temporary_name
 from storage.errors import CorruptFileError, RunDirectoryError
 
 logger = logging.getLogger(__name__)
@@ -298,12 +299,19 @@ def _age(owner: Owner) -> float:
 
 
 def _read(path: Path) -> bytes | None:
-    """The bytes of a lock file, freshly opened for what other hosts wrote; None if it is gone."""
+    """The bytes of a lock file, freshly opened for what other hosts wrote; None if it is gone.
+
+    None of a link or a pipe, which no owner makes: that is as good as an unreadable lock.
+    """
     try:
-        with open(path, "rb") as file:
+        with open_own(path) as file:
             return file.read(16 * _RECORD_BYTES)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EINVAL):
+            return b""
+        raise
 
 
 def _goes_away(path: Path) -> bool:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.checked_json import MAX_JSON_BYTES, decode_json
-from storage.commit import fsync_directory, is_temporary
+from storage.commit import fsync_directory, is_temporary, open_own
 from storage.errors import CorruptFileError, RunDirectoryError
 
 logger = logging.getLogger(__name__)
@@ -148,8 +148,10 @@ class RunDirectory:
         cannot be read or was lost, the files are kept: they tell whether the block, done again, is
         what it was. `guard` (the lock's `assert_held`) runs after the files are listed and before
         any is deleted, so that an owner that was displaced meanwhile deletes nothing that its
-        successor wrote.
+        successor wrote. Raises RunDirectoryError if a link leads out of the directory.
         """
+        for path in self.path.iterdir():
+            self.contained(path)
         doomed = [path for path in self._files() if is_temporary(path)]
         doomed += self.path.glob(f"{SCRATCH_PREFIX}*")
         begun = self.blocks_begun()
@@ -190,7 +192,7 @@ class RunDirectory:
 
     def _block_directories(self, area: str) -> list[Path]:
         root = self.path / area
-        if not root.is_dir():
+        if not root.is_dir() or root.is_symlink():
             return []
         return [path for path in sorted(root.iterdir()) if _BLOCK.fullmatch(path.name)]
 
@@ -208,7 +210,7 @@ def _named_files(record: Path) -> set[str] | None:
     if not record.exists():
         return set()
     try:
-        with open(record, "rb") as file:
+        with open_own(record) as file:
             raw = file.read(MAX_JSON_BYTES)
         # Of any version: what another prox24 wrote is not ours to delete.
         data = decode_json(raw, record, json.loads(raw).get("schema_version"))

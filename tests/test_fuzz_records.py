@@ -22,13 +22,21 @@ from pipeline.config import SolveConfig
 from pipeline.executor import LocalExecutor
 from pipeline.job import Outcome
 from pipeline.loop import block_error
+from pipeline.manifest import (
+    check_manifest,
+    expect_source,
+    read_manifest,
+    require_fingerprints,
+)
 from pipeline.solve_layer import solve_layer
 from pipeline.status import find_run_directory, read_status
 from storage.arrow_store import open_activation_shard, read_tokens
 from storage.checkpoints import read_layer, verify_record
+from storage.commit import StoredFile
 from storage.errors import Prox24Error
 from storage.layer_files import write_layer_file
 from storage.lock import RunLock
+from storage.model_files import ModelFiles, WeightFileFingerprint
 from storage.run_directory import RunDirectory
 from tests.hostile import Watch, documents, dump, examples, spoiled
 from tests.jobs import prune_here
@@ -78,11 +86,14 @@ def sealed(document: Any) -> bytes:
         return text.encode("utf-8", "surrogatepass")
 
 
-def with_file(run: Path, path: Path, raw: bytes, reader: Callable[[], object]) -> None:
+def with_file(
+    run: Path, path: Path, raw: bytes, reader: Callable[[], object], *more: Path
+) -> None:
+    """Runs a reader while a file has other contents; it may read `run` and `more`."""
     before = path.read_bytes()
     path.write_bytes(raw)
     try:
-        Watch(run).run(reader)
+        Watch(run, *more).run(reader)
     finally:
         path.write_bytes(before)
 
@@ -159,3 +170,29 @@ def test_layer_file(layer: Path, data: st.DataObject) -> None:
         changed = len(text).to_bytes(8, "little") + text + raw[end:]
     config = SolveConfig(methods="magnitude,wanda", threads=1)
     with_file(layer.parent, layer, changed, lambda: solve_layer(layer, config))
+
+
+def read_run_json(run: RunDirectory, source: ModelFiles, job: dict[str, Any]) -> None:
+    """All that a resumed job and its workers do with it."""
+    manifest = read_manifest(run)
+    assert manifest is not None
+    check_manifest(run, manifest, job, source)
+    tokens = StoredFile.from_json(manifest["tokens"], str(run.manifest))
+    read_tokens(run.path / tokens.name, sha256=tokens.sha256)
+    require_fingerprints(run, manifest, [WeightFileFingerprint("model.safetensors", 1, "0", {})])
+
+
+@examples(150)
+@given(data=st.data())
+def test_run_json(good: Path, data: st.DataObject) -> None:
+    run, source = RunDirectory(good), ModelFiles.open(good.parent / "model")
+    raw = run.manifest.read_bytes()
+    job, changed = json.loads(raw)["job"], mutated(data, raw)
+
+    def read() -> None:
+        read_run_json(run, source, job)
+        expect_source(run, source)
+        for name in source.tensors:
+            source.read(name)
+
+    with_file(good, run.manifest, changed, read, good.parent / "model")

@@ -145,7 +145,7 @@ def _document_crops(
     crops: list[list[int]] = []
     budget = SEARCH_CHARACTERS * nsamples * seqlen
     for document in _shuffled(documents, generator):
-        budget -= len(document)
+        budget -= max(1, len(document))  # so that a stream of empty ones ends, too
         # A token takes at least a byte: most documents need no tokenizing to be found too short.
         if len(document.encode("utf-8")) >= seqlen:
             ids = _token_ids(tokenizer, document)
@@ -195,13 +195,13 @@ def _joined_tokens(tokenizer: Tokenizer, documents: Iterable[str], needed: int) 
         for document in stream:
             read.append(document)
             characters += len(document)
-            if characters >= limit:
+            if max(characters, len(read)) >= limit:
                 exhausted = False
                 break
         ids = _token_ids(tokenizer, "\n\n".join(read))
         if exhausted or len(ids) >= 2 * needed:
             return ids
-        limit = 4 * characters
+        limit = 4 * max(characters, len(read))
 
 
 def _disjoint_starts(

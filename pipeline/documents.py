@@ -24,6 +24,8 @@ from storage.errors import DataError
 LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
 DEFAULT_CONFIG = {"allenai/c4": "en", "Salesforce/wikitext": "wikitext-2-raw-v1"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+MAX_TEXT_BYTES = 1 << 30  # of a .txt file, which is in memory as a whole
+MAX_LINE_BYTES = 1 << 26  # of a line of .jsonl
 _ROWS_AT_ONCE = 64  # a row can hold megabytes of text
 
 
@@ -90,6 +92,11 @@ def _local_documents(path: Path, text_column: str | None) -> Iterator[str]:
 def _txt_documents(path: Path, text_column: str | None) -> Iterator[str]:
     if text_column is not None:
         raise DataError(f"{path} is plain text and has no columns: leave out --text-column")
+    if path.stat().st_size > MAX_TEXT_BYTES:
+        raise DataError(
+            f"{path} is one document of more than {MAX_TEXT_BYTES >> 20} MiB: give it as .jsonl, "
+            ".parquet or .arrow, which are read a document at a time"
+        )
     yield _decoded(path.read_bytes(), path, line=1, offset=0).replace("\r\n", "\n")
 
 
@@ -110,7 +117,13 @@ def _jsonl_documents(path: Path, text_column: str | None) -> Iterator[str]:
     def rows() -> Iterator[tuple[str, dict[str, Any]]]:
         offset = 0
         with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
+            lines = iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
+            for number, raw in enumerate(lines, start=1):
+                if len(raw) > MAX_LINE_BYTES:
+                    raise DataError(
+                        f"{path}, line {number} is longer than {MAX_LINE_BYTES >> 20} MiB: put one "
+                        "document on a line"
+                    )
                 text = _decoded(raw, path, line=number, offset=offset)
                 offset += len(raw)
                 if not text.strip():
@@ -183,10 +196,22 @@ def _arrow_documents(path: Path, text_column: str | None) -> Iterator[str]:
         with pa.memory_map(str(path)) as source:
             for batch in _arrow_batches(source):
                 index = batch.schema.get_field_index(_column_of(batch.schema, path, text_column))
-                for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
-                    yield from _strings(batch.column(index).slice(start, _ROWS_AT_ONCE), path)
+                column = batch.column(index)
+                _validate(column, path)
+                for start in range(0, len(column), _ROWS_AT_ONCE):
+                    yield from _strings(column.slice(start, _ROWS_AT_ONCE), path)
     except pa.ArrowException as error:
         raise DataError(f"{path} is no readable Arrow file: {_first_line(error)}") from error
+
+
+def _validate(column: Any, path: Path) -> None:
+    """Arrow believes the offsets in a file: damaged ones would end the process, not raise."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" in str(error):
+            raise DataError(f"{path} holds a string that is not UTF-8: {error}") from error
+        raise
 
 
 def _arrow_batches(source: Any) -> Iterator[Any]:

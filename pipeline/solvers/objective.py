@@ -19,7 +19,7 @@ def objective(weight: Tensor, original: Tensor, statistics: Statistics | None) -
     """L of every row: (R, C), (R, C) of any float dtype -> (R,) float64.
 
     With only a diagonal statistic the diagonal form sum_j dW_j^2 H_jj; with none, H = I.
-    The product is taken in float64, a panel of H at a time: an optimized dW lies where H is
+    The product is taken in float64, half a panel of H at a time: an optimized dW lies where H is
     small, and fp32 would lose there the digits that tell two solvers apart.
     Raises ValueError where shapes differ.
     """
@@ -40,7 +40,9 @@ def objective(weight: Tensor, original: Tensor, statistics: Statistics | None) -
             continue
         for left in range(0, columns, _COLUMN_CHUNK):
             panel = slice(left, min(left + _COLUMN_CHUNK, columns))
-            product = change @ hessian[:, panel].double()
+            # H is symmetric: what lies above the diagonal blocks counts twice.
+            product = change[:, panel] @ hessian[panel, panel].double()
+            product.addmm_(change[:, :left], hessian[:left, panel].double(), alpha=2)
             total[part] += (product * change[:, panel]).sum(dim=1)
         total[part] /= tokens
     # H is positive semidefinite, so a negative value is rounding.

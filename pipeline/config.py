@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from pipeline.solvers import SolverSettings
-from pipeline.solvers.types import AUTO, ESTIMATE, Pattern
+from pipeline.solvers.types import AUTO, DEFAULT_REFINE_STEPS, ESTIMATE, Pattern
 from storage.errors import ConfigError
 
 Method = Literal["magnitude", "wanda", "sparsegpt", "prox", "prox_admm"]
@@ -91,10 +91,8 @@ class SolverOptions:
     )
     refine_steps: int | None = option(
         None,
-        "steps of the refinement; unset: "
-        + ", ".join(
-            f"{refine} {SolverSettings(refine=refine).resolved().refine_steps}"
-            for refine in ("gradient", "cg")
+        "steps of the refinement; unset: gradient {gradient}, cg {cg}, prox_admm's cg {}".format(
+            SolverSettings().resolved().refine_steps, **DEFAULT_REFINE_STEPS
         ),
     )
     prox_lambda: float = option(

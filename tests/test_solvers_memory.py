@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 method, columns, rows = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 settings = SolverSettings(
     method=method, refine="cg", refine_steps=2, shrinkage=0.1,
-    admm_stages=2, admm_iterations=2, prox_growth=3.0,
+    admm_iterations=4, admm_first_iterations=2, prox_growth=3.0,
 )
 solver = solver_for(settings)
 

@@ -71,7 +71,7 @@ def test_methods_that_compare_rows_say_so(method: str, pattern: str) -> None:
     assert solver_for(SolverSettings(method=method)).separable
 
 
-def test_prox_admm_inverts_once_a_stage_for_the_whole_group(
+def test_prox_admm_inverts_twice_for_the_whole_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from pipeline.solvers import prox_admm
@@ -82,8 +82,7 @@ def test_prox_admm_inverts_once_a_stage_for_the_whole_group(
         prox_admm, "invert_", lambda matrix: inverted.append(matrix.shape) or invert(matrix)
     )
     weight, inputs = layer(rows=30, columns=32)
-    settings = SolverSettings(method="prox_admm")
-    solver = solver_for(settings)
+    solver = solver_for(SolverSettings(method="prox_admm"))
     prepared = solver.prepare(statistics_of(inputs))
     solver.solve_group({"gate": weight[:10], "up": weight[10:]}, prepared)
-    assert len(inverted) == settings.admm_stages
+    assert len(inverted) == 2

@@ -102,7 +102,7 @@ def _sample(weights: Mapping[str, Tensor]) -> Tensor:
 
 def _affordable(total: int, sampled: int, columns: int, settings: SolverSettings) -> int:
     """How many trials the share of a solve pays for, at least one; in units of one inverse."""
-    solve = settings.admm_stages + total / columns * settings.admm_stages * settings.admm_iterations
+    solve = 2 + total / columns * (settings.admm_iterations + 14)
     products = _TRIAL_ITERATIONS + _TRIAL_REFINEMENT + 8
     trial = 1 + sampled / columns * products
     return min(len(_FACTORS), max(1, int(_TRIAL_SHARE * solve / trial)))
@@ -110,9 +110,7 @@ def _affordable(total: int, sampled: int, columns: int, settings: SolverSettings
 
 def _trial_settings(settings: SolverSettings, damping: float, shrinkage: float) -> SolverSettings:
     """A short prox_admm: one inverse at a strong penalty, lambda to the same end in fewer steps."""
-    end = settings.admm_lambda * settings.admm_lambda_growth ** (
-        settings.admm_stages * settings.admm_iterations
-    )
+    end = settings.admm_lambda * settings.admm_lambda_growth ** (settings.admm_iterations)
     return replace(
         settings,
         method="prox_admm",
@@ -120,8 +118,8 @@ def _trial_settings(settings: SolverSettings, damping: float, shrinkage: float) 
         shrinkage=shrinkage,
         refine="cg",
         refine_steps=_TRIAL_REFINEMENT,
-        admm_stages=1,
         admm_iterations=_TRIAL_ITERATIONS,
+        admm_first_iterations=_TRIAL_ITERATIONS,
         admm_rho=1.0,
         admm_lambda_growth=(end / settings.admm_lambda) ** (1 / _TRIAL_ITERATIONS),
     )

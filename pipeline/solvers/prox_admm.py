@@ -1,33 +1,40 @@
 """``prox_admm``, the default: the proximal operator inside ADMM, the quadratic solved exactly.
 
-    W <- (W~0 H~ + rho (Z - U)) (H~ + rho I)^-1
+    V <- (W~0 H~ + rho (Z - U)) (H~ + rho I)^-1
+    W <- r V + (1 - r) Z              (over-relaxation r)
     Z <- prox_lambda(W + U)           (2:4; other patterns: projection on the pattern)
     U <- U + W - Z
 
-The inverse is explicit and held for a stage of iterations, while lambda (which contains 1/rho)
-grows at every one; at the next stage rho grows and U shrinks by the same factor. After a fixed
-number of iterations the two largest of four are kept. One inverse a stage serves all rows of
-all layers of the group.
+The inverse is explicit and held while lambda (which contains 1/rho) grows at every iteration. It
+is taken twice: at a weak penalty that lets supports move, and then at the one that the spectrum of
+H~ asks for (`settled_penalty`), where U shrinks as rho grows. After a fixed number of iterations
+the two largest of four are kept. Both inverses serve all rows of all layers of the group.
 """
 
 from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.solvers.base import BaseSolver, Found, GroupData, solve_diagonal, support_change
 from pipeline.solvers.factor import invert_
-from pipeline.solvers.prox import prox_operator
+from pipeline.solvers.pattern import Pattern
+from pipeline.solvers.prox import NEWTON_STEPS, NEWTON_TOLERANCE, prox_operator
 from pipeline.solvers.regularize import ScaledHessian, raise_damping
 
 
 class ProxAdmmSolver(BaseSolver):
     """ADMM with the proximal operator in the coordinates where H~ has a unit diagonal.
 
-    Memory beyond the Hessian: one C x C fp32 for the stage's inverse, two C x 512 panels while
-    inverting, and about eight (R, C) fp32 of the rows.
-    Time: one product (R, C) x (C, C) an iteration, one at the start, one a refinement step, and
-    2 C^3 operations a stage.
+    Memory beyond the Hessian: one C x C fp32 for the inverse (where blocks make it, two C x 512
+    panels beside it), and about nine (R, C) fp32 of the rows.
+    Time: one product (R, C) x (C, C) an iteration, two at the start, one a refinement step, about
+    three for the report, and 2 C^3 operations for each of two inverses.
     """
 
     def _find(self, original: Tensor, prepared: GroupData) -> Found:
@@ -45,29 +52,102 @@ class ProxAdmmSolver(BaseSolver):
     def _iterate(self, original: Tensor, problem: ScaledHessian, buffer: Tensor) -> Found | None:
         """The whole loop, or None where H~ + rho I was not positive definite."""
         settings = self.settings
-        target, sizes = problem.enter(original)
-        linear = problem.multiply(target)
-        sparse, dual = target, torch.zeros_like(target)
+        sparse, sizes = problem.enter(original)
+        linear = problem.multiply(sparse)
+        dual, product = torch.zeros_like(sparse), torch.empty_like(sparse)
         rho, strength = settings.admm_rho, settings.admm_lambda
-        proximal = (self.pattern.keep, self.pattern.group) == (2, 4)
-        for stage in range(settings.admm_stages):
-            if stage:
-                rho *= settings.admm_rho_growth
-                dual /= settings.admm_rho_growth
-            problem.write(rho, buffer)
-            if not bool(invert_(buffer)):
+        if not self._invert(problem, rho, buffer):
+            return None
+        settled = settings.admm_rho_factor * settled_penalty(buffer, problem, rho)
+        right = torch.add(linear, sparse, alpha=rho)
+        for iteration in range(1, settings.admm_iterations + 1):
+            torch.mm(right, buffer, out=product)
+            right, product = product, right
+            switch = iteration == settings.admm_first_iterations != settings.admm_iterations
+            shrink = rho / max(settled, rho) if switch else 1.0
+            rho /= shrink
+            numbers = (strength, settings.admm_relaxation, shrink, rho)
+            advance(right, dual, sparse, linear, numbers, self.pattern)
+            strength *= settings.admm_lambda_growth
+            if shrink < 1 and not self._invert(problem, rho, buffer):
                 return None
-            for _ in range(settings.admm_iterations):
-                dense = torch.add(linear, sparse - dual, alpha=rho) @ buffer
-                dual += dense
-                if proximal:
-                    sparse = prox_operator(dual, strength)
-                    strength *= settings.admm_lambda_growth
-                else:
-                    sparse = dual * self.pattern.keep_mask(dual.abs())
-                dual -= sparse
         mask = self.pattern.keep_mask(sparse.abs())
         changed = support_change(sparse != 0, (sparse != 0) & mask, mask)
         weight = problem.leave(sparse * mask, sizes)
-        iterations = settings.admm_stages * settings.admm_iterations
-        return Found(weight, mask, iterations, changed, problem=problem)
+        return Found(weight, mask, settings.admm_iterations, changed, problem=problem)
+
+    def _invert(self, problem: ScaledHessian, rho: float, buffer: Tensor) -> bool:
+        """(H~ + rho I)^-1 into ``buffer``; False where it was not positive definite."""
+        problem.write(rho, buffer)
+        return bool(invert_(buffer))
+
+
+def settled_penalty(inverse: Tensor, problem: ScaledHessian, rho: float) -> float:
+    """The rho at which a late iteration, all but a projection on the pattern, settles: sqrt(b).
+
+    b, the bulk of the spectrum of H~ (C, C), is what H~ would be as a multiple of the identity if
+    ``inverse``, (H~ + rho I)^-1, is to have the same mean diagonal over live columns; the mean
+    eigenvalue is 1. With noise and little regularization b is near 0.2, with much above 0.5. A
+    rho well below it leaves the iteration jumping between supports (held-out errors up to 1.6
+    times as large), one far above it commits to the first support met.
+    """
+    live = problem.live.sum().clamp(min=1)
+    typical = float((inverse.diagonal() * problem.live).sum() / live)
+    return max(1 / typical - rho, 0.0) ** 0.5 if typical > 0 else 0.0
+
+
+def advance(
+    product: Tensor,
+    dual: Tensor,
+    sparse: Tensor,
+    linear: Tensor,
+    numbers: tuple[float, float, float, float],
+    pattern: Pattern,
+) -> None:
+    """All of an iteration but its product, in place, on (R, C) fp32.
+
+    product: V, and on return the next iteration's right-hand side linear + rho (Z - U).
+    dual: U, shrunk by the given factor on return. sparse: Z. linear: W~0 H~.
+    numbers: lambda, relaxation, the factor on U, and the next iteration's rho.
+    On a CPU with numba 2:4 is one pass over memory.
+    """
+    proximal = (pattern.keep, pattern.group) == (2, 4)
+    kernels = _numba_kernels() if proximal and product.device.type == "cpu" else None
+    if kernels is not None and product.numel():
+        kernels.advance_numba(
+            *(matrix.numpy() for matrix in (product, dual, sparse, linear)),
+            numbers,
+            steps=NEWTON_STEPS[torch.float32],
+            tolerance=NEWTON_TOLERANCE[torch.float32],
+            threads=torch.get_num_threads(),
+        )
+        return
+    advance_torch(product, dual, sparse, linear, numbers, pattern if not proximal else None)
+
+
+def advance_torch(
+    product: Tensor,
+    dual: Tensor,
+    sparse: Tensor,
+    linear: Tensor,
+    numbers: tuple[float, float, float, float],
+    pattern: Pattern | None = None,
+) -> None:
+    """`advance` in plain torch operations; without a pattern, 2:4 by the proximal operator."""
+    strength, relaxation, shrink, rho = numbers
+    dual.add_(product.mul_(relaxation).add_(sparse, alpha=1 - relaxation))
+    if pattern is None:
+        sparse.copy_(prox_operator(dual, strength))
+    else:
+        torch.mul(dual, pattern.keep_mask(dual.abs()), out=sparse)
+    dual.sub_(sparse).mul_(shrink)
+    torch.sub(sparse, dual, out=product)
+    torch.add(linear, product, alpha=rho, out=product)
+
+
+@cache
+def _numba_kernels() -> Any:
+    """The module of the CPU kernel, None where numba is not installed."""
+    if find_spec("numba") is None:
+        return None
+    return import_module("pipeline.solvers.admm_kernels")

@@ -27,7 +27,7 @@ _THREAD_GROUPS = 1 << 16  # a thread is worth its start from this many groups on
 
 # Arrays in the buffer, by their first index. One base pointer and constant distances, because LLVM
 # gives up on proving that many separate arrays do not overlap. 1 to 4: sorted, largest first.
-_LAMBDA = 0
+LAMBDA = 0
 _U1, _U2, _U3, _U4 = PIECE, 2 * PIECE, 3 * PIECE, 4 * PIECE
 _S1, _S2, _S3, _S4 = 5 * PIECE, 6 * PIECE, 7 * PIECE, 8 * PIECE  # taken off; infinity prunes
 _OPEN = 9 * PIECE  # 1 where the two largest are not certainly optimal
@@ -39,12 +39,12 @@ _NEWTON = 19 * PIECE  # its variable, ...
 _ACTIVE = 20 * PIECE  # ... and 1 until it has converged
 _K0, _K1, _K2, _K3 = 21 * PIECE, 22 * PIECE, 23 * PIECE, 24 * PIECE
 _ON_Q = 25 * PIECE  # 1 where the variable is q, 1/2 where it is s
-_BUFFER = 26 * PIECE
+BUFFER = 26 * PIECE
 
 Array = NDArray[Any]
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     options = {"error_model": "numpy", "nogil": True, "boundscheck": False}
     try:
         return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
@@ -52,14 +52,14 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(**options)(function)  # type: ignore[no-any-return]
 
 
-@_compiled
-def _load(z, buffer):  # type: ignore[no-untyped-def]
+@compiled
+def load(z, buffer):  # type: ignore[no-untyped-def]
     """Sort |z| within each group, scale it by λ, and mark the groups that need more than a look."""
     real = z.dtype.type
     zero, half, one, two, four = real(0), real(0.5), real(1), real(2), real(4)
     largest, infinity = real(np.finfo(z.dtype).max), real(np.inf)
     for j in range(PIECE):
-        lam = buffer[_LAMBDA + j]
+        lam = buffer[LAMBDA + j]
         a, b, c, d = abs(z[4 * j]), abs(z[4 * j + 1]), abs(z[4 * j + 2]), abs(z[4 * j + 3])
         # Sorted before λ comes in, which may round two magnitudes, or two infinities, into one.
         a, c = (c if a < c else a), (a if a < c else c)
@@ -84,7 +84,7 @@ def _load(z, buffer):  # type: ignore[no-untyped-def]
         buffer[_S3 + j], buffer[_S4 + j] = infinity, infinity
 
 
-@_compiled
+@compiled
 def _pack(buffer, places, flag, count, source, to):  # type: ignore[no-untyped-def]
     """Gather the four ``source`` arrays where ``flag`` is set; returns the number packed."""
     zero = buffer.dtype.type(0)
@@ -99,7 +99,7 @@ def _pack(buffer, places, flag, count, source, to):  # type: ignore[no-untyped-d
     return packed
 
 
-@_compiled
+@compiled
 def _start_four(buffer, count):  # type: ignore[no-untyped-def]
     real = buffer.dtype.type
     zero, half, one, two, four = real(0), real(0.5), real(1), real(2), real(4)
@@ -119,7 +119,7 @@ def _start_four(buffer, count):  # type: ignore[no-untyped-def]
         buffer[_ACTIVE + j] = one
 
 
-@_compiled
+@compiled
 def _newton_four(buffer, count, tolerance):  # type: ignore[no-untyped-def]
     """One step of Newton's method on h; returns how many entries go on."""
     real = buffer.dtype.type
@@ -152,7 +152,7 @@ def _newton_four(buffer, count, tolerance):  # type: ignore[no-untyped-def]
     return going
 
 
-@_compiled
+@compiled
 def _finish_four(buffer, count):  # type: ignore[no-untyped-def]
     """The better of four and two kept, and whether three kept has to be tried."""
     real = buffer.dtype.type
@@ -189,7 +189,7 @@ def _finish_four(buffer, count):  # type: ignore[no-untyped-def]
         buffer[_ACTIVE + j] = zero if certain else one
 
 
-@_compiled
+@compiled
 def _start_three(buffer, count):  # type: ignore[no-untyped-def]
     """The first step of Newton's method on k, from q = u3, where the roots are u1 and u2."""
     real = buffer.dtype.type
@@ -203,7 +203,7 @@ def _start_three(buffer, count):  # type: ignore[no-untyped-def]
         buffer[_ACTIVE + j] = one
 
 
-@_compiled
+@compiled
 def _newton_three(buffer, count, tolerance):  # type: ignore[no-untyped-def]
     """One step of Newton's method on k; returns how many entries go on."""
     real = buffer.dtype.type
@@ -232,7 +232,7 @@ def _newton_three(buffer, count, tolerance):  # type: ignore[no-untyped-def]
     return going
 
 
-@_compiled
+@compiled
 def _finish_three(buffer, count):  # type: ignore[no-untyped-def]
     """What three kept takes off, and its F."""
     real = buffer.dtype.type
@@ -252,14 +252,14 @@ def _finish_three(buffer, count):  # type: ignore[no-untyped-def]
         buffer[_K0 + j] = half * (d1 * d1 + d2 * d2 + d3 * d3 + u4 * u4) + x1 * x2 * x3
 
 
-@_compiled
-def _store(z, buffer, result):  # type: ignore[no-untyped-def]
+@compiled
+def store(z, buffer, result):  # type: ignore[no-untyped-def]
     """Bring what is taken off back from sorted order, and take it off."""
     real = z.dtype.type
     zero, one = real(0), real(1)
     tiny, infinity = real(np.finfo(z.dtype).tiny), real(np.inf)
     for j in range(PIECE):
-        lam = buffer[_LAMBDA + j]
+        lam = buffer[LAMBDA + j]
         z1, z2, z3, z4 = z[4 * j], z[4 * j + 1], z[4 * j + 2], z[4 * j + 3]
         m1, m2, m3, m4 = abs(z1), abs(z2), abs(z3), abs(z4)
         a, b, c, d = m1, m2, m3, m4
@@ -296,7 +296,7 @@ def _store(z, buffer, result):  # type: ignore[no-untyped-def]
         result[4 * j + 3] = poison if broken else w4
 
 
-@_compiled
+@compiled
 def _fill_up(buffer, count):  # type: ignore[no-untyped-def]
     """Zeros behind a packed list up to whole vectors; returns the length they make."""
     filled = (count + _LANES - 1) // _LANES * _LANES
@@ -306,8 +306,8 @@ def _fill_up(buffer, count):  # type: ignore[no-untyped-def]
     return filled
 
 
-@_compiled
-def _solve(buffer, places, inner_places, steps, tolerance):  # type: ignore[no-untyped-def]
+@compiled
+def solve(buffer, places, inner_places, steps, tolerance):  # type: ignore[no-untyped-def]
     """Newton's method for the open groups of a loaded piece; fills in what is taken off."""
     real = buffer.dtype.type
     packed = _pack(buffer, places, _OPEN, PIECE, _U1, _P1)
@@ -339,29 +339,29 @@ def _solve(buffer, places, inner_places, steps, tolerance):  # type: ignore[no-u
             buffer[_S1 + k * PIECE + j] = buffer[_E1 + k * PIECE + i]
 
 
-@_compiled
+@compiled
 def _run(z, lam, groups, start, stop, result, steps, tolerance):  # type: ignore[no-untyped-def]
     """Groups start to stop of ``z``; ``groups``: how many share one entry of ``lam``."""
-    buffer = np.zeros(_BUFFER, z.dtype)
+    buffer = np.zeros(BUFFER, z.dtype)
     places, inner_places = np.zeros(PIECE + 1, np.int64), np.zeros(PIECE + 1, np.int64)
     tail, tail_result = np.zeros(4 * PIECE, z.dtype), np.zeros(4 * PIECE, z.dtype)
     for j in range(PIECE):
-        buffer[_LAMBDA + j] = lam[0]
+        buffer[LAMBDA + j] = lam[0]
     for first in range(start, stop, PIECE):
         here = min(PIECE, stop - first)
         if lam.size > 1:
             for j in range(here):
-                buffer[_LAMBDA + j] = lam[(first + j) // groups]
+                buffer[LAMBDA + j] = lam[(first + j) // groups]
         if here == PIECE:
             piece = z[4 * first : 4 * first + 4 * PIECE]
-            _load(piece, buffer)
-            _solve(buffer, places, inner_places, steps, tolerance)
-            _store(piece, buffer, result[4 * first : 4 * first + 4 * PIECE])
+            load(piece, buffer)
+            solve(buffer, places, inner_places, steps, tolerance)
+            store(piece, buffer, result[4 * first : 4 * first + 4 * PIECE])
         else:
             tail[: 4 * here] = z[4 * first : 4 * stop]
-            _load(tail, buffer)
-            _solve(buffer, places, inner_places, steps, tolerance)
-            _store(tail, buffer, tail_result)
+            load(tail, buffer)
+            solve(buffer, places, inner_places, steps, tolerance)
+            store(tail, buffer, tail_result)
             result[4 * first : 4 * stop] = tail_result[: 4 * here]
 
 
@@ -376,18 +376,21 @@ def prox_numba(
         steps, tolerance: of Newton's method.
         threads: at most this many; the result does not depend on it.
     """
-    count = z.size // 4
     arguments = (z.reshape(-1), lam, max(z.shape[1] // 4, 1))
     rest = (result.reshape(-1), steps, z.dtype.type(tolerance))
+    in_threads(lambda start, stop: _run(*arguments, start, stop, *rest), z.size // 4, threads)
+
+
+def in_threads(work: Callable[[int, int], object], count: int, threads: int) -> None:
+    """Call ``work`` on consecutive ranges of ``count`` groups, at most ``threads`` at a time."""
     threads = max(1, min(threads, count // _THREAD_GROUPS))
     if threads == 1:
-        _run(*arguments, 0, count, *rest)
+        work(0, count)
         return
     share = -(-count // threads)
     with ThreadPoolExecutor(threads) as pool:
         parts = [
-            pool.submit(_run, *arguments, start, min(start + share, count), *rest)
-            for start in range(0, count, share)
+            pool.submit(work, start, min(start + share, count)) for start in range(0, count, share)
         ]
         for part in parts:
             part.result()

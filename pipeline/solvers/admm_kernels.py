@@ -1,0 +1,78 @@
+"""All of an ADMM iteration but its product as one pass over memory on a CPU, compiled by numba.
+
+The arithmetic is that of ``prox_admm.advance_torch``; the operator's part is `prox_kernels`' own.
+This module imports numba: `prox_admm` imports it only when it is there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.solvers.prox_kernels import (
+    BUFFER,
+    LAMBDA,
+    PIECE,
+    Array,
+    compiled,
+    in_threads,
+    load,
+    solve,
+    store,
+)
+
+
+@compiled
+def _advance(  # type: ignore[no-untyped-def]
+    product, dual, sparse, linear, numbers, start, stop, steps, tolerance
+):
+    """Groups start to stop. A last piece that is not full is worked on as one of zeros."""
+    strength, relaxation, shrink, rho = numbers[0], numbers[1], numbers[2], numbers[3]
+    rest = product.dtype.type(1) - relaxation
+    buffer = np.zeros(BUFFER, product.dtype)
+    places, inner_places = np.zeros(PIECE + 1, np.int64), np.zeros(PIECE + 1, np.int64)
+    z, result = np.zeros(4 * PIECE, product.dtype), np.zeros(4 * PIECE, product.dtype)
+    for j in range(PIECE):
+        buffer[LAMBDA + j] = strength
+    for first in range(4 * start, 4 * stop, 4 * PIECE):
+        count = min(4 * PIECE, 4 * stop - first)
+        here = slice(first, first + count)
+        dense, old, kept, line = product[here], dual[here], sparse[here], linear[here]
+        for i in range(count):
+            z[i] = old[i] + (relaxation * dense[i] + rest * kept[i])
+        z[count:] = 0
+        load(z, buffer)
+        solve(buffer, places, inner_places, steps, tolerance)
+        store(z, buffer, result)
+        for i in range(count):
+            left = (z[i] - result[i]) * shrink
+            kept[i] = result[i]
+            old[i] = left
+            dense[i] = line[i] + rho * (result[i] - left)
+
+
+def advance_numba(
+    product: Array,
+    dual: Array,
+    sparse: Array,
+    linear: Array,
+    numbers: tuple[float, float, float, float],
+    *,
+    steps: int,
+    tolerance: float,
+    threads: int,
+) -> None:
+    """`prox_admm.advance_torch` on four (R, C) float32, C-contiguous, the first three in place.
+
+    numbers: lambda, relaxation, shrink, rho. steps, tolerance: of Newton's method. threads: at
+    most this many; the result does not depend on it.
+    """
+    real = product.dtype.type
+    arguments = (
+        *(matrix.reshape(-1) for matrix in (product, dual, sparse, linear)),
+        np.array(numbers, product.dtype),
+    )
+    in_threads(
+        lambda start, stop: _advance(*arguments, start, stop, steps, real(tolerance)),
+        product.size // 4,
+        threads,
+    )

@@ -1,0 +1,72 @@
+"""The fast paths of prox_admm give what the plain ones give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.solvers import factor, prox_admm
+from pipeline.solvers.pattern import Pattern
+
+PATTERN = Pattern.parse("2:4")
+
+
+@pytest.mark.parametrize("columns", [4, 1028, 2056])
+@pytest.mark.parametrize("numbers", [(0.05, 1.6, 1.0, 0.2), (0.6, 1.0, 0.3, 0.7), (9.0, 1.6, 1, 2)])
+def test_one_pass_is_the_torch_iteration(
+    columns: int, numbers: tuple[float, float, float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = pytest.importorskip("pipeline.solvers.admm_kernels", exc_type=ImportError)
+    calls = []
+    run = kernels.advance_numba
+    monkeypatch.setattr(
+        kernels, "advance_numba", lambda *args, **kw: calls.append(1) or run(*args, **kw)
+    )
+    generator = torch.Generator().manual_seed(columns)
+    state = [torch.randn(33, columns, generator=generator) for _ in range(4)]
+    expected = [matrix.clone() for matrix in state]
+    prox_admm.advance(*state, numbers, PATTERN)
+    prox_admm.advance_torch(*expected, numbers)
+    assert calls
+    # Newton's method stops at a tolerance, and two candidates may all but tie.
+    for got, wanted in zip(state, expected, strict=True):
+        assert torch.isclose(got, wanted, rtol=1e-3, atol=1e-3).float().mean() > 0.9999
+    assert ((state[2] == 0) == (expected[2] == 0)).float().mean() > 0.9999
+
+
+def test_one_pass_does_not_depend_on_threads_or_rows() -> None:
+    kernels = pytest.importorskip("pipeline.solvers.admm_kernels", exc_type=ImportError)
+    generator = torch.Generator().manual_seed(3)
+    rows = 4 * kernels.PIECE  # enough groups for three threads
+    state = [torch.randn(rows, 1028, generator=generator) for _ in range(4)]
+    numbers, settings = (0.3, 1.6, 0.5, 0.9), {"steps": 10, "tolerance": 3e-4}
+    split = [matrix.clone() for matrix in state]
+    for part in torch.arange(rows).tensor_split(3):
+        pieces = [matrix[part[0] : part[-1] + 1].numpy() for matrix in split]
+        kernels.advance_numba(*pieces, numbers, threads=1, **settings)
+    kernels.advance_numba(*(m.numpy() for m in state), numbers, threads=3, **settings)
+    for got, wanted in zip(split, state, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("columns", [1, 64, 700])
+def test_both_ways_to_invert_agree(columns: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    inputs = torch.randn(2 * columns, columns, generator=generator)
+    matrix = inputs.T @ inputs / len(inputs) + 0.1 * torch.eye(columns)
+    blocks, library, memory = matrix.clone(), matrix.clone(), matrix.clone()
+    assert factor.invert_blocks_(blocks)
+    assert factor.invert_(library)
+    exact = torch.linalg.inv(matrix.double())
+    for inverse in (blocks, library):
+        torch.testing.assert_close(inverse.double(), exact, rtol=1e-4, atol=1e-4)
+    address = memory.data_ptr()
+    factor.invert_(memory)
+    assert memory.data_ptr() == address
+    assert torch.equal(memory, library)
+
+
+@pytest.mark.parametrize("invert", [factor.invert_, factor.invert_blocks_])
+def test_an_indefinite_matrix_is_told(invert) -> None:  # type: ignore[no-untyped-def]
+    matrix = torch.diag(torch.tensor([1.0, -1.0, 2.0, 3.0]))
+    assert not invert(matrix)

@@ -391,8 +391,10 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
+            if is_temporary(path):
+                path = path.with_name(path.name[1:].rsplit(".", 2)[0])
             raise ResourceError(
-                f"{path}: not written, {os.strerror(error.errno or 0)}; {_FULL[error.errno]} "
-                "and run the same command again"
+                f"{path}: not written, {os.strerror(error.errno or 0)}; {_FULL[error.errno]} and "
+                "run the same command again"
             ) from error
         raise

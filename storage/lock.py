@@ -33,7 +33,14 @@ from types import TracebackType
 from typing import Any
 
 from storage.checked_json import decode_json, encode_json, is_count
-from storage.commit import fsync_directory, is_temporary, make_directory, open_own, temporary_name
+from storage.commit import (
+    explained,
+    fsync_directory,
+    is_temporary,
+    make_directory,
+    open_own,
+    temporary_name,
+)
 from storage.errors import CorruptFileError, RunDirectoryError
 
 logger = logging.getLogger(__name__)
@@ -148,7 +155,9 @@ class RunLock:
         for _ in range(_MAX_ROUNDS):
             make_directory(self.directory)  # each time: one that gives up removes an empty one
             dead = {path for path in _lock_files(self.directory) if self._judge(path)}
-            if self._claim(dead):
+            with explained(self.directory / "lock"):
+                won = self._claim(dead)
+            if won:
                 return self
             time.sleep(random.uniform(0.02, 0.2))  # another one claimed at the same time
         raise RunDirectoryError(f"{self.directory}: too many processes want it; start one only")

@@ -22,6 +22,7 @@ from storage.commit import (
     CHUNK_BYTES,
     HashingWriter,
     StoredFile,
+    explained,
     fsync_directory,
     is_temporary,
     make_directory,
@@ -190,10 +191,11 @@ def publish_output(
     if guard is not None:
         guard()
     try:
-        if output.exists():
-            os.rename(output, aside)
-            moved = True
-        os.rename(partial, output)
+        with explained(output):
+            if output.exists():
+                os.rename(output, aside)
+                moved = True
+            os.rename(partial, output)
     except BaseException as error:
         # A signal may come before `moved` is set; an OSError then means that nothing was moved.
         if (moved or not isinstance(error, OSError)) and aside.is_dir() and not output.exists():

@@ -126,9 +126,9 @@ class Tiny:
     expected: dict[str, bytes]
 
     @staticmethod
-    def make(folder: Path) -> Tiny:
+    def make(folder: Path, hidden: int = 16) -> Tiny:
         model = save_tiny_model(
-            folder / "model", blocks=BLOCKS, hidden=16, intermediate=32, weight_files=2
+            folder / "model", blocks=BLOCKS, hidden=hidden, intermediate=2 * hidden, weight_files=2
         )
         text = write_text(folder / "text.txt", 2048)
         tiny = Tiny(model, text, {})

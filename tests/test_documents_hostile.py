@@ -43,7 +43,7 @@ def write(path: Path, texts: list[Any], kind: Any = None) -> Path:
     return path
 
 
-@examples(400)
+@examples(250)
 @given(data=st.data())
 def test_damaged_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.getbasetemp() / "documents"

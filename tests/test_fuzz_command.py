@@ -55,7 +55,7 @@ def changed_file(data: st.DataObject, path: Path) -> bytes:
     return data.draw(spoiled(raw))
 
 
-@examples(20)
+@examples(12)
 @given(data=st.data())
 def test_prune(begun: Path, data: st.DataObject) -> None:
     files = [

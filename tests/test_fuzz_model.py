@@ -82,7 +82,7 @@ def test_index_bytes(good: Path, data: st.DataObject) -> None:
     with_file(good, INDEX, changed, lambda: read_all(good))
 
 
-@examples(250)
+@examples(200)
 @given(data=st.data())
 def test_header_structure(good: Path, data: st.DataObject) -> None:
     raw = (good / FILES[0]).read_bytes()
@@ -120,7 +120,7 @@ CONFIG_KEYS = (
 )  # fmt: skip
 
 
-@examples(300)
+@examples(200)
 @given(data=st.data())
 def test_config_structure(good: Path, data: st.DataObject) -> None:
     document = json.loads((good / "config.json").read_text())

@@ -114,7 +114,7 @@ def read_block(run: RunDirectory, block: int) -> None:
         read_layer(directory, record, layer, verify=False)
 
 
-@examples(250)
+@examples(200)
 @given(data=st.data())
 def test_block_record(good: Path, data: st.DataObject) -> None:
     run = RunDirectory(good)

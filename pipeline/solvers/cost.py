@@ -11,8 +11,8 @@ _PROX_ITERATIONS = 700
 # Time of the elementwise work of an iteration on one entry, in operations at the speed of a
 # product, and of one inverse above the 2 C^3 operations that it needs: measured on a CPU
 # (benchmarks/scaling.py). A GPU's are of another size, but are small beside products there.
-_OPERATIONS_PER_ENTRY = 150.0
-_INVERSE_SLOWDOWN = 1.5
+_OPERATIONS_PER_ENTRY = 500.0
+_INVERSE_SLOWDOWN = 1.2
 # SparseGPT goes through the columns one by one: its time is mostly that of starting so many small
 # operations, whatever the rows. In the same unit, per column.
 _OPERATIONS_PER_COLUMN = 8e6
@@ -45,10 +45,9 @@ def solve_cost(settings: SolverSettings, columns: int) -> SolveCost:
     fixed, elementwise = 0.0, 0.0
     products += 1 if settings.method in ("magnitude", "wanda") and not refined else 3
     if settings.method == "prox_admm":
-        iterations = settings.admm_stages * settings.admm_iterations
-        products += iterations + 1
-        fixed = settings.admm_stages * cube * _INVERSE_SLOWDOWN
-        elementwise = iterations * _OPERATIONS_PER_ENTRY * columns
+        products += settings.admm_iterations + 1
+        fixed = 2 * cube * _INVERSE_SLOWDOWN
+        elementwise = settings.admm_iterations * _OPERATIONS_PER_ENTRY * columns
     elif settings.method == "prox":
         products += _PROX_ITERATIONS
         elementwise = _PROX_ITERATIONS * _OPERATIONS_PER_ENTRY * columns

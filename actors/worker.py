@@ -10,6 +10,7 @@ import ray
 
 from pipeline.collective import Collective, host_meeting
 from pipeline.job import Job, Outcome
+from pipeline.measure import reset_peaks
 from pipeline.worker import BlockWorker
 
 
@@ -44,7 +45,8 @@ class RankActor:
             )
 
     def perform(self, phase: str, *arguments: Any) -> Outcome:
-        """Runs one phase of the rank."""
+        """Runs one phase of the rank; its peaks of memory are the phase's own."""
+        reset_peaks(self.worker.device)
         return self.worker.perform(phase, *arguments)
 
 

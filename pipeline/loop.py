@@ -21,6 +21,7 @@ from pipeline.block_results import read_record
 from pipeline.capture import LayerGroup
 from pipeline.executor import Executor
 from pipeline.job import Advanced, Outcome, SolvedSlices
+from pipeline.measure import peak_memory
 from pipeline.progress import Progress
 from pipeline.repair import ACTIVATIONS_SCHEMA, CHOICES_SCHEMA, Repairs, read_inputs
 from pipeline.retry import AttemptHistory
@@ -176,6 +177,7 @@ class BlockLoop:
             "costs": [part.costs for part in solved],
             "phases": {name: phase.to_json() for name, phase in times.items()},
             "seconds": time.perf_counter() - started,
+            "driver_memory": peak_memory(),
         }
         return self._assemble(block, solved, results)
 

@@ -84,9 +84,11 @@ def device_peak(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device | None = None) -> dict[str, Any]:
-    """Peak resident memory of this process and peak memory of its device, in bytes."""
-    # ru_maxrss is in KiB on Linux.
-    peaks = {"rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    """Peak resident memory of this process and peak memory of its device, in bytes.
+
+    Since `reset_peaks`, which a Ray worker calls before each phase; else since the start.
+    """
+    peaks = {"rss_bytes": host_peak()}
     if device is not None and device.type == "cuda":
         peaks["device_bytes"] = device_peak(device)
     return peaks

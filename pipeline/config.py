@@ -28,6 +28,7 @@ PLACEMENT_FIELDS = frozenset(
         "debug",
         "trust_remote_code",
         "max_attempts",
+        "hessian_memory",
         "trace",
         "phase_timeout",
         "gpus_per_worker",
@@ -202,6 +203,12 @@ class PruneConfig(SolverOptions, RuntimeConfig):
         "model card, in sequences of --seqlen",
     )
     eval_nsamples: int | None = option(None, "sequences of --eval-dataset; unset: the whole text")
+    hessian_memory: float | None = option(
+        None,
+        "GB of Hessians that a worker may hold at once: a block's layers are taken in turns where "
+        "theirs are more, with one more pass over the block's inputs each; unset: half of a GPU's "
+        "memory, any number on a CPU",
+    )
     save_layers: str | None = option(
         None,
         "pattern of layer names (`*.5.self_attn.k_proj`) whose weight and Hessian are saved to the "
@@ -221,6 +228,7 @@ class PruneConfig(SolverOptions, RuntimeConfig):
         RuntimeConfig.__post_init__(self)
         for name in ("nsamples", "eval_nsamples", "max_attempts"):
             require(self, name, at_least=1)
+        require(self, "hessian_memory", at_least=0)
         require(self, "seqlen", at_least=2)
         if self.solver_settings(self.method).shrinkage == AUTO and self.nsamples < 2:
             raise ConfigError("--shrinkage auto compares two halves: --nsamples must be at least 2")

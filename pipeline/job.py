@@ -51,12 +51,19 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Observed:
+    """A block's groups of layers, and in how many turns their statistics are taken."""
+
+    groups: tuple[LayerGroup, ...]
+    turns: int
+
+
+@dataclass(frozen=True)
 class Advanced:
-    """One rank's shards of the next block's inputs, and that block's groups, whose statistics it
-    has kept."""
+    """One rank's shards of the next block's inputs, and what it has observed of that block."""
 
     shards: list[StoredFile]
-    groups: tuple[LayerGroup, ...]
+    observed: Observed
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, TypeVar
 
 from pipeline.block_results import read_record
-from pipeline.capture import LayerGroup
 from pipeline.executor import Executor
-from pipeline.job import Advanced, Outcome, SolvedSlices
+from pipeline.job import Advanced, Observed, Outcome, SolvedSlices
 from pipeline.measure import peak_memory
 from pipeline.progress import Progress
 from pipeline.repair import ACTIVATIONS_SCHEMA, CHOICES_SCHEMA, Repairs, read_inputs
@@ -61,8 +61,10 @@ class BlockLoop:
     `layers` gives per block the pruned layers' shapes; `dtypes` their stored dtypes (safetensors
     names); both are empty for an evaluation. `calibrates` is False for a method that needs no
     statistics: no activations then. `chooses`: whether a part of the settings is chosen per group
-    before solving. `mend_tokens` makes the tokens' file again if it is damaged, and tells so;
-    `manifest` is what `run.json` says, once that is known.
+    before solving. `hessian_memory`: bytes of statistics that a rank may hold at once; a block's
+    groups are taken in turns where theirs are more; None leaves it to the ranks' devices.
+    `mend_tokens` makes the tokens' file again if it is damaged, and tells so; `manifest` is what
+    `run.json` says, once that is known.
     """
 
     executor: Executor
@@ -75,6 +77,7 @@ class BlockLoop:
     calibrates: bool
     chooses: bool
     max_attempts: int
+    hessian_memory: float | None = None
     mend_tokens: Callable[[], bool] | None = None
     manifest: dict[str, Any] | None = field(default=None, init=False)
     # Blocks below this number have been committed.
@@ -83,6 +86,10 @@ class BlockLoop:
 
     def prune(self) -> None:
         """Commits every block that is not committed yet, in order."""
+        if self.calibrates and self.hessian_memory is None:
+            rooms = [outcome.value for outcome in self.guarded("hessian_memory", self.each)]
+            # The same on every rank, or they would take other turns.
+            self.hessian_memory = min((room for room in rooms if room is not None), default=None)
         self.begun = self.run.blocks_begun()
         if self.begun or self.run.committed_activations():
             self.persist("the repair", lambda: Repairs(self).mend(hashed=False))
@@ -156,54 +163,88 @@ class BlockLoop:
         started = time.perf_counter()
         times: dict[str, PhaseTimes] = {}
         groups: list[Any] = []
+        solved: list[list[SolvedSlices]] = []
+        choices: dict[str, dict[str, Any]] | None = None
         if self.calibrates:
             shards, observed = self.inputs(block, observe=True)
             if observed is None:
-                self.progress.phase("calibrate", block)
-                outcomes = self._timed(times, "calibrate", self.each(block, shards))
-                observed = outcomes[0].value
-            groups = [list(group.layers) for group in observed]
-            began = time.perf_counter()
-            self.progress.phase("reduce", block)
-            reduced = self.executor.reduce()
-            times["reduce"] = _times(time.perf_counter() - began, reduced)
-        choices = self._choices(block, times) if self.chooses else None
-        self.progress.phase("solve", block)
-        arguments = self.each(block, self.stamp(), choices)
-        solved = [outcome.value for outcome in self._timed(times, "solve", arguments)]
+                observed = self._calibrate(block, shards, 0, times)
+            groups = [list(group.layers) for group in observed.groups]
+            for turn in range(observed.turns):
+                if turn:
+                    self._calibrate(block, shards, turn, times)
+                self._reduce(block, times)
+                choices = self._choices(block, times) if self.chooses else None
+                solved.append(self._solve(block, choices, times))
+        else:
+            solved.append(self._solve(block, None, times))
         results = {
             "groups": groups,
             "choices": choices,
-            "costs": [part.costs for part in solved],
+            # Of each rank, all turns' together.
+            "costs": [
+                {group: cost for part in own for group, cost in part.costs.items()}
+                for own in zip(*solved, strict=True)
+            ],
             "phases": {name: phase.to_json() for name, phase in times.items()},
             "seconds": time.perf_counter() - started,
             "driver_memory": peak_memory(),
         }
-        return self._assemble(block, solved, results)
+        return self._assemble(block, [part for turn in solved for part in turn], results)
+
+    def _calibrate(
+        self, block: int, shards: list[StoredFile], turn: int, times: dict[str, PhaseTimes]
+    ) -> Observed:
+        """Has the ranks sum the statistics of a turn's groups."""
+        self.progress.phase("calibrate", block)
+        arguments = self.each(block, shards, self.hessian_memory, turn)
+        observed: Observed = self._timed(times, "calibrate", arguments)[0].value
+        return observed
+
+    def _reduce(self, block: int, times: dict[str, PhaseTimes]) -> None:
+        """Has every rank hold the sum of all ranks' statistics."""
+        began = time.perf_counter()
+        self.progress.phase("reduce", block)
+        _add(times, "reduce", time.perf_counter() - began, self.executor.reduce())
+
+    def _solve(
+        self,
+        block: int,
+        choices: dict[str, dict[str, Any]] | None,
+        times: dict[str, PhaseTimes],
+    ) -> list[SolvedSlices]:
+        """Has the ranks solve the layers whose statistics they hold."""
+        self.progress.phase("solve", block)
+        arguments = self.each(block, self.stamp(), choices)
+        return [outcome.value for outcome in self._timed(times, "solve", arguments)]
 
     def _choices(self, block: int, times: dict[str, PhaseTimes]) -> dict[str, dict[str, Any]]:
         """What is chosen for each group: committed before its first use, replayed on resume."""
         path = self.run.choices(block)
-        if not path.exists():
+        committed: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            committed = read_json(path, CHOICES_SCHEMA)["groups"]
+        held = [group.name for group in self.executor.run("held_groups", self.each())[0].value]
+        if not all(name in committed for name in held):
             self.progress.phase("choose", block)
             outcomes = self._timed(times, "choose", self.each(block))
-            groups = {name: own for o in outcomes for name, own in o.value.items()}
-            payload = {"schema_version": CHOICES_SCHEMA, "block": block, "groups": groups}
-            publish_json(path, payload, guard=self.lock.assert_held)
-        choices: dict[str, dict[str, Any]] = read_json(path, CHOICES_SCHEMA)["groups"]
-        return choices
+            chosen = {name: own for o in outcomes for name, own in o.value.items()}
+            committed = chosen | committed
+            payload = {"schema_version": CHOICES_SCHEMA, "block": block, "groups": committed}
+            replace_json(path, payload, guard=self.lock.assert_held)
+        return committed
 
     def inputs(
         self, block: int, *, observe: bool = False
-    ) -> tuple[list[StoredFile], Sequence[LayerGroup] | None]:
+    ) -> tuple[list[StoredFile], Observed | None]:
         """The activation shards that block `block` reads, made if they are not there.
 
         Starts from the nearest committed inputs below `block`, or from the tokens; an older store
         is deleted as soon as the one made from it is committed. With `observe`, a last step that
         is still to be made also runs the dense block on what it writes: the ranks then hold the
-        block's statistics, and its groups are returned.
+        statistics of the first turn's groups, and what they observed is returned.
         """
-        observed: Sequence[LayerGroup] | None = None
+        observed: Observed | None = None
         for below in range(block, -1, -1):
             if self.run.activation_record(below).exists():
                 break
@@ -217,13 +258,15 @@ class BlockLoop:
             self.progress.phase("propagate", current)
             record = self.pruned(current)
             shards = read_inputs(self.run.activation_record(current))
+            last = observe and current + 1 == block
+            more = (self.hessian_memory,) if last else ()
             outcomes = self._make_inputs(
                 current + 1,
-                "advance" if observe and current + 1 == block else "propagate",
-                lambda stamp, b=current, r=record, s=shards: (b, r, s, stamp),
+                "advance" if last else "propagate",
+                lambda stamp, b=current, r=record, s=shards, m=more: (b, r, s, stamp, *m),
             )
-            if observe and current + 1 == block:
-                observed = outcomes[0].value.groups
+            if last:
+                observed = outcomes[0].value.observed
             self.run.remove_activations(current, self.lock.assert_held)
         return read_inputs(self.run.activation_record(block)), observed
 
@@ -292,7 +335,7 @@ class BlockLoop:
     ) -> list[Outcome]:
         began = time.perf_counter()
         outcomes = self.executor.run(phase, arguments)
-        times[phase] = _times(time.perf_counter() - began, outcomes)
+        _add(times, phase, time.perf_counter() - began, outcomes)
         return outcomes
 
     def each(self, *arguments: Any) -> list[tuple[Any, ...]]:
@@ -305,8 +348,23 @@ class BlockLoop:
         return f"{self.lock.nonce[:STAMP_DIGITS]}-{self._attempt}"
 
 
-def _times(wall: float, outcomes: list[Outcome]) -> PhaseTimes:
-    return PhaseTimes(wall, [o.seconds for o in outcomes], [o.memory for o in outcomes])
+def _add(times: dict[str, PhaseTimes], phase: str, wall: float, outcomes: list[Outcome]) -> None:
+    """Adds a phase's times; a block may take it in several turns."""
+    seconds, memory = [o.seconds for o in outcomes], [o.memory for o in outcomes]
+    if phase in times:
+        before = times[phase]
+        wall += before.wall
+        seconds = [_sum(pair) for pair in zip(before.ranks, seconds, strict=True)]
+        memory = [_largest(pair) for pair in zip(before.memory, memory, strict=True)]
+    times[phase] = PhaseTimes(wall, seconds, memory)
+
+
+def _sum(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: sum(p.get(key, 0.0) for p in parts) for key in dict.fromkeys(chain(*parts))}
+
+
+def _largest(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {key: max(p.get(key, 0) for p in parts) for key in dict.fromkeys(chain(*parts))}
 
 
 def block_error(record: BlockRecord) -> float | None:

@@ -229,6 +229,7 @@ def _start(
         calibrates=solver_for(settings).needs != "none" or config.save_layers is not None,
         chooses=settings.shrinkage == AUTO,
         max_attempts=config.max_attempts,
+        hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
         mend_tokens=partial(mend_tokens, run, lock, skeleton, config, tokens, progress),
     )
 

@@ -109,6 +109,23 @@ def _whole(order: Sequence[GroupRows]) -> dict[str, tuple[int, int]]:
     return {name: (0, rows) for group in order for name, rows in group.layers.items() if rows}
 
 
+def turns(sizes: Mapping[T, float], limit: float | None) -> list[list[T]]:
+    """Groups, by the bytes of their statistics, in as many turns as `limit` bytes at once ask for.
+
+    In order, so that a turn's forward can end early; what is larger than the limit by itself has a
+    turn of its own. None: all at once.
+    """
+    found: list[list[T]] = []
+    room = 0.0
+    for item, size in sizes.items():
+        if not found or (limit is not None and size > room):
+            found.append([])
+            room = math.inf if limit is None else limit
+        found[-1].append(item)
+        room -= size
+    return found
+
+
 def whole_layers(groups: Sequence[GroupRows], world: int) -> list[dict[str, tuple[int, int]]]:
     """`row_ranges` where a solver compares the rows of a layer: each layer goes to one rank."""
     cost = {

@@ -111,6 +111,11 @@ def merged(folds: FoldedStatistics) -> Statistics | None:
     return add_in_rank_order(list(folds))
 
 
+def statistics_bytes(columns: int, needs: str) -> int:
+    """What an `Accumulator` holds, in bytes."""
+    return 4 * columns * ((columns if needs == "full" else 0) + 1)
+
+
 def panels(columns: int) -> list[tuple[int, int]]:
     """Column ranges of at least 256 columns, at most eight: eight save 44 % of the products."""
     width = max(_SMALLEST_PANEL, -(-columns // 8))

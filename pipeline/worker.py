@@ -9,7 +9,6 @@ from __future__ import annotations
 import fnmatch
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from pipeline.capture import LayerGroup, ModelEnds, find_groups
 from pipeline.collective import Collective
 from pipeline.device import choose_device, make_deterministic
 from pipeline.forward import Forward
-from pipeline.job import Advanced, Job, Outcome, SolvedSlices
+from pipeline.job import Advanced, Job, Observed, Outcome, SolvedSlices
 from pipeline.layers import layers_to_prune
+from pipeline.loading import BlockLoader
 from pipeline.manifest import expect_source
 from pipeline.measure import Stopwatch, peak_memory
 from pipeline.model import Skeleton, open_skeleton
@@ -31,8 +31,13 @@ from pipeline.solvers import SolverSettings, choose_regularization, solver_for
 from pipeline.solvers.cost import solve_cost
 from pipeline.solvers.types import AUTO
 from pipeline.solving import solve_group
-from pipeline.split import GroupRows, deal, row_ranges, whole_layers
-from pipeline.statistics import FoldedStatistics, GroupAccumulator, merged
+from pipeline.split import GroupRows, deal, row_ranges, turns, whole_layers
+from pipeline.statistics import (
+    FoldedStatistics,
+    GroupAccumulator,
+    merged,
+    statistics_bytes,
+)
 from storage.checkpoints import BlockRecord, RowSlice, read_layer, verify_record, write_row_slices
 from storage.commit import StoredFile
 from storage.errors import ModelError, NumericalError
@@ -59,8 +64,10 @@ class BlockWorker:
         self.collective: Collective | None = None
         self.statistics: dict[str, FoldedStatistics] = {}
         self._groups: dict[tuple[Any, ...], tuple[LayerGroup, ...]] = {}
-        self._block_groups: tuple[LayerGroup, ...] = ()
-        self._coming: tuple[int, Future[nn.Module]] | None = None
+        # The groups whose statistics are held, and of what they are a part.
+        self._turn: tuple[LayerGroup, ...] = ()
+        self._observed = Observed((), 1)
+        self.loader = BlockLoader(self.skeleton, self.run, self.watch, self.forward.background)
 
     @torch.no_grad()
     def perform(self, phase: str, *arguments: Any) -> Outcome:
@@ -92,13 +99,29 @@ class BlockWorker:
             ends = ModelEnds(self.skeleton, self.device, head=False)
         return self.forward.write(0, stamp, self.forward.embedded(ends, only))
 
-    def calibrate(self, block: int, shards: list[StoredFile]) -> list[LayerGroup]:
-        """Runs the dense block over this rank's shards, keeping its groups' partial sums."""
-        observer = self._observer(block, lambda: self.forward.first_batch(block, shards))
+    def hessian_memory(self) -> float | None:
+        """Bytes of statistics that this rank's device should hold at once; None for any number.
+
+        Half of a GPU: a solve takes two matrices more, of one group at a time.
+        """
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.get_device_properties(self.device).total_memory / 2
+
+    def calibrate(
+        self, block: int, shards: list[StoredFile], limit: float | None = None, turn: int = 0
+    ) -> Observed:
+        """Runs the dense block over this rank's shards, keeping its groups' partial sums.
+
+        Where the statistics are more than `limit` bytes, the groups are taken in turns: those of
+        number `turn`. Every rank must be given the same limit.
+        """
+        first = partial(self.forward.first_batch, block, shards)
+        observer = self._observer(block, first, limit, turn)
         for _, start, hidden_states in self.forward.own_batches(block, shards):
             observer.add(start, hidden_states)
         self.statistics = observer.statistics()
-        return list(self._block_groups)
+        return self._observed
 
     def reduce(self) -> None:
         """Sums the statistics over all ranks, in place."""
@@ -108,13 +131,17 @@ class BlockWorker:
             for name, folds in self.statistics.items():
                 self.statistics[name] = tuple(self.collective.sum_statistics(f) for f in folds)
 
+    def held_groups(self) -> tuple[LayerGroup, ...]:
+        """The groups whose statistics are held: the same on every rank."""
+        return self._turn
+
     def choose(self, block: int) -> dict[str, dict[str, Any]]:
         """Regularization of the groups dealt to this rank, as JSON: group -> solver settings."""
         settings = self._settings()
-        cost = {group.name: float(group.columns) ** 3 for group in self._block_groups}
+        cost = {group.name: float(group.columns) ** 3 for group in self._turn}
         owners = deal(list(cost), cost, self.world)
         choices = {}
-        for group in self._block_groups:
+        for group in self._turn:
             if owners[group.name] != self.rank:
                 continue
             weights = {layer: self._read_weight(block, layer) for layer in group.layers}
@@ -127,15 +154,15 @@ class BlockWorker:
     def solve(
         self, block: int, stamp: str, choices: dict[str, dict[str, Any]] | None
     ) -> SolvedSlices:
-        """Solves this rank's rows of the block's layers and writes them to one file.
+        """Solves this rank's rows of the turn's layers and writes them to one file.
 
         `choices` are what `choose` gave for all groups; None where nothing is chosen.
         """
         settings = self._settings()
         if self.statistics and block + 1 < len(self.skeleton.blocks):
-            self._load_ahead(block + 1)
+            self.loader.ahead(block + 1)
         names = layers_to_prune(self.skeleton, block, settings, self.job.skip_unsupported)
-        groups = self._block_groups or tuple(LayerGroup((n,), names[n][1]) for n in names)
+        groups = self._turn or tuple(LayerGroup((n,), names[n][1]) for n in names)
         ranges = self._deal_rows(groups, names)[self.rank]
         slices: dict[str, RowSlice] = {}
         reports: dict[str, dict[str, Any]] = {}
@@ -176,7 +203,7 @@ class BlockWorker:
 
         `shards`: by number. `only` as in `embed`.
         """
-        module = self._load_pruned(block, record)
+        module = self.loader.pruned(block, record)
         outputs = (
             (index, self.forward.output(block, module, batch))
             for index, _, batch in self.forward.own_batches(block, shards, only=only)
@@ -184,17 +211,24 @@ class BlockWorker:
         return self.forward.write(block + 1, stamp, outputs)
 
     def advance(
-        self, block: int, record: BlockRecord | None, shards: list[StoredFile], stamp: str
+        self,
+        block: int,
+        record: BlockRecord | None,
+        shards: list[StoredFile],
+        stamp: str,
+        limit: float | None = None,
     ) -> Advanced:
         """`propagate` of a block and `calibrate` of the next, in one pass over the shards.
 
         The statistics are taken of the bytes that are written, in the same batches: they equal
         those of the two passes bit for bit. Two blocks' weights are held.
         """
-        module = self._load_pruned(block, record)
+        module = self.loader.pruned(block, record)
         observer = self._observer(
             block + 1,
             lambda: self.forward.output(block, module, self.forward.first_batch(block, shards)),
+            limit,
+            turn=0,
         )
 
         def outputs() -> Iterator[tuple[int, Tensor]]:
@@ -205,7 +239,7 @@ class BlockWorker:
 
         written = self.forward.write(block + 1, stamp, outputs())
         self.statistics = observer.statistics()
-        return Advanced(written, self._block_groups)
+        return Advanced(written, self._observed)
 
     def write_output(
         self, files: list[str], records: list[BlockRecord], folder: str
@@ -269,24 +303,30 @@ class BlockWorker:
             raise ModelError("this job evaluates; it has no solver")
         return self.job.settings
 
-    def _observer(self, block: int, first: Callable[[], Tensor]) -> BlockObserver:
-        """The dense block with its groups observed; `first` gives the first batch of sequence 0."""
+    def _observer(
+        self, block: int, first: Callable[[], Tensor], limit: float | None, turn: int
+    ) -> BlockObserver:
+        """The dense block, a turn's groups observed; `first` gives the first batch of all."""
         settings = self._settings()
-        module = self._load(block)
+        module = self.loader.dense(block)
         layers = tuple(layers_to_prune(self.skeleton, block, settings, self.job.skip_unsupported))
-        self._block_groups = self._find_groups(block, module, layers, first)
-        needs = solver_for(settings).needs
-        sums = {}
-        for group in self._block_groups:
-            saved = any(self._is_saved(block, layer) for layer in group.layers)
-            sums[group] = GroupAccumulator(
-                group.columns,
-                "full" if saved else needs,
-                self.device,
-                # Two halves of the sequences, where a choice is made on the one for the other.
-                boundary=self.job.nsamples // 2 if settings.shrinkage == AUTO else None,
-            )
+        groups = self._find_groups(block, module, layers, first)
+        folds = 2 if settings.shrinkage == AUTO else 1
+        needs = {group: self._needs(block, group) for group in groups}
+        sizes = {group: folds * statistics_bytes(group.columns, needs[group]) for group in groups}
+        in_turns = turns(sizes, limit)
+        self._turn, self._observed = tuple(in_turns[turn]), Observed(groups, len(in_turns))
+        # Two halves of the sequences, where a choice is made on the one for the other.
+        boundary = self.job.nsamples // 2 if folds == 2 else None
+        sums = {
+            group: GroupAccumulator(group.columns, needs[group], self.device, boundary)
+            for group in self._turn
+        }
         return BlockObserver(module, sums, partial(self.forward.call, block), self.watch)
+
+    def _needs(self, block: int, group: LayerGroup) -> str:
+        saved = any(self._is_saved(block, layer) for layer in group.layers)
+        return "full" if saved else solver_for(self._settings()).needs
 
     def _find_groups(
         self, block: int, module: nn.Module, layers: tuple[str, ...], first: Callable[[], Tensor]
@@ -301,28 +341,6 @@ class BlockWorker:
             call = self.forward.call(block, batch)
             self._groups[structure] = find_groups(module, call, batch, layers)
         return self._groups[structure]
-
-    def _load_ahead(self, block: int) -> None:
-        """Begins to read a block's weights into host memory, for the next `_load`."""
-        host = torch.device("cpu")
-        load = partial(self.skeleton.load_block, block, host)
-        self._coming = (block, self.forward.background.submit(load))
-
-    def _load(self, block: int) -> nn.Module:
-        """A dense block on the device, read already where `_load_ahead` was told of it."""
-        with self.watch("load"):
-            coming, self._coming = self._coming, None
-            if coming is not None and coming[0] == block:
-                return coming[1].result().to(self.device)
-            return self.skeleton.load_block(block, self.device)
-
-    def _load_pruned(self, block: int, record: BlockRecord | None) -> nn.Module:
-        """A block as `record` says; dense where that is None."""
-        with self.watch("load"):
-            module = self.skeleton.load_block(block, self.device)
-            if record is not None:
-                self._insert_pruned(block, module, record)
-        return module
 
     def _deal_rows(
         self, groups: Sequence[LayerGroup], shapes: dict[str, tuple[int, int]]
@@ -356,15 +374,6 @@ class BlockWorker:
         with self.watch("load"):
             name = self.skeleton.weight_name(block, layer)
             return self.skeleton.files.read(name, rows=rows).to(self.device)
-
-    def _insert_pruned(self, block: int, module: nn.Module, record: BlockRecord) -> None:
-        verify_record(self.run.checkpoints(block), record)
-        for layer in record.layers:
-            weight = read_layer(self.run.checkpoints(block), record, layer, verify=False)
-            owner = module.get_submodule(layer)
-            owner.weight = nn.Parameter(
-                weight.to(device=self.device, dtype=self.skeleton.dtype), requires_grad=False
-            )
 
     def _is_saved(self, block: int, layer: str) -> bool:
         pattern = self.job.save_layers

@@ -42,9 +42,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = str(write_text(folder / "text.txt", 4096))
     prune_here(model, folder / "expected", dataset=text, **OPTIONS)
     with pytest.raises(Prox24Error):
-        prune_here(
-            model, folder / "output", executor=Stopped(1, 1), dataset=text, **OPTIONS
-        )
+        prune_here(model, folder / "output", executor=Stopped(1, 1), dataset=text, **OPTIONS)
     return folder
 
 

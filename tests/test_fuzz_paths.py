@@ -187,9 +187,7 @@ def test_what_is_no_file_of_ours_is_not_read(tmp_path: Path, reader: str, kind: 
 
 
 @pytest.mark.parametrize("area", ["checkpoints", "activations", "choices", "report"])
-def test_a_link_out_of_the_run_directory(
-    tiny_model: TinyModel, tmp_path: Path, area: str
-) -> None:
+def test_a_link_out_of_the_run_directory(tiny_model: TinyModel, tmp_path: Path, area: str) -> None:
     """A job does not begin in it, and the status does not follow it."""
     model, run, outside = tiny_model(), tmp_path / "output.run", tmp_path / "outside"
     (outside / "block-000").mkdir(parents=True)

@@ -186,9 +186,7 @@ def test_an_owner_that_stays_stopped_is_replaced(run: Path, holder: Callable[...
     until(lambda: is_stopped(first.pid))
     until(lambda: age_of_the_heartbeat(run) > 0.3)
     waits: list[str] = []
-    with RunLock(
-        run, stale_seconds=0.3, on_wait=lambda seconds, who: waits.append(who)
-    ) as mine:
+    with RunLock(run, stale_seconds=0.3, on_wait=lambda seconds, who: waits.append(who)) as mine:
         assert f"process {first.pid} on " in waits[0]
         assert "last heartbeat" in waits[0]
         first.signal(signal.SIGCONT)

@@ -19,6 +19,7 @@ from pipeline.split import (
     row_ranges,
     sequences_per_shard,
     shard_ranges,
+    turns,
     whole_layers,
 )
 
@@ -176,3 +177,19 @@ def test_the_costliest_is_dealt_first() -> None:
 @pytest.mark.parametrize(("batch_size", "sequences"), [(1, 4), (2, 4), (3, 3), (4, 4), (6, 6)])
 def test_sequences_of_a_shard(batch_size: int, sequences: int) -> None:
     assert sequences_per_shard(batch_size) == sequences
+
+
+@given(
+    sizes=st.dictionaries(st.integers(), st.integers(1, 1000), min_size=1),
+    limit=st.one_of(st.none(), st.integers(0, 3000)),
+)
+def test_groups_are_taken_in_as_few_turns_as_fit(sizes: dict[int, int], limit: int | None) -> None:
+    found = turns({key: float(size) for key, size in sizes.items()}, limit)
+    assert [item for turn in found for item in turn] == list(sizes)
+    totals = [sum(sizes[item] for item in turn) for turn in found]
+    if limit is None:
+        assert len(found) == 1
+        return
+    assert all(total <= limit or len(turn) == 1 for total, turn in zip(totals, found, strict=True))
+    for total, following in zip(totals, found[1:], strict=False):
+        assert total + sizes[following[0]] > limit, "what fits a turn is not put off"

@@ -1,0 +1,57 @@
+"""One block's weights on a rank's device: dense, pruned, or read ahead of their use."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from functools import partial
+
+import torch
+from torch import nn
+
+from pipeline.background import Background
+from pipeline.measure import Stopwatch
+from pipeline.model import Skeleton
+from storage.checkpoints import BlockRecord, read_layer, verify_record
+from storage.run_directory import RunDirectory
+
+
+class BlockLoader:
+    """Blocks of a model, from the source's weight files and the run's checkpoints."""
+
+    def __init__(
+        self, skeleton: Skeleton, run: RunDirectory, watch: Stopwatch, background: Background
+    ) -> None:
+        self.skeleton, self.run, self.watch, self.device = skeleton, run, watch, watch.device
+        self._background = background
+        self._coming: tuple[int, Future[nn.Module]] | None = None
+
+    def ahead(self, block: int) -> None:
+        """Begins to read a block's weights into host memory, for the next `dense`."""
+        load = partial(self.skeleton.load_block, block, torch.device("cpu"))
+        self._coming = (block, self._background.submit(load))
+
+    def dense(self, block: int) -> nn.Module:
+        """A block as the source has it, read already where `ahead` was told of it."""
+        with self.watch("load"):
+            if self._coming is not None and self._coming[0] == block:
+                future, self._coming = self._coming[1], None
+                return future.result().to(self.device)
+            return self.skeleton.load_block(block, self.device)
+
+    def pruned(self, block: int, record: BlockRecord | None) -> nn.Module:
+        """A block as `record` says; dense where that is None.
+
+        Raises `CorruptFileError` where a file that the record names is damaged.
+        """
+        with self.watch("load"):
+            module = self.skeleton.load_block(block, self.device)
+            if record is not None:
+                directory = self.run.checkpoints(block)
+                verify_record(directory, record)
+                for layer in record.layers:
+                    weight = read_layer(directory, record, layer, verify=False)
+                    module.get_submodule(layer).weight = nn.Parameter(
+                        weight.to(device=self.device, dtype=self.skeleton.dtype),
+                        requires_grad=False,
+                    )
+        return module

@@ -91,7 +91,9 @@ def _cut(
                 if tiles < fits / ROW_TILE:
                     fits = max(int(tiles), 0) * ROW_TILE
                 if fits:
-                    pieces[rank][name] = (start, start + fits)
+                    # The last, partial tile of a layer may still fit behind its whole ones.
+                    begin, _ = pieces[rank].get(name, (start, start))
+                    pieces[rank][name] = (begin, start + fits)
                     room = budget - fits * group.per_row
                     start += fits
                 elif rank + 1 == world:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.solvers import SolverSettings
@@ -73,6 +73,10 @@ def test_even_shares_differ_by_one_at_most(count: int, world: int) -> None:
     assert max(sizes) - min(sizes) <= 1
 
 
+@example(  # a last tile that is not whole and still fits where the whole ones before it are
+    groups=[GroupRows({"a": 205}, 14201.0, 10000.0), GroupRows({"b": 134}, 0.0, 6554.578456)],
+    world=6,
+)
 @given(groups=GROUPS, world=WORLDS)
 def test_every_row_is_solved_once(groups: list[GroupRows], world: int) -> None:
     for dealt in (row_ranges(groups, world), whole_layers(groups, world)):

@@ -333,6 +333,7 @@ def _tidy(run: RunDirectory, lock: RunLock, blocks: int, progress: Progress) -> 
     for block in reversed(range(blocks + 1)):
         run.remove_activations(block, lock.assert_held)
         run.remove_checkpoint(block, lock.assert_held)
+    lock.assert_held()  # who was replaced in the meantime says so, even now
     try:
         return read_summary(run)
     except CorruptFileError as error:

@@ -3,8 +3,9 @@
 `arm` wraps, in the calling process alone, everything by which it changes files: opening for
 writing, writing, fsync, link, rename, unlink, mkdir, rmdir. Each has a point before and one after,
 a write also one in the middle, when half of the data is in the file. Points are numbered in the
-order in which the main thread passes them: the same job passes the same ones. At the chosen point
-the process sends itself the signal.
+order in which they are passed. The same job passes the same ones, though where a thread writes
+behind the main one their order may differ a little. At the chosen point the process sends itself
+the signal.
 """
 
 from __future__ import annotations
@@ -80,17 +81,19 @@ class _Points:
         self.injection = injection
         self.root = os.path.join(os.path.realpath(injection.within), "")
         self.count, self.done = 0, False
+        self.lock = threading.Lock()
         self.log = -1
         if injection.names is not None:
             self.log = os.open(injection.names, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
     def passed(self, what: str, where: str) -> None:
         """One point. The heartbeat's thread has none: it would come in anywhere."""
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread().name == "run-lock":
             return
         if not where.startswith(self.root):
             return
-        number, self.count = self.count, self.count + 1
+        with self.lock:
+            number, self.count = self.count, self.count + 1
         name, at = f"{what} {where.removeprefix(self.root)}", self.injection.at
         if self.log >= 0:
             os.write(self.log, f"{name}\n".encode())

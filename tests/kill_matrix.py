@@ -140,12 +140,16 @@ class Case:
         (line,) = [line for line in self.errors().splitlines() if "go on with: " in line]
         return shlex.split(line.partition("go on with: prox24 ")[2])
 
-    def check_finished(self) -> None:
-        """Output and run directory are those of a job that nothing disturbed."""
+    def check_finished(self, beside: Iterable[str] = ()) -> None:
+        """Output and run directory are those of a job that nothing disturbed.
+
+        beside: beginnings of names that may also lie beside the output.
+        """
         found, expected = contents(self.output), self.matrix.output
         assert found.keys() == expected.keys()
         assert [name for name in found if found[name] != expected[name]] == []
-        assert {path.name for path in self.folder.iterdir()} == {"out", "out.run"}
+        names = {path.name for path in self.folder.iterdir()}
+        assert {n for n in names if not n.startswith(tuple(beside))} == {"out", "out.run"}
         left = contents(self.run_directory)
         assert left.keys() == self.matrix.left.keys()
         for name in ("run.json", "tokens.arrow"):

@@ -28,7 +28,7 @@ OPTIONS = ("--nsamples=4", "--seqlen=16", "--batch-size=2", "--threads=1", "--wo
 class Matrix:
     """The job, what it leaves when nothing disturbs it, and the points that it passes.
 
-    more: options beyond OPTIONS. old: files of a folder that lies where the output goes.
+    more: options beyond, or instead of, OPTIONS. old: files of a folder where the output goes.
     """
 
     folder: Path

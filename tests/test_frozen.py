@@ -1,7 +1,7 @@
 """A driver that freezes, is replaced, and wakes up: what it does late changes nothing.
 
-It is stopped (SIGSTOP) at a chosen one of its commit points, so also between a check of the lock and
-what the check allows. Another driver waits for its heartbeat in vain, takes over and finishes.
+It is stopped (SIGSTOP) at a chosen one of its commit points, so also between a check of the lock
+and what the check allows. Another driver waits for its heartbeat in vain, takes over and finishes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -127,3 +127,55 @@ def woken_amid(matrix: Matrix, at: int | str, then: int | str) -> None:
         case.check_finished()
     finally:
         case.end()
+
+
+def each(matrix: Matrix, points: Iterable[int | str]) -> None:
+    """Three at a time: they mostly wait."""
+    with ThreadPoolExecutor(3) as pool:
+        for case in [pool.submit(replaced_and_woken, matrix, at) for at in points]:
+            case.result()
+
+
+# Between the check of the lock and what it allows, in the middle of a file, before a deletion.
+AT = (
+    "before replace .*/tokens.arrow",
+    "before link out.run/run.json",
+    "amid write out.run/checkpoints/block-000/rank-0",
+    "before link out.run/checkpoints/block-000/record.json",
+    "before unlink out.run/activations/block-000/record.json",
+    "before replace out.run/report/summary.json",
+    "amid write .out.partial-.*/.model-00002",
+    "before rename out$",
+    "before unlink out.run/checkpoints/block-001/record.json",
+)
+
+
+def test_replaced_at_the_moments_that_matter(matrix: Matrix) -> None:
+    each(matrix, AT)
+
+
+def test_replaced_before_it_moves_the_old_output(rich: Matrix) -> None:
+    each(rich, ("before rename .*prox24-replaced", "before rename out$"))
+
+
+@pytest.mark.parametrize(
+    ("at", "then"),
+    [
+        ("before link .*checkpoints/block-000/record", "before link .*checkpoints/block-000/rec"),
+        ("before unlink .*activations/block-000/record", "amid write .*checkpoints/block-001/rank"),
+        ("before rename out$", "amid write .out.partial-.*README"),
+    ],
+)
+def test_woken_while_its_replacement_works(matrix: Matrix, at: str, then: str) -> None:
+    woken_amid(matrix, at, then)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(5))
+def test_replaced_at_every_point(matrix: Matrix, part: int) -> None:
+    each(matrix, range(part, len(matrix.points), 5))
+
+
+@pytest.mark.slow
+def test_replaced_in_a_job_with_everything(rich: Matrix) -> None:
+    each(rich, range(0, len(rich.points), 7))

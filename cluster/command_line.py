@@ -27,6 +27,7 @@ from cluster.source import resolve_model
 from cluster.status import DESCRIPTION, add_arguments, show
 from pipeline.config import EvalConfig, PruneConfig, RuntimeConfig, SolveConfig
 from pipeline.executor import Executor, LocalExecutor
+from pipeline.planning.options import PlanConfig
 from storage.errors import ConfigError, Prox24Error, RunInterrupted
 
 # What a plain YAML scalar may be besides a string.
@@ -35,6 +36,11 @@ _YAML_WORDS = ("bool", "null", "merge")
 _PRUNE_EPILOG = """\
 Run the same command again to go on with a job that was interrupted: it continues at the last
 committed block and ends with the same bytes."""
+
+
+_PLAN_EPILOG = """\
+Reads the config and the headers of the weight files, no weights. Exit status 3: the job would not
+fit."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -87,6 +93,11 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False, dataclass_types=[],
     )  # fmt: skip
     add_arguments(status)
+    plan = _command(commands, "plan", PlanConfig, "say what pruning MODEL will take")
+    plan.epilog = _PLAN_EPILOG
+    plan.add_argument(
+        "model", metavar="MODEL", help="local Hugging Face folder, a config.json alone, or hub id"
+    )
     demo = commands.add_parser(
         "demo", help="prune a small real model on this machine", allow_abbrev=False,
         dataclass_types=[],
@@ -123,6 +134,7 @@ def run(arguments: Sequence[str]) -> int:
                 "eval": _evaluate,
                 "solve": _solve,
                 "status": show,
+                "plan": _plan,
                 "demo": _demo,
             }[options.command]
             return command(options)
@@ -253,6 +265,13 @@ def _solve(options: argparse.Namespace) -> int:
     else:
         print(solve_table(results))
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from cluster.plan import plan_command
+
+    config: PlanConfig = config_from(options, PlanConfig)
+    return plan_command(options.model, config)
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -41,3 +41,26 @@ def resolve_model(model: str) -> Source:
             f"{model} is neither a local folder nor a model that the hub gives ({first})"
         ) from error
     return Source(Path(folder), model)
+
+
+def config_source(model: str) -> Source:
+    """MODEL for a plan: a folder, a config.json, or a hub id, of which the config alone is fetched.
+
+    Raises `ModelError` as `resolve_model` does.
+    """
+    path = Path(model)
+    if path.is_file() and path.suffix == ".json":
+        path = path.absolute()
+        return Source(path, path.parent.name if path.name == "config.json" else path.stem)
+    if path.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
+        return resolve_model(model)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Source(Path(hf_hub_download(model, "config.json")), model)
+    except Exception as error:  # the hub client raises its own, httpx's and OS errors
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{model} is neither a local folder, nor a config.json, nor a model that the hub gives "
+            f"({first})"
+        ) from error

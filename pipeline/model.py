@@ -147,7 +147,7 @@ def open_skeleton(folder: Path, *, dtype: str | None, trust_remote_code: bool) -
 
 def _take_apart(model: PreTrainedModel, files: ModelFiles, dtype: torch.dtype) -> Skeleton:
     model.eval()
-    skeleton = Skeleton(model, files, _find_blocks(model, files.folder), dtype)
+    skeleton = Skeleton(model, files, find_blocks(model, files.folder), dtype)
     _check_tensors(skeleton)
     return skeleton
 
@@ -189,7 +189,7 @@ def _forward_dtype(config: PreTrainedConfig, files: ModelFiles, name: str | None
     raise ModelError(f"{files.folder} holds no floating-point tensor")
 
 
-def _find_blocks(model: PreTrainedModel, folder: Path) -> str:
+def find_blocks(model: PreTrainedModel, folder: Path) -> str:
     """Path of the outermost module list of `num_hidden_layers` entries that hold linears."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     path: str

@@ -1,0 +1,160 @@
+"""The options of `prox24 plan`, and the job they describe."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config import Method, SolverOptions, option, require
+from pipeline.planning.job import PlannedJob
+from pipeline.planning.machine import available_memory
+from pipeline.planning.rates import Rates, cpu_rates, gpu_rates, load_rates, with_threads
+from pipeline.planning.shape import ModelShape, read_shape
+from pipeline.solvers import solver_for
+from storage.errors import ConfigError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE)
+_GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(SolverOptions):
+    """Every option of `prox24 plan`. Raises `ConfigError` on a value out of range."""
+
+    method: Method = option("prox_admm", "how masks and weights are found")
+    nsamples: int = option(128, "calibration sequences")
+    seqlen: int = option(2048, "tokens of a calibration sequence")
+    batch_size: int = option(4, "sequences in one forward pass")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "dtype of the forward passes; unset: the source's"
+    )
+    gpus: int | None = option(
+        None, "GPUs in all, one worker each; unset: CPU workers of this machine"
+    )
+    gpu: str = option("H100", "kind of GPU, by its data sheet: see --help of the table in README")
+    gpu_memory: str | None = option(None, "memory of a GPU, as in 80GB; unset: the data sheet's")
+    nodes: int | None = option(None, "nodes; unset: 8 GPUs to a node, CPU workers on one")
+    node_memory: str | None = option(
+        None, "host memory of a node, as in 1TB; unset: for CPU workers what this machine has free"
+    )
+    workers: int | None = option(None, "CPU workers; unset: 1")
+    threads: int | None = option(
+        None, "CPU threads of a worker; unset: this machine's cores divided by the workers"
+    )
+    disk: str | None = option(
+        None, "free disk, as in 2TB; unset: for CPU workers what the current folder has"
+    )
+    disk_speed: str | None = option(
+        None, "what the shared filesystem writes in a second, as in 5GB; it reads twice as much"
+    )
+    network_speed: str | None = option(
+        None, "what a worker sends to another node in a second, as in 25GB"
+    )
+    rates: str | None = option(
+        None, "file of rates that --calibrate wrote; unset: data sheets and stated efficiencies"
+    )
+    calibrate: bool = option(
+        False, "measure the rates of this machine first, at the model's shapes (about a minute)"
+    )
+    executor: Literal["ray", "local"] = option("ray", "who runs the ranks")
+    skip_unsupported: bool = option(
+        False, "leave linears whose width the pattern does not divide dense"
+    )
+    trust_remote_code: bool = option(False, "run model code that the model folder carries")
+    json: bool = option(False, "print one JSON object on standard output and nothing else there")
+    verbose: bool = option(False, "show debug messages")
+    debug: bool = option(False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("nsamples", "batch_size", "gpus", "nodes", "workers", "threads"):
+            require(self, name, at_least=1)
+        require(self, "seqlen", at_least=2)
+        if self.gpus is not None and self.workers is not None:
+            raise ConfigError("--gpus counts workers already: leave --workers out")
+        if self.gpus is not None and self.calibrate:
+            raise ConfigError("--calibrate measures this machine's CPU: leave --gpus out")
+        if self.calibrate and self.rates is None:
+            raise ConfigError("--calibrate writes what it measures: name the file with --rates")
+
+
+def size_of(text: str, name: str) -> float:
+    """`80GB`, `1.5 TiB` or a number, in bytes. Raises `ConfigError` naming the option."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ConfigError(f"--{name} {text!r} is no size: write it as in 80GB or 1.5TiB")
+    number, prefix, binary = found.groups()
+    power = " kmgtp".index(prefix.lower() or " ")
+    return float(number) * (1024.0 if binary else 1000.0) ** power
+
+
+def planned_shape(model: Path, config: PlanConfig) -> ModelShape:
+    """The shape of the model, read for these options."""
+    settings = config.solver_settings(config.method)
+    return read_shape(
+        model,
+        seqlen=config.seqlen,
+        pattern=config.pattern,
+        needs=solver_for(settings).needs,
+        dtype=config.dtype,
+        skip_unsupported=config.skip_unsupported,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def planned_job(shape: ModelShape, config: PlanConfig, rates: Rates | None = None) -> PlannedJob:
+    """The job that the options describe; `rates` if they have been measured just now."""
+    on_gpus = config.gpus is not None
+    workers = config.gpus or config.workers or 1
+    nodes = config.nodes or (-(-workers // _GPUS_PER_NODE) if on_gpus else 1)
+    if nodes > workers:
+        raise ConfigError(f"--nodes {nodes} is more than the {workers} workers")
+    rates = rates or worker_rates(config, workers)
+    here = not on_gpus
+    memory = size_of(config.gpu_memory, "gpu-memory") if config.gpu_memory else rates.device_memory
+    if config.node_memory:
+        host: float | None = size_of(config.node_memory, "node-memory")
+    else:
+        host = available_memory() if here else None
+    free = float(shutil.disk_usage(Path.cwd()).free) if here else None
+    return PlannedJob(
+        shape=shape,
+        settings=config.solver_settings(config.method),
+        nsamples=config.nsamples,
+        seqlen=config.seqlen,
+        batch_size=config.batch_size,
+        workers=workers,
+        nodes=nodes,
+        rates=rates,
+        host_memory=host,
+        device_memory=memory if rates.on_gpu else 0.0,
+        disk=size_of(config.disk, "disk") if config.disk else free,
+        in_process=config.executor == "local",
+    )
+
+
+def threads_of(config: PlanConfig) -> int:
+    """CPU threads of a worker."""
+    return config.threads or max(1, len(os.sched_getaffinity(0)) // (config.workers or 1))
+
+
+def worker_rates(config: PlanConfig, workers: int) -> Rates:
+    """Rates from the file given, else of the GPU named, else of CPU threads; options win."""
+    if config.rates is not None:
+        rates = load_rates(Path(config.rates))
+    elif config.gpus is not None:
+        rates = gpu_rates(config.gpu)
+    else:
+        rates = with_threads(cpu_rates(), threads_of(config))
+    if config.disk_speed is not None:
+        speed = size_of(config.disk_speed, "disk-speed")
+        rates = replace(rates, disk_write=speed, disk_read=2 * speed)
+    if config.network_speed is not None:
+        rates = replace(rates, network=size_of(config.network_speed, "network-speed"))
+    if config.executor == "local":
+        rates = replace(rates, start=0.0)
+    return rates

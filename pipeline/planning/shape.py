@@ -1,0 +1,374 @@
+"""A model as the plan sees it: shapes of layers and what a forward costs, read without weights.
+
+From a model folder config and safetensors headers are read; from a bare config.json, what the
+config says. Blocks of the same structure are looked at once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.capture import BlockCall, ModelEnds, linear_layers, unsupported_parameters
+from pipeline.model import (
+    FORWARD_DTYPES,
+    Skeleton,
+    build_on_meta,
+    find_blocks,
+    load_config,
+    open_skeleton,
+    require_causal,
+)
+from pipeline.planning.profile import (
+    META,
+    ForwardProfile,
+    find_groups_on_meta,
+    on_meta,
+    profile_forward,
+)
+from pipeline.solvers import Pattern
+from storage.errors import ConfigError, ModelError
+from storage.safetensors_format import torch_dtype
+
+# Weight files of a model that is known by its config alone: the usual size of one, in bytes.
+ASSUMED_FILE_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupShape:
+    """Layers that share an input, as (name, R, C), and `columns`, their C.
+
+    count: how many groups are alike (experts); share: of the tokens, which reach each of them.
+    """
+
+    layers: tuple[tuple[str, int, int], ...]
+    columns: int
+    count: int = 1
+    share: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """One kind of block. parameters: elements of all its weights. full, observed: a sequence's
+    forward, whole and as far as statistics are taken."""
+
+    groups: tuple[GroupShape, ...]
+    parameters: int
+    full: ForwardProfile
+    observed: ForwardProfile
+
+    @property
+    def pruned(self) -> int:
+        """Elements of the layers that are pruned."""
+        return sum(g.count * r * c for g in self.groups for _, r, c in g.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Everything of a model that a plan depends on.
+
+    kinds: its different blocks; blocks: the kind of each block, in order. ends, head: elements of
+    what is loaded to embed, and of the output embedding where it is another. files: bytes of the
+    weight files. itemsize: bytes of a stored weight; dtype: of the forward, by name. seqlen: of the
+    profiles. unsupported: why it cannot be pruned, if so.
+    """
+
+    name: str
+    kinds: tuple[BlockShape, ...]
+    blocks: tuple[int, ...]
+    hidden: int
+    vocabulary: int
+    ends: int
+    head: int
+    files: tuple[int, ...]
+    itemsize: int
+    dtype: str
+    seqlen: int
+    unsupported: str | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(self.files)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all weights."""
+        return sum(self.kinds[k].parameters for k in self.blocks) + self.ends + self.head
+
+    @property
+    def forward_itemsize(self) -> int:
+        """Bytes of an activation, and of a weight in a forward."""
+        return FORWARD_DTYPES[self.dtype].itemsize
+
+    def kind(self, block: int) -> BlockShape:
+        """The shape of one block."""
+        return self.kinds[self.blocks[block]]
+
+
+class _Hollow(Skeleton):
+    """A skeleton whose weights are zeros without memory: to see what blocks are called with."""
+
+    def load_ends(self, device: torch.device, *, head: bool) -> PreTrainedModel:
+        """The model with every parameter outside the blocks one zero, expanded to its shape."""
+        inside = {id(p) for p in self.blocks.parameters()}
+        for owner in self.model.modules():
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                if id(parameter) not in inside and parameter.is_meta:
+                    zero = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                    setattr(owner, name, nn.Parameter(zero, requires_grad=False))
+        return self.model
+
+
+def read_shape(
+    model: Path,
+    *,
+    seqlen: int,
+    pattern: str = "2:4",
+    needs: str = "full",
+    dtype: str | None = None,
+    skip_unsupported: bool = False,
+    trust_remote_code: bool = False,
+) -> ModelShape:
+    """The shape of a model folder, or of a model known by its config.json alone.
+
+    seqlen: tokens of a calibration sequence, which attention depends on.
+    Raises `ModelError` and `ConfigError` as `open_skeleton` does, and for blocks that do not run
+    on the meta device.
+    """
+    folder = model if model.is_dir() else model.parent
+    if model.is_dir() and any(model.glob("*.safetensors")):
+        skeleton = open_skeleton(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        files = tuple((folder / file).stat().st_size for file in skeleton.files.files)
+        stored = [torch_dtype(entry.dtype) for entry in skeleton.files.tensors.values()]
+        itemsize = max((d.itemsize for d in stored if d.is_floating_point), default=2)
+        whole = Skeleton(skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype)
+        name = folder.name
+    else:
+        whole, itemsize = _from_config(model, dtype, trust_remote_code)
+        files, name = (), folder.name if model.name == "config.json" else model.stem
+    return shape_of(
+        whole,
+        name=name,
+        files=files,
+        itemsize=itemsize,
+        seqlen=seqlen,
+        pattern=pattern,
+        needs=needs,
+        skip_unsupported=skip_unsupported,
+    )
+
+
+def _from_config(path: Path, dtype: str | None, trust_remote_code: bool) -> tuple[Skeleton, int]:
+    """A skeleton without files, and the bytes of a stored weight."""
+    config_file = path / "config.json" if path.is_dir() else path
+    try:
+        json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{config_file} is not a readable config.json ({error})") from error
+    config = load_config(path, trust_remote_code)
+    require_causal(config, path)
+    declared = getattr(config.get_text_config(), "dtype", None)
+    stored = declared if isinstance(declared, torch.dtype) else torch.bfloat16
+    if dtype is not None and dtype not in FORWARD_DTYPES:
+        raise ConfigError(f"--dtype {dtype} is not one of {', '.join(FORWARD_DTYPES)}")
+    forward = FORWARD_DTYPES[dtype] if dtype is not None else stored
+    model = build_on_meta(config, forward, path, trust_remote_code)
+    # A plan reads no tensor: what needs the files is never called.
+    return Skeleton(model, cast("object", None), find_blocks(model, path), forward), stored.itemsize  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def shape_of(
+    skeleton: Skeleton,
+    *,
+    name: str,
+    files: tuple[int, ...],
+    itemsize: int,
+    seqlen: int,
+    pattern: str,
+    needs: str,
+    skip_unsupported: bool,
+) -> ModelShape:
+    """The shape of a model whose skeleton is there; the skeleton's model is used up."""
+    hollow = _Hollow(skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype)
+    inside = {id(p) for p in hollow.blocks.parameters()}
+    embedding = hollow.model.get_input_embeddings()
+    output = hollow.model.get_output_embeddings()
+    outside = {id(p): p.numel() for p in hollow.model.parameters() if id(p) not in inside}
+    tied = bool(hollow.model.config.get_text_config().tie_word_embeddings)
+    head = 0 if output is None else sum(outside.get(id(p), 0) for p in output.parameters())
+    if output is not None and any(
+        p is q for p in output.parameters() for q in embedding.parameters()
+    ):
+        head, tied = 0, False  # counted once already
+    ends = sum(outside.values()) - head
+    head = 0 if tied else head
+    tokens = torch.zeros((1, seqlen), dtype=torch.int64)
+    module_ends = ModelEnds(hollow, torch.device("cpu"), head=False)
+    calls = module_ends.calls(tokens)
+    hidden = int(module_ends.embed(tokens[:, :1]).shape[-1])
+    hidden_states = torch.empty((1, seqlen, hidden), dtype=skeleton.dtype, device=META)
+    kinds: dict[tuple[object, ...], int] = {}
+    shapes: list[BlockShape] = []
+    blocks = []
+    reason = None
+    for block, call in zip(hollow.blocks, calls, strict=True):
+        key = (str(block), _signature(call), tuple(p.shape for p in block.parameters()))
+        if key not in kinds:
+            kinds[key] = len(shapes)
+            config = hollow.model.config.get_text_config()
+            kind, why = _block_shape(
+                block, on_meta(call), hidden_states, pattern, needs, skip_unsupported, config
+            )
+            shapes.append(kind)
+            reason = reason or why
+        blocks.append(kinds[key])
+    if not any(kind.groups for kind in shapes):
+        raise ModelError(f"{name}: no layer is left to prune")
+    shape = ModelShape(
+        name=name,
+        kinds=tuple(shapes),
+        blocks=tuple(blocks),
+        hidden=hidden,
+        vocabulary=int(hollow.model.get_input_embeddings().num_embeddings),
+        ends=ends,
+        head=head,
+        files=files,
+        itemsize=itemsize,
+        dtype=str(skeleton.dtype).removeprefix("torch."),
+        seqlen=seqlen,
+        unsupported=reason,
+    )
+    return shape if files else replace(shape, files=_assumed_files(shape))
+
+
+def _assumed_files(shape: ModelShape) -> tuple[int, ...]:
+    total = shape.parameters * shape.itemsize
+    count = max(1, -(-total // ASSUMED_FILE_BYTES))
+    return tuple((i + 1) * total // count - i * total // count for i in range(count))
+
+
+def _signature(call: BlockCall) -> str:
+    """What a call's tensors look like: blocks with another mask cost another forward."""
+    named = {**dict(enumerate(call.arguments)), **call.keywords}
+    return repr(
+        {
+            key: (tuple(value.shape), str(value.dtype))
+            if isinstance(value, Tensor)
+            else type(value)
+            for key, value in named.items()
+        }
+    )
+
+
+def _block_shape(
+    block: nn.Module,
+    call: BlockCall,
+    hidden_states: Tensor,
+    pattern: str,
+    needs: str,
+    skip_unsupported: bool,
+    config: object,
+) -> tuple[BlockShape, str | None]:
+    """A block's shape, and why it cannot be pruned, if so."""
+    block = block.to(META)
+    experts = _stub_experts(block, config)
+    hidden = [name for name in unsupported_parameters(block) if name not in experts]
+    reason = None
+    if experts or hidden:
+        first = next(iter(experts), None) or hidden[0]
+        reason = f"{first} is a weight matrix outside nn.Linear, which prox24 cannot prune yet"
+    shapes = linear_layers(block)
+    layers = {n: s for n, s in shapes.items() if _fits(n, s[1], pattern, skip_unsupported)}
+    found = find_groups_on_meta(block, call, hidden_states, layers) if layers else ()
+    groups = [
+        GroupShape(
+            layers=tuple((name, *layers[name]) for name in names), columns=layers[names[0]][1]
+        )
+        for names in found
+    ]
+    parameters = sum(p.numel() for p in block.parameters())
+    full = profile_forward(block, call, hidden_states)
+    observed = full
+    if groups and not experts:
+        firsts = [group.layers[0][0] for group in groups]
+        observed = profile_forward(block, call, hidden_states, firsts, needs=needs)
+    if experts:
+        groups, full = _with_experts(groups, full, experts, config, hidden_states.shape[1])
+        observed = full
+    shape = BlockShape(groups=tuple(groups), parameters=parameters, full=full, observed=observed)
+    return shape, reason
+
+
+def _fits(name: str, columns: int, pattern: str, skip: bool) -> bool:
+    try:
+        Pattern.parse(pattern).check_columns(columns)
+    except ConfigError as error:
+        if skip:
+            return False
+        raise ConfigError(
+            f"{name}: {error}; --skip-unsupported leaves such layers dense"
+        ) from error
+    return True
+
+
+def _expert_count(config: object) -> int:
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next((int(n) for name in names if (n := getattr(config, name, None))), 0)
+
+
+def _stub_experts(block: nn.Module, config: object) -> dict[str, tuple[int, int, int]]:
+    """Modules that hold stacked experts are made to hand their input through: which token goes
+    where is not known without data. Returns parameter name -> (experts, R, C)."""
+    count = _expert_count(config)
+    found: dict[str, tuple[int, int, int]] = {}
+    for path, module in block.named_modules():
+        stacked = {
+            name: parameter
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.dim() == 3 and parameter.shape[0] == count
+        }
+        if count and stacked:
+            module.forward = lambda hidden_states, *_, **__: torch.zeros_like(hidden_states)
+            for name, parameter in stacked.items():
+                found[f"{path}.{name}"] = cast("tuple[int, int, int]", tuple(parameter.shape))
+    return found
+
+
+def _with_experts(
+    groups: list[GroupShape],
+    full: ForwardProfile,
+    experts: dict[str, tuple[int, int, int]],
+    config: object,
+    seqlen: int,
+) -> tuple[list[GroupShape], ForwardProfile]:
+    """Each expert's matrices as layers of their own, with its share of the tokens.
+
+    An even share is assumed, `num_experts_per_tok` of all experts; the elementwise work of an
+    expert is counted as reading and writing its input and output.
+    """
+    active = int(getattr(config, "num_experts_per_tok", 0) or 1)
+    products, moved, live = full.products, full.moved, 0
+    for name, (count, rows, columns) in experts.items():
+        layer = (name, rows, columns)
+        groups = [
+            *groups,
+            GroupShape(layers=(layer,), columns=columns, count=count, share=active / count),
+        ]
+        products += 2.0 * seqlen * active * rows * columns
+        moved += 4.0 * seqlen * active * (rows + columns)
+        live = max(live, 4 * seqlen * active * (rows + columns))
+    return groups, replace(
+        full,
+        products=products,
+        moved=moved,
+        live=full.live + live,
+        operators=full.operators + 8 * next(iter(experts.values()))[0],
+    )

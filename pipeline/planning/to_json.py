@@ -1,0 +1,89 @@
+"""A plan as JSON values, for `prox24 plan --json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.planning.phases import Phase
+from pipeline.planning.plan import PLAN_SCHEMA, Plan, scaling
+
+
+def plan_to_json(plan: Plan, *, scaled: bool = True) -> dict[str, Any]:
+    """Everything the tables show and the parts they are made of. Seconds, bytes and counts."""
+    job, shape = plan.job, plan.job.shape
+    phases = {
+        name: {**total, "limit": max(total["limits"], key=total["limits"].__getitem__)}
+        for name, total in plan.totals().items()
+    }
+    return {
+        "schema_version": PLAN_SCHEMA,
+        "model": {
+            "name": shape.name,
+            "parameters": shape.parameters,
+            "weight_bytes": shape.weight_bytes,
+            "blocks": len(shape.blocks),
+            "block_kinds": len(shape.kinds),
+            "hidden": shape.hidden,
+            "dtype": shape.dtype,
+            "unsupported": shape.unsupported,
+        },
+        "job": {
+            "settings": job.settings.to_json(),
+            "nsamples": job.nsamples,
+            "seqlen": job.seqlen,
+            "batch_size": job.batch_size,
+        },
+        "machine": {
+            "workers": job.workers,
+            "nodes": job.nodes,
+            "device_memory": job.device_memory or None,
+            "host_memory": job.host_memory,
+            "disk": job.disk,
+            "rates": job.rates.to_json(),
+        },
+        "seconds": plan.seconds,
+        "phases": phases,
+        "blocks": [
+            {
+                "first": block.first,
+                "last": block.last,
+                "seconds": block.seconds,
+                "phases": [_phase(plan, phase) for phase in block.phases],
+            }
+            for block in plan.blocks
+        ],
+        "once": [_phase(plan, phase) for phase in (*plan.before, *plan.after)],
+        "disk_bytes": plan.disk_bytes,
+        "network_bytes": plan.network_bytes,
+        "needs": [
+            {"what": n.what, "where": n.where, "needs": n.needs, "has": n.has, "fits": n.fits}
+            for n in plan.needs()
+        ],
+        "problems": [
+            {"what": need.what, "where": need.where, "remedies": list(options)}
+            for need, options in plan.problems()
+        ],
+        "scaling": [
+            {"workers": workers, "seconds": other.seconds} for workers, other in scaling(job)
+        ]
+        if scaled
+        else [],
+    }
+
+
+def _phase(plan: Plan, phase: Phase) -> dict[str, Any]:
+    return {
+        "name": phase.name,
+        "seconds": phase.seconds,
+        "limit": phase.limit,
+        "host_bytes": plan.host_bytes(phase),
+        "device_bytes": plan.device_bytes(phase),
+        "read_bytes": phase.read,
+        "written_bytes": phase.written,
+        "network_bytes": phase.sent,
+        "parts": [
+            {"what": part.what, "limit": part.limit, "seconds": part.seconds}
+            for part in phase.parts
+            if part.seconds
+        ],
+    }

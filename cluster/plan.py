@@ -12,8 +12,8 @@ import rich.box
 import rich.console
 from rich.table import Table
 
-from cluster.console import duration
 from cluster.source import config_source
+from cluster.status import duration
 
 if TYPE_CHECKING:
     from pipeline.planning.options import PlanConfig
@@ -36,7 +36,14 @@ def plan_command(model: str, config: PlanConfig) -> int:
     if config.calibrate and config.rates is not None:
         from pipeline.planning.calibrate import calibrate
 
-        measured = calibrate(shape, config, config.workers or 1, threads_of(config))
+        measured = calibrate(
+            source.folder,
+            shape,
+            batch_size=config.batch_size,
+            workers=config.workers or 1,
+            threads=threads_of(config),
+            folder=Path.cwd(),
+        )
         save_rates(measured, Path(config.rates))
         rates = worker_rates(config, config.workers or 1)
     plan = Plan(planned_job(shape, config, rates))

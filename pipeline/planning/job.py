@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from pipeline.planning.rates import Rates
 from pipeline.planning.shape import BlockShape, GroupShape, ModelShape
@@ -89,24 +89,29 @@ class PlannedJob:
         return int(max(loads))
 
     def deal(self, block: BlockShape) -> list[list[tuple[GroupShape, int]]]:
-        """Per rank the groups it solves rows of, in order, and how many: as the workers deal them.
+        """Per rank the block's groups in order with the rows it solves, as the workers deal them.
 
         A group that stands for several (experts) is named once for each.
         """
-        each = [group for group in block.groups for _ in range(group.count)]
-        parts = []
-        for number, group in enumerate(each):
-            cost = solve_cost(self.settings, group.columns)
-            layers = {f"{number}.{name}": rows for name, rows, _ in group.layers}
-            parts.append(GroupRows(layers, cost.fixed, cost.per_row))
-        dealt = row_ranges if solver_for(self.settings).separable else whole_layers
-        found = []
-        for ranges in dealt(parts, self.workers):
-            own = []
-            for group, part in zip(each, parts, strict=True):
-                counts = (ranges.get(name, (0, 0)) for name in part.layers)
-                rows = sum(stop - start for start, stop in counts)
-                if rows:
-                    own.append((group, rows))
-            found.append(own)
-        return found
+        return _deal(self.settings, block.groups, self.workers)
+
+
+@lru_cache(maxsize=256)
+def _deal(
+    settings: SolverSettings, groups: tuple[GroupShape, ...], workers: int
+) -> list[list[tuple[GroupShape, int]]]:
+    each = [group for group in groups for _ in range(group.count)]
+    parts = []
+    for number, group in enumerate(each):
+        cost = solve_cost(settings, group.columns)
+        layers = {f"{number}.{name}": rows for name, rows, _ in group.layers}
+        parts.append(GroupRows(layers, cost.fixed, cost.per_row))
+    dealt = row_ranges if solver_for(settings).separable else whole_layers
+    found = []
+    for ranges in dealt(parts, workers):
+        own = []
+        for group, part in zip(each, parts, strict=True):
+            counts = (ranges.get(name, (0, 0)) for name in part.layers)
+            own.append((group, sum(stop - start for start, stop in counts)))
+        found.append(own)
+    return found

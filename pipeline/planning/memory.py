@@ -14,6 +14,11 @@ from pipeline.planning.shape import BlockShape, GroupShape
 from pipeline.solvers import solver_for
 from pipeline.solvers.types import AUTO
 
+# What numba and its compiler take in a process that runs the proximal operator on a CPU, as seen.
+_NUMBA_BYTES = 70 * 2**20
+# A C library keeps freed blocks below 32 MiB for later ones; those of forwards and of solves do not
+# fit into each other's places. So much at most is kept that way, as seen.
+_KEPT_BYTES = 256 * 2**20
 # What a sum over ranks exchanges at once, elements (`pipeline/collective.py`), and its buffers.
 _CHUNK = 1 << 26
 _BUFFERS = 3
@@ -32,6 +37,17 @@ class Held:
 
     device: float
     host: float = 0.0
+
+
+def compiler_bytes(job: PlannedJob) -> float:
+    """What a CPU worker's process takes for compiled kernels."""
+    uses = job.settings.method in ("prox", "prox_admm") and not job.rates.on_gpu
+    return float(_NUMBA_BYTES) if uses else 0.0
+
+
+def kept_by_allocator(held: float) -> float:
+    """What stays in a process of a phase that held so much, when another kind of phase runs."""
+    return min(held, float(_KEPT_BYTES))
 
 
 def statistics_held(job: PlannedJob, block: BlockShape) -> float:
@@ -89,12 +105,13 @@ def _solve(job: PlannedJob, block: BlockShape) -> Held:
     for own in job.deal(block):
         left, done = everything, 0.0
         for group, rows in own:
-            slices = float(rows * group.columns * itemsize)
-            total = left + solve_held(job, group, rows)
-            on_host = ahead + done + 2 * slices
-            if total + on_host > worst.device + worst.host:
-                worst = Held(total, on_host)
-            done += slices
+            if rows:
+                slices = float(rows * group.columns * itemsize)
+                total = left + solve_held(job, group, rows)
+                on_host = ahead + done + 2 * slices
+                if total + on_host > worst.device + worst.host:
+                    worst = Held(total, on_host)
+                done += slices
             left -= statistic_bytes(job.settings, group.columns)
     return worst
 

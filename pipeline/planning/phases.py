@@ -1,7 +1,8 @@
 """How long each phase takes: what the busiest rank does in it, over the rates.
 
-A phase is a sum of parts, since today nothing overlaps: a rank reads, computes and writes in turn,
-and the others wait for the slowest at the end of each phase.
+A phase is a sum of parts, and all ranks wait for the slowest at its end. Reading ahead and writing
+behind run in a thread beside the computation: of them only what is longer counts, and the first
+piece. Where every core computes, hashing and copying take time from it and hide nothing.
 """
 
 from __future__ import annotations
@@ -119,11 +120,13 @@ class PhaseModel:
 
     # -- for each block -------------------------------------------------------------------------
 
-    def block(self, block: BlockShape, before: BlockShape | None) -> list[Phase]:
-        """A block's phases in order; `before` is the block before it, None for block 0."""
+    def block(
+        self, block: BlockShape, before: BlockShape | None, after: BlockShape | None
+    ) -> list[Phase]:
+        """A block's phases in order; `before`, `after`: its neighbours, None at the ends."""
         memory = phase_memory(self.job, block, before)
         if not self.job.calibrates:
-            return [self._solve(block, memory["solve"])]
+            return [self._solve(block, memory["solve"], after)]
         phases = [
             self._calibrate(block, memory["calibrate"])
             if before is None
@@ -133,17 +136,17 @@ class PhaseModel:
             phases.append(self._reduce(block, memory["reduce"]))
         if "choose" in memory:
             phases.append(self._choose(block, memory["choose"]))
-        return [*phases, self._solve(block, memory["solve"])]
+        return [*phases, self._solve(block, memory["solve"], after)]
 
     def _calibrate(self, block: BlockShape, held: Held) -> Phase:
         weights = float(block.parameters * self.shape.itemsize)
         table = float(self.shape.ends * self.shape.itemsize)
         read, store = self._store_read()
+        computed = [*self._forward(block.observed, "dense forward"), *self._hessian(block)]
         parts = (
             *self._load(weights + table),
-            *read,
-            *self._forward(block.observed, "dense forward"),
-            *self._hessian(block),
+            *computed,
+            *self._hide(read, computed, self.job.busiest[2]),
             self._dispatch,
         )
         return Phase(
@@ -155,18 +158,20 @@ class PhaseModel:
 
     def _advance(self, block: BlockShape, before: BlockShape, held: Held) -> Phase:
         """The block before, pruned, and this one, dense, on the same batches."""
-        weights = float((block.parameters + before.parameters) * self.shape.itemsize)
+        weights = float(before.parameters * self.shape.itemsize)
         slices = float(before.pruned * self.shape.itemsize)
         read, store = self._store_read()
         written, size = self._store_written()
-        parts = (
-            *self._load(weights + slices),
-            Part("verify slices", HASH, slices / self.rates.hash),
-            *read,
+        computed = [
             *self._forward(before.full, "pruned forward"),
             *self._forward(block.observed, "dense forward"),
             *self._hessian(block),
-            *written,
+        ]
+        parts = (
+            *self._load(weights + slices),
+            Part("verify slices", HASH, slices / self.rates.hash),
+            *computed,
+            *self._hide([*read, *written], computed, self.job.busiest[2]),
             self._dispatch,
         )
         return Phase(
@@ -176,6 +181,19 @@ class PhaseModel:
             read=store + self.job.nodes * (weights + slices),
             written=size,
         )
+
+    def _hide(self, beside: list[Part], computed: list[Part], pieces: int) -> list[Part]:
+        """What is left to wait for of work that runs beside the computation in `pieces`."""
+        busy = () if self.rates.on_gpu else (HASH, HOST)
+        shown = [part for part in beside if part.limit in busy]
+        hidden = [part for part in beside if part.limit not in busy]
+        total = sum(part.seconds for part in hidden)
+        if not total:
+            return shown
+        first = 1 / max(pieces, 1)
+        cover = (1 - first) * sum(part.seconds for part in computed)
+        share = max(first, 1 - cover / total)
+        return shown + [Part(p.what, p.limit, share * p.seconds) for p in hidden]
 
     def _reduce(self, block: BlockShape, held: Held) -> Phase:
         job, rates = self.job, self.rates
@@ -202,22 +220,36 @@ class PhaseModel:
         parts = (Part("trials", COMPUTE, _CHOICE_SHARE * worst), self._dispatch)
         return Phase(name="choose", parts=parts, held=held)
 
-    def _solve(self, block: BlockShape, held: Held) -> Phase:
-        job, parts = self.job, list[Part]()
-        for group in block.groups:
-            rows = job.rows(group, block)
-            own = self._group(group, rows)
-            parts += [Part(p.what, p.limit, p.seconds * group.count) for p in own]
+    def _solve(self, block: BlockShape, held: Held, after: BlockShape | None) -> Phase:
+        """The rank that takes longest; meanwhile the next block's weights are read."""
+        job = self.job
+        cache: dict[tuple[GroupShape, int], list[Part]] = {}
+        computed: list[Part] = []
+        most = 0.0
+        for own in job.deal(block):
+            parts, entries = list[Part](), 0
+            for group, rows in own:
+                if rows and (group, rows) not in cache:
+                    cache[group, rows] = self._group(group, rows)
+                parts += cache[group, rows] if rows else []
+                entries += rows * group.columns
+            if not computed or _sum(parts) > _sum(computed):
+                computed = parts
+            most = max(most, float(entries * self.shape.itemsize))
         slices = float(block.pruned * self.shape.itemsize)
-        own_share = slices / job.workers
-        parts += self._load(own_share, sharers=job.workers)
+        parts = [*computed, *self._load(most, sharers=job.workers)]
+        read = slices
+        if after is not None and job.calibrates:
+            ahead = float(after.parameters * self.shape.itemsize)
+            parts += self._hide(self._load(ahead), computed, 1 << 30)
+            read += ahead * job.nodes
         parts += [
             Part("write slices", DISK, slices / self.rates.disk_write),
-            Part("hash slices", HASH, own_share / self.rates.hash),
+            Part("hash slices", HASH, most / self.rates.hash),
             Part("sync", LATENCY, 4 * self.rates.sync),
             self._dispatch,
         ]
-        return Phase(name="solve", parts=merge(parts), held=held, read=slices, written=slices)
+        return Phase(name="solve", parts=merge(parts), held=held, read=read, written=slices)
 
     # -- parts ----------------------------------------------------------------------------------
 
@@ -268,7 +300,7 @@ class PhaseModel:
         job, rates = self.job, self.rates
         sequences, batches, _ = job.busiest
         tokens = float(sequences * job.seqlen)
-        exact = self.shape.dtype in ("bfloat16", "float16") and rates.on_gpu
+        plain = rates.on_gpu and self.shape.dtype == "float32"
         flops, moved = 0.0, 0.0
         for group in block.groups:
             seen = group.count * group.share * tokens
@@ -278,7 +310,7 @@ class PhaseModel:
                 moved += group.count * batches * 4.5 * group.columns**2 if rates.on_gpu else 0.0
             else:
                 moved += 12.0 * seen * group.columns
-        precision = "tf32" if exact else "float32"
+        precision = "float32" if plain else "statistics"
         return [
             Part("Hessian", COMPUTE, flops / rates.product(precision)),
             Part("Hessian: copies", BANDWIDTH, moved / rates.memory),
@@ -316,6 +348,10 @@ class PhaseModel:
         sequences, _, shards = self.job.busiest
         one = float(self.job.seqlen * self.shape.hidden * self.shape.forward_itemsize)
         return self.job.nsamples * one, sequences * one, shards
+
+
+def _sum(parts: Iterable[Part]) -> float:
+    return sum(part.seconds for part in parts)
 
 
 def merge(parts: Iterable[Part]) -> tuple[Part, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.planning.counts import store_bytes
 from pipeline.planning.job import PlannedJob
-from pipeline.planning.memory import statistics_held
+from pipeline.planning.memory import compiler_bytes, kept_by_allocator, statistics_held
 from pipeline.planning.phases import Phase, PhaseModel
 
 PLAN_SCHEMA = 1
@@ -113,12 +113,22 @@ class Plan:
         """Peak of one worker's process in a phase; in process, of all ranks at once."""
         held = phase.held.host
         if not self.job.rates.on_gpu:
-            held += phase.held.device
+            held += phase.held.device + compiler_bytes(self.job)
+            held += kept_by_allocator(self._largest[not _solves(phase)])
             if self.job.in_process and self.job.calibrates:
                 kinds = self.job.shape.kinds
                 kept = max(statistics_held(self.job, kind) for kind in kinds)
                 held += (self.job.workers - 1) * kept
         return self.job.rates.host_bytes + held
+
+    @cached_property
+    def _largest(self) -> dict[bool, float]:
+        """Bytes of the largest phase that solves (True), and of the largest other one."""
+        found = {True: 0.0, False: 0.0}
+        for _, _, phase in self.phases():
+            total = phase.held.device + phase.held.host
+            found[_solves(phase)] = max(found[_solves(phase)], total)
+        return found
 
     @property
     def disk_bytes(self) -> dict[str, float]:
@@ -159,22 +169,26 @@ class Plan:
         return tuple((need, remedies(self.job, need)) for need in self.needs() if not need.fits)
 
 
+def _solves(phase: Phase) -> bool:
+    return phase.name in ("solve", "choose")
+
+
 def _blocks(job: PlannedJob, model: PhaseModel) -> Iterator[BlockPlan]:
     """Blocks with their phases; neighbours that take the same are one entry."""
     shape = job.shape
-    cache: dict[tuple[int, int | None], tuple[Phase, ...]] = {}
-    start, current = 0, None
-    for block, kind in enumerate(shape.blocks):
-        before = shape.blocks[block - 1] if block else None
-        key = (kind, before)
+    cache: dict[tuple[int | None, ...], tuple[Phase, ...]] = {}
+    start, current = 0, tuple[int | None, ...]()
+    kinds = (None, *shape.blocks, None)
+    for block, key in enumerate(zip(kinds[1:-1], kinds[:-2], kinds[2:], strict=True)):
         if key not in cache:
-            own = shape.kinds[before] if before is not None else None
-            cache[key] = tuple(model.block(shape.kinds[kind], own))
-        if current is not None and key != current:
+            own, before, after = (None if k is None else shape.kinds[k] for k in key)
+            assert own is not None
+            cache[key] = tuple(model.block(own, before, after))
+        if current and key != current:
             yield BlockPlan(start, block - 1, cache[current])
             start = block
         current = key
-    if current is not None:
+    if current:
         yield BlockPlan(start, len(shape.blocks) - 1, cache[current])
 
 

@@ -47,12 +47,12 @@ class _Left(Exception):
     """Ends an observed forward at the last group's input."""
 
 
-class _Attention(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class _Attention(TorchFunctionMode):
     """Takes scaled-dot-product attention for one operator: on meta it would be its plain form,
     with a matrix of scores that no real kernel holds."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.flops = 0.0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -68,11 +68,11 @@ class _Attention(TorchFunctionMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sums what every operator computes, reads and writes, and follows what is alive."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.products, self.moved, self.operators = 0.0, 0.0, 0
         self.live = self.peak = 0
         self._known: set[int] = set()

@@ -13,14 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from storage.commit import replace_json
+from storage.commit import replace_file
 from storage.errors import ConfigError
 
 RATES_SCHEMA = 1
 
 # Share of a data sheet's peak that products reach in a job: assumptions, not measurements of ours.
 # cuBLAS on H100 gives 700 to 800 TFLOP/s of bf16's 989 on 8,192^3; smaller and odd shapes less.
-PRODUCT_EFFICIENCY = {"bfloat16": 0.6, "float16": 0.6, "tf32": 0.6, "float32": 0.75, "float64": 0.7}
+PRODUCT_EFFICIENCY = {
+    "bfloat16": 0.6,
+    "float16": 0.6,
+    "statistics": 0.6,
+    "float32": 0.75,
+    "float64": 0.7,
+}
 ATTENTION_EFFICIENCY = 0.3
 BANDWIDTH_EFFICIENCY = 0.7
 # The block inversion: thin products and small factors between them.
@@ -34,7 +40,8 @@ BYTES_PER_ITERATION = 92.0
 class Rates:
     """What one worker's device, its host, and the disk and network around it do in a second.
 
-    products by precision, attention: floating-point operations. inverse, factor: those of the fp32
+    products by precision, attention: floating-point operations; statistics: of the products that
+    Hessians are summed of (TF32 for 16-bit inputs on GPUs). inverse, factor: those of the fp32
     inverse and of the float64 factor. memory: bytes that operators move. iteration: entries of the
     rows that a solver's iteration works off, besides its product. operator: seconds to start one.
     hash: bytes of SHA-256 with the copy to or from a file. copy: bytes from a file in memory to a
@@ -50,7 +57,7 @@ class Rates:
     bfloat16: float
     float16: float
     float32: float
-    tf32: float
+    statistics: float
     float64: float
     attention: float
     inverse: float
@@ -142,7 +149,7 @@ def gpu_rates(name: str) -> Rates:
         name=found,
         bfloat16=sheet.bfloat16 * tera * share["bfloat16"],
         float16=sheet.bfloat16 * tera * share["float16"],
-        tf32=sheet.tf32 * tera * share["tf32"],
+        statistics=sheet.tf32 * tera * share["statistics"],
         float32=sheet.float32 * tera * share["float32"],
         float64=sheet.float64 * tera * share["float64"],
         attention=sheet.bfloat16 * tera * ATTENTION_EFFICIENCY,
@@ -173,7 +180,7 @@ def cpu_rates() -> Rates:
         name="CPU thread",
         bfloat16=70e9,
         float16=40e9,
-        tf32=80e9,
+        statistics=80e9,
         float32=80e9,
         float64=40e9,
         attention=35e9,
@@ -192,14 +199,14 @@ def cpu_rates() -> Rates:
         sync=0.005,
         dispatch=0.02,
         start=12.0,
-        host_bytes=480 * 2**20,
+        host_bytes=440 * 2**20,
         device_bytes=0.0,
         device_memory=0.0,
     )
 
 
 _PER_THREAD = (
-    "bfloat16", "float16", "tf32", "float32", "float64", "attention", "inverse", "factor",
+    "bfloat16", "float16", "statistics", "float32", "float64", "attention", "inverse", "factor",
     "iteration",
 )  # fmt: skip
 
@@ -211,8 +218,9 @@ def with_threads(rates: Rates, threads: int) -> Rates:
 
 
 def save_rates(rates: Rates, path: Path) -> None:
-    """Writes rates to a JSON file for `--rates`."""
-    replace_json(path, rates.to_json())
+    """Writes rates to a JSON file for `--rates`, which people may edit."""
+    with replace_file(path) as writer:
+        writer.write((json.dumps(rates.to_json(), indent=1) + "\n").encode())
 
 
 def load_rates(path: Path) -> Rates:

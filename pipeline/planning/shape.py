@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from pipeline.planning.profile import (
 )
 from pipeline.solvers import Pattern
 from storage.errors import ConfigError, ModelError
+from storage.model_files import ModelFiles
 from storage.safetensors_format import torch_dtype
 
 # Weight files of a model that is known by its config alone: the usual size of one, in bytes.
@@ -181,7 +182,8 @@ def _from_config(path: Path, dtype: str | None, trust_remote_code: bool) -> tupl
     forward = FORWARD_DTYPES[dtype] if dtype is not None else stored
     model = build_on_meta(config, forward, path, trust_remote_code)
     # A plan reads no tensor: what needs the files is never called.
-    return Skeleton(model, cast("object", None), find_blocks(model, path), forward), stored.itemsize  # type: ignore[arg-type]
+    hollow = Skeleton(model, cast("ModelFiles", None), find_blocks(model, path), forward)
+    return hollow, stored.itemsize
 
 
 @torch.no_grad()
@@ -249,6 +251,28 @@ def shape_of(
     return shape if files else replace(shape, files=_assumed_files(shape))
 
 
+@torch.no_grad()
+def example_block(
+    model: Path, shape: ModelShape, batch_size: int
+) -> tuple[nn.Module, BlockCall, Tensor]:
+    """A block in the middle of the model with random weights on the CPU, what it is called with,
+    and random inputs (batch_size, seqlen, hidden)."""
+    config = load_config(model, False)
+    dtype = FORWARD_DTYPES[shape.dtype]
+    built = build_on_meta(config, dtype, model, False)
+    hollow = _Hollow(built, cast("ModelFiles", None), find_blocks(built, model), dtype)
+    tokens = torch.zeros((batch_size, shape.seqlen), dtype=torch.int64)
+    middle = len(shape.blocks) // 2
+    call = ModelEnds(hollow, torch.device("cpu"), head=False).calls(tokens)[middle]
+    block = hollow.blocks[middle]
+    for owner in block.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            value = 0.02 * torch.randn(parameter.shape)
+            setattr(owner, name, nn.Parameter(value.to(dtype), requires_grad=False))
+    hidden = torch.randn(batch_size, shape.seqlen, shape.hidden).to(dtype)
+    return block.eval(), call, hidden
+
+
 def _assumed_files(shape: ModelShape) -> tuple[int, ...]:
     total = shape.parameters * shape.itemsize
     count = max(1, -(-total // ASSUMED_FILE_BYTES))
@@ -257,7 +281,7 @@ def _assumed_files(shape: ModelShape) -> tuple[int, ...]:
 
 def _signature(call: BlockCall) -> str:
     """What a call's tensors look like: blocks with another mask cost another forward."""
-    named = {**dict(enumerate(call.arguments)), **call.keywords}
+    named: dict[object, Any] = {**dict(enumerate(call.arguments)), **call.keywords}
     return repr(
         {
             key: (tuple(value.shape), str(value.dtype))

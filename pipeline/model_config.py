@@ -8,6 +8,7 @@ where nothing takes memory, before it is built with the buffers that its constru
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,9 @@ from storage.model_files import ModelFiles
 
 MAX_BUFFER_BYTES = 2**30
 """Of all buffers that a model's constructors compute; rotary tables and masks take megabytes."""
+
+MAX_COUNT_ALONE = 10_000
+"""Of layers, heads or experts that a config.json may state without weight files to show them."""
 
 _LONGEST_REASON = 300
 # Numbers of modules, or of entries in a list that a config class makes.
@@ -38,15 +42,35 @@ def reason(error: BaseException) -> str:
 
 def load_config(files: ModelFiles, trust_remote_code: bool) -> PreTrainedConfig:
     """transformers' config object of a model folder. ModelError if there is none to be had."""
+    # Of layers, heads or experts there is a tensor each, or an entry of a tensor each.
+    most = max(len(files.tensors), *(n for e in files.tensors.values() for n in (0, *e.shape)))
+    held = f"the weight files hold {len(files.tensors)} tensors, of {most} entries in a dimension"
     path = files.folder / "config.json"
-    said = files.config
+    return _checked_config(files.config, path, files.folder, most, held, trust_remote_code)
+
+
+def load_config_alone(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """transformers' config object of a config.json without a model. Raises ModelError."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not a readable config.json: {reason(error)}") from error
+    if not isinstance(said, dict):
+        raise ModelError(f"{path} holds no JSON object; give a model's config.json")
+    held = f"a plan takes {MAX_COUNT_ALONE}"
+    return _checked_config(said, path, path, MAX_COUNT_ALONE, held, trust_remote_code)
+
+
+def _checked_config(
+    said: Mapping[str, Any], path: Path, source: Path, most: int, held: str, trust: bool
+) -> PreTrainedConfig:
     _require_causal(
         said.get("architectures"), said.get("is_encoder_decoder"), said.get("model_type"), path
     )
-    _check_contents(files, path, trust_remote_code)
+    _check_contents(said, path, most, held, trust)
     try:
         config = AutoConfig.from_pretrained(
-            str(files.folder), trust_remote_code=trust_remote_code, local_files_only=True
+            str(source), trust_remote_code=trust, local_files_only=True
         )
     except Exception as error:  # transformers raises nearly anything, and its validators too
         raise ModelError(
@@ -60,16 +84,13 @@ def load_config(files: ModelFiles, trust_remote_code: bool) -> PreTrainedConfig:
     return config
 
 
-def _check_contents(files: ModelFiles, path: Path, trust_remote_code: bool) -> None:
+def _check_contents(
+    said: Mapping[str, Any], path: Path, most: int, held: str, trust_remote_code: bool
+) -> None:
     """Refuses numbers that the weight files rule out, and what would lead out of the folder."""
-    # Of layers, heads or experts there is a tensor each, or an entry of a tensor each.
-    most = max(len(files.tensors), *(n for e in files.tensors.values() for n in (0, *e.shape)))
-    for key, value in _members(files.config):
+    for key, value in _members(said):
         if isinstance(value, int) and _COUNTS.fullmatch(key) and value > most:
-            raise ModelError(
-                f"{path}: {key} is {_shown(value)}, but the weight files hold {len(files.tensors)} "
-                f"tensors, of {most} entries in a dimension at most"
-            )
+            raise ModelError(f"{path}: {key} is {_shown(value)}, but {held} at most")
         if key == "configuration_files":
             raise ModelError(f"{path} leaves it to other files ({key}); put their contents there")
         if key.endswith("implementation") and not trust_remote_code:

@@ -25,9 +25,10 @@ import torch
 from torch import nn
 
 from pipeline.capture import BlockCall
-from pipeline.planning.counts import hessian_flops, solve_counts
+from pipeline.planning.counts import hessian_flops, objective_share, solve_counts
 from pipeline.planning.rates import Rates, cpu_rates, with_threads
-from pipeline.planning.shape import BlockShape, ModelShape, example_block
+from pipeline.planning.shape import BlockShape, ModelShape, read_shape
+from pipeline.planning.source import example_block
 from pipeline.solvers import SolverSettings, Statistics, objective, solver_for
 from pipeline.solvers.factor import invert_, upper_factor_
 from pipeline.statistics import Accumulator
@@ -142,7 +143,7 @@ def _forward(
     found[shape.dtype] = flops / seconds
     found["statistics"] = summed / adding
     if length == shape.seqlen:
-        block, call, hidden = example_block(model, shape, size)
+        block, call, hidden = example_block(model, shape.dtype, size, shape.seqlen)
         time_of = _seconds(lambda: call.run(block, hidden), clock)
         found |= _attention_and_rest(block, call, time_of, size, kind, found[shape.dtype], base)
     return found
@@ -177,28 +178,38 @@ def _solving(shape: ModelShape, kind: BlockShape, workers: int, clock: Clock) ->
         sums[name][1] += seconds
 
     for group in {g.columns: g for g in kind.groups if g.columns <= _MOST_COLUMNS}.values():
-        columns = group.columns
         rows = max(16, sum(r for _, r, _ in group.layers) // workers)
-        rows = min(rows, max(16, int(_MOST_OPERATIONS / (2 * columns**2 * 40))))
-        statistics, weight = _problem(rows, columns)
-        matrix = statistics.hessian
-        assert matrix is not None
-        product = _seconds(lambda: weight @ matrix, clock)  # noqa: B023
-        one = 2.0 * rows * columns**2
-        add("float32", one, product)
-        add("float64", one, _seconds(lambda: objective(weight * 0, weight, statistics), clock, 2))  # noqa: B023
-        damped = matrix / statistics.tokens + torch.eye(columns)
-        inverse = _seconds(lambda: invert_(damped.clone()), clock, 2)  # noqa: B023
-        add("inverse", 2.0 * columns**3, inverse)
-        wide = damped.double()
-        add("factor", float(columns) ** 3, _seconds(lambda: upper_factor_(wide.clone()), clock, 2))  # noqa: B023
-        few, many = (
-            _seconds(_admm(weight, statistics, n), clock, 2)
-            for n in (_ADMM_ITERATIONS, 2 * _ADMM_ITERATIONS)
-        )
-        left = max(many - few - _ADMM_ITERATIONS * product, 0.02 * many)
-        add("iteration", _ADMM_ITERATIONS * float(rows) * columns, left)
+        rows = min(rows, max(16, int(_MOST_OPERATIONS / (2 * group.columns**2 * 40))))
+        for name, (amount, seconds) in _solve_pieces(rows, group.columns, clock).items():
+            add(name, amount, seconds)
     return {name: amount / seconds for name, (amount, seconds) in sums.items()}
+
+
+def _solve_pieces(rows: int, columns: int, clock: Clock) -> dict[str, tuple[float, float]]:
+    """Rate -> (its amount, the seconds it took), for one group's shape."""
+    statistics, weight = _problem(rows, columns)
+    matrix = statistics.hessian
+    if matrix is None:
+        return {}
+    one = 2.0 * rows * columns**2
+    product = _seconds(lambda: weight @ matrix, clock)
+    wide = _seconds(lambda: objective(weight * 0, weight, statistics), clock, 2)
+    damped = matrix / statistics.tokens + torch.eye(columns)
+    inverse = _seconds(lambda: invert_(damped.clone()), clock, 2)
+    double = damped.double()
+    factor = _seconds(lambda: upper_factor_(double.clone()), clock, 2)
+    few, many = (
+        _seconds(_admm(weight, statistics, n), clock, 2)
+        for n in (_ADMM_ITERATIONS, 2 * _ADMM_ITERATIONS)
+    )
+    left = max(many - few - _ADMM_ITERATIONS * product, 0.02 * many)
+    return {
+        "float32": (one, product),
+        "float64": (one * objective_share(columns), wide),
+        "inverse": (2.0 * columns**3, inverse),
+        "factor": (float(columns) ** 3, factor),
+        "iteration": (_ADMM_ITERATIONS * float(rows) * columns, left),
+    }
 
 
 def _problem(rows: int, columns: int) -> tuple[Statistics, torch.Tensor]:
@@ -211,14 +222,14 @@ def _problem(rows: int, columns: int) -> tuple[Statistics, torch.Tensor]:
 
 
 def _admm(weight: torch.Tensor, statistics: Statistics, iterations: int) -> Callable[[], object]:
-    """A solve of one stage whose lambda runs through the whole of its range in few iterations."""
+    """A solve with one inverse, lambda running through the whole of its range in few iterations."""
     usual = SolverSettings()
-    steps = usual.admm_stages * usual.admm_iterations / iterations
+    steps = usual.admm_iterations / iterations
     settings = SolverSettings(
         refine="none",
         damping=0.01,
-        admm_stages=1,
         admm_iterations=iterations,
+        admm_first_iterations=iterations,
         admm_lambda_growth=usual.admm_lambda_growth**steps,
     )
     solver = solver_for(settings)
@@ -237,8 +248,9 @@ def _operator(
     solver = solver_for(SolverSettings(method="sparsegpt"))
     seconds = _seconds(lambda: solver.solve(weight, solver.prepare(statistics)), clock, 2)
     counts = solve_counts(solver.settings, rows, group.columns, 4, "cpu")
+    one = 2.0 * rows * group.columns**2
     known = (
-        counts.wide * 2.0 * rows * group.columns**2 / rates.float64
+        counts.wide * one * objective_share(group.columns) / rates.float64
         + counts.other / rates.float32
         + counts.factor / rates.factor
         + counts.moved / rates.memory
@@ -285,8 +297,6 @@ def measure_files(folder: Path) -> dict[str, float]:
 
 def main(arguments: list[str]) -> None:
     """One measuring process: prints the rates it found as one JSON object."""
-    from pipeline.planning.shape import read_shape
-
     model, batch_size, seqlen, dtype, workers, threads, folder = arguments
     shape = read_shape(Path(model), seqlen=int(seqlen), dtype=dtype)
     rates = measure(Path(model), shape, int(batch_size), int(workers), int(threads))

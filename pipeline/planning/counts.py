@@ -25,7 +25,8 @@ _OBJECTIVE_ROWS = 2048
 class SolveCounts:
     """One group's solve on one rank.
 
-    products: number of fp32 products (R, C) x (C, C), wide: of such in float64. other: further
+    products: number of fp32 products (R, C) x (C, C), wide: of objectives, each
+    `objective_share` of a product in float64. other: further
     fp32 operations of products on rows. inverse: operations of fp32 inverses, factor: of the
     float64 factor, both the same on every rank. steps: iterations that touch all of the rows.
     moved: bytes of passes over C x C and over rows outside the iterations. operators: kernels
@@ -46,6 +47,13 @@ def hessian_flops(tokens: float, columns: int) -> float:
     """Operations to sum x xᵀ of `tokens` inputs: the upper triangle of panels, both halves of a
     panel's own square."""
     return sum(2.0 * tokens * stop * (stop - start) for start, stop in panels(columns))
+
+
+def objective_share(columns: int) -> float:
+    """The share of a product (R, C) x (C, C) that an objective takes: panels of H above its
+    diagonal blocks count twice instead of being multiplied twice."""
+    count = -(-columns // 256)
+    return (count + 1) / (2 * count)
 
 
 def padded(rows: int) -> int:
@@ -77,7 +85,7 @@ def solve_counts(
     if full:
         wide = evaluations
         chunks = -(-rows // _OBJECTIVE_ROWS)
-        moved += evaluations * (12.0 * columns * columns * chunks + 40.0 * rows * columns)
+        moved += evaluations * (6.0 * columns * columns * chunks + 40.0 * rows * columns)
         operators += evaluations * 6 * chunks * -(-columns // 256)
         moved += 60.0 * columns * columns  # checks, the estimate of the noise
         operators += 12 * -(-columns // 256)
@@ -97,13 +105,14 @@ def solve_counts(
 
 
 def _prox_admm(settings: SolverSettings, rows: int, columns: int, device: str) -> SolveCounts:
-    stages, iterations = settings.admm_stages, settings.admm_stages * settings.admm_iterations
+    iterations = settings.admm_iterations
+    inverses = 1 if settings.admm_first_iterations >= iterations else 2
     return SolveCounts(
         products=1 + iterations,
         steps=1 + iterations,
-        inverse=2.0 * stages * float(columns) ** 3,
-        moved=24.0 * stages * columns * columns,
-        operators=12 * iterations + stages * 12 * -(-columns // 512),
+        inverse=2.0 * inverses * float(columns) ** 3,
+        moved=24.0 * inverses * columns * columns,
+        operators=12 * iterations + inverses * 12 * -(-columns // 512),
     )
 
 

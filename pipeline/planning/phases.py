@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from pipeline.planning.counts import hessian_flops, reduced_bytes, solve_counts, statistic_bytes
+from pipeline.planning.counts import (
+    hessian_flops,
+    objective_share,
+    reduced_bytes,
+    solve_counts,
+    statistic_bytes,
+)
 from pipeline.planning.job import PlannedJob
 from pipeline.planning.memory import Held, embed_memory, phase_memory
 from pipeline.planning.profile import ForwardProfile
@@ -260,10 +266,12 @@ class PhaseModel:
         counts = solve_counts(self.job.settings, rows, columns, self.shape.itemsize, device)
         entries = float(rows) * columns
         one = 2.0 * entries * columns
-        square = float(columns) * columns
+        square, share = float(columns) * columns, objective_share(columns)
         parts = [
             self._product("products", counts.products, one, 4 * (square + 2 * entries), "float32"),
-            self._product("objective", counts.wide, one, 4 * square + 16 * entries, "float64"),
+            self._product(
+                "objective", counts.wide, share * one, 2 * square + 16 * entries, "float64"
+            ),
             Part("products", COMPUTE, counts.other / rates.float32),
             Part("inverse, same on all", COMPUTE, counts.inverse / rates.inverse),
             Part("factor, same on all", COMPUTE, counts.factor / rates.factor),

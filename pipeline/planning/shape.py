@@ -6,25 +6,15 @@ config says. Blocks of the same structure are looked at once.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from pipeline.capture import BlockCall, ModelEnds, linear_layers, unsupported_parameters
-from pipeline.model import (
-    FORWARD_DTYPES,
-    Skeleton,
-    build_on_meta,
-    find_blocks,
-    load_config,
-    open_skeleton,
-    require_causal,
-)
+from pipeline.model import FORWARD_DTYPES, Skeleton
 from pipeline.planning.profile import (
     META,
     ForwardProfile,
@@ -32,10 +22,9 @@ from pipeline.planning.profile import (
     on_meta,
     profile_forward,
 )
+from pipeline.planning.source import HollowSkeleton, open_source
 from pipeline.solvers import Pattern
 from storage.errors import ConfigError, ModelError
-from storage.model_files import ModelFiles
-from storage.safetensors_format import torch_dtype
 
 # Weight files of a model that is known by its config alone: the usual size of one, in bytes.
 ASSUMED_FILE_BYTES = 5 * 10**9
@@ -113,20 +102,6 @@ class ModelShape:
         return self.kinds[self.blocks[block]]
 
 
-class _Hollow(Skeleton):
-    """A skeleton whose weights are zeros without memory: to see what blocks are called with."""
-
-    def load_ends(self, device: torch.device, *, head: bool) -> PreTrainedModel:
-        """The model with every parameter outside the blocks one zero, expanded to its shape."""
-        inside = {id(p) for p in self.blocks.parameters()}
-        for owner in self.model.modules():
-            for name, parameter in list(owner.named_parameters(recurse=False)):
-                if id(parameter) not in inside and parameter.is_meta:
-                    zero = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-                    setattr(owner, name, nn.Parameter(zero, requires_grad=False))
-        return self.model
-
-
 def read_shape(
     model: Path,
     *,
@@ -143,47 +118,17 @@ def read_shape(
     Raises `ModelError` and `ConfigError` as `open_skeleton` does, and for blocks that do not run
     on the meta device.
     """
-    folder = model if model.is_dir() else model.parent
-    if model.is_dir() and any(model.glob("*.safetensors")):
-        skeleton = open_skeleton(model, dtype=dtype, trust_remote_code=trust_remote_code)
-        files = tuple((folder / file).stat().st_size for file in skeleton.files.files)
-        stored = [torch_dtype(entry.dtype) for entry in skeleton.files.tensors.values()]
-        itemsize = max((d.itemsize for d in stored if d.is_floating_point), default=2)
-        whole = Skeleton(skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype)
-        name = folder.name
-    else:
-        whole, itemsize = _from_config(model, dtype, trust_remote_code)
-        files, name = (), folder.name if model.name == "config.json" else model.stem
+    source = open_source(model, dtype, trust_remote_code)
     return shape_of(
-        whole,
-        name=name,
-        files=files,
-        itemsize=itemsize,
+        source.skeleton,
+        name=source.name,
+        files=source.files,
+        itemsize=source.itemsize,
         seqlen=seqlen,
         pattern=pattern,
         needs=needs,
         skip_unsupported=skip_unsupported,
     )
-
-
-def _from_config(path: Path, dtype: str | None, trust_remote_code: bool) -> tuple[Skeleton, int]:
-    """A skeleton without files, and the bytes of a stored weight."""
-    config_file = path / "config.json" if path.is_dir() else path
-    try:
-        json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{config_file} is not a readable config.json ({error})") from error
-    config = load_config(path, trust_remote_code)
-    require_causal(config, path)
-    declared = getattr(config.get_text_config(), "dtype", None)
-    stored = declared if isinstance(declared, torch.dtype) else torch.bfloat16
-    if dtype is not None and dtype not in FORWARD_DTYPES:
-        raise ConfigError(f"--dtype {dtype} is not one of {', '.join(FORWARD_DTYPES)}")
-    forward = FORWARD_DTYPES[dtype] if dtype is not None else stored
-    model = build_on_meta(config, forward, path, trust_remote_code)
-    # A plan reads no tensor: what needs the files is never called.
-    hollow = Skeleton(model, cast("ModelFiles", None), find_blocks(model, path), forward)
-    return hollow, stored.itemsize
 
 
 @torch.no_grad()
@@ -199,19 +144,8 @@ def shape_of(
     skip_unsupported: bool,
 ) -> ModelShape:
     """The shape of a model whose skeleton is there; the skeleton's model is used up."""
-    hollow = _Hollow(skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype)
-    inside = {id(p) for p in hollow.blocks.parameters()}
-    embedding = hollow.model.get_input_embeddings()
-    output = hollow.model.get_output_embeddings()
-    outside = {id(p): p.numel() for p in hollow.model.parameters() if id(p) not in inside}
-    tied = bool(hollow.model.config.get_text_config().tie_word_embeddings)
-    head = 0 if output is None else sum(outside.get(id(p), 0) for p in output.parameters())
-    if output is not None and any(
-        p is q for p in output.parameters() for q in embedding.parameters()
-    ):
-        head, tied = 0, False  # counted once already
-    ends = sum(outside.values()) - head
-    head = 0 if tied else head
+    hollow = HollowSkeleton(skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype)
+    ends, head = _outside(hollow)
     tokens = torch.zeros((1, seqlen), dtype=torch.int64)
     module_ends = ModelEnds(hollow, torch.device("cpu"), head=False)
     calls = module_ends.calls(tokens)
@@ -251,26 +185,21 @@ def shape_of(
     return shape if files else replace(shape, files=_assumed_files(shape))
 
 
-@torch.no_grad()
-def example_block(
-    model: Path, shape: ModelShape, batch_size: int
-) -> tuple[nn.Module, BlockCall, Tensor]:
-    """A block in the middle of the model with random weights on the CPU, what it is called with,
-    and random inputs (batch_size, seqlen, hidden)."""
-    config = load_config(model, False)
-    dtype = FORWARD_DTYPES[shape.dtype]
-    built = build_on_meta(config, dtype, model, False)
-    hollow = _Hollow(built, cast("ModelFiles", None), find_blocks(built, model), dtype)
-    tokens = torch.zeros((batch_size, shape.seqlen), dtype=torch.int64)
-    middle = len(shape.blocks) // 2
-    call = ModelEnds(hollow, torch.device("cpu"), head=False).calls(tokens)[middle]
-    block = hollow.blocks[middle]
-    for owner in block.modules():
-        for name, parameter in list(owner.named_parameters(recurse=False)):
-            value = 0.02 * torch.randn(parameter.shape)
-            setattr(owner, name, nn.Parameter(value.to(dtype), requires_grad=False))
-    hidden = torch.randn(batch_size, shape.seqlen, shape.hidden).to(dtype)
-    return block.eval(), call, hidden
+def _outside(model: Skeleton) -> tuple[int, int]:
+    """Elements that lie outside the blocks: of all but the output embedding, and of that one where
+    it is another than the input's."""
+    inside = {id(p) for p in model.blocks.parameters()}
+    embedding = model.model.get_input_embeddings()
+    output = model.model.get_output_embeddings()
+    outside = {id(p): p.numel() for p in model.model.parameters() if id(p) not in inside}
+    tied = bool(model.model.config.get_text_config().tie_word_embeddings)
+    head = 0 if output is None else sum(outside.get(id(p), 0) for p in output.parameters())
+    if output is not None and any(
+        p is q for p in output.parameters() for q in embedding.parameters()
+    ):
+        head, tied = 0, False  # counted once already
+    ends = sum(outside.values()) - head
+    return ends, 0 if tied else head
 
 
 def _assumed_files(shape: ModelShape) -> tuple[int, ...]:
@@ -281,7 +210,8 @@ def _assumed_files(shape: ModelShape) -> tuple[int, ...]:
 
 def _signature(call: BlockCall) -> str:
     """What a call's tensors look like: blocks with another mask cost another forward."""
-    named: dict[object, Any] = {**dict(enumerate(call.arguments)), **call.keywords}
+    positional = {str(index): value for index, value in enumerate(call.arguments)}
+    named = {**positional, **call.keywords}
     return repr(
         {
             key: (tuple(value.shape), str(value.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from pipeline.planning.phases import Phase
@@ -55,10 +56,7 @@ def plan_to_json(plan: Plan, *, scaled: bool = True) -> dict[str, Any]:
         "once": [_phase(plan, phase) for phase in (*plan.before, *plan.after)],
         "disk_bytes": plan.disk_bytes,
         "network_bytes": plan.network_bytes,
-        "needs": [
-            {"what": n.what, "where": n.where, "needs": n.needs, "has": n.has, "fits": n.fits}
-            for n in plan.needs()
-        ],
+        "needs": [{**dataclasses.asdict(need), "fits": need.fits} for need in plan.needs()],
         "problems": [
             {"what": need.what, "where": need.where, "remedies": list(options)}
             for need, options in plan.problems()

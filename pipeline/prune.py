@@ -336,6 +336,6 @@ def _tidy(run: RunDirectory, lock: RunLock, blocks: int, progress: Progress) -> 
     lock.assert_held()  # who was replaced in the meantime says so, even now
     try:
         return read_summary(run)
-    except CorruptFileError as error:
-        progress.note(f"{error}; the output is whole, its figures are in its prox24.json")
+    except CorruptFileError:
+        progress.note(f"{run.report()}: no summary, or damaged; the output's prox24.json is whole")
         return {}

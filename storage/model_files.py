@@ -91,6 +91,8 @@ class ModelFiles:
         self.config = config
         self.index = index
         self.expected: Mapping[str, str] = {}
+        # Tensor → state of its file when the tensor was last found to be the expected one.
+        self._seen: dict[str, tuple[int, ...]] = {}
 
     @staticmethod
     def open(folder: Path) -> ModelFiles:
@@ -134,9 +136,10 @@ class ModelFiles:
         """A copy of tensor `name` on the CPU, in its own dtype.
 
         rows: (start, stop) of the first dimension; None for the whole tensor.
-        Only the bytes asked for are read, or all of them where the tensor's hash is known. Raises
-        ModelError for an unknown name or dtype, CorruptFileError if the file became shorter or the
-        tensor is not the `expected` one, IndexError if the rows are not there.
+        Only the bytes asked for are read; all of them where the tensor's hash is known and the
+        file has changed since this process last compared it. Raises ModelError for an unknown name
+        or dtype, CorruptFileError if the file became shorter or the tensor is not the `expected`
+        one, IndexError if the rows are not there.
         """
         entry = self.entry(name)
         shape, start, end = entry.shape, entry.start, entry.end
@@ -146,13 +149,18 @@ class ModelFiles:
             row_bytes = (end - start) // shape[0] if shape[0] else 0
             shape = (rows[1] - rows[0], *shape[1:])
             start, end = start + rows[0] * row_bytes, start + rows[1] * row_bytes
-        whole = (entry.start, entry.end) if name in self.expected else (start, end)
-        raw = torch.empty(whole[1] - whole[0], dtype=torch.uint8)
         with open(inside(self.folder, entry.file), "rb", buffering=0) as file:
+            state = _state(file.fileno())
+            # A whole tensor is always compared. Its rows, read again for the solve, are those that
+            # the calibration compared unless someone wrote to the file.
+            compared = name in self.expected and (rows is None or self._seen.get(name) != state)
+            whole = (entry.start, entry.end) if compared else (start, end)
+            raw = torch.empty(whole[1] - whole[0], dtype=torch.uint8)
             file.seek(whole[0])
             read_into(file, raw, f"{self.folder / entry.file}: tensor {name}")
-        if name in self.expected:
+        if compared:
             self.check(entry, hashlib.sha256(raw.numpy().data))
+            self._seen[name] = state
         if whole != (start, end):
             raw = raw[start - whole[0] : end - whole[0]].clone()  # lets go of the other rows
         return raw.view(torch_dtype(entry.dtype)).reshape(shape)
@@ -196,6 +204,12 @@ class ModelFiles:
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
         return digest.hexdigest()
+
+
+def _state(descriptor: int) -> tuple[int, ...]:
+    """What changes when someone writes to an open file, or puts another in its place."""
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def inside(folder: Path, name: str) -> Path:

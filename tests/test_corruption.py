@@ -177,7 +177,8 @@ def test_only_the_damaged_shard_is_replayed(tiny: Tiny, begun: Path, tmp_path: P
     notes = Notes()
     tiny.prune(tmp_path, notes, Interrupting(2, look))
     tiny.check(tmp_path)
-    assert phases[1:5] == [("calibrate", 2), ("embed", None), ("propagate", 0), ("propagate", 1)]
+    at = phases.index(("calibrate", 2))
+    assert phases[at + 1 : at + 4] == [("embed", None), ("propagate", 0), ("propagate", 1)]
     assert seen.keys() == before.keys()
     assert [p for p in paths if seen[p] != before[p]] == [paths[1]]
     assert notes.name(paths[1])

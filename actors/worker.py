@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -14,6 +16,16 @@ from pipeline.measure import reset_peaks
 from pipeline.worker import BlockWorker
 
 
+@dataclass(frozen=True)
+class Whereabouts:
+    """The process of a rank: Ray's node id, host name, process id and its start (unix time)."""
+
+    node: str
+    host: str
+    pid: int
+    started: float
+
+
 class RankActor:
     """Holds a `BlockWorker` and its place in the collective. The driver makes it a Ray actor."""
 
@@ -21,18 +33,39 @@ class RankActor:
         self.job, self.rank, self.world = job, rank, world
         self._store: Any = None
 
-    def build(self) -> None:
-        """Makes the rank. Apart from the constructor, whose errors Ray reports as a dead actor."""
+    def where(self) -> Whereabouts:
+        """Which process this is."""
+        return Whereabouts(
+            node=ray.get_runtime_context().get_node_id(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=psutil.Process().create_time(),
+        )
+
+    def build(self) -> str:
+        """Makes the rank; returns the type of its device.
+
+        Apart from the constructor, whose errors Ray reports as a dead actor.
+        """
         self.worker = BlockWorker(self.job, self.rank, self.world)
+        return self.worker.device.type
 
     def host(self) -> tuple[str, int]:
-        """Rank 0 only: opens the meeting point; returns its address."""
+        """Rank 0 only: opens a meeting point on a fresh port; returns its address."""
         host = ray.util.get_node_ip_address()
         self._store = host_meeting(host)
         return host, self._store.port
 
     def join(self, host: str, port: int, timeout: float) -> None:
-        """Joins the collective; every operation in it then waits `timeout` seconds at most."""
+        """Joins the collective; every operation in it then waits `timeout` seconds at most.
+
+        Again after a peer was lost: what the abandoned attempt left in this rank is dropped.
+        """
+        if self.worker.collective is not None:
+            self.worker.collective.close()
+            self.worker.collective = None
+        self.worker.forget()
+        self.worker.watch.take()
         use_interface_of(ray.util.get_node_ip_address())
         backend = "nccl" if self.worker.device.type == "cuda" and self.world > 1 else "gloo"
         if self._store is not None:

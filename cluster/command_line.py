@@ -205,7 +205,7 @@ def config_from(options: argparse.Namespace, kind: type[Any]) -> Any:
     return kind(**{name: value for name, value in vars(options).items() if name in names})
 
 
-def make_executor(config: RuntimeConfig) -> Callable[[], Executor]:
+def make_executor(config: RuntimeConfig, console: Console) -> Callable[[], Executor]:
     """The executor that the config asks for, made when called. Ray is imported only for Ray."""
 
     def make() -> Executor:
@@ -215,7 +215,7 @@ def make_executor(config: RuntimeConfig) -> Callable[[], Executor]:
             return LocalExecutor(world, config.threads or max(1, cores // world))
         from cluster.ray_executor import RayExecutor
 
-        return RayExecutor(config)
+        return RayExecutor(config, console.note)
 
     return make
 
@@ -231,7 +231,7 @@ def _prune(options: argparse.Namespace) -> int:
         source.folder,
         Path(options.output),
         config,
-        make_executor(config),
+        make_executor(config, console),
         console,
         source_name=source.name,
     )
@@ -244,7 +244,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     config: EvalConfig = config_from(options, EvalConfig)
     source = resolve_model(options.model)
-    measured = evaluate(source.folder, config, make_executor(config), Console())
+    console = Console()
+    measured = evaluate(source.folder, config, make_executor(config, console), console)
     if config.json:
         print(json.dumps({"model": source.name, **measured}))
     else:
@@ -322,5 +323,6 @@ def _interrupted(error: RunInterrupted, arguments: Sequence[str]) -> int:
 
 def _one_line(error: BaseException) -> str:
     """Names in a message may come from a file: nothing of them reaches the terminal as control."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    words = " ".join([str(error), *getattr(error, "__notes__", ())])
+    text = " ".join(words.split()) or type(error).__name__
     return "".join(c if c.isprintable() else "?" for c in text)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from storage.errors import ResourceError
 
@@ -40,7 +41,7 @@ def choose_placement(
     GPUs where there are any, one worker each; else one worker per node, its cores divided by the
     workers on it. Raises `ResourceError` for more than the cluster has, naming both.
     """
-    alive = [node["Resources"] for node in nodes if node.get("Alive")]
+    alive = _alive(nodes)
     has_gpus = any(resources.get("GPU", 0) >= 1 for resources in alive)
     gpus = gpus_per_worker if gpus_per_worker is not None else float(has_gpus)
     if workers is None:
@@ -63,6 +64,46 @@ def choose_placement(
             f"{len(alive)} nodes hold ({slots}); lower --workers, --threads or --gpus-per-worker"
         )
     return Placement(workers, threads, gpus)
+
+
+def placement_after_loss(
+    wanted: Placement,
+    current: Placement,
+    nodes: Sequence[Mapping[str, Any]],
+    *,
+    waited: float,
+    node_wait: float,
+    on_lost_node: Literal["wait", "shrink"],
+) -> Placement | None:
+    """What to go on with after a node was lost; None: wait, and ask again.
+
+    `wanted` is what the job began with and `current` what it had last, which is less if it has
+    shrunk before. Workers keep their threads and GPUs; only their number changes, and it grows
+    back to `wanted` where there is room. `waited`: seconds since the loss, of `node_wait`.
+
+    Raises `ResourceError` when the wait is over and there is still no room: for `current`, or
+    with "shrink" for a single worker.
+    """
+    alive = _alive(nodes)
+    room = min(_slots(alive, wanted.threads, wanted.gpus), wanted.workers)
+    if room >= current.workers:
+        return dataclasses.replace(wanted, workers=room)
+    if waited < node_wait:
+        return None
+    if on_lost_node == "shrink" and room >= 1:
+        return dataclasses.replace(wanted, workers=room)
+    shrink = f", or go on with {room}: --on-lost-node shrink" if room else ""
+    raise ResourceError(
+        f"{current.workers} workers of {wanted.text()} each ran here, but the {len(alive)} nodes "
+        f"that are left hold {room}, and none came back in {node_wait:g} s (--node-wait); "
+        f"committed blocks are kept: bring the missing node back and run the same command "
+        f"again{shrink}"
+    )
+
+
+def _alive(nodes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, float]]:
+    """Resources of the nodes that live, as `ray.nodes()` tells."""
+    return [node["Resources"] for node in nodes if node.get("Alive")]
 
 
 def _slots(nodes: Sequence[Mapping[str, float]], threads: int, gpus: float) -> int:

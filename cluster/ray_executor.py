@@ -1,47 +1,65 @@
-"""Dispatch over Ray: the `Executor` whose ranks are actors, and the connection to a cluster."""
+"""Dispatch over Ray: the `Executor` whose ranks are actors, and how lost ones are replaced."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    OutOfMemoryError,
-    RayError,
-    RayTaskError,
+from ray.exceptions import RayError
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
 )
-from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.worker import RankActor
-from cluster.placement import Placement, choose_placement
+from actors.worker import RankActor, Whereabouts
+from cluster.connection import connect
+from cluster.failures import is_of_the_worker, translate
+from cluster.placement import Placement, choose_placement, placement_after_loss
 from pipeline.config import RuntimeConfig
 from pipeline.job import Job, Outcome
 from storage.errors import Prox24Error, ResourceError, WorkerLostError
 
+logger = logging.getLogger(__name__)
+
 _START_SECONDS = 300.0
-# How long the other ranks' errors are waited for after the first, to report the one that matters.
+# How long the other ranks are waited for after the first error: to report the error that matters,
+# and because a rank that comes to its end is kept, where one that is busy must be replaced.
 _GRACE_SECONDS = 3.0
-# How long a cluster may take to accept a connection.
-_KNOCK_SECONDS = 10.0
+# Two readings of one process's start agree to this; another process of its id started later.
+_SAME_START_SECONDS = 2.0
+# How often the nodes are looked at while something is waited for that a lost node holds up.
+_LOOK_SECONDS = 1.0
+
+
+class _NodeLost(Exception):
+    """A node that held a rank is gone: its bundle cannot be filled again."""
+
+
+@dataclass
+class _Rank:
+    """One rank's actor, and what is known of its process."""
+
+    actor: Any
+    where: Whereabouts | None = None
+    device: str = ""
 
 
 class RayExecutor:
     """Ranks as Ray actors in a packed placement group. Restarts are ours: Ray's lose the state."""
 
-    def __init__(self, config: RuntimeConfig) -> None:
+    def __init__(self, config: RuntimeConfig, note: Callable[[str], None] = logger.warning) -> None:
         """Connects to the cluster (or starts one) and decides the placement.
 
-        Raises `ResourceError` for an address that does not answer, or for more than the cluster
-        has.
+        `note` is told what the user should know while nothing goes on. Raises `ResourceError` for
+        an address that does not answer, or for more than the cluster has.
         """
         connect(config)
         try:
@@ -51,16 +69,79 @@ class RayExecutor:
         except ResourceError:
             ray.shutdown()
             raise
-        self.world, self.threads = self.placement.workers, self.placement.threads
+        self._wanted = self.placement
+        self.threads = self.placement.threads
+        self._config, self._note = config, note
         self._timeout = config.phase_timeout
         self._job: Job | None = None
-        self._actors: list[Any] = []
+        self._ranks: list[_Rank | None] = []
         self._group: Any = None
+        # Ray's ids of the nodes that hold the group's bundles.
+        self._nodes: set[str] = set()
+
+    @property
+    def world(self) -> int:
+        """Number of ranks; another one after `recover` where a node was lost for good."""
+        return self.placement.workers
 
     def start(self, job: Job) -> None:
         """Places the actors, builds their ranks, and joins them in a collective."""
         self._stop_actors()
         self._job = job
+        self._restart()
+
+    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+        """One phase on all ranks at once."""
+        calls = {
+            rank: self._actor(rank).perform.remote(phase, *own)
+            for rank, own in enumerate(arguments)
+        }
+        return list(self._collect(calls, phase, self._timeout).values())
+
+    def reduce(self) -> list[Outcome]:
+        """The ranks sum among themselves; no statistic passes through the driver."""
+        return self.run("reduce", [()] * self.world)
+
+    def recover(self) -> None:
+        """Replaces lost ranks and joins all in a new collective; survivors keep their processes.
+
+        Where a node is lost, waits for room as `--on-lost-node` says and starts all ranks anew,
+        perhaps fewer. Raises `WorkerLostError` when a rank is lost meanwhile, `ResourceError`
+        when the wait is over.
+        """
+        if self._job is None:
+            return
+        if self._lost_nodes():
+            self._restart()
+            return
+        if any(r is not None and r.device == "cuda" for r in self._ranks) and self.world > 1:
+            # A NCCL communicator whose peer died may hold kernels that never end.
+            for rank in range(self.world):
+                self._drop(rank)
+        try:
+            self._fill()
+        except _NodeLost:
+            self._restart()
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Who runs the ranks, for the records: host, process id and Ray's node id of each."""
+        return [
+            {"host": r.where.host, "pid": r.where.pid, "node": r.where.node}
+            for r in self._ranks
+            if r is not None and r.where is not None
+        ]
+
+    def close(self) -> None:
+        """Stops the actors; a cluster of our own ends with them."""
+        with contextlib.suppress(RayError):
+            self._stop_actors()
+        ray.shutdown()
+
+    def _restart(self) -> None:
+        """All ranks anew, on the nodes that there are."""
+        self._stop_actors()
+        self.placement = self._room()
+        self._ranks = [None] * self.world
         self._group = placement_group(
             [self.placement.bundle()] * self.world, strategy="PACK", name="prox24"
         )
@@ -69,131 +150,157 @@ class RayExecutor:
                 f"the cluster did not make room for {self.world} workers ({self.placement.text()} "
                 f"each) in {_START_SECONDS:.0f} s; free: {ray.available_resources()}"
             )
-        remote = ray.remote(RankActor)
-        self._actors = [
-            remote.options(
-                num_cpus=self.placement.threads,
-                num_gpus=self.placement.gpus,
-                max_restarts=0,
-                max_task_retries=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=self._group, placement_group_bundle_index=rank
-                ),
-            ).remote(job, rank, self.world)
+        self._nodes = set(placement_group_table(self._group)["bundles_to_node_id"].values())
+        try:
+            self._fill()
+        except _NodeLost as error:
+            raise WorkerLostError("phase start: a node is gone") from error
+
+    def _room(self) -> Placement:
+        """The placement to go on with; waits for lost nodes as the options say."""
+        began, told = time.monotonic(), False
+        while True:
+            waited = time.monotonic() - began
+            placement = placement_after_loss(
+                self._wanted,
+                self.placement,
+                ray.nodes(),
+                waited=waited,
+                node_wait=self._config.node_wait,
+                on_lost_node=self._config.on_lost_node,
+            )
+            if placement is not None:
+                if placement.workers < self.placement.workers:
+                    self._note(f"going on with {placement.workers} of {self.world} workers")
+                return placement
+            if not told:
+                told = True
+                self._note(
+                    f"a node is lost, and the others have no room for {self.world} workers; "
+                    f"waiting {self._config.node_wait:g} s for it (--node-wait)"
+                )
+            time.sleep(_LOOK_SECONDS)
+
+    def _fill(self) -> None:
+        """Makes the ranks that are missing, then joins all. `_NodeLost` if a bundle's node goes."""
+        timeout = _START_SECONDS
+        missing = [rank for rank in range(self.world) if self._ranks[rank] is None]
+        for rank in missing:
+            self._ranks[rank] = _Rank(self._place(rank))
+        asked = {rank: self._actor(rank).where.remote() for rank in missing}
+        built = {rank: self._actor(rank).build.remote() for rank in missing}
+        for rank, where in self._collect(asked, "start", timeout, watch=True).items():
+            self._known(rank).where = where
+        for rank, device in self._collect(built, "start", timeout, watch=True).items():
+            self._known(rank).device = device
+        host, port = self._collect({0: self._actor(0).host.remote()}, "start", timeout)[0]
+        joining = {
+            rank: self._actor(rank).join.remote(host, port, self._timeout)
             for rank in range(self.world)
-        ]
-        self._collect([actor.build.remote() for actor in self._actors], "start", _START_SECONDS)
-        host, port = self._collect([self._actors[0].host.remote()], "start", _START_SECONDS)[0]
-        joining = [actor.join.remote(host, port, self._timeout) for actor in self._actors]
-        self._collect(joining, "start", _START_SECONDS)
+        }
+        self._collect(joining, "start", timeout)
 
-    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
-        """One phase on all ranks at once."""
-        calls = [
-            actor.perform.remote(phase, *own)
-            for actor, own in zip(self._actors, arguments, strict=True)
-        ]
-        outcomes: list[Outcome] = self._collect(calls, phase, self._timeout)
-        return outcomes
+    def _place(self, rank: int) -> Any:
+        options = {
+            "num_cpus": self.placement.threads,
+            "num_gpus": self.placement.gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=self._group, placement_group_bundle_index=rank
+            ),
+        }
+        return ray.remote(RankActor).options(**options).remote(self._job, rank, self.world)
 
-    def reduce(self) -> list[Outcome]:
-        """The ranks sum among themselves; no statistic passes through the driver."""
-        return self.run("reduce", [()] * self.world)
+    def _known(self, rank: int) -> _Rank:
+        found = self._ranks[rank]
+        if found is None:
+            raise WorkerLostError(f"worker {rank} is gone")
+        return found
 
-    def recover(self) -> None:
-        """Starts all ranks anew: a block is redone from committed inputs, so none has state."""
-        if self._job is not None:
-            self.start(self._job)
+    def _actor(self, rank: int) -> Any:
+        return self._known(rank).actor
 
-    def close(self) -> None:
-        """Stops the actors; a cluster of our own ends with them."""
-        with contextlib.suppress(RayError):
-            self._stop_actors()
-        ray.shutdown()
+    def _name(self, rank: int) -> str:
+        """A rank for people."""
+        where = self._known(rank).where
+        return f"worker {rank}" + (f" (process {where.pid} on {where.host})" if where else "")
+
+    def _lost_nodes(self) -> set[str]:
+        """Nodes of the placement group's bundles that do not live any more."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return self._nodes - alive
 
     def _stop_actors(self) -> None:
-        for actor in self._actors:
-            with contextlib.suppress(RayError):
-                ray.kill(actor)
-        self._actors = []
+        for rank in range(len(self._ranks)):
+            self._drop(rank)
+        self._ranks = []
         if self._group is not None:
             remove_placement_group(self._group)
-            self._group = None
+            self._group, self._nodes = None, set()
 
-    def _collect(self, calls: list[Any], phase: str, timeout: float) -> list[Any]:
-        """Results in order. The first error ends the wait; of several the telling one is raised."""
+    def _drop(self, rank: int) -> None:
+        """Ends a rank's process, whatever it does.
+
+        Ray asks a worker to exit and kills one that does not after some seconds. A stopped process
+        cannot answer; where it runs beside this driver it is killed at once.
+        """
+        dropped, self._ranks[rank] = self._ranks[rank], None
+        if dropped is None:
+            return
+        with contextlib.suppress(RayError):
+            ray.kill(dropped.actor)
+        where = dropped.where
+        if where is not None and where.node == ray.get_runtime_context().get_node_id():
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(where.pid)
+                if abs(process.create_time() - where.started) < _SAME_START_SECONDS:
+                    process.kill()
+
+    def _collect(
+        self, calls: dict[int, Any], phase: str, timeout: float, *, watch: bool = False
+    ) -> dict[int, Any]:
+        """Results by rank. The first error ends the wait; of several the telling one is raised.
+
+        Ranks whose process is gone, or that are still busy then, are dropped. `watch`: raises
+        `_NodeLost` when a node of the group is gone, for calls that would wait for it.
+        """
         deadline = time.monotonic() + timeout
-        pending, errors = list(calls), list[Exception]()
+        ranks = {call: rank for rank, call in calls.items()}
+        pending, errors = list(calls.values()), list[tuple[int, Exception]]()
+        lost: set[int] = set()
         while pending:
-            left = deadline - time.monotonic()
-            ready, pending = ray.wait(pending, num_returns=1, timeout=max(left, 0.0))
+            left = max(deadline - time.monotonic(), 0.0)
+            step = min(left, _LOOK_SECONDS) if watch else left
+            ready, pending = ray.wait(pending, num_returns=1, timeout=step)
             if not ready:
-                if errors:
-                    break
-                raise WorkerLostError(
-                    f"phase {phase}: {len(pending)} of {len(calls)} workers did not finish in "
-                    f"{timeout:.0f} s (--phase-timeout)"
-                )
+                if watch and self._lost_nodes():
+                    raise _NodeLost
+                if left > step:
+                    continue
+                break
             try:
                 ray.get(ready[0])
             except (RayError, Prox24Error) as error:
-                errors.append(translate(error, phase))
+                rank = ranks[ready[0]]
+                own = is_of_the_worker(error)
+                told = translate(error, phase, self._name(rank))
+                told.__cause__ = error
+                if not isinstance(told, Prox24Error):
+                    told.add_note(f"(phase {phase}, {self._name(rank)})")
+                # A peer's death is seen by all who speak with it: the dead one's error tells more.
+                errors.append((2 * isinstance(told, WorkerLostError) + own, told))
+                if not own:
+                    lost.add(rank)
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+        busy = {ranks[call] for call in pending}
+        if busy and not errors:
+            names = ", ".join(self._name(rank) for rank in sorted(busy))
+            option = "" if phase == "start" else " (--phase-timeout)"
+            message = f"phase {phase}: not finished in {timeout:.0f} s{option}: {names}"
+            errors.append((0, WorkerLostError(message)))
+        for rank in lost | busy:
+            self._drop(rank)
         if errors:
-            raise min(errors, key=lambda error: isinstance(error, WorkerLostError))
-        return [ray.get(call) for call in calls]
-
-
-def translate(error: Exception, phase: str) -> Exception:
-    """Ray's report of a failure as prox24's own error."""
-    if isinstance(error, OutOfMemoryError):
-        return ResourceError(
-            f"phase {phase}: Ray's memory monitor stopped a worker; lower --batch-size, use fewer "
-            "workers on a node, or nodes with more memory"
-        )
-    if isinstance(error, RayTaskError):
-        cause = error.cause
-        return cause if isinstance(cause, Exception) else error
-    if isinstance(error, (ActorDiedError, ActorUnavailableError)):
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return WorkerLostError(f"phase {phase}: a worker is gone ({first})")
-    if isinstance(error, RayError):
-        return WorkerLostError(f"phase {phase}: {type(error).__name__}")
-    return error
-
-
-def connect(config: RuntimeConfig) -> None:
-    """Connects to `--ray-address`, $RAY_ADDRESS, or a Ray of our own.
-
-    Raises `ResourceError` for an address that does not answer.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = config.ray_address or os.environ.get("RAY_ADDRESS")
-    level = logging.INFO if config.verbose else logging.ERROR
-    options: dict[str, Any] = {"log_to_driver": config.verbose, "logging_level": level}
-    if not config.verbose:
-        logging.getLogger("ray").setLevel(logging.ERROR)
-    if address is None:
-        # More workers than cores may be asked for: the placement says no, not Ray's scheduler.
-        ray.init(address="local", include_dashboard=False, **options)
-        return
-    try:
-        _knock(address)
-        ray.init(address=address, **options)
-    except (OSError, RuntimeError, ValueError, RayError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ResourceError(
-            f"no Ray cluster answers at {address} ({first}); start one, or leave --ray-address out "
-            "to use this machine"
-        ) from error
-
-
-def _knock(address: str) -> None:
-    """Raises `OSError` where nothing listens at HOST:PORT: Ray itself tries on for minutes.
-
-    Addresses without a port (`auto`) are Ray's to resolve.
-    """
-    host, _, port = address.rpartition("//")[2].partition("?")[0].rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_SECONDS).close()
+            raise min(errors, key=lambda pair: pair[0])[1]
+        return {rank: ray.get(call) for rank, call in calls.items()}

@@ -31,6 +31,8 @@ PLACEMENT_FIELDS = frozenset(
         "hessian_memory",
         "trace",
         "phase_timeout",
+        "on_lost_node",
+        "node_wait",
         "gpus_per_worker",
         "workers",
         "threads",
@@ -170,6 +172,15 @@ class RuntimeConfig:
     trace: str | None = option(
         None, "file to write what every worker did when, for ui.perfetto.dev or chrome://tracing"
     )
+    on_lost_node: Literal["wait", "shrink"] = option(
+        "wait",
+        "when a node is lost and the others have no room for its workers, after --node-wait: "
+        "`wait` stops, to be resumed when the node is back, because fewer workers round sums "
+        "differently; `shrink` goes on with the workers that fit",
+    )
+    node_wait: float = option(
+        300.0, "seconds that a lost node is given to come back, or another to come in its place"
+    )
     trust_remote_code: bool = option(False, "run model code that the model folder carries")
     verbose: bool = option(False, "show Ray's own log and debug messages")
     debug: bool = option(False, "show the traceback of an error")
@@ -179,6 +190,7 @@ class RuntimeConfig:
             require(self, name, at_least=1)
         require(self, "gpus_per_worker", at_least=0)
         require(self, "phase_timeout", at_least=1)
+        require(self, "node_wait", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,9 +94,6 @@ def measure_perplexity(
         with RunLock(run.path) as lock:
             progress.begin("evaluating", len(skeleton.blocks), 0)
             progress.phase("start workers")
-            executor.start(
-                _job(config, skeleton.files.folder, run, len(tokens), stored.sha256, executor)
-            )
             loop = BlockLoop(
                 executor=executor,
                 run=run,
@@ -108,6 +105,9 @@ def measure_perplexity(
                 calibrates=True,
                 chooses=False,
                 max_attempts=3,
+            )
+            loop.start(
+                _job(config, skeleton.files.folder, run, len(tokens), stored.sha256, executor)
             )
             losses = [loss for outcome in loop.evaluate() for loss in outcome.value]
     predicted = len(losses) * (config.seqlen - 1)

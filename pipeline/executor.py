@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -14,13 +16,13 @@ class Executor(Protocol):
     """Runs phases of `BlockWorker` on every rank. The loop knows no more of a cluster than this."""
 
     @property
-    def world(self) -> int:
-        """How many ranks there are."""
+    def threads(self) -> int:
+        """CPU threads of each rank."""
         ...
 
     @property
-    def threads(self) -> int:
-        """CPU threads of each rank."""
+    def world(self) -> int:
+        """Number of ranks. `recover` may change it: read it anew for each phase."""
         ...
 
     def start(self, job: Job) -> None:
@@ -39,7 +41,15 @@ class Executor(Protocol):
         ...
 
     def recover(self) -> None:
-        """Replaces ranks that are gone, and drops what an abandoned attempt left in the others."""
+        """Replaces ranks that are gone, and drops what an abandoned attempt left in the others.
+
+        Raises `WorkerLostError` when another is lost meanwhile, `ResourceError` when there is no
+        place for them.
+        """
+        ...
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Who runs the ranks, as JSON for the records: `host`, `pid` and what else is known."""
         ...
 
     def close(self) -> None:
@@ -51,8 +61,13 @@ class LocalExecutor:
     """N ranks one after another in this process: the oracle that Ray workers must equal."""
 
     def __init__(self, world: int, threads: int) -> None:
-        self.world, self.threads = world, threads
+        self._world, self.threads = world, threads
         self._workers: list[BlockWorker] = []
+
+    @property
+    def world(self) -> int:
+        """Number of ranks; fixed."""
+        return self._world
 
     def start(self, job: Job) -> None:
         """Makes the ranks in this process."""
@@ -82,6 +97,10 @@ class LocalExecutor:
         """A rank in this process cannot be lost without the process."""
         for worker in self._workers:
             worker.forget()
+
+    def workers(self) -> list[dict[str, Any]]:
+        """This process, once for each rank."""
+        return [{"host": socket.gethostname(), "pid": os.getpid()}] * self.world
 
     def close(self) -> None:
         """Drops the ranks and what they hold."""

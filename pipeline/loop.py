@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from pipeline.block_results import read_record
 from pipeline.executor import Executor
-from pipeline.job import Advanced, Observed, Outcome, SolvedSlices
+from pipeline.job import Advanced, Job, Observed, Outcome, SolvedSlices
 from pipeline.measure import peak_memory
 from pipeline.progress import Progress
 from pipeline.repair import ACTIVATIONS_SCHEMA, CHOICES_SCHEMA, Repairs, read_inputs
@@ -29,7 +29,7 @@ from pipeline.solvers import merge_reports
 from pipeline.solvers.types import SolveReport
 from storage.checkpoints import BlockRecord, LayerRecord, LayerSlice
 from storage.commit import StoredFile, publish_json, read_json, replace_json
-from storage.errors import CorruptFileError, Prox24Error, WorkerLostError
+from storage.errors import CorruptFileError, Prox24Error, WorkerLostError, WorkerMemoryError
 from storage.lock import RunLock
 from storage.run_directory import RunDirectory
 
@@ -83,6 +83,8 @@ class BlockLoop:
     # Blocks below this number have been committed.
     begun: int = field(default=0, init=False)
     _attempt: int = field(default=0, init=False)
+    # Why the work under way failed before.
+    _failures: list[str] = field(default_factory=list, init=False)
 
     def prune(self) -> None:
         """Commits every block that is not committed yet, in order."""
@@ -100,27 +102,56 @@ class BlockLoop:
             for block in range(self.blocks):
                 self.run.remove_activations(block, self.lock.assert_held)
 
+    def start(self, job: Job) -> None:
+        """Makes the ranks; those that are lost meanwhile are replaced."""
+        started = False
+
+        def begin() -> None:
+            nonlocal started
+            if not started:
+                started = True
+                self.executor.start(job)
+
+        self.persist("the start of the workers", begin)
+
     def persist(self, what: str, work: Callable[[], T]) -> T:
         """Does `work`; again where workers were lost, or a damaged file was made again.
 
-        Raises `Prox24Error` where workers are lost too often, `CorruptFileError` where damage
-        cannot be mended, because it is not in the run directory, or comes back too often.
+        Raises `Prox24Error` where workers are lost too often, `WorkerMemoryError` where they ran
+        out of memory twice, `CorruptFileError` where damage cannot be mended, because it is not in
+        the run directory, or comes back too often.
         """
         history = AttemptHistory(self.max_attempts)
+        before, self._failures = self._failures, history.failures
         damaged: CorruptFileError | None = None
-        while True:
-            try:
-                if damaged is not None:
-                    self._mend(damaged)
-                    damaged = None
-                return work()
-            except WorkerLostError as error:
-                self._retry_or_raise(error, history, what)
-            except CorruptFileError as error:
-                history.failures.append(str(error))
-                if error is damaged or len(history.failures) >= self.max_attempts:
-                    raise
-                damaged = error
+        lost = False
+        try:
+            while True:
+                try:
+                    if lost:
+                        self._recover(what)
+                        lost = False
+                    if damaged is not None:
+                        self._mend(damaged)
+                        damaged = None
+                    return work()
+                except (WorkerLostError, WorkerMemoryError) as error:
+                    if not history.should_retry(error):
+                        raise self._given_up(what, error, history) from error
+                    attempt = len(history.failures)
+                    self.progress.attempt_failed(what, attempt, history.max_attempts, str(error))
+                    lost = True
+                except CorruptFileError as error:
+                    history.failures.append(str(error))
+                    if error is damaged or len(history.failures) >= self.max_attempts:
+                        raise
+                    damaged = error
+        except Exception as error:
+            if not isinstance(error, Prox24Error):
+                error.add_note(f"({what})")
+            raise
+        finally:
+            self._failures = before
 
     def _mend(self, error: CorruptFileError) -> None:
         """Makes again what is damaged; raises `error` where nothing in the run directory is."""
@@ -143,15 +174,22 @@ class BlockLoop:
 
         return self.persist("the evaluation", work)
 
-    def _retry_or_raise(self, error: WorkerLostError, history: AttemptHistory, what: str) -> None:
-        if not history.should_retry(error):
-            raise Prox24Error(
-                f"{what} failed {len(history.failures)} times; committed blocks are kept, run the "
-                f"same command again to go on ({history.summary()})"
-            ) from error
-        attempt = len(history.failures)
-        self.progress.attempt_failed(what, attempt, history.max_attempts, str(error))
+    def _recover(self, what: str) -> None:
+        began = time.perf_counter()
         self.executor.recover()
+        seconds = time.perf_counter() - began
+        self.progress.note(
+            f"{what}: {self.executor.world} workers are ready again after {seconds:.1f} s"
+        )
+
+    def _given_up(self, what: str, error: Prox24Error, history: AttemptHistory) -> Prox24Error:
+        kind = type(error) if isinstance(error, WorkerMemoryError) else Prox24Error
+        kept = len(self.run.committed_blocks())
+        return kind(
+            f"{what} failed {len(history.failures)} times ({history.summary()}); {kept} of "
+            f"{self.blocks} blocks are committed in {self.run.path} and kept: run the same command "
+            "again to go on"
+        )
 
     def _prune_block(self, block: int) -> None:
         record = self.solve(block)
@@ -189,6 +227,8 @@ class BlockLoop:
             "phases": {name: phase.to_json() for name, phase in times.items()},
             "seconds": time.perf_counter() - started,
             "driver_memory": peak_memory(),
+            "workers": self.executor.workers(),
+            "failures": list(self._failures),
         }
         return self._assemble(block, [part for turn in solved for part in turn], results)
 
@@ -281,6 +321,7 @@ class BlockLoop:
             "schema_version": ACTIVATIONS_SCHEMA,
             "block": block,
             "shards": shards,
+            "workers": self.executor.workers(),
             "phases": {name: phase_times.to_json() for name, phase_times in times.items()},
         }
         # The store and its record are deleted soon; the report still wants the times. Written

@@ -200,7 +200,21 @@ def _start(
     done = sum(run.record(block).exists() for block in range(len(layers)))
     progress.begin("pruning", len(layers), done)
     progress.phase("start workers")
-    executor.start(
+    loop = BlockLoop(
+        executor=executor,
+        run=run,
+        lock=lock,
+        progress=progress,
+        blocks=len(layers),
+        layers=layers,
+        dtypes=dtypes,
+        calibrates=solver_for(settings).needs != "none" or config.save_layers is not None,
+        chooses=settings.shrinkage == AUTO,
+        max_attempts=config.max_attempts,
+        hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
+        mend_tokens=partial(mend_tokens, run, lock, skeleton, config, tokens, progress),
+    )
+    loop.start(
         Job(
             source=str(skeleton.files.folder),
             run_directory=str(run.path),
@@ -218,20 +232,7 @@ def _start(
             lock_file=str(lock.path),
         )
     )
-    return BlockLoop(
-        executor=executor,
-        run=run,
-        lock=lock,
-        progress=progress,
-        blocks=len(layers),
-        layers=layers,
-        dtypes=dtypes,
-        calibrates=solver_for(settings).needs != "none" or config.save_layers is not None,
-        chooses=settings.shrinkage == AUTO,
-        max_attempts=config.max_attempts,
-        hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
-        mend_tokens=partial(mend_tokens, run, lock, skeleton, config, tokens, progress),
-    )
+    return loop
 
 
 def _file_arguments(skeleton: Skeleton, world: int) -> list[list[str]]:

@@ -49,6 +49,8 @@ def summarize(
                 "relative_error": block_error(record),
                 "attempt": record.attempt,
                 "world": record.world,
+                "workers": record.results.get("workers", []),
+                "failures": record.results.get("failures", []),
                 "seconds": record.results["seconds"],
                 "groups": record.results["groups"],
                 "choices": record.results["choices"],

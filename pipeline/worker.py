@@ -25,6 +25,7 @@ from pipeline.layers import layers_to_prune
 from pipeline.loading import BlockLoader
 from pipeline.manifest import expect_source
 from pipeline.measure import Stopwatch, peak_memory
+from pipeline.memory import explained, is_out_of_memory
 from pipeline.model import Skeleton, open_skeleton
 from pipeline.observe import BlockObserver
 from pipeline.solvers import SolverSettings, choose_regularization, solver_for
@@ -71,13 +72,21 @@ class BlockWorker:
 
     @torch.no_grad()
     def perform(self, phase: str, *arguments: Any) -> Outcome:
-        """Runs the phase method of that name; the caller gets its value, time and memory."""
+        """Runs the phase method of that name; the caller gets its value, time and memory.
+
+        Raises `ResourceError` where memory runs out.
+        """
         start, began = time.time(), time.perf_counter()
-        with self.watch("other"):
-            if phase != "fingerprint":
-                self._expect_source()
-            method: Callable[..., Any] = getattr(self, phase)
-            value = method(*arguments)
+        method: Callable[..., Any] = getattr(self, phase)
+        try:
+            with self.watch("other"):
+                if phase != "fingerprint":
+                    self._expect_source()
+                value = method(*arguments)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise explained(error, phase, arguments) from error
+            raise
         events = self.watch.take_events()
         if self.job.trace:
             events = (("", start, time.perf_counter() - began), *events)

@@ -8,6 +8,7 @@
     │   ├── OutputError         the output folder
     │   ├── RunDirectoryError   the run directory: another job's, in use, written by another version
     │   ├── ResourceError       workers, GPUs, memory, disk space, the Ray address
+    │   │   └── WorkerMemoryError   a worker was stopped for its node's memory; retried once
     │   └── CorruptFileError    a file is not what was written: truncated, altered, not its format
     ├── NumericalError          a computation left the finite numbers; never retried
     ├── WorkerLostError         a worker or its node is gone; the driver retries the block
@@ -56,6 +57,10 @@ class RunDirectoryError(InputError):
 
 class ResourceError(InputError):
     """Workers, GPUs, memory, disk space or the cluster itself are not there as asked for."""
+
+
+class WorkerMemoryError(ResourceError):
+    """A worker was stopped because its node's memory ran out, perhaps by another's doing."""
 
 
 class CorruptFileError(InputError):

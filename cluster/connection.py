@@ -1,0 +1,54 @@
+"""The connection to a Ray cluster, or to one of our own on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from pipeline.config import RuntimeConfig
+from storage.errors import ResourceError
+
+# How long a cluster may take to accept a connection.
+_KNOCK_SECONDS = 10.0
+
+
+def connect(config: RuntimeConfig) -> None:
+    """Connects to `--ray-address`, $RAY_ADDRESS, or a Ray of our own.
+
+    Raises `ResourceError` for an address that does not answer.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    level = logging.INFO if config.verbose else logging.ERROR
+    options: dict[str, Any] = {"log_to_driver": config.verbose, "logging_level": level}
+    if not config.verbose:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+    if address is None:
+        # More workers than cores may be asked for: the placement says no, not Ray's scheduler.
+        ray.init(address="local", include_dashboard=False, **options)
+        return
+    try:
+        _knock(address)
+        ray.init(address=address, **options)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ResourceError(
+            f"no Ray cluster answers at {address} ({first}); start one, or leave --ray-address out "
+            "to use this machine"
+        ) from error
+
+
+def _knock(address: str) -> None:
+    """Raises `OSError` where nothing listens at HOST:PORT: Ray itself tries on for minutes.
+
+    Addresses without a port (`auto`) are Ray's to resolve.
+    """
+    host, _, port = address.rpartition("//")[2].partition("?")[0].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_SECONDS).close()

@@ -1,0 +1,34 @@
+"""Running out of memory: how it is recognised, and what to lower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from storage.errors import ResourceError
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a phase ended because an allocation failed, on a GPU or in host memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # torch has no type of its own for a failed allocation on the host.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def explained(error: Exception, phase: str, arguments: tuple[Any, ...]) -> ResourceError:
+    """The error for people: which block and phase, and what to lower."""
+    of_block = f"block {arguments[0]}, " if arguments and isinstance(arguments[0], int) else ""
+    first = " ".join(str(error).split(".")[0].split()) or type(error).__name__
+    return ResourceError(f"{of_block}phase {phase}: out of memory ({first}); {remedy(phase)}")
+
+
+def remedy(phase: str) -> str:
+    """What to lower, by what takes the memory in a phase."""
+    nodes = "fewer workers on a node (--workers), or nodes with more memory"
+    if phase in ("embed", "calibrate", "propagate"):
+        return f"lower --batch-size (of a new job), or use {nodes}"
+    if phase in ("solve", "choose", "reduce"):
+        return f"use {nodes}: a solve holds some matrices as large as a layer's Hessian"
+    return f"use {nodes}"

@@ -27,7 +27,7 @@ def explained(error: Exception, phase: str, arguments: tuple[Any, ...]) -> Resou
 def remedy(phase: str) -> str:
     """What to lower, by what takes the memory in a phase."""
     nodes = "fewer workers on a node (--workers), or nodes with more memory"
-    if phase in ("embed", "calibrate", "propagate"):
+    if phase in ("embed", "calibrate", "advance", "propagate"):
         return f"lower --batch-size (of a new job), or use {nodes}"
     if phase in ("solve", "choose", "reduce"):
         return f"use {nodes}: a solve holds some matrices as large as a layer's Hessian"

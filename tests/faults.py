@@ -1,6 +1,6 @@
 """Ray workers that are struck by a real signal at a chosen point of a chosen phase.
 
-A plan lies beside the run directory; each fault of it strikes a number of times over all the
+A plan lies in a folder of its own; each fault of it strikes a number of times over all the
 processes that come to its point, and leaves a file each time that says when.
 """
 
@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from actors.worker import RankActor, Whereabouts
 
@@ -62,8 +62,8 @@ class Fault:
 class Plan:
     """The faults of one job, and what became of them."""
 
-    def __init__(self, run_directory: Path, faults: Sequence[Fault] = ()) -> None:
-        self.folder = run_directory.with_name(run_directory.name + ".faults")
+    def __init__(self, folder: Path, faults: Sequence[Fault] = ()) -> None:
+        self.folder = folder
         self.path = self.folder / "plan.json"
         if faults:
             self.folder.mkdir(parents=True)
@@ -102,7 +102,9 @@ class Plan:
 
 
 class FaultyActor(RankActor):
-    """A rank of a job that has a plan."""
+    """A rank of a job that has a plan; see `faulty`."""
+
+    plan_folder: ClassVar[Path]
 
     def where(self) -> Whereabouts:
         self._install()
@@ -114,12 +116,17 @@ class FaultyActor(RankActor):
 
     def perform(self, phase: str, *arguments: Any) -> Any:
         block = arguments[0] if arguments and isinstance(arguments[0], int) else None
-        # `reduce` is told no block: it is that of the `calibrate` before.
-        self._enter(phase, self._block if phase == "reduce" else block)
+        if phase == "reduce":
+            # It is told no block: it is the one that was observed last.
+            block = self._observed
+        self._enter(phase, block)
+        if block is not None and phase in ("calibrate", "advance"):
+            self._observed = block + (phase == "advance")
         return super().perform(phase, *arguments)
 
     def _install(self) -> None:
-        self._plan = Plan(Path(self.job.run_directory))
+        self._plan = Plan(self.plan_folder)
+        self._observed: int | None = None
         self._enter("start", None)
         for point in {f.point for f in self._plan.faults() if f.rank == self.rank}:
             module, _, path = POINTS[point].partition(":")
@@ -150,6 +157,11 @@ class FaultyActor(RankActor):
             return function(*args, **kwargs)
 
         return call
+
+
+def faulty(plan: Plan) -> type[FaultyActor]:
+    """The actor class of a job with that plan. Ray pickles it by value: it has no module."""
+    return type("RankActor", (FaultyActor,), {"plan_folder": plan.folder, "__module__": "planned"})
 
 
 def strike(what: str) -> None:

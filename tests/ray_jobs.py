@@ -16,7 +16,7 @@ from cluster import ray_executor
 from pipeline.config import PruneConfig
 from pipeline.progress import Silent
 from pipeline.prune import PruneResult, prune
-from tests.faults import Fault, FaultyActor, Plan
+from tests.faults import Fault, Plan, faulty
 from tests.jobs import contents, prune_here
 
 STORE_BYTES = 100 << 20
@@ -77,14 +77,14 @@ class RayJob:
     ) -> None:  # fmt: skip
         self.folder, self.model = folder, model
         self.output, self.run_directory = folder / "output", folder / "output.run"
-        self.plan = Plan(self.run_directory, faults)
+        self.plan = Plan(folder / "faults", faults)
         self.config = PruneConfig(dataset=str(text), ray_address=address, **(OPTIONS | options))
         self.progress = Notes()
 
     def run(self) -> PruneResult:
         """The whole job. Its executor is closed, whatever happens."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ray_executor, "RankActor", FaultyActor)
+            patch.setattr(ray_executor, "RankActor", faulty(self.plan))
             patch.setattr(ray_executor, "_START_SECONDS", START_SECONDS)
             return prune(
                 self.model,

@@ -46,10 +46,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return model, write_text(folder / "text.txt", characters=16384)
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["prox_admm", *(pytest.param(m, marks=pytest.mark.slow) for m in ("wanda", "sparsegpt"))],
-)
+@pytest.mark.parametrize("method", ["wanda", pytest.param("sparsegpt", marks=pytest.mark.slow)])
 def test_two_workers_then_three_then_one(
     source: tuple[Path, Path], tmp_path: Path, method: str
 ) -> None:

@@ -161,6 +161,10 @@ class Elsewhere:
     def recover(self) -> None:
         self._call("recover")
 
+    def workers(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._call("workers")
+        return found
+
     def close(self) -> None:
         self._call("close")
         self.connection.send(None)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement import Placement, choose_placement
+from cluster.placement import Placement, choose_placement, placement_after_loss
 from storage.errors import ResourceError
 
 
@@ -89,3 +89,38 @@ def test_a_placement_fits_node_by_node(
 def test_what_ray_is_asked_for() -> None:
     assert Placement(2, 4, 0).bundle() == {"CPU": 4}
     assert Placement(2, 4, 0.5).bundle() == {"CPU": 4, "GPU": 0.5}
+
+
+def after_loss(workers: int, nodes: list[Any], **changed: Any) -> Placement | None:
+    """Four workers of two threads were wanted, and `workers` of them ran last."""
+    options: dict[str, Any] = {"waited": 0.0, "node_wait": 10.0, "on_lost_node": "wait"} | changed
+    return placement_after_loss(Placement(4, 2, 0), Placement(workers, 2, 0), nodes, **options)
+
+
+def test_a_node_is_waited_for_while_the_others_have_no_room() -> None:
+    assert after_loss(4, [node(4), node(4, alive=False)]) is None
+    assert after_loss(4, [node(4), node(4)]) == Placement(4, 2, 0)
+    # The others' spare cores do as well as the node.
+    assert after_loss(4, [node(8), node(4, alive=False)]) == Placement(4, 2, 0)
+
+
+@pytest.mark.parametrize(("nodes", "workers"), [([node(4)], 2), ([node(7), node(1)], 3)])
+def test_after_the_wait_fewer_workers_go_on_if_they_may(nodes: list[Any], workers: int) -> None:
+    shrunk = after_loss(4, nodes, waited=10.0, on_lost_node="shrink")
+    assert shrunk == Placement(workers, 2, 0)
+    with pytest.raises(ResourceError) as caught:
+        after_loss(4, nodes, waited=10.0)
+    for text in ("4 workers", f"hold {workers}", "10 s", "same command", "--on-lost-node shrink"):
+        assert text in str(caught.value)
+
+
+def test_a_shrunk_job_grows_back_and_does_not_wait_to_stay_as_it_is() -> None:
+    assert after_loss(2, [node(4)]) == Placement(2, 2, 0)
+    assert after_loss(2, [node(4), node(2)]) == Placement(3, 2, 0)
+    assert after_loss(2, [node(40)]) == Placement(4, 2, 0)
+
+
+@pytest.mark.parametrize("on_lost_node", ["wait", "shrink"])
+def test_no_room_for_a_single_worker(on_lost_node: str) -> None:
+    with pytest.raises(ResourceError, match="hold 0"):
+        after_loss(4, [node(1)], waited=10.0, on_lost_node=on_lost_node)

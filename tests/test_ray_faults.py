@@ -61,12 +61,12 @@ def test_workers_lost_in_phase_after_phase(
     source: tuple[Path, Path, dict[str, bytes]], address: str, tmp_path: Path
 ) -> None:
     """One job, a fault in each block, one of them a worker that hangs. The records tell."""
-    hang = Fault("calibrate", "accumulate", call=3, block=3, what="SIGSTOP")
+    hang = Fault("advance", "accumulate", call=3, block=3, what="SIGSTOP")
     faults = [
         Fault("start", "build"),
         Fault("reduce", "sum", call=2, block=0, rank=0),
         Fault("solve", "write", call=3, block=1),
-        Fault("propagate", "write", call=4, block=2),
+        Fault("advance", "write", call=4, block=2),
         hang,
     ]
     model, text, _ = source
@@ -96,8 +96,7 @@ MATRIX = [
     Fault("embed", "write", rank=0),
     Fault("embed", "write", call=5),
     Fault("calibrate", "load", block=0),
-    Fault("calibrate", "accumulate", block=2, rank=0),
-    Fault("calibrate", "accumulate", call=8, block=4),
+    Fault("calibrate", "accumulate", call=5, block=0, rank=0),
     Fault("reduce", "sum", block=0),
     Fault("reduce", "sum", call=4, block=3, rank=0),
     Fault("choose", "choice", block=0, rank=0),
@@ -106,9 +105,12 @@ MATRIX = [
     Fault("solve", "solver", call=4, block=2, rank=0),
     Fault("solve", "write", block=1),
     Fault("solve", "write", call=7, block=4, rank=0),
+    Fault("advance", "load", block=1),
+    Fault("advance", "accumulate", call=8, block=2, rank=0),
+    Fault("advance", "write", call=2, block=0, rank=0),
+    Fault("advance", "write", call=5, block=3),
     Fault("propagate", "load", block=1),
-    Fault("propagate", "write", call=2, block=0, rank=0),
-    Fault("propagate", "write", call=5, block=3),
+    Fault("propagate", "write", call=2, block=4, rank=0),
     Fault("write_output", "write"),
     Fault("write_output", "write", call=3, rank=0),
     Fault("losses", "loss", call=2),

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from cluster import command_line, ray_executor
-from tests.faults import Fault, FaultyActor, Plan
+from tests.faults import Fault, Plan, faulty
 from tests.jobs import contents, write_text
 from tests.ray_jobs import OPTIONS, ray_cluster, undisturbed
 from tests.tiny_models import save_tiny_model
@@ -47,15 +47,16 @@ class Bench:
 
     def __init__(
         self, folder: Path, address: str, source: tuple[Path, Path, dict[str, bytes]],
-        capture: pytest.CaptureFixture[str],
+        capture: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         self.model, self.text, self.expected = source
         self.output, self.run_directory = folder / "output", folder / "output.run"
-        self.address, self.capture = address, capture
+        self.address, self.capture, self.patch = address, capture, patch
 
     def command(self, *faults: Fault, **options: object) -> tuple[int, str]:
         """Exit code and the line of `prox24: ...`."""
-        self.plan = Plan(self.run_directory, faults)
+        self.plan = Plan(self.run_directory.with_name("faults"), faults)
+        self.patch.setattr(ray_executor, "RankActor", faulty(self.plan))
         options = OPTIONS | {"dataset": self.text, "ray_address": self.address} | options
         arguments = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
         code = command_line.run(["prune", str(self.model), str(self.output), *arguments])
@@ -78,8 +79,7 @@ def bench(
     tmp_path: Path, address: str, source: tuple[Path, Path, dict[str, bytes]],
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> Bench:  # fmt: skip
-    monkeypatch.setattr(ray_executor, "RankActor", FaultyActor)
-    return Bench(tmp_path, address, source, capfd)
+    return Bench(tmp_path, address, source, capfd, monkeypatch)
 
 
 def test_killed_at_every_attempt(bench: Bench) -> None:
@@ -108,14 +108,14 @@ def test_what_stood_in_the_way_is_gone(bench: Bench) -> None:
 
 def test_a_worker_over_the_memory_limit(bench: Bench) -> None:
     """Told apart from a crash, with block, phase and remedy; tried once more, not again."""
-    fault = Fault("calibrate", "accumulate", call=3, block=1, what="memory", times=9)
+    fault = Fault("advance", "accumulate", call=3, block=0, what="memory", times=9)
     code, line = bench.command(fault, max_attempts=5)
     assert code == 2
     assert len(bench.plan.struck(fault)) == 2
     for text in (
         "block 1 failed 2 times",
-        "attempt 1: WorkerMemoryError: phase calibrate: Ray's memory monitor stopped worker 1",
-        "attempt 2: WorkerMemoryError: phase calibrate: ",
+        "attempt 1: WorkerMemoryError: phase advance: Ray's memory monitor stopped worker 1",
+        "attempt 2: WorkerMemoryError: phase advance: ",
         "--batch-size",
         "fewer workers",
         f"1 of {BLOCKS} blocks are committed",
@@ -126,7 +126,7 @@ def test_a_worker_over_the_memory_limit(bench: Bench) -> None:
 @pytest.mark.slow
 def test_a_worker_over_the_memory_limit_once(bench: Bench) -> None:
     """The memory may have been another's: the block is done again."""
-    fault = Fault("calibrate", "accumulate", call=3, block=1, what="memory")
+    fault = Fault("advance", "accumulate", call=3, block=0, what="memory")
     assert bench.command(fault)[0] == 0
     assert len(bench.plan.struck(fault)) == 1
     assert contents(bench.output) == bench.expected
@@ -148,8 +148,8 @@ def test_what_a_worker_raises_is_not_tried_again(bench: Bench, what: str) -> Non
 
 @pytest.mark.slow
 def test_a_nan_is_not_tried_again(bench: Bench) -> None:
-    fault = Fault("propagate", "outputs", block=1, what="NaN", times=9)
+    fault = Fault("advance", "outputs", block=0, what="NaN", times=9)
     code, line = bench.command(fault)
     assert code == 1
     assert len(bench.plan.struck(fault)) == 1
-    assert "the output of block 1 is not finite" in line
+    assert "the output of block 0 is not finite" in line

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from pipeline.retry import AttemptHistory
-from storage.errors import CorruptFileError, ModelError, NumericalError, WorkerLostError
+from storage.errors import (
+    CorruptFileError,
+    ModelError,
+    NumericalError,
+    WorkerLostError,
+    WorkerMemoryError,
+)
 
 
 @pytest.mark.parametrize("attempts", [1, 2, 5])
@@ -21,6 +27,15 @@ def test_a_lost_worker_is_retried_so_many_times(attempts: int) -> None:
 )
 def test_nothing_else_is_retried(error: Exception) -> None:
     assert not AttemptHistory(3).should_retry(error)
+
+
+def test_a_worker_out_of_memory_is_retried_once() -> None:
+    """The memory may have been another's; the second time it is not taken for that."""
+    history = AttemptHistory(5)
+    assert history.should_retry(WorkerMemoryError("full"))
+    assert history.should_retry(WorkerLostError("gone"))
+    assert not history.should_retry(WorkerMemoryError("full"))
+    assert not AttemptHistory(1).should_retry(WorkerMemoryError("full"))
 
 
 def test_a_summary_names_every_failure() -> None:

@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import Any, TypeVar
 
 from pipeline.block_results import read_record
 from pipeline.executor import Executor
 from pipeline.job import Advanced, Job, Observed, Outcome, SolvedSlices
 from pipeline.measure import peak_memory
+from pipeline.phase_times import PhaseTimes, add_phase
 from pipeline.progress import Progress
 from pipeline.repair import ACTIVATIONS_SCHEMA, CHOICES_SCHEMA, Repairs, read_inputs
 from pipeline.retry import AttemptHistory
@@ -39,19 +39,6 @@ STAMP_DIGITS = 12
 """How much of the lock's nonce the names of an owner's files hold."""
 
 T = TypeVar("T")
-
-
-@dataclass
-class PhaseTimes:
-    """Seconds of one phase: wall time at the driver, and each rank's by kind of work."""
-
-    wall: float
-    ranks: list[dict[str, float]]
-    memory: list[dict[str, Any]]
-
-    def to_json(self) -> dict[str, Any]:
-        """A dict of JSON values, as stored in records."""
-        return {"wall": self.wall, "ranks": self.ranks, "memory": self.memory}
 
 
 @dataclass
@@ -245,7 +232,7 @@ class BlockLoop:
         """Has every rank hold the sum of all ranks' statistics."""
         began = time.perf_counter()
         self.progress.phase("reduce", block)
-        _add(times, "reduce", time.perf_counter() - began, self.executor.reduce())
+        add_phase(times, "reduce", time.perf_counter() - began, self.executor.reduce())
 
     def _solve(
         self,
@@ -376,7 +363,7 @@ class BlockLoop:
     ) -> list[Outcome]:
         began = time.perf_counter()
         outcomes = self.executor.run(phase, arguments)
-        _add(times, phase, time.perf_counter() - began, outcomes)
+        add_phase(times, phase, time.perf_counter() - began, outcomes)
         return outcomes
 
     def each(self, *arguments: Any) -> list[tuple[Any, ...]]:
@@ -387,25 +374,6 @@ class BlockLoop:
         """A name part that no other attempt of any driver uses: files are never renamed."""
         self._attempt += 1
         return f"{self.lock.nonce[:STAMP_DIGITS]}-{self._attempt}"
-
-
-def _add(times: dict[str, PhaseTimes], phase: str, wall: float, outcomes: list[Outcome]) -> None:
-    """Adds a phase's times; a block may take it in several turns."""
-    seconds, memory = [o.seconds for o in outcomes], [o.memory for o in outcomes]
-    if phase in times:
-        before = times[phase]
-        wall += before.wall
-        seconds = [_sum(pair) for pair in zip(before.ranks, seconds, strict=True)]
-        memory = [_largest(pair) for pair in zip(before.memory, memory, strict=True)]
-    times[phase] = PhaseTimes(wall, seconds, memory)
-
-
-def _sum(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: sum(p.get(key, 0.0) for p in parts) for key in dict.fromkeys(chain(*parts))}
-
-
-def _largest(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {key: max(p.get(key, 0) for p in parts) for key in dict.fromkeys(chain(*parts))}
 
 
 def block_error(record: BlockRecord) -> float | None:

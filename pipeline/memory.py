@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     # torch has no type of its own for a failed allocation on the host.
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def explaining(phase: str, arguments: tuple[Any, ...]) -> Iterator[None]:
+    """Raises `ResourceError` for a phase that runs out of memory; other errors as they are."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise explained(error, phase, arguments) from error
+        raise
 
 
 def explained(error: Exception, phase: str, arguments: tuple[Any, ...]) -> ResourceError:

@@ -25,7 +25,7 @@ from pipeline.layers import layers_to_prune
 from pipeline.loading import BlockLoader
 from pipeline.manifest import expect_source
 from pipeline.measure import Stopwatch, peak_memory
-from pipeline.memory import explained, is_out_of_memory
+from pipeline.memory import explaining
 from pipeline.model import Skeleton, open_skeleton
 from pipeline.observe import BlockObserver
 from pipeline.solvers import SolverSettings, choose_regularization, solver_for
@@ -72,21 +72,13 @@ class BlockWorker:
 
     @torch.no_grad()
     def perform(self, phase: str, *arguments: Any) -> Outcome:
-        """Runs the phase method of that name; the caller gets its value, time and memory.
-
-        Raises `ResourceError` where memory runs out.
-        """
+        """Runs the phase method of that name; the caller gets its value, time and memory."""
         start, began = time.time(), time.perf_counter()
         method: Callable[..., Any] = getattr(self, phase)
-        try:
-            with self.watch("other"):
-                if phase != "fingerprint":
-                    self._expect_source()
-                value = method(*arguments)
-        except (MemoryError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise explained(error, phase, arguments) from error
-            raise
+        with explaining(phase, arguments), self.watch("other"):
+            if phase != "fingerprint":
+                self._expect_source()
+            value = method(*arguments)
         events = self.watch.take_events()
         if self.job.trace:
             events = (("", start, time.perf_counter() - began), *events)

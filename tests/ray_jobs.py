@@ -99,12 +99,12 @@ class RayJob:
         return self.progress.failures
 
     def seconds_lost(self, fault: Fault) -> float:
-        """From the (first) strike to the first phase that a rank began afterwards."""
+        """From the (first) strike to the first phase of the new collective."""
         struck = self.plan.struck(fault)[0]["time"]
-        outside = ("start", "join")
-        after = [p["time"] for p in self.plan.phases()
-                 if p["time"] > struck and p["phase"] not in outside]  # fmt: skip
-        return float(min(after) - struck)
+        after = [phase for phase in self.plan.phases() if phase["time"] > struck]
+        joined = min(phase["time"] for phase in after if phase["phase"] == "join")
+        work = [p["time"] for p in after if p["time"] > joined and p["phase"] != "join"]
+        return float(min(work) - struck)
 
 
 def undisturbed(model: Path, text: Path, folder: Path, **options: Any) -> dict[str, bytes]:

@@ -102,9 +102,9 @@ MATRIX = [
     Fault("choose", "choice", block=0, rank=0),
     Fault("choose", "choice", block=4),
     Fault("solve", "solver", block=0),
-    Fault("solve", "solver", call=4, block=2, rank=0),
+    Fault("solve", "solver", call=2, block=2, rank=0),
     Fault("solve", "write", block=1),
-    Fault("solve", "write", call=7, block=4, rank=0),
+    Fault("solve", "write", call=2, block=4, rank=0),
     Fault("advance", "load", block=1),
     Fault("advance", "accumulate", call=8, block=2, rank=0),
     Fault("advance", "write", call=2, block=0, rank=0),
@@ -128,6 +128,8 @@ def test_every_phase(
     broken = job(tmp_path, source, address, [fault],
                  phase_timeout=10.0 if what == "SIGSTOP" else 7200.0)  # fmt: skip
     broken.run()
-    print(f"{what} in {fault.name}: work goes on after {broken.seconds_lost(fault):.1f} s")
+    print(
+        f"{what} in {fault.name}: work goes on after {broken.seconds_lost(fault):.1f} s", flush=True
+    )
     check(broken, source, [fault])
     assert wait_until_gone(broken.plan.struck(fault)[0]["pid"])

@@ -1,0 +1,44 @@
+"""Where a block's time went, phase by phase, as its record tells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from pipeline.job import Outcome
+
+
+@dataclass
+class PhaseTimes:
+    """Seconds of one phase: wall time at the driver, and each rank's by kind of work."""
+
+    wall: float
+    ranks: list[dict[str, float]]
+    memory: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON values, as stored in records."""
+        return {"wall": self.wall, "ranks": self.ranks, "memory": self.memory}
+
+
+def add_phase(
+    times: dict[str, PhaseTimes], phase: str, wall: float, outcomes: list[Outcome]
+) -> None:
+    """Adds a phase's times; a block may take it in several turns."""
+    seconds, memory = [o.seconds for o in outcomes], [o.memory for o in outcomes]
+    if phase in times:
+        before = times[phase]
+        wall += before.wall
+        seconds = [_sum(pair) for pair in zip(before.ranks, seconds, strict=True)]
+        memory = [_largest(pair) for pair in zip(before.memory, memory, strict=True)]
+    times[phase] = PhaseTimes(wall, seconds, memory)
+
+
+def _sum(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: sum(p.get(key, 0.0) for p in parts) for key in dict.fromkeys(chain(*parts))}
+
+
+def _largest(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {key: max(p.get(key, 0) for p in parts) for key in dict.fromkeys(chain(*parts))}

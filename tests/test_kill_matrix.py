@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from tests.injection import Injection
 from tests.jobs import write_text
 from tests.kill_matrix import Case, Matrix, each, fast_folder
-from tests.processes import Driver
+from tests.processes import Driver, until
 
 # How many points of the job the quick suite tries.
 QUICK_POINTS = 60
@@ -102,6 +103,30 @@ def test_killed_again_while_it_resumes(matrix: Matrix, seeds: range) -> None:
             assert status in (0, -signal.SIGKILL), case.errors()
             case.check_committed()
         case.resumed()
+        case.end()
+
+
+def test_of_drivers_that_start_at_once_one_works(matrix: Matrix) -> None:
+    """In a dead driver's directory. The others are refused, and told by whom it is held."""
+    case = Case(matrix)
+    case.killed("before link .*checkpoints/block-001/record.json")
+    try:
+        # It stops when it is about to commit, so that all others meet it alive.
+        stop = Injection(case.folder, "before link .*block-001/record.json", signal.SIGSTOP)
+        drivers = [case.start(stop) for _ in range(4)]
+        until(lambda: sum(driver.running for driver in drivers) == 1, "a winner")
+        (winner,) = [driver for driver in drivers if driver.running]
+        for loser in drivers:
+            if loser is not winner:
+                assert loser.wait() == 2
+                line = loser.errors().splitlines()[-1]
+                assert f"in use by process {winner.pid} on {socket.gethostname()}" in line
+                assert "last heartbeat 20" in line
+        assert "1 of 2 blocks are already done" in winner.errors()
+        winner.send(signal.SIGCONT)
+        assert winner.wait() == 0, winner.errors()
+        case.check_finished()
+    finally:
         case.end()
 
 

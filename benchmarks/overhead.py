@@ -77,6 +77,20 @@ def without() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def counted(waits: list[float]) -> Iterator[None]:
+    """As it is; the wall seconds of each fsync go to `waits`."""
+    fsync = os.fsync
+
+    def wrapped(descriptor: int) -> None:
+        began = time.perf_counter()
+        fsync(descriptor)
+        waits.append(time.perf_counter() - began)
+
+    with mock.patch.object(os, "fsync", wrapped):
+        yield
+
+
 def timed(model: Path, text: Path, options: dict[str, Any]) -> tuple[float, float]:
     """Wall and processor seconds of one job, in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -110,10 +124,15 @@ def main() -> None:
         runs: dict[str, list[tuple[float, float]]] = {"with": [], "without": []}
         for number in range(options.rounds):
             for kind in sorted(runs, reverse=bool(number % 2)):
-                with without() if kind == "without" else contextlib.nullcontext():
+                waits: list[float] = []
+                with without() if kind == "without" else counted(waits):
                     runs[kind].append(timed(model, text, job))
                 wall, processor = runs[kind][-1]
-                print(f"{kind:<8} wall {wall:.2f} s, processor {processor:.2f} s", flush=True)
+                print(
+                    f"{kind:<8} wall {wall:.2f} s, processor {processor:.2f} s; {len(waits)} fsyncs "
+                    f"in {sum(waits):.2f} s",
+                    flush=True,
+                )
     for index, what in enumerate(("wall", "processor")):
         best = {kind: min(run[index] for run in found) for kind, found in runs.items()}
         ratio = best["with"] / best["without"]

@@ -78,6 +78,7 @@ def test_killed_at_one_point_after_the_other(matrix: Matrix) -> None:
     case.end()
 
 
+@pytest.mark.slow
 def test_stopped_on_request_and_gone_on_with(matrix: Matrix) -> None:
     case = Case(matrix)
     case.killed("before link out.run/checkpoints/block-001/record.json", signal.SIGINT)
@@ -113,6 +114,7 @@ def test_frozen_with_its_workers_and_replaced(matrix: Matrix) -> None:
         case.end()
 
 
+@pytest.mark.slow
 def test_a_worker_frozen_amid_its_phase_wakes_up_late(matrix: Matrix) -> None:
     """The driver too; the worker's files, written when all is done, do not stay."""
     case = Case(matrix)

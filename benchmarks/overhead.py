@@ -129,8 +129,8 @@ def main() -> None:
                     runs[kind].append(timed(model, text, job))
                 wall, processor = runs[kind][-1]
                 print(
-                    f"{kind:<8} wall {wall:.2f} s, processor {processor:.2f} s; {len(waits)} fsyncs "
-                    f"in {sum(waits):.2f} s",
+                    f"{kind:<8} wall {wall:.2f} s, processor {processor:.2f} s; "
+                    f"{len(waits)} fsyncs in {sum(waits):.2f} s",
                     flush=True,
                 )
     for index, what in enumerate(("wall", "processor")):

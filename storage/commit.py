@@ -363,7 +363,9 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
     """
     try:
         with open_own(path) as file:
-            raw = file.read(MAX_JSON_BYTES + 1)
+            # A read of so many bytes would first take the memory for them.
+            size = os.fstat(file.fileno()).st_size
+            raw = file.read(min(size, MAX_JSON_BYTES) + 1)
     except OSError as error:
         raise CorruptFileError(
             f"{path}: cannot be read ({error.strerror}); restore it or start a new run directory"

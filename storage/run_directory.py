@@ -211,7 +211,7 @@ def _named_files(record: Path) -> set[str] | None:
         return set()
     try:
         with open_own(record) as file:
-            raw = file.read(MAX_JSON_BYTES)
+            raw = file.read(min(os.fstat(file.fileno()).st_size, MAX_JSON_BYTES))
         # Of any version: what another prox24 wrote is not ours to delete.
         data = decode_json(raw, record, json.loads(raw).get("schema_version"))
         entries = [*data.get("files", []), *data.get("shards", [])]

@@ -335,13 +335,16 @@ def test_on_ray(tiny: Tiny, begun: Path, tmp_path: Path) -> None:
     from cluster.ray_executor import RayExecutor
 
     run = copied(begun, tmp_path)
-    flip(of_kind(run, "activation shard")[0])
-    flip(of_kind(run, "row slices")[1])
-    flip(of_kind(run, "block record")[1])
+    damaged = [
+        of_kind(run, "activation shard")[0],
+        of_kind(run, "row slices")[1],
+        of_kind(run, "block record")[1],
+    ]
+    for path in damaged:
+        flip(path)
     notes = Notes()
     config = PruneConfig(dataset=str(tiny.text), **OPTIONS)
     tiny.prune(tmp_path, notes, RayExecutor(config))
     tiny.check(tmp_path)
-    assert sum("checkpoints/block-001/record.json" in note for note in notes.notes) == 1
-    assert sum("activations/block-002/shard-00000" in note for note in notes.notes) == 1
-    assert sum("checkpoints/block-000/rank-1" in note for note in notes.notes) == 1
+    for path in damaged:
+        assert notes.name(path), notes.notes

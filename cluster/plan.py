@@ -14,10 +14,10 @@ from rich.table import Table
 
 from cluster.source import config_source
 from cluster.status import duration
+from pipeline.planning.plan import Plan, scaling, size_text
 
 if TYPE_CHECKING:
     from pipeline.planning.options import PlanConfig
-    from pipeline.planning.plan import Plan
 
 _WIDTH = 80
 
@@ -25,7 +25,6 @@ _WIDTH = 80
 def plan_command(model: str, config: PlanConfig) -> int:
     """Plans and prints; returns the exit status: 0, or 3 where the job would not fit."""
     from pipeline.planning.options import planned_job, planned_shape, threads_of, worker_rates
-    from pipeline.planning.plan import Plan
     from pipeline.planning.rates import save_rates
     from pipeline.planning.to_json import plan_to_json
 
@@ -84,8 +83,8 @@ def _heading(plan: Plan) -> list[str]:
     nodes = f" on {job.nodes} nodes" if job.nodes > 1 else ""
     source = "measured rates" if job.rates.measured else "data sheets and stated efficiencies"
     lines = [
-        f"{shape.name}: {shape.parameters / 1e9:.3g}e9 parameters, {size(shape.weight_bytes)}, "
-        f"{len(shape.blocks)} blocks",
+        f"{shape.name}: {shape.parameters / 1e9:.3g}e9 parameters, "
+        f"{size_text(shape.weight_bytes)}, {len(shape.blocks)} blocks",
         f"{job.settings.method} {job.settings.pattern}, {job.nsamples} x {job.seqlen} tokens, "
         f"{where}{nodes} ({source})",
     ]
@@ -126,7 +125,7 @@ def _volumes(plan: Plan) -> Table:
     keys = ["device_bytes"] if gpu else []
     keys += ["host_bytes", "read_bytes", "written_bytes", "network_bytes"]
     for name, total in plan.totals().items():
-        table.add_row(name, *(size(total[key]) if total[key] else "" for key in keys))
+        table.add_row(name, *(size_text(total[key]) if total[key] else "" for key in keys))
     return table
 
 
@@ -139,8 +138,8 @@ def _blocks(plan: Plan) -> Table:
         name = f"{block.first}" if block.count == 1 else f"{block.first}-{block.last}"
         parts = ", ".join(f"{p.name} {seconds_text(p.seconds)}" for p in block.phases)
         cells = [name, seconds_text(block.seconds), parts]
-        cells += [size(max(map(plan.device_bytes, block.phases)))] if gpu else []
-        table.add_row(*cells, size(max(map(plan.host_bytes, block.phases))))
+        cells += [size_text(max(map(plan.device_bytes, block.phases)))] if gpu else []
+        table.add_row(*cells, size_text(max(map(plan.host_bytes, block.phases))))
     return table
 
 
@@ -154,19 +153,17 @@ def _needs(plan: Plan) -> Table:
         ("", False),
     )
     for need in plan.needs():
-        has = "unknown" if need.has is None else size(need.has)
+        has = "unknown" if need.has is None else size_text(need.has)
         table.add_row(
-            need.what, need.where, size(need.needs), has, "" if need.fits else "DOES NOT FIT"
+            need.what, need.where, size_text(need.needs), has, "" if need.fits else "DOES NOT FIT"
         )
     disk = plan.disk_bytes
-    parts = ", ".join(f"{name} {size(value)}" for name, value in disk.items() if value)
+    parts = ", ".join(f"{name} {size_text(value)}" for name, value in disk.items() if value)
     table.caption, table.caption_justify = parts, "left"
     return table
 
 
 def _scaling(plan: Plan) -> Table:
-    from pipeline.planning.plan import scaling
-
     table = _table("By number of workers", ("workers", True), ("time", True), ("efficiency", True))
     plans = scaling(plan.job)
     alone = plans[0][1].seconds
@@ -181,20 +178,10 @@ def _closing(plan: Plan) -> list[str]:
     for need, options in plan.problems():
         advice = ", or ".join(options) if options else "no single option makes it fit"
         lines.append(
-            f"{need.what} does not suffice in {need.where}: {size(need.needs)} of "
-            f"{size(need.has or 0)}; what would fit: {advice}"
+            f"{need.what} does not suffice in {need.where}: {size_text(need.needs)} of "
+            f"{size_text(need.has or 0)}; what would fit: {advice}"
         )
     return lines
-
-
-def size(value: float) -> str:
-    """Bytes in decimal units with three digits: `1.23 GB`."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.5 or unit == "TB":
-            break
-        value /= 1000
-    digits = 0 if unit == "B" or value >= 99.95 else 1 if value >= 9.995 else 2
-    return f"{value:.{digits}f} {unit}"
 
 
 def seconds_text(value: float) -> str:

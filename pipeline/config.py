@@ -24,6 +24,7 @@ PLACEMENT_FIELDS = frozenset(
         "ray_address",
         "executor",
         "overwrite",
+        "force",
         "verbose",
         "debug",
         "trust_remote_code",
@@ -230,6 +231,7 @@ class PruneConfig(SolverOptions, RuntimeConfig):
         None, "folder of the job's state, seen by all nodes; unset: OUTPUT with `.run` appended"
     )
     overwrite: bool = option(False, "replace a non-empty OUTPUT once the new one is whole")
+    force: bool = option(False, "start although memory or disk will not suffice, as it is foreseen")
     skip_unsupported: bool = option(
         False, "leave linears whose width the pattern does not divide dense, and list them"
     )

@@ -25,6 +25,7 @@ from pipeline.manifest import (
 )
 from pipeline.model import Skeleton, check_seqlen, open_skeleton
 from pipeline.output import discard_partials, finished_output, write_output
+from pipeline.planning.fit import check_memory
 from pipeline.progress import Progress
 from pipeline.recorded_progress import recorded
 from pipeline.report import read_summary, summarize, write_summary
@@ -36,7 +37,7 @@ from pipeline.tokens_file import committed_tokens, mend_tokens
 from pipeline.trace import traced
 from storage.checkpoints import BlockRecord
 from storage.commit import StoredFile
-from storage.errors import CorruptFileError, OutputError, RunDirectoryError
+from storage.errors import CorruptFileError, OutputError, ResourceError, RunDirectoryError
 from storage.lock import RunLock
 from storage.output import recover_output
 from storage.run_directory import RunDirectory
@@ -106,16 +107,31 @@ def prune(
         if evaluation is not None:
             # A text that is missing or too short is found now.
             sequences = len(prepare(source, evaluation).tokens)
-        check_job_space(run, output, skeleton, config, sequences)
+        with _forced(config, progress):
+            check_job_space(run, output, skeleton, config, sequences)
         tokens = committed_tokens(run, lock, skeleton, config, manifest, progress)
         executor = traced(make_executor(), config.trace)
         try:
             loop = _start(run, lock, skeleton, config, executor, progress, tokens)
+            with _forced(config, progress):
+                rooms = [outcome.value for outcome in loop.guarded("room", loop.each)]
+                check_memory(skeleton, config, rooms, progress)
             _fingerprint(loop, skeleton, job, tokens, manifest)
             return _finish(loop, skeleton, config, job, output, selection, name)
         finally:
             progress.end()
             executor.close()
+
+
+@contextlib.contextmanager
+def _forced(config: PruneConfig, progress: Progress) -> Iterator[None]:
+    """With --force, what does not suffice is told, and the job goes on."""
+    try:
+        yield
+    except ResourceError as error:
+        if not config.force:
+            raise ResourceError(f"{error}; --force starts nevertheless") from error
+        progress.note(f"--force: {error}")
 
 
 def _check(skeleton: Skeleton, config: PruneConfig) -> Selection:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.capture import LayerGroup, ModelEnds, find_groups
 from pipeline.collective import Collective
-from pipeline.device import choose_device, make_deterministic
+from pipeline.device import Room, choose_device, make_deterministic, room_on, statistics_room
 from pipeline.forward import Forward
 from pipeline.job import Advanced, Job, Observed, Outcome, SolvedSlices
 from pipeline.layers import layers_to_prune
@@ -76,7 +76,7 @@ class BlockWorker:
         start, began = time.time(), time.perf_counter()
         method: Callable[..., Any] = getattr(self, phase)
         with explaining(phase, arguments), self.watch("other"):
-            if phase != "fingerprint":
+            if phase not in ("fingerprint", "room"):
                 self._expect_source()
             value = method(*arguments)
         events = self.watch.take_events()
@@ -101,13 +101,12 @@ class BlockWorker:
         return self.forward.write(0, stamp, self.forward.embedded(ends, only))
 
     def hessian_memory(self) -> float | None:
-        """Bytes of statistics that this rank's device should hold at once; None for any number.
+        """Bytes of statistics that this rank's device should hold at once; None for any number."""
+        return statistics_room(self.device)
 
-        Half of a GPU: a solve takes two matrices more, of one group at a time.
-        """
-        if self.device.type != "cuda":
-            return None
-        return torch.cuda.get_device_properties(self.device).total_memory / 2
+    def room(self) -> Room:
+        """What is free on this rank's node and GPU."""
+        return room_on(self.device)
 
     def calibrate(
         self, block: int, shards: list[StoredFile], limit: float | None = None, turn: int = 0

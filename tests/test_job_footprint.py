@@ -74,7 +74,7 @@ def test_magnitude_needs_no_activations(tiny_model: TinyModel, tmp_path: Path) -
     prune_here(
         tiny_model("llama"), tmp_path / "output", method="magnitude", executor=Watching(1, look)
     )
-    assert seen == ["fingerprint", "solve", "solve", "write_output"]
+    assert seen == ["room", "fingerprint", "solve", "solve", "write_output"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.command_line import run
-from cluster.plan import plan_text, size
+from cluster.plan import plan_text
 from pipeline.planning.job import PlannedJob
 from pipeline.planning.machine import available_memory
 from pipeline.planning.options import PlanConfig, planned_job, size_of
-from pipeline.planning.plan import Plan, with_workers
+from pipeline.planning.plan import Plan, size_text, with_workers
 from pipeline.planning.rates import GPUS, Rates, cpu_rates, gpu_rates, load_rates, save_rates
 from pipeline.planning.shape import ModelShape, read_shape
 from pipeline.planning.to_json import plan_to_json
@@ -251,7 +251,7 @@ def test_sizes(number: float, prefix: str, binary: bool) -> None:
 
 
 def test_sizes_for_people() -> None:
-    assert [size(v) for v in (0, 999, 1234, 80e9, 12.34e12)] == [
+    assert [size_text(v) for v in (0, 999, 1234, 80e9, 12.34e12)] == [
         "0 B", "999 B", "1.23 kB", "80.0 GB", "12.3 TB"
     ]  # fmt: skip
     for text in ("80 gallons", "", "-1GB"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
+from pipeline.planning.counts import statistic_bytes
 from pipeline.planning.rates import Rates
 from pipeline.planning.shape import BlockShape, GroupShape, ModelShape
 from pipeline.solvers import SolverSettings, solver_for
@@ -16,6 +17,7 @@ from pipeline.split import (
     even_range,
     row_ranges,
     shard_ranges,
+    turns,
     whole_layers,
 )
 
@@ -24,9 +26,10 @@ from pipeline.split import (
 class PlannedJob:
     """One job on one cluster. `settings` are resolved; `rates` are those of one worker.
 
-    host_memory, disk: bytes of a node's memory and of free disk, None where unknown.
-    device_memory: bytes of each worker's GPU, 0 on CPUs. in_process: the local executor, one
-    process that runs rank after rank.
+    hessian_memory: bytes of statistics that a worker may hold at once, None for half of a GPU's
+    memory and for any number on a CPU. host_memory, disk: bytes of a node's memory and of free
+    disk, None where unknown. device_memory: bytes of each worker's GPU, 0 on CPUs. in_process: the
+    local executor, one process that runs rank after rank.
     """
 
     shape: ModelShape
@@ -41,6 +44,7 @@ class PlannedJob:
     device_memory: float = 0.0
     disk: float | None = None
     in_process: bool = False
+    hessian_memory: float | None = None
 
     @property
     def per_node(self) -> int:
@@ -71,6 +75,27 @@ class PlannedJob:
             own = [last - first for first, last in self.shards[start:stop]]
             batches = sum(len(batch_ranges(rows, self.batch_size)) for rows in own)
             found = max(found, (sum(own), batches, len(own)))
+        return found
+
+    def turns(self, block: BlockShape) -> list[BlockShape]:
+        """The block with the groups of each turn: as many as the statistics' memory asks for."""
+        limit = self.hessian_memory
+        if limit is None and self.device_memory:
+            limit = self.device_memory / 2
+        if not self.calibrates:
+            return [block]
+        each = [replace(group, count=1) for group in block.groups for _ in range(group.count)]
+        sizes = {
+            number: float(statistic_bytes(self.settings, group.columns))
+            for number, group in enumerate(each)
+        }
+        found = []
+        for numbers in turns(sizes, limit):
+            counts: dict[GroupShape, int] = {}
+            for number in numbers:
+                counts[each[number]] = counts.get(each[number], 0) + 1
+            groups = tuple(replace(group, count=count) for group, count in counts.items())
+            found.append(replace(block, groups=groups))
         return found
 
     @property

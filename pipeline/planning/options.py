@@ -29,6 +29,11 @@ class PlanConfig(SolverOptions):
     nsamples: int = option(128, "calibration sequences")
     seqlen: int = option(2048, "tokens of a calibration sequence")
     batch_size: int = option(4, "sequences in one forward pass")
+    hessian_memory: float | None = option(
+        None,
+        "GB of Hessians that a worker may hold at once, as for `prune`; unset: half of a GPU's "
+        "memory, any number on a CPU",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "dtype of the forward passes; unset: the source's"
     )
@@ -134,6 +139,7 @@ def planned_job(shape: ModelShape, config: PlanConfig, rates: Rates | None = Non
         device_memory=memory if rates.on_gpu else 0.0,
         disk=size_of(config.disk, "disk") if config.disk else free,
         in_process=config.executor == "local",
+        hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
     )
 
 

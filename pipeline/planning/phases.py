@@ -130,19 +130,21 @@ class PhaseModel:
         self, block: BlockShape, before: BlockShape | None, after: BlockShape | None
     ) -> list[Phase]:
         """A block's phases in order; `before`, `after`: its neighbours, None at the ends."""
-        memory = phase_memory(self.job, block, before)
-        if not self.job.calibrates:
-            return [self._solve(block, memory["solve"], after)]
-        phases = [
-            self._calibrate(block, memory["calibrate"])
-            if before is None
-            else self._advance(block, before, memory["advance"])
-        ]
-        if "reduce" in memory:
-            phases.append(self._reduce(block, memory["reduce"]))
-        if "choose" in memory:
-            phases.append(self._choose(block, memory["choose"]))
-        return [*phases, self._solve(block, memory["solve"], after)]
+        phases: list[Phase] = []
+        turns = self.job.turns(block)
+        for number, own in enumerate(turns):
+            memory = phase_memory(self.job, own, before if not number else None)
+            last = after if number + 1 == len(turns) else None
+            if self.job.calibrates and (number or before is None):
+                phases.append(self._calibrate(own, memory["calibrate"]))
+            elif self.job.calibrates and before is not None:
+                phases.append(self._advance(own, before, memory["advance"]))
+            if "reduce" in memory:
+                phases.append(self._reduce(own, memory["reduce"]))
+            if "choose" in memory:
+                phases.append(self._choose(own, memory["choose"]))
+            phases.append(self._solve(own, memory["solve"], last))
+        return phases
 
     def _calibrate(self, block: BlockShape, held: Held) -> Phase:
         weights = float(block.parameters * self.shape.itemsize)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from pipeline.planning.counts import store_bytes
@@ -117,7 +117,11 @@ class Plan:
             held += kept_by_allocator(self._largest[not _solves(phase)])
             if self.job.in_process and self.job.calibrates:
                 kinds = self.job.shape.kinds
-                kept = max(statistics_held(self.job, kind) for kind in kinds)
+                kept = max(
+                    statistics_held(self.job, turn)
+                    for kind in kinds
+                    for turn in self.job.turns(kind)
+                )
                 held += (self.job.workers - 1) * kept
         return self.job.rates.host_bytes + held
 
@@ -166,7 +170,15 @@ class Plan:
 
     def problems(self) -> tuple[tuple[Need, tuple[str, ...]], ...]:
         """What does not fit, with the options that make it fit, the least costly first."""
-        return tuple((need, remedies(self.job, need)) for need in self.needs() if not need.fits)
+
+        def fits(what: str, other: PlannedJob) -> bool:
+            return next(need for need in Plan(other).needs() if need.what == what).fits
+
+        return tuple(
+            (need, remedies(self.job, need.what, partial(fits, need.what)))
+            for need in self.needs()
+            if not need.fits
+        )
 
 
 def _solves(phase: Phase) -> bool:
@@ -192,13 +204,15 @@ def _blocks(job: PlannedJob, model: PhaseModel) -> Iterator[BlockPlan]:
         yield BlockPlan(start, len(shape.blocks) - 1, cache[current])
 
 
-def remedies(job: PlannedJob, need: Need) -> tuple[str, ...]:
-    """Options, each of which alone makes `need` fit; one that helps nowhere is not named."""
+def remedies(job: PlannedJob, what: str, fits: Callable[[PlannedJob], bool]) -> tuple[str, ...]:
+    """Options, each of which alone makes the job fit; one that helps nowhere is not named.
+
+    what: the `Need` that does not fit; fits: whether that of another job does.
+    """
     found = []
-    for texts, others in _variants(job, need.what):
+    for texts, others in _variants(job, what):
         for text, other in zip(texts, others, strict=True):
-            fresh = next(n for n in Plan(other).needs() if n.what == need.what)
-            if fresh.fits:
+            if fits(other):
                 found.append(text)
                 break
     return tuple(found)
@@ -209,6 +223,12 @@ def _variants(job: PlannedJob, what: str) -> Iterator[tuple[list[str], list[Plan
     if what != "disk":
         sizes = _halves(job.batch_size)
         yield [f"--batch-size {n}" for n in sizes], [replace(job, batch_size=n) for n in sizes]
+        held = max(statistics_held(job, kind) for kind in job.shape.kinds)
+        limits = [f"{held / 2**k / 1e9:.2g}" for k in range(1, 5)] if held > 1e8 else []
+        yield (
+            [f"--hessian-memory {n}" for n in limits],
+            [replace(job, hessian_memory=1e9 * float(n)) for n in limits],
+        )
     if what == "host memory" and job.per_node > 1:
         counts = [n * job.nodes for n in _halves(job.per_node)]
         yield [f"--workers {n}" for n in counts], [replace(job, workers=n) for n in counts]
@@ -274,3 +294,13 @@ def scaling(job: PlannedJob, most: int | None = None) -> list[tuple[int, Plan]]:
         workers *= 2
     counts.add(job.workers)
     return [(n, Plan(with_workers(job, n))) for n in sorted(counts)]
+
+
+def size_text(value: float) -> str:
+    """Bytes in decimal units with three digits: `1.23 GB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.5 or unit == "TB":
+            break
+        value /= 1000
+    digits = 0 if unit == "B" or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {unit}"

@@ -53,13 +53,13 @@ def held(model: Path, **options: Any) -> float:
 
 def test_what_cannot_fit_is_refused_before_any_phase(tiny_model: TinyModel, tmp_path: Path) -> None:
     model = tiny_model("llama")
-    executor = Cramped(1, 0.9 * held(model, method="wanda"))
+    executor = Cramped(1, 0.9 * held(model, method="wanda", batch_size=8))
     with pytest.raises(ResourceError) as error:
-        prune_here(model, tmp_path / "output", executor=executor, method="wanda")
+        prune_here(model, tmp_path / "output", executor=executor, method="wanda", batch_size=8)
     assert error.value.exit_code == 2
     message = str(error.value)
     assert "host memory" in message
-    assert "--batch-size 1" in message
+    assert "--batch-size 4" in message
     assert "--force" in message
     assert executor.phases == ["room"]
     assert not (tmp_path / "output").exists()

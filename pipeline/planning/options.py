@@ -12,7 +12,7 @@ from typing import Literal
 from pipeline.config import Method, SolverOptions, option, require
 from pipeline.planning.job import PlannedJob
 from pipeline.planning.machine import available_memory
-from pipeline.planning.rates import Rates, cpu_rates, gpu_rates, load_rates, with_threads
+from pipeline.planning.rates import GPUS, Rates, cpu_rates, gpu_rates, load_rates, with_threads
 from pipeline.planning.shape import ModelShape, read_shape
 from pipeline.solvers import solver_for
 from storage.errors import ConfigError
@@ -40,7 +40,7 @@ class PlanConfig(SolverOptions):
     gpus: int | None = option(
         None, "GPUs in all, one worker each; unset: CPU workers of this machine"
     )
-    gpu: str = option("H100", "kind of GPU, by its data sheet: see --help of the table in README")
+    gpu: str = option("H100", f"kind of GPU, by its data sheet: {', '.join(GPUS)}")
     gpu_memory: str | None = option(None, "memory of a GPU, as in 80GB; unset: the data sheet's")
     nodes: int | None = option(None, "nodes; unset: 8 GPUs to a node, CPU workers on one")
     node_memory: str | None = option(

@@ -40,12 +40,11 @@ logger = logging.getLogger(__name__)
 CHUNK_BYTES = 8 * 2**20
 """How much of a file is in memory while it is hashed or copied."""
 
-_FULL = {
+_FULL = {  # what to do about a write that found no room
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room within the quota",
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
 }
-"""What to do about a write that found no room."""
 
 TEMPORARY_SUFFIX = ".tmp"
 """Ends the name of every file that is not committed yet and was never meant to be read."""
@@ -385,10 +384,7 @@ def is_temporary(path: Path) -> bool:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Say in one line what a full disk means; other errors of the system pass as they are.
-
-    Everything that prox24 writes goes through here.
-    """
+    """Say in one line what a full disk means; other errors of the system pass as they are."""
     try:
         yield
     except OSError as error:

@@ -199,7 +199,7 @@ class BlockWorker:
         stamp: str,
         only: Sequence[int] | None = None,
     ) -> list[StoredFile]:
-        """Runs the block, pruned as `record` says (None: dense), writing the next; as in `embed`."""
+        """Runs the block, pruned as `record` says (None: dense), and writes the next inputs."""
         module = self.loader.pruned(block, record)
         outputs = (
             (index, self.forward.output(block, module, batch))

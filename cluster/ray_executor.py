@@ -184,8 +184,10 @@ class RayExecutor:
     def _fill(self) -> None:
         """Makes the ranks that are missing, then joins all. `_NodeLost` if a bundle's node goes."""
         timeout = _START_SECONDS
-        missing = [rank for rank in range(self.world) if self._ranks[rank] is None]
+        # One that an attempt left half made counts as missing: its errors were not collected.
+        missing = [rank for rank, r in enumerate(self._ranks) if r is None or not r.device]
         for rank in missing:
+            self._drop(rank)
             self._ranks[rank] = _Rank(self._place(rank))
         asked = {rank: self._actor(rank).where.remote() for rank in missing}
         built = {rank: self._actor(rank).build.remote() for rank in missing}

@@ -25,13 +25,14 @@ def objective(output: Mapping[str, bytes]) -> float:
     return float(sum(e["objective"] for e in json.loads(output["prox24.json"])["layers"]))
 
 
-def agreement(output: Mapping[str, bytes], other: Mapping[str, bytes]) -> float:
-    """The share of weights that are kept, or pruned, in both."""
+def agreement(output: Mapping[str, bytes], other: Mapping[str, bytes], part: str = "") -> float:
+    """The share of weights that are kept, or pruned, in both; of layers with `part` in the name."""
     one, two = linears(output), linears(other)
     assert one.keys() == two.keys()
-    assert one
-    same = sum(int(((one[n] != 0) == (two[n] != 0)).sum()) for n in one)
-    return same / sum(weight.numel() for weight in one.values())
+    names = [name for name in one if part in name]
+    assert names
+    same = sum(int(((one[n] != 0) == (two[n] != 0)).sum()) for n in names)
+    return same / sum(one[n].numel() for n in names)
 
 
 def check_close(output: Mapping[str, bytes], expected: Mapping[str, bytes]) -> None:

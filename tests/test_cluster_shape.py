@@ -46,7 +46,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return model, write_text(folder / "text.txt", characters=16384)
 
 
-@pytest.mark.parametrize("method", ["wanda", pytest.param("sparsegpt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method",
+    ["prox_admm", *(pytest.param(m, marks=pytest.mark.slow) for m in ("wanda", "sparsegpt"))],
+)
 def test_two_workers_then_three_then_one(
     source: tuple[Path, Path], tmp_path: Path, method: str
 ) -> None:
@@ -73,22 +76,29 @@ def test_two_workers_then_three_then_one(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_real_model(smollm2: Path, tmp_path: Path, repository: Path) -> None:
-    """bfloat16 weights, and solves that amplify a last bit."""
+    """The objective holds, and so do the masks of a block that is solved on the same inputs.
+
+    Further down masks drift apart: a few weights that one mask keeps and the other does not give
+    the next block inputs that differ by more than a rounding.
+    """
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(p.read_text() for p in sorted(repository.rglob("pipeline/*.py"))))
-    model = first_blocks(smollm2, tmp_path / "model", 6)
+    model = first_blocks(smollm2, tmp_path / "model", 3)
     options = {"nsamples": 16, "seqlen": 256, "batch_size": 2, "dataset": str(text)}
     (tmp_path / "whole").mkdir()
     whole = prune_here(model, tmp_path / "whole" / "output", workers=2, **options).output
     output = tmp_path / "output"
-    for world, block in ((2, 2), (3, 4)):
+    for world, block in ((2, 1), (3, 2)):
         with pytest.raises(RunInterrupted):
             prune_here(model, output, executor=StopsAt(world, block), **options)
     prune_here(model, output, workers=1, **options)
     one, two = contents(output), contents(whole)
-    print(f"objective {objective(one) / objective(two) - 1:+.2e}, masks {agreement(one, two):.5f}")
-    check_close(one, two)
+    assert objective(one) == pytest.approx(objective(two), rel=1e-3)
+    assert agreement(one, two, "layers.0.") == 1
+    assert agreement(one, two, "layers.1.") >= 0.999
+    assert agreement(one, two) >= 0.99
 
 
 def first_blocks(source: Path, folder: Path, blocks: int) -> Path:

@@ -83,7 +83,7 @@ def _heading(plan: Plan) -> list[str]:
     nodes = f" on {job.nodes} nodes" if job.nodes > 1 else ""
     source = "measured rates" if job.rates.measured else "data sheets and stated efficiencies"
     lines = [
-        f"{shape.name}: {shape.parameters / 1e9:.3g}e9 parameters, "
+        f"{shape.name}: {_count(shape.parameters)} parameters, "
         f"{size_text(shape.weight_bytes)}, {len(shape.blocks)} blocks",
         f"{job.settings.method} {job.settings.pattern}, {job.nsamples} x {job.seqlen} tokens, "
         f"{where}{nodes} ({source})",
@@ -91,6 +91,11 @@ def _heading(plan: Plan) -> list[str]:
     if shape.unsupported:
         lines.append(f"NOT YET PRUNABLE: {shape.unsupported}")
     return lines
+
+
+def _count(value: int) -> str:
+    unit, name = (1e9, "billion") if value >= 1e9 else (1e6, "million")
+    return f"{value / unit:.3g} {name}"
 
 
 def _table(title: str, *columns: tuple[str, bool]) -> Table:

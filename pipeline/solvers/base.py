@@ -99,6 +99,10 @@ class BaseSolver(ABC):
         """Prune one layer or row slice: (R, C) of any float dtype, left as it is."""
         return self.solve_group({"": weight}, prepared)[""]
 
+    def weights(self, weight: Tensor, prepared: GroupData) -> Tensor:
+        """(R, C) fp32: what the method itself finds, without refinement and report."""
+        return self._find(self._stack({"": weight}), prepared).weight[: len(weight)]
+
     def solve_group(
         self, weights: Mapping[str, Tensor], prepared: GroupData
     ) -> dict[str, Solution]:

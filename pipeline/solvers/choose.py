@@ -26,7 +26,7 @@ _FACTORS = ((1.0, 1.0), (0.2, 0.2), (1.0, 4.0), (4.0, 1.0), (0.2, 1.0), (0.05, 0
 # A trial: one inverse, few iterations, and one row in eight.
 # Of the solve; the rest up to a quarter goes to the estimates and the judging.
 _TRIAL_SHARE = 0.15
-_TRIAL_ITERATIONS, _TRIAL_REFINEMENT, _ROW_SHARE, _LEAST_ROWS = 30, 8, 8, 16
+_TRIAL_ITERATIONS, _ROW_SHARE, _LEAST_ROWS = 20, 8, 16
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def choose_regularization(
     zero = float(objective(torch.zeros_like(rows), rows, judge).sum())
 
     def held_out(solver: ProxAdmmSolver | WandaSolver) -> float:
-        solved = solver.solve(rows, solver.prepare(fit)).weight
+        solved = solver.weights(rows, solver.prepare(fit))
         return percentage(float(objective(solved, rows, judge).sum()), zero)
 
     wanda = WandaSolver(SolverSettings(method="wanda", pattern=settings.pattern))
@@ -103,7 +103,7 @@ def _sample(weights: Mapping[str, Tensor]) -> Tensor:
 def _affordable(total: int, sampled: int, columns: int, settings: SolverSettings) -> int:
     """How many trials the share of a solve pays for, at least one; in units of one inverse."""
     solve = 2 + total / columns * (settings.admm_iterations + 14)
-    products = _TRIAL_ITERATIONS + _TRIAL_REFINEMENT + 8
+    products = _TRIAL_ITERATIONS + 4
     trial = 1 + sampled / columns * products
     return min(len(_FACTORS), max(1, int(_TRIAL_SHARE * solve / trial)))
 
@@ -116,8 +116,7 @@ def _trial_settings(settings: SolverSettings, damping: float, shrinkage: float) 
         method="prox_admm",
         damping=damping,
         shrinkage=shrinkage,
-        refine="cg",
-        refine_steps=_TRIAL_REFINEMENT,
+        refine="none",
         admm_iterations=_TRIAL_ITERATIONS,
         admm_first_iterations=_TRIAL_ITERATIONS,
         admm_rho=1.0,

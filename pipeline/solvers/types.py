@@ -81,7 +81,7 @@ class SolverSettings:
     admm_iterations: int = 80
     admm_first_iterations: int = 22
     admm_rho: float = 0.155
-    admm_rho_factor: float = 0.9
+    admm_rho_factor: float = 0.93
     admm_lambda: float = 0.05
     admm_lambda_growth: float = 1.0522
     admm_relaxation: float = 1.6

@@ -78,13 +78,13 @@ class SolverSettings:
     # prox_admm: iterations in all; those of the first penalty, after which the second takes over;
     # the first penalty, and the second as a multiple of what the bulk of H~ asks for
     # (prox_admm.settled_penalty); lambda at first and its growth; over-relaxation.
-    admm_iterations: int = 80
-    admm_first_iterations: int = 22
-    admm_rho: float = 0.155
+    admm_iterations: int = 72
+    admm_first_iterations: int = 24
+    admm_rho: float = 0.18
     admm_rho_factor: float = 0.93
-    admm_lambda: float = 0.05
-    admm_lambda_growth: float = 1.0522
-    admm_relaxation: float = 1.6
+    admm_lambda: float = 0.07
+    admm_lambda_growth: float = 1.0611
+    admm_relaxation: float = 1.7
 
     def __post_init__(self) -> None:
         if self.method not in METHOD_NAMES:

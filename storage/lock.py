@@ -176,7 +176,11 @@ class RunLock:
             self._thread.join()
         os.close(self._descriptor)
         self._owner, self._thread = None, None
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except BaseException:
+            path.unlink(missing_ok=True)  # a signal just before; further ones are ignored
+            raise
         with contextlib.suppress(FileNotFoundError):
             fsync_directory(self.directory)
 

@@ -100,9 +100,9 @@ class Case:
         """It ended by the signal, and has cleaned up if it could."""
         driver = self.drivers[-1]
         if number == signal.SIGKILL:
-            assert status == -number, driver.errors()
+            assert status == -number, f"status {status}: {driver.errors()}"
             return
-        assert status == 130, driver.errors()
+        assert status == 130, f"status {status}: {driver.errors()}"
         assert f"prox24: stopped by {number.name}" in driver.errors()
         assert "Traceback" not in driver.errors()
         assert driver.session() == []
@@ -132,7 +132,8 @@ class Case:
 
     def resumed(self) -> None:
         """The same command goes on, and in the end nothing tells that it was ever stopped."""
-        assert self.run() == 0, self.errors()
+        status = self.run()
+        assert status == 0, f"resumed, status {status}: {self.errors()}"
         self.check_finished()
 
     def printed_command(self) -> list[str]:

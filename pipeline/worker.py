@@ -393,4 +393,5 @@ class BlockWorker:
                     hessian=total.hessian,
                     tokens=total.tokens,
                     sequences=total.sequences,
+                    guard=partial(require_owner, self.job.lock_file),
                 )

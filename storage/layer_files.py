@@ -39,11 +39,18 @@ class SavedLayer:
 
 
 def write_layer_file(
-    path: Path, *, weight: torch.Tensor, hessian: torch.Tensor, tokens: int, sequences: int
+    path: Path,
+    *,
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    tokens: int,
+    sequences: int,
+    guard: Callable[[], None] | None = None,
 ) -> None:
     """Writes `weight` (R, C) and `hessian` (C, C), the sum over `tokens` tokens, to `path`.
 
-    The file appears whole or not at all. Raises `ResourceError` if the disk is full.
+    The file appears whole or not at all. `guard` runs just before, and may raise to prevent it.
+    Raises `ResourceError` if the disk is full.
     """
     tensors = {"hessian": hessian.cpu().contiguous(), "weight": weight.cpu().contiguous()}
     metadata = {
@@ -51,7 +58,7 @@ def write_layer_file(
         "sequences": str(sequences),
         "sha256": _hash(tensors),
     }
-    with replace_file(path) as writer:
+    with replace_file(path, guard) as writer:
         writer.write(header_for(tensors, metadata))
         for tensor in tensors.values():
             writer.write(tensor_bytes(tensor))

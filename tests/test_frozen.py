@@ -154,8 +154,9 @@ def test_replaced_at_the_moments_that_matter(matrix: Matrix) -> None:
     each(matrix, AT)
 
 
-def test_replaced_before_it_moves_the_old_output(rich: Matrix) -> None:
-    each(rich, ("before rename .*prox24-replaced", "before rename out$"))
+def test_replaced_before_it_moves_the_old_output_or_saves_a_layer(rich: Matrix) -> None:
+    late = ("before rename .*prox24-replaced", "before rename out$", "before open .*/layers/")
+    each(rich, late)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+ROWS = {
+    "prox24 sparsegpt": ["--method", "sparsegpt"],
+    "prox24 prox_admm": [],
+    "prox24 sparsegpt, float32": ["--method", "sparsegpt", "--dtype", "float32"],
+}
 
 
 def compress(model: Path, tokens: Path, output: Path, dtype: str) -> None:
@@ -80,6 +85,7 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=40)
     parser.add_argument("--evaluation-sequences", type=int, default=20)
     parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--dtype", default="float32", help="of llm-compressor's model")
     parser.add_argument("--compress", nargs=2, type=Path, metavar=("TOKENS", "OUTPUT"))
     options = parser.parse_args()
@@ -95,11 +101,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     calibration, evaluation = split_text(options.text, folder)
     rows: dict[str, dict[str, Any]] = {}
-    for name, more in {
-        "prox24 sparsegpt": ["--method", "sparsegpt"],
-        "prox24 prox_admm": [],
-        "prox24 sparsegpt, float32": ["--method", "sparsegpt", "--dtype", "float32"],
-    }.items():
+    for name in options.rows:
+        more = ROWS[name]
         output = folder / "pruned"
         shutil.rmtree(output, ignore_errors=True)
         shutil.rmtree(folder / "pruned.run", ignore_errors=True)

@@ -11,6 +11,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ CONTEXT.set_forkserver_preload(
     ["__main__", "cluster.command_line", "pipeline.prune", "pipeline.evaluate", "tests.warm"]
 )
 PATIENCE = 120.0
+# Starting a process also looks after all others, and an exit status can be read only once.
+_TABLE = threading.Lock()
 
 
 def until(condition: Callable[[], Any], what: str = "it") -> Any:
@@ -82,7 +85,8 @@ class Driver:
             target=_run,
             args=(strings, str(log), environment or {}, injection, lock_options or {}),
         )
-        self.process.start()
+        with _TABLE:
+            self.process.start()
 
     @property
     def pid(self) -> int:
@@ -90,7 +94,8 @@ class Driver:
 
     @property
     def running(self) -> bool:
-        return bool(self.process.is_alive())
+        with _TABLE:
+            return bool(self.process.is_alive())
 
     def send(self, number: signal.Signals) -> None:
         """A signal, to the driver alone; it may be gone already."""
@@ -99,8 +104,10 @@ class Driver:
 
     def wait(self) -> int:
         """Its exit status, negative for the signal that ended it."""
-        self.process.join(PATIENCE)
-        assert self.process.exitcode is not None, f"the driver does not end: {self.errors()}"
+        deadline = time.monotonic() + PATIENCE
+        while self.running:
+            assert time.monotonic() < deadline, f"the driver does not end: {self.errors()}"
+            time.sleep(0.005)
         return int(self.process.exitcode)
 
     def errors(self) -> str:
@@ -125,7 +132,7 @@ class Driver:
         for process in self.session():
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        self.process.join(PATIENCE)
+        until(lambda: not self.running, "its end")
 
 
 def prox24(arguments: Sequence[str | Path], log: Path) -> Driver:

@@ -88,6 +88,7 @@ def test_stopped_on_request_and_gone_on_with(matrix: Matrix) -> None:
     case.end()
 
 
+@pytest.mark.slow
 def test_frozen_with_its_workers_and_replaced(matrix: Matrix) -> None:
     """The driver in its commit, the worker with it; both wake up when the job is done."""
     case = Case(matrix)

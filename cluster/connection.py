@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -31,17 +35,29 @@ def connect(config: RuntimeConfig) -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)
     if address is None:
         # More workers than cores may be asked for: the placement says no, not Ray's scheduler.
-        ray.init(address="local", include_dashboard=False, **options)
+        with _own_signals():
+            ray.init(address="local", include_dashboard=False, **options)
         return
     try:
         _knock(address)
-        ray.init(address=address, **options)
+        with _own_signals():
+            ray.init(address=address, **options)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ResourceError(
             f"no Ray cluster answers at {address} ({first}); start one, or leave --ray-address out "
             "to use this machine"
         ) from error
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Puts SIGTERM's handler back: Ray's own ends the process at once, without a word on how to
+    resume. Only the main thread has a say in signals."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _knock(address: str) -> None:

@@ -50,6 +50,7 @@ class _Rank:
     actor: Any
     where: Whereabouts | None = None
     device: str = ""
+    joined: bool = False
 
 
 class RayExecutor:
@@ -184,8 +185,9 @@ class RayExecutor:
     def _fill(self) -> None:
         """Makes the ranks that are missing, then joins all. `_NodeLost` if a bundle's node goes."""
         timeout = _START_SECONDS
-        # One that an attempt left half made counts as missing: its errors were not collected.
-        missing = [rank for rank, r in enumerate(self._ranks) if r is None or not r.device]
+        # One that an attempt left half made counts as missing: its errors were not collected. So
+        # does one whose joining failed: torch counts groups in each process, and they must agree.
+        missing = [rank for rank, r in enumerate(self._ranks) if r is None or not r.joined]
         for rank in missing:
             self._drop(rank)
             self._ranks[rank] = _Rank(self._place(rank))
@@ -196,11 +198,12 @@ class RayExecutor:
         for rank, device in self._collect(built, "start", timeout, watch=True).items():
             self._known(rank).device = device
         host, port = self._collect({0: self._actor(0).host.remote()}, "start", timeout)[0]
-        joining = {
-            rank: self._actor(rank).join.remote(host, port, self._timeout)
-            for rank in range(self.world)
-        }
-        self._collect(joining, "start", timeout)
+        joining = {}
+        for rank in range(self.world):
+            self._known(rank).joined = False
+            joining[rank] = self._actor(rank).join.remote(host, port, self._timeout)
+        for rank in self._collect(joining, "start", timeout):
+            self._known(rank).joined = True
 
     def _place(self, rank: int) -> Any:
         options = {

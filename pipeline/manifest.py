@@ -19,7 +19,7 @@ from storage.run_directory import RunDirectory, differences
 
 MANIFEST_SCHEMA = 1
 # Raised whenever a change gives other bytes for the same job: a half-done job must not mix both.
-SOLVER_VERSION = 3
+SOLVER_VERSION = 4
 # What a manifest must hold.
 _KEYS = {
     "job": dict,

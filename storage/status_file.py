@@ -23,9 +23,7 @@ STATUS_NAME = "status.json"
 _FORGOTTEN = (OSError, InputError, NumericalError)
 
 
-def write_status(
-    directory: Path, payload: Mapping[str, Any], *, guard: Callable[[], None]
-) -> None:
+def write_status(directory: Path, payload: Mapping[str, Any], *, guard: Callable[[], None]) -> None:
     """Replace `status.json` in `directory` by `payload`, whole or not at all, if that can be done.
 
     `guard` (the lock's `assert_held`) runs just before the rename. Never raises for a full disk, a

@@ -86,9 +86,7 @@ def sealed(document: Any) -> bytes:
         return text.encode("utf-8", "surrogatepass")
 
 
-def with_file(
-    run: Path, path: Path, raw: bytes, reader: Callable[[], object], *more: Path
-) -> None:
+def with_file(run: Path, path: Path, raw: bytes, reader: Callable[[], object], *more: Path) -> None:
     """Runs a reader while a file has other contents; it may read `run` and `more`."""
     before = path.read_bytes()
     path.write_bytes(raw)

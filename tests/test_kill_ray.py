@@ -78,10 +78,12 @@ def test_killed_at_one_point_after_the_other(matrix: Matrix) -> None:
     case.end()
 
 
-@pytest.mark.slow
-def test_stopped_on_request_and_gone_on_with(matrix: Matrix) -> None:
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_stopped_on_request_and_gone_on_with(matrix: Matrix, number: signal.Signals) -> None:
     case = Case(matrix)
-    case.killed("before link out.run/checkpoints/block-001/record.json", signal.SIGINT)
+    case.killed("before link out.run/checkpoints/block-001/record.json", number)
     until(lambda: not ranks(), "the end of its workers")
     assert case.printed_command()[0] == "prune"
     case.resumed()

@@ -6,7 +6,10 @@ This module imports numba: `prox_admm` imports it only when it is there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+from torch import Tensor
 
 from pipeline.solvers.prox_kernels import (
     BUFFER,
@@ -50,29 +53,22 @@ def _advance(  # type: ignore[no-untyped-def]
             dense[i] = line[i] + rho * (result[i] - left)
 
 
-def advance_numba(
-    product: Array,
-    dual: Array,
-    sparse: Array,
-    linear: Array,
-    numbers: tuple[float, float, float, float],
-    *,
-    steps: int,
-    tolerance: float,
-    threads: int,
-) -> None:
-    """`prox_admm.advance_torch` on four (R, C) float32, C-contiguous, the first three in place.
+def stepper_numba(
+    dual: Array, sparse: Array, linear: Array, *, steps: int, threads: int
+) -> Callable[[Tensor, tuple[float, float, float, float]], None]:
+    """`prox_admm.stepper` on (R, C) float32, C-contiguous.
 
-    numbers: lambda, relaxation, shrink, rho. steps, tolerance: of Newton's method. threads: at
-    most this many; the result does not depend on it.
+    steps: of Newton's method. threads: at most this many; the result does not depend on it.
     """
-    real = product.dtype.type
-    arguments = (
-        *(matrix.reshape(-1) for matrix in (product, dual, sparse, linear)),
-        np.array(numbers, product.dtype),
-    )
-    in_threads(
-        lambda start, stop: _advance(*arguments, start, stop, steps, real(tolerance)),
-        product.size // 4,
-        threads,
-    )
+    held = tuple(matrix.reshape(-1) for matrix in (dual, sparse, linear))
+    no_tolerance = np.float32(0)
+
+    def step(product: Tensor, numbers: tuple[float, float, float, float]) -> None:
+        dense, values = product.numpy().reshape(-1), np.array(numbers, np.float32)
+        in_threads(
+            lambda start, stop: _advance(dense, *held, values, start, stop, steps, no_tolerance),
+            dense.size // 4,
+            threads,
+        )
+
+    return step

@@ -13,6 +13,7 @@ the two largest of four are kept. Both inverses serve all rows of all layers of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -24,8 +25,12 @@ from torch import Tensor
 from pipeline.solvers.base import BaseSolver, Found, GroupData, solve_diagonal, support_change
 from pipeline.solvers.factor import invert_
 from pipeline.solvers.pattern import Pattern
-from pipeline.solvers.prox import NEWTON_STEPS, NEWTON_TOLERANCE, prox_operator
+from pipeline.solvers.prox import prox_operator
 from pipeline.solvers.regularize import ScaledHessian, raise_damping
+
+# lambda, relaxation, the factor on U, and the next iteration's rho.
+Numbers = tuple[float, float, float, float]
+_OPERATOR_STEPS = 2
 
 
 class ProxAdmmSolver(BaseSolver):
@@ -60,6 +65,7 @@ class ProxAdmmSolver(BaseSolver):
             return None
         settled = settings.admm_rho_factor * settled_penalty(buffer, problem, rho)
         right = torch.add(linear, sparse, alpha=rho)
+        step = stepper(dual, sparse, linear, self.pattern)
         for iteration in range(1, settings.admm_iterations + 1):
             torch.mm(right, buffer, out=product)
             right, product = product, right
@@ -67,7 +73,7 @@ class ProxAdmmSolver(BaseSolver):
             shrink = rho / max(settled, rho) if switch else 1.0
             rho /= shrink
             numbers = (strength, settings.admm_relaxation, shrink, rho)
-            advance(right, dual, sparse, linear, numbers, self.pattern)
+            step(right, numbers)
             strength *= settings.admm_lambda_growth
             if shrink < 1 and not self._invert(problem, rho, buffer):
                 return None
@@ -96,33 +102,27 @@ def settled_penalty(inverse: Tensor, problem: ScaledHessian, rho: float) -> floa
     return max(1 / typical - rho, 0.0) ** 0.5 if typical > 0 else 0.0
 
 
-def advance(
-    product: Tensor,
-    dual: Tensor,
-    sparse: Tensor,
-    linear: Tensor,
-    numbers: tuple[float, float, float, float],
-    pattern: Pattern,
-) -> None:
-    """All of an iteration but its product, in place, on (R, C) fp32.
+def stepper(
+    dual: Tensor, sparse: Tensor, linear: Tensor, pattern: Pattern
+) -> Callable[[Tensor, Numbers], None]:
+    """All of an iteration but its product, in place, on (R, C) fp32: a function of V and numbers.
 
-    product: V, and on return the next iteration's right-hand side linear + rho (Z - U).
     dual: U, shrunk by the given factor on return. sparse: Z. linear: W~0 H~.
-    numbers: lambda, relaxation, the factor on U, and the next iteration's rho.
-    On a CPU with numba 2:4 is one pass over memory.
+    V, the product, is on return the next iteration's right-hand side linear + rho (Z - U).
+    On a CPU with numba 2:4 is one pass over memory, in which the operator's root is found by
+    _OPERATOR_STEPS of Newton's method: what that leaves is far below what an iteration moves.
     """
     proximal = (pattern.keep, pattern.group) == (2, 4)
-    kernels = _numba_kernels() if proximal and product.device.type == "cpu" else None
-    if kernels is not None and product.numel():
-        kernels.advance_numba(
-            *(matrix.numpy() for matrix in (product, dual, sparse, linear)),
-            numbers,
-            steps=NEWTON_STEPS[torch.float32],
-            tolerance=NEWTON_TOLERANCE[torch.float32],
+    kernels = _numba_kernels() if proximal and dual.device.type == "cpu" else None
+    if kernels is not None and dual.numel():
+        step: Callable[[Tensor, Numbers], None] = kernels.stepper_numba(
+            *(matrix.numpy() for matrix in (dual, sparse, linear)),
+            steps=_OPERATOR_STEPS,
             threads=torch.get_num_threads(),
         )
-        return
-    advance_torch(product, dual, sparse, linear, numbers, pattern if not proximal else None)
+        return step
+    projected = None if proximal else pattern
+    return lambda product, numbers: advance_torch(product, dual, sparse, linear, numbers, projected)
 
 
 def advance_torch(
@@ -130,10 +130,10 @@ def advance_torch(
     dual: Tensor,
     sparse: Tensor,
     linear: Tensor,
-    numbers: tuple[float, float, float, float],
+    numbers: Numbers,
     pattern: Pattern | None = None,
 ) -> None:
-    """`advance` in plain torch operations; without a pattern, 2:4 by the proximal operator."""
+    """`stepper` in plain torch operations; without a pattern, 2:4 by the proximal operator."""
     strength, relaxation, shrink, rho = numbers
     dual.add_(product.mul_(relaxation).add_(sparse, alpha=1 - relaxation))
     if pattern is None:

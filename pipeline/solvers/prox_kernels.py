@@ -13,8 +13,10 @@ This module imports numba: `prox` imports it only when it is there.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numba
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 
 PIECE = 256  # groups in a buffer: 24 float32 arrays of this length are 24 KiB
 _LANES = 64  # lists are filled up with zeros to a multiple of this, a multiple of any vector
-_THREAD_GROUPS = 1 << 16  # a thread is worth its start from this many groups on
+_THREAD_GROUPS = 1 << 12  # a thread is worth its start from this many groups on
 
 # Arrays in the buffer, by their first index. One base pointer and constant distances, because LLVM
 # gives up on proving that many separate arrays do not overlap. 1 to 4: sorted, largest first.
@@ -384,13 +386,18 @@ def prox_numba(
 def in_threads(work: Callable[[int, int], object], count: int, threads: int) -> None:
     """Call ``work`` on consecutive ranges of ``count`` groups, at most ``threads`` at a time."""
     threads = max(1, min(threads, count // _THREAD_GROUPS))
-    if threads == 1:
-        work(0, count)
-        return
     share = -(-count // threads)
-    with ThreadPoolExecutor(threads) as pool:
-        parts = [
-            pool.submit(work, start, min(start + share, count)) for start in range(0, count, share)
-        ]
-        for part in parts:
-            part.result()
+    # The pool is held: starting threads for one pass costs more than a small pass itself.
+    others = [
+        _pool(os.getpid(), threads - 1).submit(work, start, min(start + share, count))
+        for start in range(share, count, share)
+    ]
+    work(0, min(share, count))
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Helper threads of this process: a forked child inherits the cache, but no threads."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"prox24-{process}")

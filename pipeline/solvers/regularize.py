@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,10 +64,18 @@ class ScaledHessian:
 
     def multiply(self, rows: Tensor) -> Tensor:
         """``rows`` (R, C) fp32 times H~, without writing H~."""
-        factor = (1 - self.shrinkage) / self.statistics.tokens
-        product = ((rows * self.inverse_scale) @ self.hessian) * (self.inverse_scale * factor)
-        diagonal = self.hessian.diagonal() * self.inverse_scale * factor * self.inverse_scale
-        return product.addcmul_(rows, 1 - diagonal)
+        product = torch.mm(rows * self.inverse_scale, self.hessian).mul_(self._right_scale)
+        return product.addcmul_(rows, self._ridge)
+
+    @cached_property
+    def _right_scale(self) -> Tensor:
+        """(C,): what the sums are multiplied by from the right, with the mean's 1/tokens."""
+        return self.inverse_scale * ((1 - self.shrinkage) / self.statistics.tokens)
+
+    @cached_property
+    def _ridge(self) -> Tensor:
+        """(C,): what the scaled sums lack of a unit diagonal."""
+        return 1 - self.hessian.diagonal() * self._right_scale * self.inverse_scale
 
     def enter(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(R, C) fp32 -> W~ with every row scaled to mean magnitude 1 over live columns, and what
@@ -77,17 +86,18 @@ class ScaledHessian:
         """
         peak = weight.abs().amax(dim=1, keepdim=True)
         peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-        rows = (weight / peak).mul_(self._relative_scale())
+        rows = (weight / peak).mul_(self._relative_scale)
         size = rows.abs().sum(dim=1, keepdim=True) / self.live.sum().clamp(min=1)
         size = torch.where(size > 0, size, torch.ones_like(size))
         return rows.div_(size), torch.cat([size, peak], dim=1)
 
     def leave(self, rows: Tensor, sizes: Tensor) -> Tensor:
         """The inverse of ``enter``: (R, C) in scaled coordinates -> weights; dead columns are 0."""
-        relative = self._relative_scale()
+        relative = self._relative_scale
         back = torch.where(relative > 0, 1 / relative, torch.zeros_like(relative))
         return (rows * sizes[:, :1]).mul_(back).mul_(sizes[:, 1:])
 
+    @cached_property
     def _relative_scale(self) -> Tensor:
         """(C,) D over its largest live entry, 0 on dead columns."""
         scale = torch.where(self.live, self.scale, torch.zeros_like(self.scale))

@@ -109,6 +109,25 @@ def plain(model_folder: Path, tokens_file: Path, method: str, threads: int) -> d
     return seconds
 
 
+def phase_times(trace: Path) -> dict[str, tuple[float, float]]:
+    """Of every phase in a trace: its seconds at the driver, and the share of the ranks' time in
+    which they had nothing to do in it."""
+    text = trace.read_text(encoding="utf-8").rstrip().rstrip("]").rstrip().rstrip(",")
+    events = [event for event in json.loads(text + "]") if event.get("ph") == "X"]
+    walls, busy, ranks = dict[str, float](), dict[str, float](), set[int]()
+    phases = {event["name"] for event in events if event["pid"] == 0}
+    for event in events:
+        if event["name"] in phases:
+            sums = busy if event["pid"] else walls
+            sums[event["name"]] = sums.get(event["name"], 0.0) + event["dur"] / 1e6
+            ranks |= {event["pid"]} - {0}
+    return {
+        name: (wall, 1 - busy.get(name, 0.0) / (wall * max(len(ranks), 1)))
+        for name, wall in walls.items()
+        if name in busy
+    }
+
+
 def main() -> None:
     """Alternates the two and prints the ratio of the best times."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -133,13 +152,14 @@ def main() -> None:
         for workers in options.workers:
             shutil.rmtree(output, ignore_errors=True)
             shutil.rmtree(run_directory, ignore_errors=True)
+            trace = options.folder / f"trace-{workers}.json"
             peak = run(
                 [
                     *(sys.executable, "-m", "cluster", "prune", str(options.model), str(output)),
                     *("--method", options.method, "--dataset", str(calibration)),
                     *("--nsamples", str(options.nsamples), "--seqlen", str(options.seqlen)),
                     *("--workers", str(workers), "--threads", "1", "--batch-size", "1"),
-                    *("--trace", str(options.folder / f"trace-{workers}.json")),
+                    *("--trace", str(trace)),
                 ],
                 log=options.folder / "prune.log",
                 environment={"PYTHONPATH": str(ROOT)},
@@ -148,6 +168,8 @@ def main() -> None:
             summary = json.loads((run_directory / "report" / "summary.json").read_text())
             print(f"prox24, {workers} workers: {peak.seconds:.1f} s", summary["wall"], flush=True)
             print({kind: round(value, 1) for kind, value in summary["seconds"].items()})
+            for name, (wall, idle) in phase_times(trace).items():
+                print(f"  {name}: {wall:.1f} s, ranks idle {100 * idle:.1f} %", flush=True)
         began = time.monotonic()
         text = subprocess.run(
             [

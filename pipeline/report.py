@@ -25,7 +25,8 @@ def summarize(
 
     `wall`: seconds of all phases at the driver. `seconds`: that time split by kind of work, each
     the mean over ranks, so that the parts and "other" (waiting, dispatch) add up to `wall`.
-    `memory`: peak bytes of the driver and of the largest worker. Interrupted runs are included:
+    `memory`: peak bytes of the driver and of the largest worker, in all and in each block (the
+    driver's since its start, a Ray worker's of each phase). Interrupted runs are included:
     each phase is counted once, in the attempt that was committed. A damaged file of times is named
     to `note`, and missing in the sums.
     """
@@ -40,7 +41,6 @@ def summarize(
     wall = sum(phase["wall"] for phase in phases)
     seconds = {kind: _mean_over_ranks(phases, kind) for kind in KINDS}
     seconds["other"] = max(0.0, wall - sum(seconds.values()))
-    workers = [memory for phase in phases for memory in phase["memory"]]
     return {
         "schema_version": SUMMARY_SCHEMA,
         "blocks": [
@@ -52,6 +52,9 @@ def summarize(
                 "workers": record.results.get("workers", []),
                 "failures": record.results.get("failures", []),
                 "seconds": record.results["seconds"],
+                "memory": _peaks(
+                    record.results["driver_memory"], record.results["phases"].values()
+                ),
                 "groups": record.results["groups"],
                 "choices": record.results["choices"],
                 "costs": record.results["costs"],
@@ -61,11 +64,7 @@ def summarize(
         ],
         "wall": wall,
         "seconds": seconds,
-        "memory": {
-            "driver_rss_bytes": peak_memory()["rss_bytes"],
-            "worker_rss_bytes": _largest(workers, "rss_bytes"),
-            "worker_device_bytes": _largest(workers, "device_bytes"),
-        },
+        "memory": _peaks(peak_memory(), phases),
     }
 
 
@@ -89,5 +88,15 @@ def _mean_over_ranks(phases: Iterable[dict[str, Any]], kind: str) -> float:
     return sum(means)
 
 
-def _largest(memory: Iterable[dict[str, Any]], key: str) -> int:
-    return max((int(m.get(key, 0)) for m in memory), default=0)
+def _peaks(driver: dict[str, Any], phases: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Peak bytes of the driver and of the largest worker in any of the phases."""
+    workers = [memory for phase in phases for memory in phase["memory"]]
+    largest = {
+        key: max((int(memory.get(key, 0)) for memory in workers), default=0)
+        for key in ("rss_bytes", "device_bytes")
+    }
+    return {
+        "driver_rss_bytes": int(driver["rss_bytes"]),
+        "worker_rss_bytes": largest["rss_bytes"],
+        "worker_device_bytes": largest["device_bytes"],
+    }

@@ -256,3 +256,6 @@ def test_what_the_output_says_of_itself(tiny_model: TinyModel, tmp_path: Path) -
     assert [block["block"] for block in summary["blocks"]] == [0, 1]
     assert sum(summary["seconds"].values()) == pytest.approx(summary["wall"], rel=0.01)
     assert summary["memory"]["worker_rss_bytes"] > 0
+    for block in summary["blocks"]:
+        assert 0 < block["memory"]["worker_rss_bytes"] <= summary["memory"]["worker_rss_bytes"]
+        assert 0 < block["memory"]["driver_rss_bytes"] <= summary["memory"]["driver_rss_bytes"]

@@ -114,6 +114,7 @@ def main() -> None:
             ],
             log=folder / "prune.log",
             environment={"PYTHONPATH": str(ROOT)},
+            interval=2.0,
         )
         rows[name] = {"seconds": peak.seconds, "gib": peak.bytes / 2**30}
         rows[name]["perplexity"] = perplexity(output, options, evaluation)
@@ -129,6 +130,7 @@ def main() -> None:
         ],
         log=folder / "compress.log",
         environment={"OMP_NUM_THREADS": "2"},
+        interval=2.0,
     )
     theirs = {"seconds": peak.seconds, "gib": peak.bytes / 2**30}
     theirs["perplexity"] = perplexity(output, options, evaluation)

@@ -114,18 +114,29 @@ def phase_times(trace: Path) -> dict[str, tuple[float, float]]:
     which they had nothing to do in it."""
     text = trace.read_text(encoding="utf-8").rstrip().rstrip("]").rstrip().rstrip(",")
     events = [event for event in json.loads(text + "]") if event.get("ph") == "X"]
-    walls, busy, ranks = dict[str, float](), dict[str, float](), set[int]()
-    phases = {event["name"] for event in events if event["pid"] == 0}
-    for event in events:
-        if event["name"] in phases:
-            sums = busy if event["pid"] else walls
-            sums[event["name"]] = sums.get(event["name"], 0.0) + event["dur"] / 1e6
-            ranks |= {event["pid"]} - {0}
-    return {
-        name: (wall, 1 - busy.get(name, 0.0) / (wall * max(len(ranks), 1)))
-        for name, wall in walls.items()
-        if name in busy
-    }
+    ranks = {event["pid"] for event in events} - {0}
+    sums: dict[str, list[float]] = {}
+    for phase in (event for event in events if event["pid"] == 0):
+        wall = phase["dur"] / 1e6
+        # Of what a rank did in it, the longest is the whole: kinds of work lie within.
+        busy = [
+            max(
+                (e["dur"] / 1e6 for e in events if e["pid"] == rank and _within(e, phase)),
+                default=0,
+            )
+            for rank in ranks
+        ]
+        if any(busy):
+            total = sums.setdefault(phase["name"], [0.0, 0.0])
+            total[0] += wall
+            total[1] += wall - sum(busy) / len(busy)
+    return {name: (wall, idle / wall) for name, (wall, idle) in sums.items()}
+
+
+def _within(event: dict[str, Any], phase: dict[str, Any]) -> bool:
+    """Whether an event of a rank's, whose clock may be a little off, belongs to a phase."""
+    middle = event["ts"] + event["dur"] / 2
+    return bool(phase["ts"] <= middle <= phase["ts"] + phase["dur"])
 
 
 def main() -> None:
@@ -163,6 +174,7 @@ def main() -> None:
                 ],
                 log=options.folder / "prune.log",
                 environment={"PYTHONPATH": str(ROOT)},
+                interval=None,
             )
             results.setdefault(f"prox24, {workers} workers", []).append(peak.seconds)
             summary = json.loads((run_directory / "report" / "summary.json").read_text())

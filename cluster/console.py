@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cluster.status import duration
+from cluster.status import duration, size
 from pipeline.config import PruneConfig
 
 if TYPE_CHECKING:
     from pipeline.prune import PruneResult
+
+SENT = "statistics_sent_bytes"
+_SHOWN_KINDS = 3
 
 
 class Console:
@@ -120,6 +123,38 @@ class Console:
             f"peak memory: driver {memory['driver_rss_bytes'] / 2**20:.0f} MiB, "
             f"worker {memory['worker_rss_bytes'] / 2**20:.0f} MiB"
         )
+        for line in who_did_what(summary):
+            self.print(line)
+
+
+def who_did_what(summary: dict[str, Any]) -> list[str]:
+    """One line per worker process of a job, and one per failure on the way."""
+    lines = []
+    for worker in summary["workers"]:
+        seconds = sorted(worker["seconds"].items(), key=lambda item: -item[1])
+        parts = ", ".join(f"{kind} {value:.1f} s" for kind, value in seconds[:_SHOWN_KINDS])
+        counts = worker["counts"]
+        wrote = sum(n for name, n in counts.items() if name.endswith("_written_bytes"))
+        lines.append(
+            f"worker {worker['rank']} on {worker['host']} (process {worker['pid']}): "
+            f"{ranges(worker['blocks'])}; {parts}; sent {size(counts.get(SENT, 0))}, "
+            f"wrote {size(wrote)}, peak {worker['peak_bytes'] / 2**20:.0f} MiB"
+        )
+    for block in summary["blocks"]:
+        lines += [f"block {block['block']} was retried: {why}" for why in block["failures"]]
+    return lines
+
+
+def ranges(blocks: list[int]) -> str:
+    """`block 3`, or `blocks 0-3, 7`."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1][1:] = [block]
+        else:
+            runs.append([block])
+    text = ", ".join("-".join(map(str, run)) for run in runs)
+    return f"block{'s' if len(blocks) > 1 else ''} {text}"
 
 
 def solve_table(results: dict[str, dict[str, Any]]) -> str:

@@ -47,7 +47,7 @@ def read_record(path: Path) -> BlockRecord:
 def check_phase(phase: Mapping[str, Any]) -> None:
     """Raises ValueError, LookupError, TypeError or AttributeError unless it is a phase's times."""
     _require(_is_number(phase["wall"]) and bool(phase["ranks"]), "times of a phase")
-    for figures in (*phase["ranks"], *phase["memory"]):
+    for figures in (*phase["ranks"], *phase["memory"], *phase["counts"]):
         _require(all(_is_number(value) for value in figures.values()), "figures of a rank")
 
 

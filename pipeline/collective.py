@@ -37,6 +37,8 @@ class Collective:
     ) -> None:
         """Joins the group that meets at `store`; any operation waits `timeout` seconds at most."""
         self.rank, self.world, self.backend = rank, world, backend
+        # Bytes that this rank has sent to others.
+        self.sent = 0
         try:
             dist.init_process_group(
                 backend,
@@ -92,6 +94,8 @@ class Collective:
             total += slices[rank]
         gathered = torch.empty_like(sent)
         _ALL_GATHER(gathered, total)
+        # To each other rank its slice, and then the sum of this rank's own.
+        self.sent += 2 * (self.world - 1) * total.nbytes
         return gathered[: part.numel()].to(part.device)
 
     def sum_statistics(self, own: Statistics) -> Statistics:

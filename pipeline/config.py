@@ -22,6 +22,7 @@ PLACEMENT_FIELDS = frozenset(
     {
         "run_dir",
         "ray_address",
+        "open_dashboard",
         "executor",
         "overwrite",
         "force",
@@ -157,6 +158,11 @@ class RuntimeConfig:
         None,
         "address of a running Ray cluster (`auto`, `HOST:6379`, `ray://HOST:10001`); unset: "
         "$RAY_ADDRESS, or else a Ray of its own on this machine",
+    )
+    open_dashboard: bool = option(
+        False,
+        "go on although the cluster's dashboard listens to other machines without a token: whoever "
+        "reaches it can run code on the cluster",
     )
     device: str | None = option(
         None, "torch device of each worker (cpu, cuda, cuda:1); unset: cuda where there is one"

@@ -69,6 +69,7 @@ class Forward:
 
     def output(self, block: int, module: nn.Module, hidden_states: Tensor) -> Tensor:
         """What a block makes of a batch `(n, seqlen, hidden)` of its inputs."""
+        self.watch.count("tokens", hidden_states.shape[0] * hidden_states.shape[1])
         with self.watch("forward"):
             output = self.call(block, hidden_states).run(module, hidden_states)
         return _finite(output, f"block {block}")
@@ -122,6 +123,7 @@ class Forward:
                 behind.add(write)
         with self.watch("io"):
             behind.wait()
+        self.watch.count("activations_written_bytes", sum(stored.bytes for stored in written))
         return written
 
     def _open(self, block: int, stored: StoredFile) -> ActivationShard:
@@ -136,6 +138,7 @@ class Forward:
                     # Zero-copy on a CPU. The map is private: a model that adds to its input in
                     # place changes its own view, not the file.
                     batch = shard.read(start, stop).to(self.device)
+                self.watch.count("activations_read_bytes", batch.nbytes)
                 yield batch
 
     def call(self, block: int, hidden_states: Tensor) -> BlockCall:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.capture import LayerGroup
@@ -41,13 +41,14 @@ class Outcome:
     """A phase's result on one rank, with its seconds by kind and its peak memory in bytes.
 
     `events` are there where the job is traced: (kind, or "" for the whole phase; start in seconds
-    since the epoch; seconds).
+    since the epoch; seconds). `counts`: see `pipeline.measure`.
     """
 
     value: Any
     seconds: dict[str, float]
     memory: dict[str, Any]
     events: tuple[tuple[str, float, float], ...] = ()
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ class BlockLoader:
         with self.watch("load"):
             if self._coming is not None and self._coming[0] == block:
                 future, self._coming = self._coming[1], None
-                return future.result().to(self.device)
-            return self.skeleton.load_block(block, self.device)
+                return self._counted(block, future.result().to(self.device))
+            return self._counted(block, self.skeleton.load_block(block, self.device))
 
     def pruned(self, block: int, record: BlockRecord | None) -> nn.Module:
         """A block as `record` says; dense where that is None.
@@ -44,8 +44,9 @@ class BlockLoader:
         Raises `CorruptFileError` where a file that the record names is damaged.
         """
         with self.watch("load"):
-            module = self.skeleton.load_block(block, self.device)
+            module = self._counted(block, self.skeleton.load_block(block, self.device))
             if record is not None:
+                self.watch.count("slices_read_bytes", sum(stored.bytes for stored in record.files))
                 directory = self.run.checkpoints(block)
                 verify_record(directory, record)
                 for layer in record.layers:
@@ -54,4 +55,13 @@ class BlockLoader:
                         weight.to(device=self.device, dtype=self.skeleton.dtype),
                         requires_grad=False,
                     )
+        return module
+
+    def _counted(self, block: int, module: nn.Module) -> nn.Module:
+        """`module`, after its tensors' stored bytes have been counted as read."""
+        prefix = self.skeleton.block_prefix(block)
+        for tensor in module.state_dict():
+            if (name := self.skeleton.tensor_name(prefix + tensor)) is not None:
+                entry = self.skeleton.files.tensors[name]
+                self.watch.count("weights_read_bytes", entry.end - entry.start)
         return module

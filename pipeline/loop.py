@@ -232,7 +232,8 @@ class BlockLoop:
         """Has every rank hold the sum of all ranks' statistics."""
         began = time.perf_counter()
         self.progress.phase("reduce", block)
-        add_phase(times, "reduce", time.perf_counter() - began, self.executor.reduce())
+        outcomes = self.executor.reduce()
+        add_phase(times, "reduce", time.perf_counter() - began, outcomes)
 
     def _solve(
         self,

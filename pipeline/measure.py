@@ -1,4 +1,11 @@
-"""Where time and memory go: one stopwatch per worker, peaks read from the system."""
+"""Where time and memory go: one stopwatch per worker, peaks read from the system.
+
+What a worker counts besides, by name (`Stopwatch.count`): `tokens` that blocks were run on,
+`solved_weights`, bytes that were moved (`activations_read_bytes`, `activations_written_bytes`,
+`weights_read_bytes`, `slices_read_bytes`, `slices_written_bytes`, `output_written_bytes`,
+`statistics_sent_bytes` to other workers), and `statistics_bytes`, the size of what was summed.
+Bytes are those of the tensors or files: a hash that is compared first reads a file once more.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +31,7 @@ class Stopwatch:
         self.device = device
         self.seconds: dict[str, float] = {}
         self.events: list[tuple[str, float, float]] = []
+        self.counts: dict[str, int] = {}
         self._trace = trace
         self._running: list[tuple[str, float]] = []
 
@@ -49,6 +57,15 @@ class Stopwatch:
             self.seconds[kind] = self.seconds.get(kind, 0.0) + elapsed
             if self._trace:
                 self.events.append((kind, time.time() - elapsed, elapsed))
+
+    def count(self, name: str, amount: int) -> None:
+        """Adds to what is counted under `name`."""
+        self.counts[name] = self.counts.get(name, 0) + amount
+
+    def take_counts(self) -> dict[str, int]:
+        """What was counted since the last call."""
+        counts, self.counts = self.counts, {}
+        return counts
 
     def take_events(self) -> tuple[tuple[str, float, float], ...]:
         """The stretches since the last call; none without `trace`."""

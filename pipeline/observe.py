@@ -47,6 +47,7 @@ class BlockObserver:
         for total in self._sums.values():
             total.begin_batch(start, hidden_states.shape[0])
         self._left = len(self._sums)
+        self._watch.count("tokens", hidden_states.shape[0] * hidden_states.shape[1])
         with self._watch("forward"):
             try:
                 self._call(hidden_states).run(self._module, hidden_states)
@@ -58,7 +59,11 @@ class BlockObserver:
         for handle in self._handles:
             handle.remove()
         with self._watch("hessian"):
-            return {group.name: total.statistics() for group, total in self._sums.items()}
+            sums = {group.name: total.statistics() for group, total in self._sums.items()}
+        for folds in sums.values():
+            for tensor in (t for fold in folds for t in (fold.diagonal, fold.hessian)):
+                self._watch.count("statistics_bytes", 0 if tensor is None else tensor.nbytes)
+        return sums
 
     def _hook(self, total: GroupAccumulator) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -12,15 +13,19 @@ from pipeline.job import Outcome
 
 @dataclass
 class PhaseTimes:
-    """Seconds of one phase: wall time at the driver, and each rank's by kind of work."""
+    """Seconds of one phase: wall time at the driver, and each rank's by kind of work.
+
+    `counts`: what each rank counted meanwhile (see `pipeline.measure`).
+    """
 
     wall: float
     ranks: list[dict[str, float]]
     memory: list[dict[str, Any]]
+    counts: list[dict[str, int]]
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON values, as stored in records."""
-        return {"wall": self.wall, "ranks": self.ranks, "memory": self.memory}
+        return dataclasses.asdict(self)
 
 
 def add_phase(
@@ -28,17 +33,23 @@ def add_phase(
 ) -> None:
     """Adds a phase's times; a block may take it in several turns."""
     seconds, memory = [o.seconds for o in outcomes], [o.memory for o in outcomes]
+    counts = [o.counts for o in outcomes]
     if phase in times:
         before = times[phase]
         wall += before.wall
         seconds = [_sum(pair) for pair in zip(before.ranks, seconds, strict=True)]
         memory = [_largest(pair) for pair in zip(before.memory, memory, strict=True)]
-    times[phase] = PhaseTimes(wall, seconds, memory)
+        counts = [_sum(pair) for pair in zip(before.counts, counts, strict=True)]
+    times[phase] = PhaseTimes(wall, seconds, memory, counts)
 
 
-def _sum(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: sum(p.get(key, 0.0) for p in parts) for key in dict.fromkeys(chain(*parts))}
+def _sum(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {key: sum(p.get(key, 0) for p in parts) for key in _keys(parts)}
+
+
+def _keys(parts: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(chain(*parts)))
 
 
 def _largest(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {key: max(p.get(key, 0) for p in parts) for key in dict.fromkeys(chain(*parts))}
+    return {key: max(p.get(key, 0) for p in parts) for key in _keys(parts)}

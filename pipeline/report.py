@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.loop import block_error
 from pipeline.measure import peak_memory
 from pipeline.repair import ACTIVATIONS_SCHEMA
+from pipeline.work import Work, by_worker, sum_counts
 from storage.checkpoints import BlockRecord
 from storage.commit import read_json, replace_json
 from storage.errors import CorruptFileError
@@ -27,17 +28,21 @@ def summarize(
     the mean over ranks, so that the parts and "other" (waiting, dispatch) add up to `wall`.
     `memory`: peak bytes of the driver and of the largest worker, in all and in each block (the
     driver's since its start, a Ray worker's of each phase). Interrupted runs are included:
-    each phase is counted once, in the attempt that was committed. A damaged file of times is named
-    to `note`, and missing in the sums.
+    each phase is counted once, in the attempt that was committed. `workers` says who did what,
+    `counts` what was moved (see `pipeline.measure`), a block's with the making of its inputs. A
+    damaged file of times is named to `note`, and missing in the sums.
     """
-    phases = [phase for record in records for phase in record.results["phases"].values()]
+    work = [Work(r.block, r.results.get("workers", []), r.results["phases"]) for r in records]
     for block in range(len(records)):
         path = run.report() / f"inputs-{block:03d}.json"
         if path.exists():
             try:
-                phases += read_json(path, ACTIVATIONS_SCHEMA)["phases"].values()
+                made = read_json(path, ACTIVATIONS_SCHEMA)
             except CorruptFileError:
                 note(f"{path}: damaged; the summary lacks the times in it")
+            else:
+                work.append(Work(block, made.get("workers", []), made["phases"]))
+    phases = [phase for part in work for phase in part.phases.values()]
     wall = sum(phase["wall"] for phase in phases)
     seconds = {kind: _mean_over_ranks(phases, kind) for kind in KINDS}
     seconds["other"] = max(0.0, wall - sum(seconds.values()))
@@ -55,6 +60,12 @@ def summarize(
                 "memory": _peaks(
                     record.results["driver_memory"], record.results["phases"].values()
                 ),
+                "counts": sum_counts(
+                    phase
+                    for part in work
+                    if part.block == record.block
+                    for phase in part.phases.values()
+                ),
                 "groups": record.results["groups"],
                 "choices": record.results["choices"],
                 "costs": record.results["costs"],
@@ -65,6 +76,8 @@ def summarize(
         "wall": wall,
         "seconds": seconds,
         "memory": _peaks(peak_memory(), phases),
+        "workers": by_worker(work),
+        "counts": sum_counts(phases),
     }
 
 

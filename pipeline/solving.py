@@ -1,15 +1,37 @@
-"""One group of layers solved on one rank: settings chosen, rows solved, rows as they are stored."""
+"""Groups of layers solved on one rank: rows dealt, settings chosen, rows solved and stored."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from pipeline.capture import LayerGroup
 from pipeline.solvers import Solution, SolverSettings, Statistics, objective, solver_for
+from pipeline.solvers.cost import solve_cost
 from pipeline.solvers.types import percentage
+from pipeline.split import GroupRows, row_ranges, whole_layers
+
+
+def deal_rows(
+    settings: SolverSettings,
+    groups: Sequence[LayerGroup],
+    shapes: Mapping[str, tuple[int, int]],
+    world: int,
+) -> list[dict[str, tuple[int, int]]]:
+    """The rows of each layer that each of `world` ranks solves: the same answer on every rank.
+
+    `shapes`: (rows, C) of each layer of `groups`.
+    """
+    costs = {group: solve_cost(settings, group.columns) for group in groups}
+    parts = [
+        GroupRows({n: shapes[n][0] for n in group.layers}, cost.fixed, cost.per_row)
+        for group, cost in costs.items()
+    ]
+    dealt = row_ranges if solver_for(settings).separable else whole_layers
+    return dealt(parts, world)
 
 
 def solve_group(

@@ -29,10 +29,9 @@ from pipeline.memory import explaining
 from pipeline.model import Skeleton, open_skeleton
 from pipeline.observe import BlockObserver
 from pipeline.solvers import SolverSettings, choose_regularization, solver_for
-from pipeline.solvers.cost import solve_cost
 from pipeline.solvers.types import AUTO
-from pipeline.solving import solve_group
-from pipeline.split import GroupRows, deal, row_ranges, turns, whole_layers
+from pipeline.solving import deal_rows, solve_group
+from pipeline.split import deal, turns
 from pipeline.statistics import (
     FoldedStatistics,
     GroupAccumulator,
@@ -82,7 +81,8 @@ class BlockWorker:
         events = self.watch.take_events()
         if self.job.trace:
             events = (("", start, time.perf_counter() - began), *events)
-        return Outcome(value, self.watch.take(), peak_memory(self.device), events)
+        counts = self.watch.take_counts()
+        return Outcome(value, self.watch.take(), peak_memory(self.device), events, counts)
 
     # -- phases -----------------------------------------------------------------------------
 
@@ -130,6 +130,8 @@ class BlockWorker:
         with self.watch("reduce"):
             for name, folds in self.statistics.items():
                 self.statistics[name] = tuple(self.collective.sum_statistics(f) for f in folds)
+        sent, self.collective.sent = self.collective.sent, 0
+        self.watch.count("statistics_sent_bytes", sent)
 
     def held_groups(self) -> tuple[LayerGroup, ...]:
         """The groups whose statistics are held: the same on every rank."""
@@ -163,7 +165,7 @@ class BlockWorker:
             self.loader.ahead(block + 1)
         names = layers_to_prune(self.skeleton, block, settings, self.job.skip_unsupported)
         groups = self._turn or tuple(LayerGroup((n,), names[n][1]) for n in names)
-        ranges = self._deal_rows(groups, names)[self.rank]
+        ranges = deal_rows(settings, groups, names, self.world)[self.rank]
         slices: dict[str, RowSlice] = {}
         reports: dict[str, dict[str, Any]] = {}
         costs: dict[str, dict[str, float]] = {}
@@ -182,6 +184,7 @@ class BlockWorker:
             }
             for layer, (stored, report) in solved.items():
                 slices[layer] = RowSlice(mine[layer][0], stored)
+                self.watch.count("solved_weights", stored.numel())
                 reports[layer] = report
         self.forget()
         if not slices:
@@ -189,7 +192,9 @@ class BlockWorker:
         path = self.run.checkpoints(block) / f"rank-{self.rank}.{stamp}.safetensors"
         require_owner(self.job.lock_file)
         with self.watch("io"):
-            return SolvedSlices(write_row_slices(path, slices), ranges, reports, costs)
+            file = write_row_slices(path, slices)
+        self.watch.count("slices_written_bytes", file.bytes)
+        return SolvedSlices(file, ranges, reports, costs)
 
     def propagate(
         self,
@@ -339,19 +344,6 @@ class BlockWorker:
             self._groups[structure] = find_groups(module, call, batch, layers)
         return self._groups[structure]
 
-    def _deal_rows(
-        self, groups: Sequence[LayerGroup], shapes: dict[str, tuple[int, int]]
-    ) -> list[dict[str, tuple[int, int]]]:
-        """The rows of each layer that each rank solves: the same answer on every rank."""
-        settings = self._settings()
-        costs = {group: solve_cost(settings, group.columns) for group in groups}
-        parts = [
-            GroupRows({n: shapes[n][0] for n in group.layers}, cost.fixed, cost.per_row)
-            for group, cost in costs.items()
-        ]
-        dealt = row_ranges if solver_for(settings).separable else whole_layers
-        return dealt(parts, self.world)
-
     def _solve_group(
         self,
         block: int,
@@ -370,7 +362,9 @@ class BlockWorker:
         """A layer's weight, or some of its rows, in the stored dtype on the device."""
         with self.watch("load"):
             name = self.skeleton.weight_name(block, layer)
-            return self.skeleton.files.read(name, rows=rows).to(self.device)
+            weight = self.skeleton.files.read(name, rows=rows).to(self.device)
+        self.watch.count("weights_read_bytes", weight.nbytes)
+        return weight
 
     def _is_saved(self, block: int, layer: str) -> bool:
         pattern = self.job.save_layers

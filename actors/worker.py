@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
 
+from actors.logs import open_log
+from actors.metrics import Meter
 from pipeline.collective import Collective, host_meeting
 from pipeline.job import Job, Outcome
 from pipeline.measure import reset_peaks
 from pipeline.worker import BlockWorker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class RankActor:
     def __init__(self, job: Job, rank: int, world: int) -> None:
         self.job, self.rank, self.world = job, rank, world
         self._store: Any = None
+        self._log = open_log(rank)
+        self._meter = Meter(Path(job.run_directory).name)
 
     def where(self) -> Whereabouts:
         """Which process this is."""
@@ -79,8 +87,24 @@ class RankActor:
 
     def perform(self, phase: str, *arguments: Any) -> Outcome:
         """Runs one phase of the rank; its peaks of memory are the phase's own."""
-        reset_peaks(self.worker.device)
-        return self.worker.perform(phase, *arguments)
+        with self._log.during(phase, arguments):
+            logger.info("begins")
+            reset_peaks(self.worker.device)
+            try:
+                outcome = self.worker.perform(phase, *arguments)
+            except Exception as error:
+                logger.warning("failed: %s: %s", type(error).__name__, error)
+                raise
+            self._meter.outcome(self.rank, outcome)
+            logger.info("done: %s", _told(outcome))
+        return outcome
+
+
+def _told(outcome: Outcome) -> str:
+    """An outcome's figures for a log: `1.3 s (forward 1.1, io 0.2), peak 312 MiB`."""
+    parts = ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in outcome.seconds.items())
+    peak = outcome.memory["rss_bytes"] / 2**20
+    return f"{sum(outcome.seconds.values()):.1f} s ({parts}), peak {peak:.0f} MiB"
 
 
 def use_interface_of(address: str) -> None:

@@ -28,6 +28,7 @@ from cluster.status import DESCRIPTION, add_arguments, show
 from pipeline.config import EvalConfig, PruneConfig, RuntimeConfig, SolveConfig
 from pipeline.executor import Executor, LocalExecutor
 from pipeline.planning.options import PlanConfig
+from pipeline.progress import Progress
 from storage.errors import ConfigError, Prox24Error, RunInterrupted
 
 # What a plain YAML scalar may be besides a string.
@@ -220,19 +221,29 @@ def make_executor(config: RuntimeConfig, console: Console) -> Callable[[], Execu
     return make
 
 
+def _seen_by_prometheus(console: Console, config: RuntimeConfig, run: str) -> Progress:
+    """The console, behind metrics where the job runs on Ray."""
+    if config.executor != "ray":
+        return console
+    from cluster.metered import MeteredProgress
+
+    return MeteredProgress(console, run)
+
+
 def _prune(options: argparse.Namespace) -> int:
-    from pipeline.prune import prune
+    from pipeline.prune import prune, run_directory_of
 
     config: PruneConfig = config_from(options, PruneConfig)
     console = Console()
     source = resolve_model(options.model)
     console.settings(options.model, options.output, config)
+    output = Path(options.output)
     result = prune(
         source.folder,
-        Path(options.output),
+        output,
         config,
         make_executor(config, console),
-        console,
+        _seen_by_prometheus(console, config, run_directory_of(output, config).name),
         source_name=source.name,
     )
     console.result(result)

@@ -96,6 +96,8 @@ def prune(folder: Path, model: Path, name: str, *options: str) -> Peak:
     """One job; its output and run directory are removed."""
     text = write_text(folder / "text.txt", characters=1 << 18)
     output = folder / f"pruned-{name}"
+    for left in (output, output.with_name(output.name + ".run")):
+        shutil.rmtree(left, ignore_errors=True)
     command = [sys.executable, "-m", "cluster", "prune", str(model), str(output)]
     peak = run(
         [*command, "--dataset", str(text), *options],

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 
+from cluster.security import require_guarded_dashboard
 from pipeline.config import RuntimeConfig
 from storage.errors import ResourceError
 
@@ -24,7 +25,8 @@ _KNOCK_SECONDS = 10.0
 def connect(config: RuntimeConfig) -> None:
     """Connects to `--ray-address`, $RAY_ADDRESS, or a Ray of our own.
 
-    Raises `ResourceError` for an address that does not answer.
+    Raises `ResourceError` for an address that does not answer, a cluster that wants a token which
+    this process lacks, and one whose dashboard others can use without.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -41,13 +43,28 @@ def connect(config: RuntimeConfig) -> None:
     try:
         _knock(address)
         with _own_signals():
-            ray.init(address=address, **options)
+            context = ray.init(address=address, **options)
+    except AuthenticationError as error:
+        raise ResourceError(
+            f"the Ray cluster at {address} wants a token that this process does not have: set "
+            "RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token, or into the "
+            "variable RAY_AUTH_TOKEN"
+        ) from error
     except (OSError, RuntimeError, ValueError, RayError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ResourceError(
             f"no Ray cluster answers at {address} ({first}); start one, or leave --ray-address out "
             "to use this machine"
         ) from error
+    try:
+        require_guarded_dashboard(
+            context.dashboard_url,
+            ray.get_runtime_context().gcs_address,
+            accept_open=config.open_dashboard,
+        )
+    except ResourceError:
+        ray.shutdown()
+        raise
 
 
 @contextlib.contextmanager

@@ -60,6 +60,8 @@ def sum_and_save(rank: int, ports: Any, folder: Path, chunk: int) -> None:
         tensors = {"counts": torch.tensor([total.tokens, total.sequences])}
         tensors |= {"diagonal": total.diagonal} if total.diagonal is not None else {}
         tensors |= {"hessian": total.hessian} if total.hessian is not None else {}
+        tensors["sent"] = torch.tensor([group.sent])
+        group.sent = 0
         save_file(tensors, folder / f"{needs}-{rank}.safetensors")
     group.close()
 
@@ -107,6 +109,10 @@ def test_bytes_are_those_of_adding_in_rank_order(tmp_path: Path, start: Start, c
             found = load_file(tmp_path / f"{needs}-{rank}.safetensors")
             assert found["counts"].tolist() == [expected.tokens, expected.sequences]
             assert torch.equal(found["diagonal"], expected.diagonal)
+            # Out once and in once, but for a rank's own part: no more than rounding up to it.
+            size = 4 * (columns + (columns**2 if expected.hessian is not None else 0))
+            least, chunks = 2 * (WORLD - 1) * size // WORLD, 2 + size // (4 * chunk)
+            assert least <= int(found["sent"]) <= least + 8 * WORLD * chunks
             assert ("hessian" in found) == (expected.hessian is not None)
             if expected.hessian is not None:
                 assert torch.equal(found["hessian"], expected.hessian)

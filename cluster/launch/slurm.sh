@@ -28,7 +28,8 @@ set -euo pipefail
 source "$ENVIRONMENT/bin/activate"
 
 # The first node's address that the others reach. Not its name: that may resolve to 127.0.0.1.
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${nodes%%$'\n'*}
 if [ -n "$INTERFACE" ]; then
     # shellcheck disable=SC2016
     address=$(srun --nodes=1 --ntasks=1 --nodelist="$first" \

@@ -11,15 +11,20 @@ Ranks record what they do; the driver, what the job as a whole does. Without Ray
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import ray
 from ray.util.metrics import Counter, Gauge
 
 from pipeline.job import Outcome
 
 _BYTES = "_bytes"
+# Ray's agents forget a gauge after two reports, which come every 10 s.
+_REFRESH_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,33 @@ def exported_name(name: str) -> str:
 class Meter:
     """Records metrics of one run in a process that is connected to Ray."""
 
-    def __init__(self, run: str) -> None:
-        self._run = run
+    def __init__(self, run: str, refresh_seconds: float = _REFRESH_SECONDS) -> None:
+        self._run, self._refresh_seconds = run, refresh_seconds
         self._made: dict[str, Counter | Gauge] = {}
+        # What each gauge was last set to, by name and labels.
+        self._last: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+        self._lock = threading.Lock()
+        self._refresher: threading.Thread | None = None
 
     def set(self, name: str, value: float, **labels: str) -> None:
-        """Sets a gauge."""
+        """Sets a gauge, and keeps it set: Ray drops one that is not set again for 20 s."""
+        with self._lock:
+            self._last[name, frozenset(labels.items())] = value
+            self._record(name, value, labels)
+        if self._refresher is None:
+            self._refresher = threading.Thread(target=self._refresh, daemon=True)
+            self._refresher.start()
+
+    def _refresh(self) -> None:
+        while True:
+            time.sleep(self._refresh_seconds)
+            if not ray.is_initialized():
+                continue
+            with self._lock:
+                for (name, labels), value in self._last.items():
+                    self._record(name, value, dict(labels))
+
+    def _record(self, name: str, value: float, labels: Mapping[str, str]) -> None:
         metric = self._metric(name)
         if isinstance(metric, Gauge):
             metric.set(value, tags={"run": self._run, **labels})

@@ -293,6 +293,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _set_up_logging(verbose: bool) -> None:
+    # Ray leaves out lines that differ only in numbers, such as the rank. Read when it is imported.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(asctime)s %(name)s %(levelname)s %(message)s",

@@ -15,6 +15,7 @@ from cluster import metered
 from cluster.metered import MeteredProgress
 from pipeline.job import Outcome
 from pipeline.progress import Silent
+from tests.processes import until
 
 # Suffixes of base units, and of what has none.
 UNITS = ("_seconds", "_bytes", "_ratio")
@@ -85,6 +86,19 @@ def test_what_a_rank_records(recorded: dict[tuple[Any, ...], float]) -> None:
         ("prox24_solved_weights", "2"): 24,
         ("prox24_peak_memory_bytes", "2", "host"): 7,
     }
+
+
+def test_gauges_are_kept_alive(
+    recorded: dict[tuple[Any, ...], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray forgets what is not set again."""
+    monkeypatch.setattr(metrics.ray, "is_initialized", lambda: True)
+    meter = Meter("a.run", refresh_seconds=0.01)
+    meter.set("prox24_block", 7)
+    meter.add("prox24_tokens", 3, rank="0")
+    recorded.clear()
+    until(lambda: bool(recorded), "the gauge")
+    assert recorded == {("prox24_block",): 7}  # a counter is not added to again
 
 
 def test_what_the_driver_records(

@@ -30,6 +30,7 @@ from pipeline.executor import Executor, LocalExecutor
 from pipeline.planning.options import PlanConfig
 from pipeline.progress import Progress
 from storage.errors import ConfigError, Prox24Error, RunInterrupted
+from storage.object_store import place
 
 # What a plain YAML scalar may be besides a string.
 _YAML_WORDS = ("bool", "null", "merge")
@@ -38,6 +39,8 @@ _PRUNE_EPILOG = """\
 Run the same command again to go on with a job that was interrupted: it continues at the last
 committed block and ends with the same bytes."""
 
+
+_MODEL = "local Hugging Face folder, s3:// or gs:// URI of one, or hub id"
 
 _PLAN_EPILOG = """\
 Reads the config and the headers of the weight files, no weights. Exit status 3: the job would not
@@ -78,10 +81,10 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     prune = _command(commands, "prune", PruneConfig, "prune MODEL into the new folder OUTPUT")
     prune.epilog = _PRUNE_EPILOG
-    prune.add_argument("model", metavar="MODEL", help="local Hugging Face folder, or hub id")
-    prune.add_argument("output", metavar="OUTPUT", help="folder for the pruned model")
+    prune.add_argument("model", metavar="MODEL", help=_MODEL)
+    prune.add_argument("output", metavar="OUTPUT", help="folder for the pruned model, or URI")
     evaluate = _command(commands, "eval", EvalConfig, "measure MODEL's perplexity")
-    evaluate.add_argument("model", metavar="MODEL", help="local Hugging Face folder, or hub id")
+    evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
     solve = _command(commands, "solve", SolveConfig, "replay solvers on one saved layer")
     solve.add_argument(
         "layer",
@@ -96,9 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_arguments(status)
     plan = _command(commands, "plan", PlanConfig, "say what pruning MODEL will take")
     plan.epilog = _PLAN_EPILOG
-    plan.add_argument(
-        "model", metavar="MODEL", help="local Hugging Face folder, a config.json alone, or hub id"
-    )
+    plan.add_argument("model", metavar="MODEL", help=f"{_MODEL}, or a config.json alone")
     demo = commands.add_parser(
         "demo", help="prune a small real model on this machine", allow_abbrev=False,
         dataclass_types=[],
@@ -237,7 +238,7 @@ def _prune(options: argparse.Namespace) -> int:
     console = Console()
     source = resolve_model(options.model)
     console.settings(options.model, options.output, config)
-    output = Path(options.output)
+    output = place(options.output)
     result = prune(
         source.folder,
         output,

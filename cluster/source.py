@@ -1,4 +1,4 @@
-"""MODEL on the command line: a local folder, or a hub id that is downloaded first."""
+"""MODEL on the command line: a local folder, a folder in an object store, or a hub id."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage.errors import ModelError
+from storage.object_store import Place, is_uri, place
 
 # What a download needs: weights as safetensors only, configs, tokenizers.
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
@@ -15,17 +16,21 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder on this machine, and the name the user knows it by."""
+    """A model folder on this machine or in an object store, and the name the user knows it by."""
 
-    folder: Path
+    folder: Place
     name: str
 
 
 def resolve_model(model: str) -> Source:
     """The folder of MODEL; a hub id is downloaded into the hub's own cache.
 
-    Raises `ModelError` for a path that is no folder, and for an id that cannot be fetched.
+    Raises `ModelError` for a path that is no folder, and for an id that cannot be fetched,
+    `ConfigError` for a URI that cannot be used.
     """
+    if is_uri(model):
+        folder = place(model)
+        return Source(folder, str(folder))
     path = Path(model)
     if path.is_dir():
         return Source(path.absolute(), path.absolute().name)
@@ -34,13 +39,13 @@ def resolve_model(model: str) -> Source:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(model, allow_patterns=_WANTED)
+        downloaded = snapshot_download(model, allow_patterns=_WANTED)
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"{model} is neither a local folder nor a model that the hub gives ({first})"
         ) from error
-    return Source(Path(folder), model)
+    return Source(Path(downloaded), model)
 
 
 def config_source(model: str) -> Source:
@@ -48,6 +53,8 @@ def config_source(model: str) -> Source:
 
     Raises `ModelError` as `resolve_model` does.
     """
+    if is_uri(model):
+        return resolve_model(model)
     path = Path(model)
     if path.is_file() and path.suffix == ".json":
         path = path.absolute()

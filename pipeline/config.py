@@ -234,7 +234,9 @@ class PruneConfig(SolverOptions, RuntimeConfig):
         "run directory's `layers` folder, for `prox24 solve`",
     )
     run_dir: str | None = option(
-        None, "folder of the job's state, seen by all nodes; unset: OUTPUT with `.run` appended"
+        None,
+        "folder of the job's state, seen by all nodes; unset: OUTPUT with `.run` appended, "
+        "where that is a folder",
     )
     overwrite: bool = option(False, "replace a non-empty OUTPUT once the new one is whole")
     force: bool = option(False, "start although memory or disk will not suffice, as it is foreseen")
@@ -250,6 +252,8 @@ class PruneConfig(SolverOptions, RuntimeConfig):
             require(self, name, at_least=1)
         require(self, "hessian_memory", at_least=0)
         require(self, "seqlen", at_least=2)
+        if self.run_dir is not None and "://" in self.run_dir:
+            raise ConfigError("--run-dir must be a folder that all nodes see, not a URI")
         if self.solver_settings(self.method).shrinkage == AUTO and self.nsamples < 2:
             raise ConfigError("--shrinkage auto compares two halves: --nsamples must be at least 2")
 

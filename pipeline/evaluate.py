@@ -29,16 +29,17 @@ from pipeline.trace import traced
 from storage.arrow_store import write_tokens
 from storage.errors import NumericalError
 from storage.lock import RunLock
+from storage.object_store import Place, absolute, location
 from storage.run_directory import SCRATCH_PREFIX, RunDirectory
 
 
 def evaluate(
-    source: Path,
+    source: Place,
     config: EvalConfig,
     make_executor: Callable[[], Executor],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Perplexity of the model in folder `source`, on an executor that is made for it.
+    """Perplexity of the model at `source`, on an executor that is made for it.
 
     Returns what `measure_perplexity` returns. Raises an `InputError` for bad input before any
     compute.
@@ -62,10 +63,10 @@ class Prepared:
     dataset: str
 
 
-def prepare(source: Path, config: EvalConfig) -> Prepared:
+def prepare(source: Place, config: EvalConfig) -> Prepared:
     """Opens the model and tokenizes the text. Raises an `InputError` for bad input."""
     skeleton = open_skeleton(
-        source.absolute(), dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        absolute(source), dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
     check_seqlen(skeleton, config.seqlen)
     identity = data_identity(config.dataset)
@@ -107,15 +108,13 @@ def measure_perplexity(
                 max_attempts=3,
             )
             loop.start(
-                _job(config, skeleton.files.folder, run, len(tokens), stored.sha256, executor)
+                _job(config, skeleton.files.place, run, len(tokens), stored.sha256, executor)
             )
             losses = [loss for outcome in loop.evaluate() for loss in outcome.value]
     predicted = len(losses) * (config.seqlen - 1)
     mean = sum(losses) / predicted
     if not math.isfinite(mean):
-        raise NumericalError(
-            f"{skeleton.files.folder}: the loss is not finite; try --dtype float32"
-        )
+        raise NumericalError(f"{skeleton.files.place}: the loss is not finite; try --dtype float32")
     return {
         "perplexity": math.exp(mean),
         "tokens": len(losses) * config.seqlen,
@@ -129,14 +128,14 @@ def measure_perplexity(
 
 def _job(
     config: EvalConfig,
-    folder: Path,
+    place: Place,
     run: RunDirectory,
     nsamples: int,
     tokens_sha256: str,
     executor: Executor,
 ) -> Job:
     return Job(
-        source=str(folder),
+        source=location(place),
         run_directory=str(run.path),
         tokens_sha256=tokens_sha256,
         settings=None,

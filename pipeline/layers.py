@@ -56,5 +56,5 @@ def select_layers(skeleton: Skeleton, settings: SolverSettings, skip: bool) -> S
         pruned += len(layers)
         skipped += [prefix + name for name in linear_layers(module) if name not in layers]
     if not pruned:
-        raise ModelError(f"{skeleton.files.folder}: no layer is left to prune")
+        raise ModelError(f"{skeleton.files.place}: no layer is left to prune")
     return Selection(pruned, tuple(skipped))

@@ -139,8 +139,8 @@ def expect_source(run: RunDirectory, source: ModelFiles) -> None:
     if changed:
         name = changed[0].partition(": ")[0]
         raise CorruptFileError(
-            f"{source.folder / name}: not what it was when the job began; restore the file and run "
-            "the same command again"
+            f"{source.source.where(name)}: not what it was when the job began; restore the file "
+            "and run the same command again"
         )
     source.expected = manifest["tensors"]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pipeline.model_config import build, load_config, rehearse
 from storage.errors import ConfigError, ModelError
 from storage.model_files import ModelFiles, torch_dtype
+from storage.object_store import Place
 
 FORWARD_DTYPES = {
     "float32": torch.float32,
@@ -64,7 +64,7 @@ class Skeleton:
         """The name in the weight files of a block's linear `layer` (its path in the block)."""
         name = self.tensor_name(f"{self.block_prefix(block)}{layer}.weight")
         if name is None:
-            raise ModelError(f"{self.files.folder}: block {block} lacks {layer}.weight")
+            raise ModelError(f"{self.files.place}: block {block} lacks {layer}.weight")
         return name
 
     def block_prefix(self, block: int) -> str:
@@ -78,7 +78,7 @@ class Skeleton:
         """
         module = copy.deepcopy(self.blocks[block])
         self._load(module, self.block_prefix(block), device)
-        _require_loaded(module, self.block_prefix(block), self.files.folder)
+        _require_loaded(module, self.block_prefix(block), self.files.place)
         return module.eval()
 
     def load_ends(self, device: torch.device, *, head: bool) -> PreTrainedModel:
@@ -94,7 +94,7 @@ class Skeleton:
         self._load(model, "", device, skip=skipped | blocks)
         model.tie_weights()
         if head:
-            _require_loaded(model, "", self.files.folder, skip=blocks)
+            _require_loaded(model, "", self.files.place, skip=blocks)
         return model.eval()
 
     def _load(
@@ -120,14 +120,14 @@ class Skeleton:
         if self.files.tensors[name].shape != tuple(shape):
             raise ModelError(
                 f"{name} has shape {list(self.files.tensors[name].shape)} in the weight files, but "
-                f"{self.files.folder / 'config.json'} makes it {list(shape)}"
+                f"{self.files.source.where('config.json')} makes it {list(shape)}"
             )
         value = self.files.read(name)
         return value.to(device=device, dtype=self.dtype if value.is_floating_point() else None)
 
 
-def open_skeleton(folder: Path, *, dtype: str | None, trust_remote_code: bool) -> Skeleton:
-    """Reads config and headers of a local model folder and checks them against each other.
+def open_skeleton(place: Place, *, dtype: str | None, trust_remote_code: bool) -> Skeleton:
+    """Reads config and headers of the model at `place` and checks them against each other.
 
     `dtype` is the forward passes' dtype by name; None takes the source's: what its config says, or
     else the dtype of its first floating tensor. No weight is read.
@@ -135,19 +135,19 @@ def open_skeleton(folder: Path, *, dtype: str | None, trust_remote_code: bool) -
     Raises `ModelError` for a folder that is no decoder-only causal LM, and for tensors that are
     missing or have the wrong shape; `CorruptFileError` for damaged files.
     """
-    files = ModelFiles.open(folder)
+    files = ModelFiles.open(place)
     config = load_config(files, trust_remote_code)
     forward_dtype = _forward_dtype(config, files, dtype)
     if not trust_remote_code:  # a model's own code may not be fit for it
-        _take_apart(rehearse(config, folder, forward_dtype), files, forward_dtype)
+        _take_apart(rehearse(config, files.folder, forward_dtype), files, forward_dtype)
     return _take_apart(
-        build(config, folder, forward_dtype, trust_remote_code), files, forward_dtype
+        build(config, files.folder, forward_dtype, trust_remote_code), files, forward_dtype
     )
 
 
 def _take_apart(model: PreTrainedModel, files: ModelFiles, dtype: torch.dtype) -> Skeleton:
     model.eval()
-    skeleton = Skeleton(model, files, find_blocks(model, files.folder), dtype)
+    skeleton = Skeleton(model, files, find_blocks(model, files.place), dtype)
     _check_tensors(skeleton)
     return skeleton
 
@@ -165,7 +165,7 @@ def check_tokens(skeleton: Skeleton, tokens: Tensor) -> None:
     vocabulary = skeleton.model.get_input_embeddings().num_embeddings
     if int(tokens.max()) >= vocabulary:
         raise ModelError(
-            f"the tokenizer in {skeleton.files.folder} gives token {int(tokens.max())}, but the "
+            f"the tokenizer in {skeleton.files.place} gives token {int(tokens.max())}, but the "
             f"model embeds {vocabulary} tokens; copy the model's own tokenizer files into it"
         )
 
@@ -186,10 +186,10 @@ def _forward_dtype(config: PreTrainedConfig, files: ModelFiles, name: str | None
     for entry in files.tensors.values():
         if torch_dtype(entry.dtype).is_floating_point:
             return torch_dtype(entry.dtype)
-    raise ModelError(f"{files.folder} holds no floating-point tensor")
+    raise ModelError(f"{files.place} holds no floating-point tensor")
 
 
-def find_blocks(model: PreTrainedModel, folder: Path) -> str:
+def find_blocks(model: PreTrainedModel, place: Place) -> str:
     """Path of the outermost module list of `num_hidden_layers` entries that hold linears."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     path: str
@@ -201,7 +201,7 @@ def find_blocks(model: PreTrainedModel, folder: Path) -> str:
         ):
             return path
     raise ModelError(
-        f"{folder}: found no list of {count} decoder blocks with nn.Linear layers in "
+        f"{place}: found no list of {count} decoder blocks with nn.Linear layers in "
         f"{type(model).__name__}; this architecture is not supported"
     )
 
@@ -218,13 +218,13 @@ def _check_tensors(skeleton: Skeleton) -> None:
         elif skeleton.files.tensors[stored].shape != tuple(parameter.shape):
             raise ModelError(
                 f"{stored} has shape {list(skeleton.files.tensors[stored].shape)} in the weight "
-                f"files, but {skeleton.files.folder / 'config.json'} makes it "
+                f"files, but {skeleton.files.source.where('config.json')} makes it "
                 f"{list(parameter.shape)}"
             )
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(
-            f"{skeleton.files.folder}: the weight files lack {', '.join(missing[:3])}{more}, which "
+            f"{skeleton.files.place}: the weight files lack {', '.join(missing[:3])}{more}, which "
             f"{type(skeleton.model).__name__} needs; the download may be incomplete"
         )
 
@@ -242,8 +242,8 @@ def _tied_names(model: PreTrainedModel) -> set[str]:
 
 
 def _require_loaded(
-    module: nn.Module, prefix: str, folder: Path, skip: set[int] | None = None
+    module: nn.Module, prefix: str, place: Place, skip: set[int] | None = None
 ) -> None:
     for name, parameter in module.named_parameters():
         if parameter.is_meta and id(parameter) not in (skip or set()):
-            raise ModelError(f"{folder}: the weight files lack {prefix}{name}")
+            raise ModelError(f"{place}: the weight files lack {prefix}{name}")

@@ -1,5 +1,7 @@
 """The finished model's folder: weight files by the workers, the rest by the driver, then a rename.
 
+In an object store, which has no rename, `prox24.json` is written last: with it the output is whole.
+
 Nothing in it depends on when, where or how often the job was interrupted: the same job gives the
 same bytes.
 """
@@ -16,28 +18,36 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.config import PruneConfig
 from pipeline.loop import STAMP_DIGITS, block_error
 from pipeline.model import Skeleton
 from pipeline.model_card import model_card
 from pipeline.version import VERSION
+from storage.checked_json import MAX_JSON_BYTES
 from storage.checkpoints import BlockRecord
-from storage.commit import StoredFile, make_directory, write_new_file
+from storage.commit import StoredFile, make_directory, sha256_bytes, write_new_file
+from storage.errors import OutputError
 from storage.lock import RunLock
-from storage.output import copy_side_files, publish_output
+from storage.object_store import ObjectFolder, Place, location
+from storage.output import copy_side_files, publish_output, read_side_files, recover_output
 from storage.run_directory import RunDirectory
+from storage.uploads import PROBE, Guard, Uploads, require_writable
 
 RESULT_FILE = "prox24.json"
 RESULT_SCHEMA = 1
 _LIBRARIES = ("torch", "transformers", "safetensors", "pyarrow")
 
 
-def finished_output(output: Path, job: dict[str, Any]) -> dict[str, Any] | None:
+def finished_output(output: Place, job: dict[str, Any]) -> dict[str, Any] | None:
     """The results in OUTPUT if it is this very job's finished output, else None."""
     try:
-        results = json.loads((output / RESULT_FILE).read_text(encoding="utf-8"))
+        if isinstance(output, ObjectFolder):
+            raw = output.read(RESULT_FILE, MAX_JSON_BYTES) or b""
+        else:
+            raw = (output / RESULT_FILE).read_bytes()
+        results = json.loads(raw.decode("utf-8"))
     except (OSError, ValueError):
         return None
     if isinstance(results, dict) and results.get("job") == json.loads(json.dumps(job)):
@@ -45,8 +55,27 @@ def finished_output(output: Path, job: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
+def check_output(output: Place, run: RunDirectory, overwrite: bool) -> None:
+    """Raises `OutputError` where there is something already, that is not to be replaced.
+
+    What this run has begun to write to an object store is its own. `ResourceError` where the store
+    does not let it write.
+    """
+    if isinstance(output, ObjectFolder):
+        found = output.files().keys() - {PROBE}
+        whole = RESULT_FILE in found
+        if found and not overwrite and (whole or not _uploads(run, output, None).begun()):
+            raise OutputError(f"{output} exists and is not empty; --overwrite replaces it")
+        require_writable(output)
+        return
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; name a folder that does not exist yet")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise OutputError(f"{output} exists and is not empty; --overwrite replaces it")
+
+
 def write_output(
-    output: Path,
+    output: Place,
     *,
     job: dict[str, Any],
     skeleton: Skeleton,
@@ -57,19 +86,20 @@ def write_output(
     lock: RunLock,
     side_files: Mapping[str, str],
     write_files: Callable[[str], tuple[list[StoredFile], list[BlockRecord]]],
-    evaluate: Callable[[Path], dict[str, Any] | None],
+    evaluate: Callable[[Place], dict[str, Any] | None],
 ) -> None:
     """Writes the folder beside `output` under a name no reader trusts, then renames it.
 
-    `write_files(folder)` has the workers write the weight files and returns what they wrote, and
-    the blocks' records that it was made from; `side_files` are the hashes of what is copied;
-    `evaluate(folder)` then measures the model's perplexity, or gives None.
+    In an object store it is written in place, `prox24.json` last. `write_files(folder)` has the
+    workers write the weight files and returns what they wrote, and the blocks' records that it was
+    made from; `side_files` are the hashes of what is copied; `evaluate(folder)` then measures the
+    model's perplexity, or gives None.
     """
-    with _partial(output, run, lock) as partial:
-        stored, records = write_files(str(partial))
+    with _target(output, run, lock, config.overwrite) as target:
+        stored, records = write_files(location(target.place))
         stored.sort(key=lambda file: file.name)
-        copy_side_files(skeleton.files, partial, side_files)
-        perplexity = evaluate(partial)
+        target.copy(skeleton, side_files)
+        perplexity = evaluate(target.place)
         layers = layer_results(records, skeleton.blocks_path)
         results = {
             "schema_version": RESULT_SCHEMA,
@@ -95,9 +125,78 @@ def write_output(
             perplexity=perplexity,
             license=source_license(skeleton.files.folder),
         )
-        _write(partial / "README.md", card)
-        _write(partial / RESULT_FILE, json.dumps(results, indent=1) + "\n")
-        publish_output(partial, output, config.overwrite, lock.assert_held)
+        target.publish(card, json.dumps(results, indent=1) + "\n", stored)
+
+
+class _Target(Protocol):
+    """Where an output is filled, and how it becomes whole."""
+
+    place: Place
+
+    def copy(self, skeleton: Skeleton, side_files: Mapping[str, str]) -> None:
+        """Copies the source's side files, whose hashes are given."""
+        ...
+
+    def publish(self, card: str, results: str, stored: Sequence[StoredFile]) -> None:
+        """Adds the model card and the results: from then on the output is whole."""
+        ...
+
+
+@contextlib.contextmanager
+def _target(output: Place, run: RunDirectory, lock: RunLock, overwrite: bool) -> Iterator[_Target]:
+    if isinstance(output, ObjectFolder):
+        yield _StoreTarget(output, run, lock)
+    else:
+        with _partial(output, run, lock) as partial:
+            yield _FolderTarget(partial, output, lock, overwrite)
+
+
+class _FolderTarget:
+    """A folder beside the output, renamed in the end."""
+
+    def __init__(self, partial: Path, output: Path, lock: RunLock, overwrite: bool) -> None:
+        self.place: Place = partial
+        self._partial, self._output, self._lock, self._overwrite = partial, output, lock, overwrite
+
+    def copy(self, skeleton: Skeleton, side_files: Mapping[str, str]) -> None:
+        copy_side_files(skeleton.files, self._partial, side_files)
+
+    def publish(self, card: str, results: str, stored: Sequence[StoredFile]) -> None:
+        for name, text in (("README.md", card), (RESULT_FILE, results)):
+            with write_new_file(self._partial / name) as writer:
+                writer.write(text.encode("utf-8"))
+        publish_output(self._partial, self._output, self._overwrite, self._lock.assert_held)
+
+
+class _StoreTarget:
+    """The output itself, in an object store."""
+
+    def __init__(self, output: ObjectFolder, run: RunDirectory, lock: RunLock) -> None:
+        self.place: Place = output
+        self._output, self._lock = output, lock
+        self._uploads = _uploads(run, output, lock.assert_held)
+        self._sent: list[str] = []
+        self._uploads.begin(RESULT_FILE)
+
+    def copy(self, skeleton: Skeleton, side_files: Mapping[str, str]) -> None:
+        for name, raw in read_side_files(skeleton.files, side_files):
+            self._send(name, raw)
+
+    def publish(self, card: str, results: str, stored: Sequence[StoredFile]) -> None:
+        self._send("README.md", card.encode("utf-8"))
+        self._uploads.check([*self._sent, *(file.name for file in stored)])
+        with self._output.upload(RESULT_FILE) as writer:
+            writer.write(results.encode("utf-8"))
+            self._lock.assert_held()
+
+    def _send(self, name: str, raw: bytes) -> None:
+        made_from = sha256_bytes(raw)
+        self._uploads.send(name, made_from, lambda writer: writer.write(raw))
+        self._sent.append(name)
+
+
+def _uploads(run: RunDirectory, output: ObjectFolder, guard: Guard) -> Uploads:
+    return Uploads(run.uploads(), output, guard)
 
 
 @contextlib.contextmanager
@@ -111,7 +210,21 @@ def _partial(output: Path, run: RunDirectory, lock: RunLock) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def discard_partials(output: Path, run: RunDirectory, lock: RunLock) -> None:
+def recover(output: Place, run: RunDirectory, lock: RunLock) -> None:
+    """Undoes what former owners of the run have left half done at the output, on a disk."""
+    if isinstance(output, Path):
+        # First of all: what a displaced owner had ready can no longer become the output.
+        _discard_partials(output, run, lock)
+        recover_output(output, lock.assert_held)
+
+
+def forget_uploads(run: RunDirectory, output: Place, lock: RunLock) -> None:
+    """Deletes the records of what was sent to an object store, when the output is whole."""
+    if isinstance(output, ObjectFolder):
+        _uploads(run, output, lock.assert_held).finish()
+
+
+def _discard_partials(output: Path, run: RunDirectory, lock: RunLock) -> None:
     """Deletes what former owners of the run were writing beside `output`.
 
     Each folder is renamed first, in one step: a former owner that wakes up just before its last
@@ -170,8 +283,3 @@ def source_license(folder: Path) -> str | None:
         if key == "license" and value.strip():
             return value.strip()
     return None
-
-
-def _write(path: Path, text: str) -> None:
-    with write_new_file(path) as writer:
-        writer.write(text.encode("utf-8"))

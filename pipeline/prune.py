@@ -24,7 +24,7 @@ from pipeline.manifest import (
     write_manifest,
 )
 from pipeline.model import Skeleton, check_seqlen, open_skeleton
-from pipeline.output import discard_partials, finished_output, write_output
+from pipeline.output import check_output, finished_output, forget_uploads, recover, write_output
 from pipeline.planning.fit import check_memory
 from pipeline.progress import Progress
 from pipeline.recorded_progress import recorded
@@ -37,9 +37,15 @@ from pipeline.tokens_file import committed_tokens, mend_tokens
 from pipeline.trace import traced
 from storage.checkpoints import BlockRecord
 from storage.commit import StoredFile
-from storage.errors import CorruptFileError, OutputError, ResourceError, RunDirectoryError
+from storage.errors import (
+    ConfigError,
+    CorruptFileError,
+    OutputError,
+    ResourceError,
+    RunDirectoryError,
+)
 from storage.lock import RunLock
-from storage.output import recover_output
+from storage.object_store import ObjectFolder, Place, absolute, lies_in, location, resolved
 from storage.run_directory import RunDirectory
 
 ExecutorFactory = Callable[[], Executor]
@@ -49,28 +55,33 @@ ExecutorFactory = Callable[[], Executor]
 class PruneResult:
     """What a finished job left: where, and its summary (see `pipeline.report.summarize`)."""
 
-    output: Path
+    output: Place
     run_directory: Path
     summary: dict[str, Any]
 
 
-def run_directory_of(output: Path, config: PruneConfig) -> Path:
-    """`--run-dir`, or OUTPUT with `.run` appended; absolute, since workers may run elsewhere."""
+def run_directory_of(output: Place, config: PruneConfig) -> Path:
+    """`--run-dir`, or OUTPUT with `.run` appended; absolute, since workers may run elsewhere.
+
+    Raises `ConfigError` where it would lie in an object store.
+    """
     if config.run_dir is not None:
         return Path(config.run_dir).absolute()
+    if isinstance(output, ObjectFolder):
+        raise ConfigError(f"{output} cannot hold the job's state: name a folder with --run-dir")
     return output.with_name(output.name + ".run").absolute()
 
 
 def prune(
-    source: Path,
-    output: Path,
+    source: Place,
+    output: Place,
     config: PruneConfig,
     make_executor: ExecutorFactory,
     progress: Progress,
     *,
     source_name: str | None = None,
 ) -> PruneResult:
-    """Prunes the model in folder `source` into folder `output`.
+    """Prunes the model at `source` into the new folder `output`.
 
     `make_executor` is called after everything that can be checked without workers has been.
     `source_name` names the source in the model card (a hub id); by default its folder's name.
@@ -78,7 +89,7 @@ def prune(
     Raises an `InputError` for bad input before any compute, `NumericalError` where a value is not
     finite, `RunDirectoryError` where the run directory is another job's or in use.
     """
-    source, output = source.absolute(), output.absolute()
+    source, output = absolute(source), absolute(output)
     skeleton = open_skeleton(source, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     selection = _check(skeleton, config)
     run = RunDirectory(run_directory_of(output, config))
@@ -88,9 +99,7 @@ def prune(
         _locked(run, progress) as lock,
         recorded(progress, run, lock, name, output) as progress,
     ):
-        # First of all: what a displaced owner had ready can no longer become the output.
-        discard_partials(output, run, lock)
-        recover_output(output, lock.assert_held)
+        recover(output, run, lock)
         job = describe_job(config, skeleton, data_identity(config.dataset))
         manifest = read_manifest(run)
         if manifest is not None:
@@ -98,8 +107,9 @@ def prune(
             if finished_output(output, job) is not None:
                 # Killed between the output's rename and the end: only the tidying up is left.
                 blocks = len(skeleton.blocks)
+                forget_uploads(run, output, lock)
                 return PruneResult(output, run.path, _tidy(run, lock, blocks, progress))
-        _check_output(output, config)
+        check_output(output, run, config.overwrite)
         run.sweep_uncommitted(guard=lock.assert_held)
         progress.phase("read text")
         evaluation = config.evaluation()
@@ -142,23 +152,16 @@ def _check(skeleton: Skeleton, config: PruneConfig) -> Selection:
     return select_layers(skeleton, settings, config.skip_unsupported)
 
 
-def _check_apart(source: Path, output: Path, run: Path) -> None:
+def _check_apart(source: Place, output: Place, run: Path) -> None:
     """Raises `OutputError` where writing one of the three folders would harm another."""
-    source, output, run = source.resolve(), output.resolve(), run.resolve()
-    if source.is_relative_to(output):
+    source, output, run = resolved(source), resolved(output), run.resolve()
+    if lies_in(source, output):
         raise OutputError(f"{output} holds the source model; choose another OUTPUT")
-    if run.is_relative_to(output) or output.is_relative_to(run) or source.is_relative_to(run):
+    if lies_in(run, output) or lies_in(output, run) or lies_in(source, run):
         raise OutputError(
             f"{run} cannot be the run directory of a job from {source} to {output}: one would lie "
             "in the other; choose another --run-dir"
         )
-
-
-def _check_output(output: Path, config: PruneConfig) -> None:
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; name a folder that does not exist yet")
-    if output.is_dir() and any(output.iterdir()) and not config.overwrite:
-        raise OutputError(f"{output} exists and is not empty; --overwrite replaces it")
 
 
 @contextlib.contextmanager
@@ -232,7 +235,7 @@ def _start(
     )
     loop.start(
         Job(
-            source=str(skeleton.files.folder),
+            source=location(skeleton.files.place),
             run_directory=str(run.path),
             tokens_sha256=tokens.sha256,
             settings=settings,
@@ -253,9 +256,7 @@ def _start(
 
 def _file_arguments(skeleton: Skeleton, world: int) -> list[list[str]]:
     """The weight files of each rank, dealt by size."""
-    sizes = {
-        file: float((skeleton.files.folder / file).stat().st_size) for file in skeleton.files.files
-    }
+    sizes = {file: float(skeleton.files.size(file)) for file in skeleton.files.files}
     owners = deal(list(sizes), sizes, world)
     return [[file for file in sizes if owners[file] == rank] for rank in range(world)]
 
@@ -288,7 +289,7 @@ def _finish(
     skeleton: Skeleton,
     config: PruneConfig,
     job: dict[str, Any],
-    output: Path,
+    output: Place,
     selection: Selection,
     source_name: str,
 ) -> PruneResult:
@@ -311,6 +312,7 @@ def _finish(
         ),
         evaluate=lambda folder: _perplexity(loop, config, folder),
     )
+    forget_uploads(loop.run, output, loop.lock)
     summary = _tidy(loop.run, loop.lock, loop.blocks, loop.progress)
     return PruneResult(output, loop.run.path, summary)
 
@@ -328,7 +330,7 @@ def _write_files(
     return [stored for outcome in outcomes for stored in outcome.value], records
 
 
-def _perplexity(loop: BlockLoop, config: PruneConfig, folder: Path) -> dict[str, Any] | None:
+def _perplexity(loop: BlockLoop, config: PruneConfig, folder: Place) -> dict[str, Any] | None:
     """The finished model's perplexity for its card, on the job's executor; None if not asked."""
     evaluation = config.evaluation()
     if evaluation is None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pipeline.progress import Progress
 from storage.errors import RunInterrupted
 from storage.lock import RunLock
+from storage.object_store import Place
 from storage.run_directory import RunDirectory
 from storage.status_file import remove_status, write_status
 
@@ -25,7 +25,7 @@ class RecordedProgress:
     """
 
     def __init__(
-        self, inner: Progress, run: RunDirectory, lock: RunLock, source: str, output: Path
+        self, inner: Progress, run: RunDirectory, lock: RunLock, source: str, output: Place
     ) -> None:
         self._inner, self._run, self._lock = inner, run, lock
         now = time.time()
@@ -100,7 +100,7 @@ class RecordedProgress:
 
 @contextlib.contextmanager
 def recorded(
-    inner: Progress, run: RunDirectory, lock: RunLock, source: str, output: Path
+    inner: Progress, run: RunDirectory, lock: RunLock, source: str, output: Place
 ) -> Iterator[RecordedProgress]:
     """A `RecordedProgress` for one run of a job, which also records how the run ends.
 

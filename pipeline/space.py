@@ -13,6 +13,7 @@ from pipeline.layers import layers_to_prune
 from pipeline.model import Skeleton
 from pipeline.solvers import solver_for
 from storage.errors import ResourceError
+from storage.object_store import Place
 from storage.output import side_files
 from storage.run_directory import RunDirectory
 
@@ -22,7 +23,7 @@ _SLACK_BYTES = 64 << 20
 
 def check_job_space(
     run: RunDirectory,
-    output: Path,
+    output: Place,
     skeleton: Skeleton,
     config: PruneConfig,
     evaluation_sequences: int,
@@ -43,7 +44,10 @@ def check_job_space(
     if evaluation is not None:
         measured = activation_bytes(skeleton, evaluation_sequences, evaluation.seqlen)
     size = _checkpoint_bytes(skeleton, config) + 2 * max(store, measured) + _SLACK_BYTES
-    _require([(run.path, size, run.size()), (existing(output), _output_bytes(skeleton), 0)])
+    uses = [(run.path, size, run.size())]
+    if isinstance(output, Path):
+        uses.append((existing(output), _output_bytes(skeleton), 0))
+    _require(uses)
 
 
 def check_evaluation_space(config: EvalConfig, skeleton: Skeleton, sequences: int) -> None:
@@ -84,7 +88,8 @@ def _checkpoint_bytes(skeleton: Skeleton, config: PruneConfig) -> int:
 
 def _output_bytes(skeleton: Skeleton) -> int:
     files = skeleton.files
-    return sum((files.folder / name).stat().st_size for name in (*files.files, *side_files(files)))
+    sides = sum((files.folder / name).stat().st_size for name in side_files(files))
+    return sides + sum(files.size(file) for file in files.files)
 
 
 def _device(path: Path) -> int:

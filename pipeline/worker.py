@@ -44,8 +44,9 @@ from storage.errors import ModelError, NumericalError
 from storage.layer_files import write_layer_file
 from storage.lock import require_owner
 from storage.model_files import WeightFileFingerprint, fingerprint_weight_file
-from storage.output import write_weight_file
+from storage.object_store import place
 from storage.run_directory import RunDirectory
+from storage.uploads import Sending, made_from, write_files
 
 
 class BlockWorker:
@@ -57,7 +58,7 @@ class BlockWorker:
         self.device = choose_device(job.device)
         self.run = RunDirectory(Path(job.run_directory))
         self.skeleton: Skeleton = open_skeleton(
-            Path(job.source), dtype=job.dtype, trust_remote_code=job.trust_remote_code
+            place(job.source), dtype=job.dtype, trust_remote_code=job.trust_remote_code
         )
         self.watch = Stopwatch(self.device, trace=job.trace)
         self.forward = Forward(job, rank, world, self.skeleton, self.watch)
@@ -89,7 +90,7 @@ class BlockWorker:
     def fingerprint(self, files: list[str]) -> list[WeightFileFingerprint]:
         """Hashes whole weight files and refuses NaN or Inf in them, each file read once."""
         with self.watch("load"):
-            return [fingerprint_weight_file(self.skeleton.files.folder, file) for file in files]
+            return [fingerprint_weight_file(self.skeleton.files.source, file) for file in files]
 
     def embed(self, stamp: str, only: Sequence[int] | None = None) -> list[StoredFile]:
         """Writes this rank's activation shards of block 0: the embedded tokens.
@@ -246,7 +247,10 @@ class BlockWorker:
     def write_output(
         self, files: list[str], records: list[BlockRecord], folder: str
     ) -> list[StoredFile]:
-        """Rewrites source weight files into `folder` with the pruned tensors in place."""
+        """Rewrites source weight files with the pruned tensors in place.
+
+        `folder` is a path, or the URI of the output itself.
+        """
         owners = {
             self.skeleton.weight_name(record.block, layer): (record, layer)
             for record in records
@@ -264,12 +268,11 @@ class BlockWorker:
                 verified.add(record.block)
             return [read_layer(directory, record, layer, verify=False)]
 
-        require_owner(self.job.lock_file)
+        guard, source = partial(require_owner, self.job.lock_file), self.skeleton.files
+        guard()
+        sent = Sending(self.run.uploads(), made_from(records), guard)
         with self.watch("io"):
-            return [
-                write_weight_file(self.skeleton.files, file, Path(folder) / file, replacement)
-                for file in files
-            ]
+            return write_files(source, files, place(folder), replacement, sent)
 
     def losses(self, block: int, shards: list[StoredFile]) -> list[float]:
         """Summed next-token loss (nats) of each of this rank's sequences, in order.

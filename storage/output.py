@@ -8,41 +8,46 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from storage.commit import (
     CHUNK_BYTES,
-    HashingWriter,
     StoredFile,
     explained,
     fsync_directory,
     is_temporary,
     make_directory,
     replace_file,
+    sha256_bytes,
     sha256_file,
 )
 from storage.errors import CorruptFileError, ModelError, OutputError
-from storage.model_files import ModelFiles, inside, torch_dtype
-from storage.safetensors_format import TensorEntry, read_header, read_into, tensor_bytes
+from storage.model_files import ModelFiles, size_of, torch_dtype
+from storage.model_folder import NOT_COPIED, SIDE_FOLDERS, inside
+from storage.object_store import Readable
+from storage.safetensors_format import TensorEntry, header_entries, read_into, tensor_bytes
 
 logger = logging.getLogger(__name__)
 
 Replacement = Callable[[str], Iterable[torch.Tensor] | None]
 
-# Weights in other formats would be the dense ones; the card and the results are written anew.
-_NOT_COPIED = re.compile(
-    r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|ot|tflite|pkl|pickle)"
-)
+# The card and the results are written anew.
 _WRITTEN_ANEW = frozenset({"README.md", "prox24.json"})
-_SIDE_FOLDERS = ("additional_chat_templates",)
+
+
+class ByteSink(Protocol):
+    """What is written to: a file, or an object of a store."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Append `data`; return its size in bytes."""
+        ...
 
 
 def write_weight_file(
@@ -59,10 +64,19 @@ def write_weight_file(
     CorruptFileError if the source is not what it was when opened, or a tensor not the one that
     `source.expected` names, ResourceError if the disk is full.
     """
-    path = inside(source.folder, file)
-    with open(path, "rb", buffering=0) as stream, replace_file(destination) as writer:
+    with replace_file(destination) as writer:
+        rewrite_weight_file(source, file, writer, replacement)
+    return writer.stored(file)
+
+
+def rewrite_weight_file(
+    source: ModelFiles, file: str, writer: ByteSink, replacement: Replacement
+) -> None:
+    """Pass the new version of a weight file to `writer`; as `write_weight_file`, but for a disk."""
+    path = source.source.where(file)
+    with source.source.open(file) as stream:
         writer.write(source.header_bytes(file))
-        for entry in read_header(path, file):
+        for entry in header_entries(stream, size_of(stream), path, file):
             if source.tensors.get(entry.name) != entry:
                 raise CorruptFileError(f"{path}: changed while it was read; download it again")
             pieces = replacement(entry.name)
@@ -70,11 +84,10 @@ def write_weight_file(
                 _copy(source, stream, entry, writer, path)
             else:
                 _replace(pieces, entry, writer, path)
-    return writer.stored(file)
 
 
 def _copy(
-    source: ModelFiles, stream: io.FileIO, entry: TensorEntry, writer: HashingWriter, path: Path
+    source: ModelFiles, stream: Readable, entry: TensorEntry, writer: ByteSink, path: str
 ) -> None:
     stream.seek(entry.start)
     digest = hashlib.sha256()
@@ -88,7 +101,7 @@ def _copy(
 
 
 def _replace(
-    pieces: Iterable[torch.Tensor], entry: TensorEntry, writer: HashingWriter, path: Path
+    pieces: Iterable[torch.Tensor], entry: TensorEntry, writer: ByteSink, path: str
 ) -> None:
     dtype, rows = torch_dtype(entry.dtype), 0
     for piece in pieces:
@@ -114,7 +127,7 @@ def side_files(source: ModelFiles) -> list[str]:
     prox24.json.
     """
     names = [path.name for path in source.folder.iterdir() if _is_side_file(path, source.index)]
-    for folder in _SIDE_FOLDERS:
+    for folder in SIDE_FOLDERS:
         if (source.folder / folder).is_dir():
             paths = (source.folder / folder).iterdir()
             names += [f"{folder}/{path.name}" for path in paths if _is_side_file(path, None)]
@@ -146,18 +159,31 @@ def copy_side_files(
         ):
             while chunk := stream.read(CHUNK_BYTES):
                 writer.write(chunk)
-            _require_unchanged(source.folder / name, writer.sha256, (expected or {}).get(name))
-    if expected is not None and "README.md" in expected:
-        card = inside(source.folder, "README.md")
-        _require_unchanged(card, sha256_file(card), expected["README.md"])
+            _require_unchanged(source, name, writer.sha256, (expected or {}).get(name))
+    _require_card(source, expected or {})
     return names
 
 
-def _require_unchanged(path: Path, sha256: str, expected: str | None) -> None:
+def read_side_files(source: ModelFiles, expected: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
+    """Name and contents of each side file, sorted; as `copy_side_files`, for another place."""
+    for name in sorted(name for name in expected if name != "README.md"):
+        raw = inside(source.folder, name).read_bytes()
+        _require_unchanged(source, name, sha256_bytes(raw), expected[name])
+        yield name, raw
+    _require_card(source, expected)
+
+
+def _require_card(source: ModelFiles, expected: Mapping[str, str]) -> None:
+    if "README.md" in expected:
+        found = sha256_file(inside(source.folder, "README.md"))
+        _require_unchanged(source, "README.md", found, expected["README.md"])
+
+
+def _require_unchanged(source: ModelFiles, name: str, sha256: str, expected: str | None) -> None:
     if expected is not None and sha256 != expected:
         raise CorruptFileError(
-            f"{path}: not what it was when the job began; restore the file and run the same "
-            "command again"
+            f"{source.source.where(name)}: not what it was when the job began; restore the file "
+            "and run the same command again"
         )
 
 
@@ -167,7 +193,7 @@ def _is_side_file(path: Path, index: str | None) -> bool:
         return False
     if name.endswith(".index.json"):
         return name == index  # the index of weights that are not copied would mislead
-    return not _NOT_COPIED.fullmatch(path.suffix.lower())
+    return not NOT_COPIED.fullmatch(path.suffix.lower())
 
 
 def publish_output(

@@ -6,6 +6,7 @@
     choices/block-007.json          settings chosen while the job runs
     activations/block-007/          the inputs of block 7: activation shards and record.json
     checkpoints/block-007/          block 7 pruned: row slices and record.json
+    uploads/                        objects of an output in an object store that were sent
     report/                         figures for the user
     status.json                     what is going on, for `prox24 status`; nothing relies on it
     prox24-scratch-*/               an owner's own, e.g. while it measures the perplexity
@@ -75,6 +76,10 @@ class RunDirectory:
     def choices(self, block: int) -> Path:
         """The file that commits what was chosen at run time for `block`."""
         return self.path / "choices" / f"block-{block:03d}.json"
+
+    def uploads(self) -> Path:
+        """Directory of what was sent to an object store (`storage.uploads`)."""
+        return self.path / "uploads"
 
     def report(self) -> Path:
         """Directory of the figures for the user."""

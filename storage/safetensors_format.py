@@ -6,19 +6,19 @@ dtype, shape and place, and the tensors' bytes without gaps.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from storage.checked_json import is_count
 from storage.errors import CorruptFileError, ModelError
+from storage.object_store import Readable
 
 MAX_HEADER_BYTES = 100_000_000
 """Limit of the safetensors format itself."""
@@ -77,15 +77,20 @@ class TensorEntry:
 
 
 def read_header(path: Path, file: str) -> list[TensorEntry]:
+    """The tensors of a weight file on a disk, as `header_entries` gives them."""
+    with open(path, "rb", buffering=0) as stream:
+        return header_entries(stream, os.fstat(stream.fileno()).st_size, str(path), file)
+
+
+def header_entries(stream: Readable, size: int, path: str, file: str) -> list[TensorEntry]:
     """The tensors of one weight file in the order of their bytes, header checked.
 
-    `file` is the name that the entries get. Raises ModelError for an unsupported dtype,
-    CorruptFileError if the header is malformed or does not describe the file's bytes exactly: no
-    gap, no overlap, nothing beyond the end.
+    stream: at its start; size: the file's, in bytes; path: for messages; file: the name that the
+    entries get. Raises ModelError for an unsupported dtype, CorruptFileError if the header is
+    malformed or does not describe the file's bytes exactly: no gap, no overlap, nothing beyond the
+    end.
     """
-    with open(path, "rb") as stream:
-        raw = raw_header(stream, path)
-        size = os.fstat(stream.fileno()).st_size
+    raw = raw_header(stream, size, path)
     try:
         header = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -109,22 +114,21 @@ def read_header(path: Path, file: str) -> list[TensorEntry]:
     return entries
 
 
-def raw_header(stream: BinaryIO, path: Path) -> bytes:
+def raw_header(stream: Readable, size: int, path: str) -> bytes:
     """The 8 length bytes and the JSON header at the start of `stream`; `path` is for messages.
 
     Raises CorruptFileError if there are fewer bytes than that, or more than the format allows.
     """
-    size = os.fstat(stream.fileno()).st_size
-    prefix = stream.read(8)
+    prefix = stream.read(8) or b""
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
         raise CorruptFileError(
             f"{path}: not a safetensors file, or truncated; download the file again"
         )
-    return prefix + stream.read(length)
+    return prefix + (stream.read(length) or b"")
 
 
-def _entry(path: Path, file: str, name: str, item: object, base: int) -> TensorEntry:
+def _entry(path: str, file: str, name: str, item: object, base: int) -> TensorEntry:
     broken = CorruptFileError(f"{path}: the header entry of tensor {name!r} is malformed")
     if not isinstance(item, dict):
         raise broken
@@ -150,7 +154,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def read_into(file: io.FileIO, raw: torch.Tensor, what: str) -> None:
+def read_into(file: Readable, raw: torch.Tensor, what: str) -> None:
     """Fill `raw` (uint8, 1-d, CPU) from an unbuffered file; CorruptFileError if it ends early."""
     view = raw.numpy().data
     done = 0

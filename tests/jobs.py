@@ -18,6 +18,7 @@ from pipeline.config import PruneConfig
 from pipeline.executor import LocalExecutor
 from pipeline.progress import Silent
 from pipeline.prune import PruneResult, prune
+from storage.object_store import Place
 
 # Small enough for seconds, with two activation shards at least.
 SMALL: dict[str, Any] = {"nsamples": 8, "seqlen": 32, "batch_size": 2, "threads": 1}
@@ -32,10 +33,10 @@ def write_text(path: Path, characters: int = 8192, seed: int = 0) -> Path:
 
 
 def prune_here(
-    model: Path, output: Path, *, executor: LocalExecutor | None = None, **options: Any
+    model: Place, output: Place, *, executor: LocalExecutor | None = None, **options: Any
 ) -> PruneResult:
     """A job on the local executor in this process; `options` are those of `PruneConfig`."""
-    if "dataset" not in options:
+    if "dataset" not in options and isinstance(output, Path):
         options["dataset"] = str(write_text(output.parent / "text.txt"))
     options = SMALL | options
     config = PruneConfig(executor="local", **options)

@@ -35,6 +35,7 @@ from pipeline.statistics import Accumulator
 from storage.commit import sha256_file, write_new_file
 from storage.errors import ResourceError
 from storage.model_files import ModelFiles, fingerprint_weight_file
+from storage.object_store import Place, location, place
 from storage.safetensors_format import header_for, tensor_bytes
 
 # What a Ray worker takes above this process, as seen: Ray itself, its channels and buffers.
@@ -47,14 +48,14 @@ _ADMM_ITERATIONS = 12
 
 
 def calibrate(
-    model: Path, shape: ModelShape, *, batch_size: int, workers: int, threads: int, folder: Path
+    model: Place, shape: ModelShape, *, batch_size: int, workers: int, threads: int, folder: Path
 ) -> Rates:
     """Rates of one of `workers` workers with `threads` threads each, all of them busy.
 
     folder: where a file of 64 MiB is written, on the filesystem that a job would use.
     Raises `ResourceError` where a measuring process fails.
     """
-    arguments = [str(model), str(batch_size), str(shape.seqlen), shape.dtype, str(workers)]
+    arguments = [location(model), str(batch_size), str(shape.seqlen), shape.dtype, str(workers)]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "pipeline.planning.calibrate", *arguments, str(threads), path],
@@ -85,7 +86,7 @@ def _combined(found: list[dict[str, float]]) -> dict[str, float]:
     return means
 
 
-def measure(model: Path, shape: ModelShape, batch_size: int, workers: int, threads: int) -> Rates:
+def measure(model: Place, shape: ModelShape, batch_size: int, workers: int, threads: int) -> Rates:
     """Compute rates of this process, as one of `workers`."""
     torch.set_num_threads(threads)
     base = with_threads(cpu_rates(), threads)
@@ -115,7 +116,7 @@ def _seconds(work: Callable[[], object], clock: Clock, repeats: int = 3) -> floa
 
 @torch.no_grad()
 def _forward(
-    model: Path,
+    model: Place,
     shape: ModelShape,
     kind: BlockShape,
     batch_size: int,
@@ -298,8 +299,8 @@ def measure_files(folder: Path) -> dict[str, float]:
 def main(arguments: list[str]) -> None:
     """One measuring process: prints the rates it found as one JSON object."""
     model, batch_size, seqlen, dtype, workers, threads, folder = arguments
-    shape = read_shape(Path(model), seqlen=int(seqlen), dtype=dtype)
-    rates = measure(Path(model), shape, int(batch_size), int(workers), int(threads))
+    shape = read_shape(place(model), seqlen=int(seqlen), dtype=dtype)
+    rates = measure(place(model), shape, int(batch_size), int(workers), int(threads))
     found: dict[str, Any] = {
         f.name: getattr(rates, f.name) for f in fields(Rates) if f.type == "float"
     }

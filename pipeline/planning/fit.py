@@ -116,7 +116,7 @@ def _surely_fits(skeleton: Skeleton, config: PruneConfig, rooms: Sequence[Room])
 def _planned(skeleton: Skeleton, config: PruneConfig, rooms: Sequence[Room]) -> PlannedJob:
     settings = config.solver_settings(config.method)
     shape = read_shape(
-        skeleton.files.folder,
+        skeleton.files.place,
         seqlen=config.seqlen,
         pattern=config.pattern,
         needs=solver_for(settings).needs,

@@ -16,6 +16,7 @@ from pipeline.planning.rates import GPUS, Rates, cpu_rates, gpu_rates, load_rate
 from pipeline.planning.shape import ModelShape, read_shape
 from pipeline.solvers import solver_for
 from storage.errors import ConfigError
+from storage.object_store import Place
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE)
 _GPUS_PER_NODE = 8
@@ -97,7 +98,7 @@ def size_of(text: str, name: str) -> float:
     return float(number) * (1024.0 if binary else 1000.0) ** power
 
 
-def planned_shape(model: Path, config: PlanConfig) -> ModelShape:
+def planned_shape(model: Place, config: PlanConfig) -> ModelShape:
     """The shape of the model, read for these options."""
     settings = config.solver_settings(config.method)
     return read_shape(

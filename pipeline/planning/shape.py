@@ -7,7 +7,6 @@ config says. Blocks of the same structure are looked at once.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -25,6 +24,7 @@ from pipeline.planning.profile import (
 from pipeline.planning.source import HollowSkeleton, open_source
 from pipeline.solvers import Pattern
 from storage.errors import ConfigError, ModelError
+from storage.object_store import Place
 
 # Weight files of a model that is known by its config alone: the usual size of one, in bytes.
 ASSUMED_FILE_BYTES = 5 * 10**9
@@ -103,7 +103,7 @@ class ModelShape:
 
 
 def read_shape(
-    model: Path,
+    model: Place,
     *,
     seqlen: int,
     pattern: str = "2:4",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,8 @@ from pipeline.model import FORWARD_DTYPES, Skeleton, find_blocks, open_skeleton
 from pipeline.model_config import build, load_config_alone, rehearse
 from storage.errors import ConfigError
 from storage.model_files import ModelFiles
+from storage.model_folder import LocalFolder
+from storage.object_store import ObjectFolder, Place
 from storage.safetensors_format import torch_dtype
 
 
@@ -42,14 +43,14 @@ class HollowSkeleton(Skeleton):
         return self.model
 
 
-def open_source(model: Path, dtype: str | None, trust_remote_code: bool) -> PlannedSource:
-    """The model in a folder, or of a config.json alone; `dtype` as for `open_skeleton`.
+def open_source(model: Place, dtype: str | None, trust_remote_code: bool) -> PlannedSource:
+    """The model at a place, or of a config.json alone; `dtype` as for `open_skeleton`.
 
     Raises `ModelError` and `ConfigError` as `open_skeleton` does.
     """
-    if model.is_dir() and any(model.glob("*.safetensors")):
+    if isinstance(model, ObjectFolder) or (model.is_dir() and any(model.glob("*.safetensors"))):
         skeleton = open_skeleton(model, dtype=dtype, trust_remote_code=trust_remote_code)
-        files = tuple((model / file).stat().st_size for file in skeleton.files.files)
+        files = tuple(skeleton.files.size(file) for file in skeleton.files.files)
         stored = [torch_dtype(entry.dtype) for entry in skeleton.files.tensors.values()]
         itemsize = max((d.itemsize for d in stored if d.is_floating_point), default=2)
         return PlannedSource(skeleton, model.name, files, itemsize)
@@ -63,7 +64,7 @@ def open_source(model: Path, dtype: str | None, trust_remote_code: bool) -> Plan
     if not trust_remote_code:
         rehearse(config, path, forward)
     built = build(config, path, forward, trust_remote_code)
-    nothing = ModelFiles(path.parent, (), {}, {}, None)
+    nothing = ModelFiles(LocalFolder(path.parent), (), {}, {}, None)
     skeleton = Skeleton(built.eval(), nothing, find_blocks(built, path), forward)
     name = path.parent.name if path.name == "config.json" else path.stem
     return PlannedSource(skeleton, name, (), saved.itemsize)
@@ -71,7 +72,7 @@ def open_source(model: Path, dtype: str | None, trust_remote_code: bool) -> Plan
 
 @torch.no_grad()
 def example_block(
-    model: Path, dtype: str, batch_size: int, seqlen: int
+    model: Place, dtype: str, batch_size: int, seqlen: int
 ) -> tuple[nn.Module, BlockCall, Tensor]:
     """A block in the middle of the model with random weights on the CPU, what it is called with,
     and random inputs (batch_size, seqlen, hidden)."""

@@ -1,0 +1,392 @@
+"""Folders of an object store, `s3://` and `gs://`, through pyarrow's filesystems.
+
+Credentials come from where the store's own tools find them: environment, profile, instance role.
+They may not stand in the URI, which ends up in logs and records. A URI may say where the store is:
+
+    s3://bucket/folder?endpoint_override=minio.internal:9000&scheme=http&region=eu-west-1
+
+AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL count for `s3://` too. What fails for a moment is tried
+again by the store's own client, with growing pauses; what still fails then is a ResourceError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import os
+import re
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import pyarrow as pa
+import pyarrow.fs
+
+from storage.commit import StoredFile
+from storage.errors import ConfigError, ResourceError
+
+PART_BYTES = 8 * 2**20
+"""What one request reads."""
+
+PARALLEL = 8
+"""Requests at a time for one file; with PART_BYTES the bound on what is in memory."""
+
+_SCHEMES = ("s3", "gs")
+_OPTIONS = ("endpoint_override", "scheme", "region")
+_URI = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_TRIES = 8
+_CONNECT_SECONDS, _SILENT_SECONDS = 10.0, 60.0
+_GS_TRY_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class ObjectFolder:
+    """Everything under one prefix of a bucket: what a folder is on a disk.
+
+    scheme: "s3" or "gs". path: bucket and prefix, without a slash at either end. options: what the
+    URI says about the store's place. Made by `parse`.
+    """
+
+    scheme: str
+    path: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    @staticmethod
+    def parse(uri: str) -> ObjectFolder:
+        """The folder that a URI names; ConfigError for one that cannot be used.
+
+        The message never repeats what stands before an `@`.
+        """
+        parts = urlsplit(uri)
+        scheme = {"gcs": "gs"}.get(parts.scheme.lower(), parts.scheme.lower())
+        if scheme not in _SCHEMES:
+            raise ConfigError(f"{parts.scheme}:// is not supported; give a folder, s3:// or gs://")
+        if "@" in parts.netloc:
+            raise ConfigError(
+                f"{scheme}://...@{parts.netloc.rpartition('@')[2]}: a URI must not hold "
+                "credentials; give them by environment, profile or role"
+            )
+        options = parse_qsl(parts.query, keep_blank_values=True)
+        for name, value in options:
+            if name not in _OPTIONS or not value:
+                raise ConfigError(
+                    f"{scheme}://{parts.netloc}{parts.path}: {name[:30]!r} is no option of a URI; "
+                    f"there are {', '.join(_OPTIONS)}"
+                )
+        pieces = [piece for piece in parts.path.split("/") if piece]
+        if not parts.netloc or not pieces or {".", ".."} & set(pieces) or parts.fragment:
+            raise ConfigError(
+                f"{scheme}://{parts.netloc}{parts.path}: name a bucket and a folder in it, as in "
+                f"{scheme}://bucket/folder"
+            )
+        return ObjectFolder(scheme, "/".join([parts.netloc, *pieces]), tuple(sorted(options)))
+
+    @property
+    def uri(self) -> str:
+        """What `parse` reads, for another process."""
+        query = "&".join(f"{name}={value}" for name, value in self.options)
+        return f"{self}?{query}" if query else str(self)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.path}"
+
+    def __truediv__(self, name: str) -> ObjectFolder:
+        return ObjectFolder(self.scheme, f"{self.path}/{name}", self.options)
+
+    def is_relative_to(self, other: ObjectFolder) -> bool:
+        """Whether this is `other` or lies in it, in what may be the same store."""
+        stores = {dict(f.options).get("endpoint_override") for f in (self, other)} - {None}
+        return (
+            self.scheme == other.scheme
+            and len(stores) < 2
+            and f"{self.path}/".startswith(f"{other.path}/")
+        )
+
+    def files(self) -> dict[str, int]:
+        """Name, relative to the folder, → size of all objects in it; empty if there are none."""
+        selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True, recursive=True)
+        with reaching(self):
+            found = self._filesystem().get_file_info(selector)
+        return {
+            info.path.removeprefix(f"{self.path}/"): int(info.size)
+            for info in found
+            if info.type == pyarrow.fs.FileType.File
+        }
+
+    def state(self, name: str) -> tuple[str, ...] | None:
+        """What changes when an object is replaced: its size, ETag and time; None for no object."""
+        if not self.holds(name):
+            return None
+        with self.open(name) as file:
+            return file.state
+
+    def holds(self, name: str) -> bool:
+        """Whether there is an object of that name."""
+        with reaching(self / name):
+            info = self._filesystem().get_file_info(f"{self.path}/{name}")
+        return bool(info.type == pyarrow.fs.FileType.File)
+
+    def open(self, name: str, *, ahead: bool = False) -> ObjectFile:
+        """An object, open for reading; ResourceError if it is not there.
+
+        ahead: it will be read from front to end.
+        """
+        with reaching(self / name):
+            file = self._filesystem().open_input_file(f"{self.path}/{name}")
+            return ObjectFile(file, str(self / name), ahead)
+
+    def read(self, name: str, most: int) -> bytes | None:
+        """A small object, of which no more than `most` bytes are read; None if it is not there."""
+        if not self.holds(name):
+            return None
+        with self.open(name) as file:
+            raw = bytearray(min(most, file.size))
+            file.readinto(memoryview(raw))
+            return bytes(raw)
+
+    def delete(self, name: str) -> None:
+        """Delete an object; one that is not there is no error."""
+        with reaching(self / name), contextlib.suppress(FileNotFoundError):
+            self._filesystem().delete_file(f"{self.path}/{name}")
+
+    @contextlib.contextmanager
+    def upload(self, name: str) -> Iterator[UploadWriter]:
+        """Write an object in parts; it appears whole when the block ends, or not at all.
+
+        What was sent before an error, or before this process was killed, stays in the store as an
+        incomplete upload, which no one sees: a lifecycle rule of the bucket deletes such.
+        """
+        with reaching(self / name):
+            stream = self._filesystem().open_output_stream(f"{self.path}/{name}")
+        writer = UploadWriter(stream)
+        try:
+            with reaching(self / name):
+                yield writer
+                stream.close()
+        except BaseException:
+            # pyarrow would complete the upload of a stream that it closes, or that is collected.
+            _ABANDONED.append(stream)
+            raise
+
+    def _filesystem(self) -> Any:
+        return _filesystem(self.scheme, self.path.partition("/")[0], self.options, _environment())
+
+
+_ABANDONED: list[Any] = []
+
+
+def is_uri(text: str) -> bool:
+    """Whether `text` is a URI, supported or not, and no path."""
+    return _URI.match(text) is not None
+
+
+Place = Path | ObjectFolder
+"""Where a model is, or goes."""
+
+
+def place(text: str) -> Place:
+    """The folder that the user named: on a disk (made absolute), or in an object store."""
+    return ObjectFolder.parse(text) if is_uri(text) else Path(text).absolute()
+
+
+def absolute(where: Place) -> Place:
+    """The same place, whatever the working directory becomes."""
+    return where if isinstance(where, ObjectFolder) else where.absolute()
+
+
+def resolved(where: Place) -> Place:
+    """The same place, links followed."""
+    return where if isinstance(where, ObjectFolder) else where.resolve()
+
+
+def lies_in(inner: Place, outer: Place) -> bool:
+    """Whether `inner`, as `resolved` gives it, is `outer` or lies in it."""
+    if isinstance(inner, ObjectFolder):
+        return isinstance(outer, ObjectFolder) and inner.is_relative_to(outer)
+    return isinstance(outer, Path) and inner.is_relative_to(outer)
+
+
+def location(where: Place) -> str:
+    """What `place` reads, for another process."""
+    return where.uri if isinstance(where, ObjectFolder) else str(where)
+
+
+@contextlib.contextmanager
+def reaching(what: ObjectFolder) -> Iterator[None]:
+    """Say in one line which object the store did not give, or did not take."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ResourceError(
+            f"{what}: {lines[0].strip()}; look at the address, the credentials and the bucket's "
+            "permissions, then run the same command again"
+        ) from error
+
+
+def _environment() -> str:
+    """The address that AWS's own tools take from the environment."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+
+
+@functools.lru_cache(maxsize=32)
+def _filesystem(
+    scheme: str, bucket: str, options: tuple[tuple[str, str], ...], environment: str
+) -> Any:
+    given = dict(options)
+    address = given.get("endpoint_override", environment if scheme == "s3" else "")
+    protocol, _, host = address.rpartition("://")
+    common = {
+        "scheme": given.get("scheme") or protocol or "https",
+        "endpoint_override": host or None,
+    }
+    if scheme == "gs":
+        patience = timedelta(seconds=_GS_TRY_SECONDS)
+        return pyarrow.fs.GcsFileSystem(**common, retry_time_limit=patience)
+    region = given.get("region") or os.environ.get("AWS_REGION")
+    region = region or os.environ.get("AWS_DEFAULT_REGION")
+    if region is None and not host:
+        region = pyarrow.fs.resolve_s3_region(bucket)
+    return pyarrow.fs.S3FileSystem(
+        **common,
+        region=region,
+        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=_TRIES),
+        connect_timeout=_CONNECT_SECONDS,
+        request_timeout=_SILENT_SECONDS,
+    )
+
+
+class UploadWriter:
+    """An object being written, hashed on its way."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._digest, self._bytes = stream, hashlib.sha256(), 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Append `data` (any contiguous buffer); return its size in bytes."""
+        view = memoryview(data).cast("B")
+        self._stream.write(view)
+        self._digest.update(view)
+        self._bytes += view.nbytes
+        return view.nbytes
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of everything written so far, lower-case hexadecimal."""
+        return self._digest.hexdigest()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes written so far."""
+        return self._bytes
+
+    def stored(self, name: str) -> StoredFile:
+        """What a record says about this object."""
+        return StoredFile(name, self.sha256, self._bytes)
+
+
+class ObjectFile:
+    """An object read like an unbuffered file: as much of it as asked, in parallel requests.
+
+    size: in bytes. state: what changes when it is replaced. Memory is bounded by PARALLEL parts.
+    """
+
+    def __init__(self, file: Any, where: str, ahead: bool) -> None:
+        self._file, self._where, self._ahead = file, where, ahead
+        self.size = int(file.size())
+        told = file.metadata() or {}
+        names = {str(k).lower(): v.decode() for k, v in told.items() if isinstance(v, bytes)}
+        kept = [names.get(key, "") for key in ("etag", "generation", "last-modified")]
+        self.state: tuple[str, ...] = (str(self.size), *kept)
+        self._position = 0
+        # Requests under way, in order: (offset, bytes to come); the next begins at `_next`.
+        self._parts: deque[tuple[int, Future[bytes]]] = deque()
+        self._next = 0
+        self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="prox24-object")
+
+    def seek(self, position: int) -> int:
+        """Where the next read begins, in bytes from the start."""
+        if position != self._position:
+            self._forget()
+            self._position = self._next = position
+        return position
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        return self._position
+
+    def read(self, count: int) -> bytes:
+        """The next bytes, `count` unless the object ends."""
+        raw = bytearray(max(0, min(count, self.size - self._position)))
+        self.readinto(memoryview(raw))
+        return bytes(raw)
+
+    def readinto(self, view: memoryview) -> int:
+        """Fill `view`, unless the object ends; returns how many bytes were read."""
+        begin, stop = self._position, min(self._position + len(view), self.size)
+        while self._position < stop:
+            self._request(self.size if self._ahead else stop)
+            offset, coming = self._parts[0]
+            try:
+                data = coming.result()
+            except (OSError, pa.ArrowException) as error:
+                raise ResourceError(
+                    f"{self._where}: {str(error).splitlines()[0]}; run the same command again"
+                ) from error
+            inner = self._position - offset
+            count = min(len(data) - inner, stop - self._position)
+            if count <= 0:  # the object is shorter than it was
+                break
+            done = self._position - begin
+            view[done : done + count] = data[inner : inner + count]
+            self._position += count
+            if self._position == offset + len(data):
+                self._parts.popleft()
+        return self._position - begin
+
+    def _request(self, stop: int) -> None:
+        """Keeps requests under way for what comes next, up to the offset `stop`."""
+        while self._next < stop and len(self._parts) < PARALLEL:
+            size = min(PART_BYTES, stop - self._next)
+            future = self._pool.submit(self._file.read_at, size, self._next)
+            self._parts.append((self._next, future))
+            self._next += size
+
+    def _forget(self) -> None:
+        for _, future in self._parts:
+            future.cancel()
+        self._parts.clear()
+
+    def close(self) -> None:
+        """Ends the requests under way and lets go of the object."""
+        self._forget()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._file.close()
+
+    def __enter__(self) -> ObjectFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+Readable = io.FileIO | ObjectFile
+"""A weight file open for reading."""

@@ -1,0 +1,79 @@
+"""A real S3-compatible server for tests: moto's, in a process of its own.
+
+`python -m tests.s3_server FILE` writes its port to FILE when it listens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PATIENCE = 60.0
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "wJalr-secret-testing"}
+
+
+class S3Server:
+    """A running server. `environment` is what a process needs to reach it."""
+
+    def __init__(self, port: int, pid: int) -> None:
+        self.address, self.pid = f"http://127.0.0.1:{port}", pid
+        self.environment = {
+            **CREDENTIALS,
+            "AWS_ENDPOINT_URL": self.address,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def bucket(self, name: str) -> str:
+        """A new bucket; its URI."""
+        import pyarrow.fs
+
+        filesystem = pyarrow.fs.S3FileSystem(
+            access_key=CREDENTIALS["AWS_ACCESS_KEY_ID"],
+            secret_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+            endpoint_override=self.address.removeprefix("http://"),
+            scheme="http",
+            allow_bucket_creation=True,
+        )
+        filesystem.create_dir(name)
+        return f"s3://{name}"
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path) -> Iterator[S3Server]:
+    """A server that ends with the block."""
+    told = folder / "s3-port"
+    with open(folder / "s3-log", "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.s3_server", str(told)], stdout=log, stderr=log
+        )
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not told.exists():
+            assert process.poll() is None, (folder / "s3-log").read_text()
+            assert time.monotonic() < deadline, "the server does not listen"
+            time.sleep(0.02)
+        yield S3Server(int(told.read_text()), process.pid)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def main(told: str) -> None:
+    """Serves until it is killed."""
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    application = DomainDispatcherApplication(create_backend_app)
+    server = make_server("127.0.0.1", 0, application, threaded=True)
+    Path(f"{told}.new").write_text(str(server.port))
+    os.replace(f"{told}.new", told)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,190 @@
+"""Whole jobs from and to an object store, against a real S3-compatible server."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.command_line import run
+from storage.errors import OutputError
+from storage.object_store import ObjectFolder
+from tests.injection import Injection
+from tests.jobs import contents, prune_here, write_text
+from tests.processes import Driver
+from tests.s3_server import CREDENTIALS, S3Server, s3_server
+from tests.test_object_store import put
+from tests.tiny_models import save_tiny_model
+
+pytest.importorskip("moto.server", reason="no moto")
+
+
+class Bench:
+    """A model on a disk and in a store, and what it becomes on a disk."""
+
+    def __init__(self, folder: Path, server: S3Server) -> None:
+        self.folder, self.server = folder, server
+        self.model = save_tiny_model(folder / "tiny", weight_files=3)
+        (self.model / "README.md").write_text("---\nlicense: mit\n---\n")
+        self.text = write_text(folder / "text.txt", 4096)
+        self.options: dict[str, Any] = {"method": "wanda", "dataset": str(self.text)}
+        self.number = 0
+
+    def store(self) -> ObjectFolder:
+        """A bucket's folder of one test."""
+        self.number += 1
+        return ObjectFolder.parse(f"{self.server.bucket(f'jobs-{self.number}')}/models")
+
+    def log(self) -> str:
+        """The server's, a line for each request."""
+        return (self.folder / "s3-log").read_text()
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("s3")
+    with s3_server(folder) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        bench = Bench(folder, server)
+        put(bench.model, ObjectFolder.parse(f"{server.bucket('source')}/tiny"))
+        yield bench
+
+
+@pytest.fixture(scope="module")
+def expected(bench: Bench) -> dict[str, bytes]:
+    """The output on a disk."""
+    output = bench.folder / "expected"
+    return without_source(contents(prune_here(bench.model, output, **bench.options).output))
+
+
+SOURCE = "s3://source/tiny"
+
+
+def without_source(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Files of an output, but for the name of the model that it was made from."""
+    results = json.loads(files["prox24.json"])
+    del results["source"]
+    changed = {"prox24.json": json.dumps(results).encode(), "README.md": b""}
+    return files | changed
+
+
+def objects(where: ObjectFolder) -> dict[str, bytes]:
+    return {name: where.read(name, 1 << 30) or b"" for name in where.files()}
+
+
+def command(bench: Bench, output: ObjectFolder, run_directory: Path, *more: str) -> list[str]:
+    return [
+        *("prune", SOURCE, str(output), "--run-dir", str(run_directory), "--executor", "local"),
+        *("--method", "wanda", "--dataset", str(bench.text), "--nsamples", "8"),
+        *("--seqlen", "32", "--batch-size", "2", "--threads", "1", *more),
+    ]
+
+
+def test_from_store_to_store_gives_the_bytes_of_disks(
+    bench: Bench, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = bench.store() / "out"
+    arguments = command(bench, output, tmp_path / "run")
+    assert run(arguments) == 0
+    assert without_source(objects(output)) == expected
+    results = json.loads(output.read("prox24.json", 1 << 20) or b"")
+    assert results["source"] == SOURCE
+    puts = re.findall(rf'"PUT /{output.path}/(\S+)', bench.log())
+    assert puts[-1].startswith("prox24.json")
+    said = b"".join(contents(tmp_path / "run").values())
+    assert CREDENTIALS["AWS_SECRET_ACCESS_KEY"].encode() not in said
+    assert not (tmp_path / "run" / "uploads").exists()
+    # The same command, when all is done: nothing is computed or written.
+    state = {name: output.state(name) for name in output.files()}
+    assert run(arguments) == 0
+    assert {name: output.state(name) for name in output.files()} == state
+
+
+def test_an_output_is_replaced_only_if_asked(
+    bench: Bench, expected: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = bench.store() / "out"
+    for name in ("prox24.json", "old.safetensors"):
+        with output.upload(name) as writer:
+            writer.write(b"{}")
+    assert run(command(bench, output, tmp_path / "run")) == 2
+    assert "exists and is not empty; --overwrite" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert objects(output) == {"prox24.json": b"{}", "old.safetensors": b"{}"}
+    assert run(command(bench, output, tmp_path / "run", "--overwrite")) == 0
+    assert without_source(objects(output)) == expected
+
+
+def test_what_an_output_in_a_store_needs(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = ObjectFolder.parse(SOURCE)
+    assert run(["prune", SOURCE, "s3://source/out", "--executor", "local"]) == 2
+    assert "--run-dir" in capsys.readouterr().err
+    with pytest.raises(OutputError, match="holds the source"):
+        prune_here(source, source, run_dir=str(tmp_path / "run"), **bench.options)
+    arguments = command(bench, ObjectFolder.parse("s3://not-there/out"), tmp_path / "run")
+    assert run(arguments) == 2
+    assert "s3://not-there/out" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_killed_while_it_sends_it_goes_on_with_what_is_missing(
+    bench: Bench, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = bench.store() / "out"
+    arguments = command(bench, output, tmp_path / "run")
+    # The second weight file is in the store, and not recorded yet.
+    at = Injection(tmp_path, r"before replace .*uploads/model-00002", signal.SIGKILL)
+    environment = bench.server.environment
+    driver = Driver(arguments, tmp_path / "killed", environment, injection=at)
+    assert driver.wait() == -signal.SIGKILL, driver.errors()
+    assert sorted(output.files()) == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2)]
+    begun = len(bench.log())
+    resumed = Driver(arguments, tmp_path / "resumed", environment)
+    assert resumed.wait() == 0, resumed.errors()
+    assert without_source(objects(output)) == expected
+    sent = re.findall(r'"(?:PUT|POST) /\S*out/(model-\d+)', bench.log()[begun:])
+    assert set(sent) == {"model-00002", "model-00003"}
+
+
+def test_an_object_that_someone_changed_is_sent_again(
+    bench: Bench, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = bench.store() / "out"
+    arguments = command(bench, output, tmp_path / "run")
+    at = Injection(tmp_path, r"before replace .*uploads/model-00003", signal.SIGKILL)
+    environment = bench.server.environment
+    driver = Driver(arguments, tmp_path / "killed", environment, injection=at)
+    assert driver.wait() == -signal.SIGKILL, driver.errors()
+    for name in ("model-00001-of-00003.safetensors", "stranger"):
+        with output.upload(name) as writer:
+            writer.write(b"something else")
+    assert run(arguments) == 0
+    assert without_source(objects(output)) == expected
+
+
+def test_a_stored_model_is_evaluated_and_planned(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = []
+    for model in (SOURCE, str(bench.model)):
+        measure = ["eval", model, "--dataset", str(bench.text), "--seqlen", "64", "--nsamples", "2"]
+        assert run([*measure, "--executor", "local", "--json"]) == 0
+        figures.append(json.loads(capsys.readouterr().out)["perplexity"])
+    assert figures[0] == figures[1]
+    begun = len(bench.log())
+    plans = []
+    for model in (SOURCE, str(bench.model)):
+        run(["plan", model, "--seqlen", "64", "--nsamples", "2", "--json"])
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0]["model"].pop("name") == SOURCE
+    assert plans[1]["model"].pop("name") == bench.model.name
+    assert plans[0]["model"] == plans[1]["model"]
+    assert '"GET /source/tiny/model-00001' in bench.log()[begun:]

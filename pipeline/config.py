@@ -40,6 +40,7 @@ PLACEMENT_FIELDS = frozenset(
         "threads",
         "device",
         "save_layers",
+        "scratch_dir",
     }
 )
 
@@ -238,6 +239,12 @@ class PruneConfig(SolverOptions, RuntimeConfig):
         "folder of the job's state, seen by all nodes; unset: OUTPUT with `.run` appended, "
         "where that is a folder",
     )
+    scratch_dir: str | None = option(
+        None,
+        "folder of each node's own, for activations: they are made again from the tokens where a "
+        "node is lost with its scratch; `~` and $VARIABLES are the node's; unset: in the run "
+        "directory",
+    )
     overwrite: bool = option(False, "replace a non-empty OUTPUT once the new one is whole")
     force: bool = option(False, "start although memory or disk will not suffice, as it is foreseen")
     skip_unsupported: bool = option(
@@ -252,8 +259,12 @@ class PruneConfig(SolverOptions, RuntimeConfig):
             require(self, name, at_least=1)
         require(self, "hessian_memory", at_least=0)
         require(self, "seqlen", at_least=2)
-        if self.run_dir is not None and "://" in self.run_dir:
-            raise ConfigError("--run-dir must be a folder that all nodes see, not a URI")
+        if self.scratch_dir is not None and self.scratch_dir[:1] not in tuple("/~$"):
+            raise ConfigError("--scratch-dir must be an absolute path: every node has its own")
+        for name, seen in (("run_dir", "that all nodes see"), ("scratch_dir", "of each node")):
+            if "://" in (getattr(self, name) or ""):
+                option_name = name.replace("_", "-")
+                raise ConfigError(f"--{option_name} must be a folder {seen}, not a URI")
         if self.solver_settings(self.method).shrinkage == AUTO and self.nsamples < 2:
             raise ConfigError("--shrinkage auto compares two halves: --nsamples must be at least 2")
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from pipeline.capture import BlockCall, ModelEnds
 from pipeline.job import Job
 from pipeline.measure import Stopwatch
 from pipeline.model import Skeleton
+from pipeline.scratch import Scratch
 from pipeline.split import batch_ranges, even_range, shard_ranges
 from storage.arrow_store import (
     ActivationShard,
@@ -23,7 +25,7 @@ from storage.arrow_store import (
     write_activation_shard,
 )
 from storage.commit import StoredFile
-from storage.errors import NumericalError
+from storage.errors import ConfigError, NumericalError
 from storage.lock import require_owner
 from storage.run_directory import RunDirectory
 
@@ -37,6 +39,9 @@ class Forward:
         self.job, self.rank, self.world = job, rank, world
         self.skeleton, self.watch, self.device = skeleton, watch, watch.device
         self.run = RunDirectory(Path(job.run_directory))
+        self.scratch = None if job.scratch is None else Scratch(job.scratch, self.run)
+        # Where activation shards are.
+        self.store = self.run if self.scratch is None else self.scratch.store
         self.background = Background()
         self._calls: dict[int, list[BlockCall]] = {}
         self._tokens: Tensor | None = None
@@ -56,6 +61,21 @@ class Forward:
         start, stop = even_range(len(ranges), self.rank, self.world)
         own = range(start, stop)
         return [(index, ranges[index]) for index in own if only is None or index in only]
+
+    def on_scratch(self, what: str, *arguments: Any) -> Any:
+        """Does something with this node's scratch: a method of `Scratch`, by name.
+
+        `damaged` is given all activation shards, and looks at this rank's.
+        """
+        if self.scratch is None:
+            raise ConfigError("this job has no --scratch-dir")
+        if what == "damaged":
+            block, shards, hashed = arguments
+            own = {index: shards[index] for index, _ in self.own_shards()}
+            return self.scratch.damaged(block, own, hashed)
+        if what != "room":
+            require_owner(self.job.lock_file)
+        return getattr(self.scratch, what)(*arguments)
 
     def embedded(
         self, ends: ModelEnds, only: Sequence[int] | None = None
@@ -96,7 +116,15 @@ class Forward:
                 start += batch.shape[0]
 
     def first_batch(self, block: int, shards: list[StoredFile]) -> Tensor:
-        """The first batch of all inputs of a block, whosever it is."""
+        """The first batch of all inputs of a block, whosever it is.
+
+        On scratch another node may have it: then every rank takes the first sequences' embeddings,
+        which have the same shape. Groups of layers are found with it, values do not matter.
+        """
+        if self.scratch is not None:
+            with self.watch("load"):
+                ends = ModelEnds(self.skeleton, self.device, head=False)
+            return ends.embed(self.tokens()[: min(self.job.batch_size, self.job.nsamples)])
         with self.watch("io"):
             shard = self._open(block, shards[0])
         return next(self._read(shard, self.job.batch_size))
@@ -113,7 +141,7 @@ class Forward:
         behind = Behind(self.background)
         for index, own in itertools.groupby(batches, key=lambda item: item[0]):
             copies = [batch.to("cpu", copy=True) for _, batch in own]
-            path = self.run.activations(block) / f"shard-{index:05d}.{stamp}.arrow"
+            path = self.store.activations(block) / f"shard-{index:05d}.{stamp}.arrow"
             require_owner(self.job.lock_file)
 
             def write(path: Path = path, copies: list[Tensor] = copies, index: int = index) -> None:
@@ -127,7 +155,7 @@ class Forward:
         return written
 
     def _open(self, block: int, stored: StoredFile) -> ActivationShard:
-        path = self.run.activations(block) / stored.name
+        path = self.store.activations(block) / stored.name
         return open_activation_shard(path, sha256=stored.sha256)
 
     def _read(self, shard: ActivationShard, batch_size: int) -> Iterator[Tensor]:

@@ -16,7 +16,8 @@ class Job:
 
     `settings` is None for an evaluation. `tokens_sha256` is of the tokens' file. `save_layers` is a
     pattern of layer names whose weight and Hessian are saved, or None. `trace`: whether outcomes
-    tell what was done when. `lock_file`: the driver's hold on the run directory.
+    tell what was done when. `lock_file`: the driver's hold on the run directory. `scratch`: the
+    job's folder on each node's own scratch, for activation shards, or None.
     """
 
     source: str
@@ -34,6 +35,7 @@ class Job:
     save_layers: str | None = None
     trace: bool = False
     lock_file: str | None = None
+    scratch: str | None = None
 
 
 @dataclass(frozen=True)

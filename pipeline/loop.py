@@ -25,6 +25,7 @@ from pipeline.phase_times import PhaseTimes, add_phase
 from pipeline.progress import Progress
 from pipeline.repair import ACTIVATIONS_SCHEMA, CHOICES_SCHEMA, Repairs, read_inputs
 from pipeline.retry import AttemptHistory
+from pipeline.scratch import kept_names
 from pipeline.solvers import merge_reports
 from pipeline.solvers.types import SolveReport
 from storage.checkpoints import BlockRecord, LayerRecord, LayerSlice
@@ -51,7 +52,8 @@ class BlockLoop:
     before solving. `hessian_memory`: bytes of statistics that a rank may hold at once; a block's
     groups are taken in turns where theirs are more; None leaves it to the ranks' devices.
     `mend_tokens` makes the tokens' file again if it is damaged, and tells so; `manifest` is what
-    `run.json` says, once that is known.
+    `run.json` says, once that is known. `scratch`: whether activation shards are on the nodes' own
+    scratch, which the ranks alone see.
     """
 
     executor: Executor
@@ -66,6 +68,7 @@ class BlockLoop:
     max_attempts: int
     hessian_memory: float | None = None
     mend_tokens: Callable[[], bool] | None = None
+    scratch: bool = False
     manifest: dict[str, Any] | None = field(default=None, init=False)
     # Blocks below this number have been committed.
     begun: int = field(default=0, init=False)
@@ -80,6 +83,7 @@ class BlockLoop:
             # The same on every rank, or they would take other turns.
             self.hessian_memory = min((room for room in rooms if room is not None), default=None)
         self.begun = self.run.blocks_begun()
+        self.persist("the scratch", self.sweep_scratch)
         if self.begun or self.run.committed_activations():
             self.persist("the repair", lambda: Repairs(self).mend(hashed=False))
         for block in range(self.begun, self.blocks):
@@ -88,6 +92,7 @@ class BlockLoop:
         if self.calibrates:
             for block in range(self.blocks):
                 self.run.remove_activations(block, self.lock.assert_held)
+            self.persist("the scratch", self.sweep_scratch)
 
     def start(self, job: Job) -> None:
         """Makes the ranks; those that are lost meanwhile are replaced."""
@@ -118,6 +123,9 @@ class BlockLoop:
                     if lost:
                         self._recover(what)
                         lost = False
+                        if self.scratch:
+                            # Another node's scratch is another one.
+                            Repairs(self).mend_inputs()
                     if damaged is not None:
                         self._mend(damaged)
                         damaged = None
@@ -296,7 +304,13 @@ class BlockLoop:
             if last:
                 observed = outcomes[0].value.observed
             self.run.remove_activations(current, self.lock.assert_held)
+            self.sweep_scratch()
         return read_inputs(self.run.activation_record(block)), observed
+
+    def sweep_scratch(self) -> None:
+        """Has the ranks delete what no record names from their nodes' scratch."""
+        if self.scratch:
+            self.executor.run("scratch", self.each("sweep", kept_names(self.run)))
 
     def _make_inputs(self, block: int, phase: str, arguments: Any) -> list[Outcome]:
         """Runs the phase that writes block `block`'s inputs and publishes their record."""

@@ -29,9 +29,10 @@ from pipeline.planning.fit import check_memory
 from pipeline.progress import Progress
 from pipeline.recorded_progress import recorded
 from pipeline.report import read_summary, summarize, write_summary
+from pipeline.scratch import check_scratch_room, scratch_folder
 from pipeline.solvers import solver_for
 from pipeline.solvers.types import AUTO
-from pipeline.space import check_job_space
+from pipeline.space import activation_bytes, check_job_space
 from pipeline.split import deal
 from pipeline.tokens_file import committed_tokens, mend_tokens
 from pipeline.trace import traced
@@ -126,6 +127,7 @@ def prune(
             with _forced(config, progress):
                 rooms = [outcome.value for outcome in loop.guarded("room", loop.each)]
                 check_memory(skeleton, config, rooms, progress)
+                _check_scratch(loop, skeleton, config)
             _fingerprint(loop, skeleton, job, tokens, manifest)
             return _finish(loop, skeleton, config, job, output, selection, name)
         finally:
@@ -232,6 +234,7 @@ def _start(
         max_attempts=config.max_attempts,
         hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
         mend_tokens=partial(mend_tokens, run, lock, skeleton, config, tokens, progress),
+        scratch=config.scratch_dir is not None,
     )
     loop.start(
         Job(
@@ -249,9 +252,17 @@ def _start(
             trust_remote_code=config.trust_remote_code,
             save_layers=config.save_layers,
             lock_file=str(lock.path),
+            scratch=scratch_folder(run, config.scratch_dir, lock.assert_held),
         )
     )
     return loop
+
+
+def _check_scratch(loop: BlockLoop, skeleton: Skeleton, config: PruneConfig) -> None:
+    """Raises `ResourceError` where a node has no room for its ranks' activations."""
+    if loop.scratch and loop.calibrates:
+        rooms = [o.value for o in loop.guarded("scratch", lambda: loop.each("room"))]
+        check_scratch_room(rooms, activation_bytes(skeleton, config.nsamples, config.seqlen))
 
 
 def _file_arguments(skeleton: Skeleton, world: int) -> list[list[str]]:
@@ -327,6 +338,9 @@ def _write_files(
     write_summary(loop.run, summary, loop.lock.assert_held)
     files = _file_arguments(skeleton, loop.executor.world)
     outcomes = loop.executor.run("write_output", [(own, records, folder) for own in files])
+    if loop.scratch:
+        # These are the last of the job's ranks: an evaluation has its own.
+        loop.executor.run("scratch", loop.each("clear"))
     return [stored for outcome in outcomes for stored in outcome.value], records
 
 
@@ -353,6 +367,7 @@ def _tidy(run: RunDirectory, lock: RunLock, blocks: int, progress: Progress) -> 
         run.remove_activations(block, lock.assert_held)
         run.remove_checkpoint(block, lock.assert_held)
     lock.assert_held()  # who was replaced in the meantime says so, even now
+    run.scratch().unlink(missing_ok=True)
     try:
         return read_summary(run)
     except CorruptFileError:

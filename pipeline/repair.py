@@ -76,6 +76,11 @@ class Repairs:
                 self._choices(block)
         return self._found > 0
 
+    def mend_inputs(self) -> None:
+        """Makes again activation shards that are missing, or not as long as recorded."""
+        for block in self.run.committed_activations():
+            self._store(block, False)
+
     # -- what is looked at ------------------------------------------------------------------
 
     def _manifest(self) -> None:
@@ -96,7 +101,7 @@ class Repairs:
             self._note(path, _state(path), f"the inputs of block {block} are made again")
             self.run.remove_activations(block, self.loop.lock.assert_held)
             return
-        bad = _damaged(path.parent, shards, hashed)
+        bad = self._damaged_inputs(block, shards, hashed)
         if not bad:
             return
         needed = block == max(self.run.committed_activations())
@@ -111,6 +116,16 @@ class Repairs:
             remedy = f"its sequences are run through {block} blocks again"
             self._note(path.parent / shards[index].name, state, remedy)
         self._replay(block, shards, sorted(bad))
+
+    def _damaged_inputs(
+        self, block: int, shards: Sequence[StoredFile], hashed: bool
+    ) -> dict[int, str]:
+        """Number of each damaged activation shard → what is wrong; the ranks look at scratch."""
+        loop = self.loop
+        if not loop.scratch:
+            return _damaged(self.run.activations(block), shards, hashed)
+        outcomes = loop.executor.run("scratch", loop.each("damaged", block, list(shards), hashed))
+        return dict(sorted((i, s) for outcome in outcomes for i, s in outcome.value.items()))
 
     def _block(self, block: int, hashed: bool) -> None:
         """A committed block: its record, choices and row slices."""
@@ -157,13 +172,13 @@ class Repairs:
             loop.progress.phase("propagate", current)
             arguments = loop.each(current, loop.pruned(current), made, stamp, only)
             written = _by_number(loop.executor.run("propagate", arguments), only)
-            self._drop(self.run.activations(current), made.values())
+            self._drop(current, made.values())
             made = written
         directory, path = self.run.activations(block), self.run.activation_record(block)
         guard = loop.lock.assert_held
         replaced = {}
         for index, file in made.items():
-            if file.sha256 == shards[index].sha256:
+            if file.sha256 == shards[index].sha256 and not loop.scratch:
                 replace_by(directory / file.name, directory / shards[index].name, guard)
             else:
                 replaced[index] = file
@@ -172,8 +187,10 @@ class Repairs:
             for index, file in replaced.items():
                 payload["shards"][index] = file.to_json()
             replace_json(path, payload, guard=guard)
+        others = [i for i, file in replaced.items() if file.sha256 != shards[i].sha256]
+        if others:
             loop.progress.note(
-                f"{directory}: {len(replaced)} activation shards differ from the damaged ones in "
+                f"{directory}: {len(others)} activation shards differ from the damaged ones in "
                 "their last digits; the workers are of another kind"
             )
         self.run.sweep_uncommitted(guard)
@@ -235,11 +252,17 @@ class Repairs:
                 with contextlib.suppress(CorruptFileError):
                     store = read_inputs(self.run.activation_record(later))
                     needed = 2 * sum(file.bytes for file in store)
-                    if shutil.disk_usage(self.run.path).free < needed:
+                    # How much scratch each node has is not asked.
+                    if self.loop.scratch or shutil.disk_usage(self.run.path).free < needed:
                         self.run.remove_activations(later, self.loop.lock.assert_held)
         return self.loop.solve(block)
 
-    def _drop(self, directory: Path, files: Iterable[StoredFile]) -> None:
+    def _drop(self, block: int, files: Iterable[StoredFile]) -> None:
+        if self.loop.scratch:
+            names = [file.name for file in files]
+            self.loop.executor.run("scratch", self.loop.each("drop", block, names))
+            return
+        directory = self.run.activations(block)
         for file in files:
             (directory / file.name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty: it holds a store

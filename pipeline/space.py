@@ -43,7 +43,8 @@ def check_job_space(
     evaluation, measured = config.evaluation(), 0
     if evaluation is not None:
         measured = activation_bytes(skeleton, evaluation_sequences, evaluation.seqlen)
-    size = _checkpoint_bytes(skeleton, config) + 2 * max(store, measured) + _SLACK_BYTES
+    here = store if config.scratch_dir is None else 0  # else ranks look at their nodes' scratch
+    size = _checkpoint_bytes(skeleton, config) + 2 * max(here, measured) + _SLACK_BYTES
     uses = [(run.path, size, run.size())]
     if isinstance(output, Path):
         uses.append((existing(output), _output_bytes(skeleton), 0))

@@ -46,7 +46,7 @@ from storage.lock import require_owner
 from storage.model_files import WeightFileFingerprint, fingerprint_weight_file
 from storage.object_store import place
 from storage.run_directory import RunDirectory
-from storage.uploads import Sending, made_from, write_files
+from storage.uploads import Sending, write_files
 
 
 class BlockWorker:
@@ -76,7 +76,7 @@ class BlockWorker:
         start, began = time.time(), time.perf_counter()
         method: Callable[..., Any] = getattr(self, phase)
         with explaining(phase, arguments), self.watch("other"):
-            if phase not in ("fingerprint", "room"):
+            if phase not in ("fingerprint", "room", "scratch"):
                 self._expect_source()
             value = method(*arguments)
         events = self.watch.take_events()
@@ -247,10 +247,7 @@ class BlockWorker:
     def write_output(
         self, files: list[str], records: list[BlockRecord], folder: str
     ) -> list[StoredFile]:
-        """Rewrites source weight files with the pruned tensors in place.
-
-        `folder` is a path, or the URI of the output itself.
-        """
+        """Rewrites source weight files into `folder`, a path or URI, with the pruned tensors."""
         owners = {
             self.skeleton.weight_name(record.block, layer): (record, layer)
             for record in records
@@ -268,11 +265,9 @@ class BlockWorker:
                 verified.add(record.block)
             return [read_layer(directory, record, layer, verify=False)]
 
-        guard, source = partial(require_owner, self.job.lock_file), self.skeleton.files
-        guard()
-        sent = Sending(self.run.uploads(), made_from(records), guard)
+        sending = Sending(self.run.uploads(), records, partial(require_owner, self.job.lock_file))
         with self.watch("io"):
-            return write_files(source, files, place(folder), replacement, sent)
+            return write_files(self.skeleton.files, files, place(folder), replacement, sending)
 
     def losses(self, block: int, shards: list[StoredFile]) -> list[float]:
         """Summed next-token loss (nats) of each of this rank's sequences, in order.
@@ -291,6 +286,10 @@ class BlockWorker:
                 )
                 sums.append(float(loss.double().sum()))
         return sums
+
+    def scratch(self, what: str, *arguments: Any) -> Any:
+        """Does something with this node's scratch: a method of `pipeline.scratch.Scratch`."""
+        return self.forward.on_scratch(what, *arguments)
 
     def forget(self) -> None:
         """Drops the statistics: those of an abandoned attempt, or of a block that is solved."""

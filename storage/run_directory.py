@@ -5,6 +5,7 @@
     tokens.arrow                    calibration tokens
     choices/block-007.json          settings chosen while the job runs
     activations/block-007/          the inputs of block 7: activation shards and record.json
+    scratch.json                    whose activation shards are on the nodes' scratch
     checkpoints/block-007/          block 7 pruned: row slices and record.json
     uploads/                        objects of an output in an object store that were sent
     report/                         figures for the user
@@ -76,6 +77,10 @@ class RunDirectory:
     def choices(self, block: int) -> Path:
         """The file that commits what was chosen at run time for `block`."""
         return self.path / "choices" / f"block-{block:03d}.json"
+
+    def scratch(self) -> Path:
+        """The file that says which folders on the nodes' scratch are this job's."""
+        return self.path / "scratch.json"
 
     def uploads(self) -> Path:
         """Directory of what was sent to an object store (`storage.uploads`)."""

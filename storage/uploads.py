@@ -136,10 +136,10 @@ class Uploads:
 
 @dataclass(frozen=True)
 class Sending:
-    """What `write_files` needs for a store: as for `Uploads`, and what the files are made from."""
+    """What `write_files` needs for a store: as for `Uploads`, and the blocks that are written."""
 
-    records: Path
-    made_from: str
+    folder: Path
+    records: Sequence[BlockRecord]
     guard: Guard
 
 
@@ -154,17 +154,20 @@ def write_files(
 
     Each as `write_weight_file` makes it.
     """
+    if sending.guard is not None:
+        sending.guard()
     if isinstance(destination, Path):
         return [write_weight_file(source, f, destination / f, replacement) for f in files]
-    uploads = Uploads(sending.records, destination, sending.guard)
+    uploads = Uploads(sending.folder, destination, sending.guard)
+    made_from = _made_from(sending.records)
 
     def write(file: str, sink: UploadWriter) -> None:
         rewrite_weight_file(source, file, sink, replacement)
 
-    return [uploads.send(file, sending.made_from, partial(write, file)) for file in files]
+    return [uploads.send(file, made_from, partial(write, file)) for file in files]
 
 
-def made_from(records: Sequence[BlockRecord]) -> str:
+def _made_from(records: Sequence[BlockRecord]) -> str:
     """SHA-256 that is the same for the same pruned blocks."""
     parts = [[record.block, [file.sha256 for file in record.files]] for record in records]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

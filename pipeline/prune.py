@@ -194,6 +194,7 @@ def _locked(run: RunDirectory, progress: Progress) -> Iterator[RunLock]:
                 if not existed and not run.manifest.exists():
                     run.sweep_uncommitted(guard=lock.assert_held)
                     run.tokens().unlink(missing_ok=True)
+                    run.scratch().unlink(missing_ok=True)
     finally:
         if not existed:
             with contextlib.suppress(OSError):

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.repair import read_inputs
 from storage.commit import StoredFile, make_directory, read_json, replace_json
 from storage.errors import InputError, ResourceError
 from storage.mending import damage
@@ -86,8 +87,6 @@ def check_scratch_room(rooms: Sequence[ScratchRoom], store: float) -> None:
 
 def kept_names(run: RunDirectory) -> dict[int, list[str]]:
     """Block → names of the activation shards that records name; unreadable records name none."""
-    from pipeline.repair import read_inputs
-
     kept: dict[int, list[str]] = {}
     for block in run.committed_activations():
         with contextlib.suppress(InputError):

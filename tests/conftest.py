@@ -13,12 +13,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.s3_server import S3Server, s3_server
 from tests.tiny_models import save_tiny_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -80,6 +81,13 @@ def tiny_model(_tiny_models: Callable[..., Path], tmp_path: Path) -> Callable[..
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3-compatible server."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -18,10 +18,10 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "wJalr-s
 
 
 class S3Server:
-    """A running server. `environment` is what a process needs to reach it."""
+    """A running server. `environment` is what a process needs to reach it; `log` its requests."""
 
-    def __init__(self, port: int, pid: int) -> None:
-        self.address, self.pid = f"http://127.0.0.1:{port}", pid
+    def __init__(self, port: int, log: Path) -> None:
+        self.address, self.log = f"http://127.0.0.1:{port}", log
         self.environment = {
             **CREDENTIALS,
             "AWS_ENDPOINT_URL": self.address,
@@ -57,7 +57,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
             assert process.poll() is None, (folder / "s3-log").read_text()
             assert time.monotonic() < deadline, "the server does not listen"
             time.sleep(0.02)
-        yield S3Server(int(told.read_text()), process.pid)
+        yield S3Server(int(told.read_text()), folder / "s3-log")
     finally:
         process.kill()
         process.wait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,25 +13,17 @@ from storage.errors import ConfigError, CorruptFileError, ModelError, ResourceEr
 from storage.model_files import INDEX_FILE, ModelFiles, fingerprint_weight_file
 from storage.model_folder import STAGED_PREFIX
 from storage.object_store import ObjectFolder, place
-from tests.s3_server import CREDENTIALS, S3Server, s3_server
+from tests.s3_server import CREDENTIALS, S3Server
 from tests.tiny_models import save_tiny_model
-
-pytest.importorskip("moto.server", reason="no moto")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as running:
-        yield running
 
 
 @pytest.fixture
-def bucket(server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ObjectFolder:
+def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ObjectFolder:
     """A folder of the test's own."""
-    for name, value in server.environment.items():
+    for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     name = "".join(c for c in tmp_path.name.lower() if c.isalnum())[:50]
-    return ObjectFolder.parse(f"{server.bucket(f'b{name}')}/models")
+    return ObjectFolder.parse(f"{s3.bucket(f'b{name}')}/models")
 
 
 @pytest.fixture(scope="module")

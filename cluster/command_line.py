@@ -22,9 +22,12 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from cluster.console import Console, solve_table
+from cluster.console import Console, comparison_table, solve_table
 from cluster.source import resolve_model
 from cluster.status import DESCRIPTION, add_arguments, show
+from cluster.verify import DESCRIPTION as verify_description
+from cluster.verify import add_arguments as add_verify_arguments
+from cluster.verify import verify_command
 from pipeline.config import EvalConfig, PruneConfig, RuntimeConfig, SolveConfig
 from pipeline.executor import Executor, LocalExecutor
 from pipeline.planning.options import PlanConfig
@@ -83,8 +86,12 @@ def make_parser() -> argparse.ArgumentParser:
     prune.epilog = _PRUNE_EPILOG
     prune.add_argument("model", metavar="MODEL", help=_MODEL)
     prune.add_argument("output", metavar="OUTPUT", help="folder for the pruned model, or URI")
-    evaluate = _command(commands, "eval", EvalConfig, "measure MODEL's perplexity")
-    evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
+    evaluate = _command(commands, "eval", EvalConfig, "measure perplexities, and compare models")
+    evaluate.add_argument(
+        "models", nargs="+", metavar="MODEL",
+        help=f"{_MODEL}; of several, each is held against the first: "
+        "paired difference of the loss, divergence, and share of equal most likely tokens",
+    )  # fmt: skip
     solve = _command(commands, "solve", SolveConfig, "replay solvers on one saved layer")
     solve.add_argument(
         "layer",
@@ -97,6 +104,11 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False, dataclass_types=[],
     )  # fmt: skip
     add_arguments(status)
+    verify = commands.add_parser(
+        "verify", help="hold a pruned model against its source",
+        description=verify_description, allow_abbrev=False, dataclass_types=[],
+    )  # fmt: skip
+    add_verify_arguments(verify)
     plan = _command(commands, "plan", PlanConfig, "say what pruning MODEL will take")
     plan.epilog = _PLAN_EPILOG
     plan.add_argument("model", metavar="MODEL", help=f"{_MODEL}, or a config.json alone")
@@ -136,6 +148,7 @@ def run(arguments: Sequence[str]) -> int:
                 "eval": _evaluate,
                 "solve": _solve,
                 "status": show,
+                "verify": verify_command,
                 "plan": _plan,
                 "demo": _demo,
             }[options.command]
@@ -252,14 +265,23 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from pipeline.evaluate import evaluate
+    from pipeline.evaluate import compare, evaluate
 
     config: EvalConfig = config_from(options, EvalConfig)
-    source = resolve_model(options.model)
+    sources = [resolve_model(model) for model in options.models]
     console = Console()
-    measured = evaluate(source.folder, config, make_executor(config, console), console)
+    executor = make_executor(config, console)
+    if len(sources) > 1:
+        results = compare([source.folder for source in sources], config, executor, console)
+        named = [
+            {"model": source.name, **result}
+            for source, result in zip(sources, results, strict=True)
+        ]
+        print(json.dumps({"models": named}) if config.json else comparison_table(named))
+        return 0
+    measured = evaluate(sources[0].folder, config, executor, console)
     if config.json:
-        print(json.dumps({"model": source.name, **measured}))
+        print(json.dumps({"model": sources[0].name, **measured}))
     else:
         print(
             f"perplexity {measured['perplexity']:.4f} on {measured['dataset']} "

@@ -167,3 +167,28 @@ def solve_table(results: dict[str, dict[str, Any]]) -> str:
         )
         lines += [f"  {text}" for text in figures["report"]["deviations"]]
     return "\n".join(lines)
+
+
+def comparison_table(results: list[dict[str, Any]]) -> str:
+    """`prox24 eval`'s results for several models, a line each and at most 80 columns."""
+    first = results[0]
+    width = 80 - 11 - 19 - 9 - 9 - 9
+    lines = [
+        f"{first['dataset']}, {first['nsamples']} x {first['seqlen']} tokens; differences from "
+        f"{first['model']}",
+        f"{'model':<{width}}{'perplexity':>11}{'loss':>19}{'JS':>9}{'KL':>9}{'top-1':>9}",
+    ]
+    for result in results:
+        # The end of a path says more than its beginning.
+        name = str(result["model"])
+        name = name if len(name) < width else f"..{name[len(name) - width + 3 :]}"
+        line = f"{name:<{width}}{result['perplexity']:>11.4f}"
+        if against := result.get("against_first"):
+            loss = f"{against['loss_difference']:+.4f} ± {against['standard_error']:.4f}"
+            line += (
+                f"{loss:>19}{against['jensen_shannon']:>9.4f}{against['kullback_leibler']:>9.4f}"
+                f"{100 * against['same_token']:>7.2f} %"
+            )
+        lines.append(line)
+    lines.append("loss, JS and KL in nats a token; loss with its paired standard error")
+    return "\n".join(lines)

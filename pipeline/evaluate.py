@@ -7,13 +7,16 @@ that evaluating needs no more memory than pruning.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipeline.calibration import evaluation_tokens, load_tokenizer
@@ -24,10 +27,12 @@ from pipeline.loop import BlockLoop
 from pipeline.manifest import data_identity
 from pipeline.model import Skeleton, check_seqlen, check_tokens, open_skeleton
 from pipeline.progress import Progress
+from pipeline.repair import read_inputs
+from pipeline.scoring import Reference
 from pipeline.space import check_evaluation_space
 from pipeline.trace import traced
 from storage.arrow_store import write_tokens
-from storage.errors import NumericalError
+from storage.errors import ConfigError, NumericalError
 from storage.lock import RunLock
 from storage.object_store import Place, absolute, location
 from storage.run_directory import SCRATCH_PREFIX, RunDirectory
@@ -49,6 +54,45 @@ def evaluate(
     executor = traced(make_executor(), config.trace)
     try:
         return measure_perplexity(prepared, config, executor, progress)
+    finally:
+        progress.end()
+        executor.close()
+
+
+def compare(
+    sources: Sequence[Place],
+    config: EvalConfig,
+    make_executor: Callable[[], Executor],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """`evaluate` for several models on the same tokens, each but the first held against the first.
+
+    Each result has what `measure_perplexity` returns; those after the first also `against_first`:
+    `loss_difference` and its `standard_error` (nats a token, paired by sequence: mean and standard
+    error over the sequences), `jensen_shannon` and `kullback_leibler` (means over the predicted
+    tokens, in nats; KL of this model from the first) and `same_token` (the share, 0 to 1, of
+    predicted tokens whose most likely value is the same).
+
+    Raises an `InputError` for bad input before any compute, models with other tokenizers included.
+    """
+    prepared = [prepare(source, config) for source in sources]
+    for other in prepared[1:]:
+        if not torch.equal(other.tokens, prepared[0].tokens):
+            raise ConfigError(
+                f"{other.skeleton.files.place} and {prepared[0].skeleton.files.place} make other "
+                "tokens of the text; only models with the same tokenizer can be compared"
+            )
+    for each in prepared:
+        # Three stores: the first model's last one, and two of the model that runs.
+        check_evaluation_space(config, each.skeleton, -(-3 * len(each.tokens) // 2))
+    executor = traced(make_executor(), config.trace)
+    try:
+        with evaluated(prepared[0], config, executor, progress) as first:
+            results = [first.figures()]
+            for each in prepared[1:]:
+                with evaluated(each, config, executor, progress) as other:
+                    results.append(other.figures() | {"against_first": other.against(first)})
+        return results
     finally:
         progress.end()
         executor.close()
@@ -78,6 +122,66 @@ def prepare(source: Place, config: EvalConfig) -> Prepared:
     return Prepared(skeleton, tokens, identity["name"])
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """A model that has been run on its tokens, its workers and last hidden states still there.
+
+    losses: summed next-token loss (nats) of every sequence.
+    """
+
+    prepared: Prepared
+    config: EvalConfig
+    run: RunDirectory
+    loop: BlockLoop
+    losses: list[float]
+
+    def figures(self) -> dict[str, Any]:
+        """What `measure_perplexity` returns. Raises `NumericalError` where it is not finite."""
+        skeleton, seqlen = self.prepared.skeleton, self.config.seqlen
+        predicted = len(self.losses) * (seqlen - 1)
+        mean = sum(self.losses) / predicted
+        if not math.isfinite(mean):
+            raise NumericalError(
+                f"{skeleton.files.place}: the loss is not finite; try --dtype float32"
+            )
+        return {
+            "perplexity": math.exp(mean),
+            "tokens": len(self.losses) * seqlen,
+            "predicted_tokens": predicted,
+            "seqlen": seqlen,
+            "nsamples": len(self.losses),
+            "dataset": self.prepared.dataset,
+            "dtype": str(skeleton.dtype).removeprefix("torch."),
+        }
+
+    def against(self, first: Evaluated) -> dict[str, float]:
+        """The paired comparison that `compare` returns."""
+        skeleton, block = first.prepared.skeleton, len(first.prepared.skeleton.blocks)
+        reference = Reference(
+            source=location(skeleton.files.place),
+            dtype=str(skeleton.dtype).removeprefix("torch."),
+            run_directory=str(first.run.path),
+            block=block,
+            shards=read_inputs(first.run.activation_record(block)),
+        )
+        outcomes = self.loop.compare(reference)
+        distances = [distance for outcome in outcomes for distance in outcome.value]
+        each = self.config.seqlen - 1
+        predicted = len(distances) * each
+        differences = [
+            (own - other) / each for own, other in zip(self.losses, first.losses, strict=True)
+        ]
+        count = len(differences)
+        spread = statistics.stdev(differences) / math.sqrt(count) if count > 1 else math.nan
+        return {
+            "loss_difference": statistics.fmean(differences),
+            "standard_error": spread,
+            "jensen_shannon": sum(d.jensen_shannon for d in distances) / predicted,
+            "kullback_leibler": sum(d.kullback_leibler for d in distances) / predicted,
+            "same_token": sum(d.same for d in distances) / predicted,
+        }
+
+
 def measure_perplexity(
     prepared: Prepared, config: EvalConfig, executor: Executor, progress: Progress
 ) -> dict[str, Any]:
@@ -88,6 +192,15 @@ def measure_perplexity(
 
     Raises `NumericalError` where the loss is not finite.
     """
+    with evaluated(prepared, config, executor, progress) as found:
+        return found.figures()
+
+
+@contextlib.contextmanager
+def evaluated(
+    prepared: Prepared, config: EvalConfig, executor: Executor, progress: Progress
+) -> Iterator[Evaluated]:
+    """Runs a model block by block, with the ranks of `executor` started anew for it."""
     skeleton, tokens = prepared.skeleton, prepared.tokens
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=config.scratch_dir) as scratch:
         run = RunDirectory(Path(scratch).absolute())
@@ -111,19 +224,7 @@ def measure_perplexity(
                 _job(config, skeleton.files.place, run, len(tokens), stored.sha256, executor)
             )
             losses = [loss for outcome in loop.evaluate() for loss in outcome.value]
-    predicted = len(losses) * (config.seqlen - 1)
-    mean = sum(losses) / predicted
-    if not math.isfinite(mean):
-        raise NumericalError(f"{skeleton.files.place}: the loss is not finite; try --dtype float32")
-    return {
-        "perplexity": math.exp(mean),
-        "tokens": len(losses) * config.seqlen,
-        "predicted_tokens": predicted,
-        "seqlen": config.seqlen,
-        "nsamples": len(losses),
-        "dataset": prepared.dataset,
-        "dtype": str(skeleton.dtype).removeprefix("torch."),
-    }
+            yield Evaluated(prepared, config, run, loop, losses)
 
 
 def _job(

@@ -26,6 +26,7 @@ from pipeline.progress import Progress
 from pipeline.repair import ACTIVATIONS_SCHEMA, CHOICES_SCHEMA, Repairs, read_inputs
 from pipeline.retry import AttemptHistory
 from pipeline.scratch import kept_names
+from pipeline.scoring import Reference
 from pipeline.solvers import merge_reports
 from pipeline.solvers.types import SolveReport
 from storage.checkpoints import BlockRecord, LayerRecord, LayerSlice
@@ -161,11 +162,19 @@ class BlockLoop:
 
     def evaluate(self) -> list[Outcome]:
         """Runs the model as it is, block by block; each rank's losses, in rank order."""
+        return self._at_the_end("losses")
+
+    def compare(self, reference: Reference) -> list[Outcome]:
+        """Each rank's distances from another model, in rank order; `evaluate` has run in both."""
+        return self._at_the_end("distances", reference)
+
+    def _at_the_end(self, phase: str, *arguments: Any) -> list[Outcome]:
+        """A phase on the outputs of the last block, which are made if they are not there."""
 
         def work() -> list[Outcome]:
             shards, _ = self.inputs(self.blocks)
-            self.progress.phase("loss")
-            return self.executor.run("losses", self.each(self.blocks, shards))
+            self.progress.phase(phase)
+            return self.executor.run(phase, self.each(self.blocks, shards, *arguments))
 
         return self.persist("the evaluation", work)
 

@@ -28,6 +28,12 @@ from pipeline.measure import Stopwatch, peak_memory
 from pipeline.memory import explaining
 from pipeline.model import Skeleton, open_skeleton
 from pipeline.observe import BlockObserver
+from pipeline.scoring import (
+    Reference,
+    SequenceDistance,
+    sequence_distances,
+    sequence_losses,
+)
 from pipeline.solvers import SolverSettings, choose_regularization, solver_for
 from pipeline.solvers.types import AUTO
 from pipeline.solving import deal_rows, solve_group
@@ -270,22 +276,15 @@ class BlockWorker:
             return write_files(self.skeleton.files, files, place(folder), replacement, sending)
 
     def losses(self, block: int, shards: list[StoredFile]) -> list[float]:
-        """Summed next-token loss (nats) of each of this rank's sequences, in order.
+        """The losses of this rank's sequences: see `sequence_losses`."""
+        return sequence_losses(self.forward, block, shards)
 
-        `shards` are the outputs of the last block, stored as the inputs of `block`.
-        """
-        with self.watch("load"):
-            ends = ModelEnds(self.skeleton, self.device, head=True)
-        sums = []
-        for _, start, hidden_states in self.forward.own_batches(block, shards, batch_size=1):
-            tokens = self.forward.tokens()[start][None].to(self.device)
-            with self.watch("forward"):
-                logits = ends.logits(tokens, hidden_states)
-                loss = nn.functional.cross_entropy(
-                    logits[0, :-1].float(), tokens[0, 1:], reduction="none"
-                )
-                sums.append(float(loss.double().sum()))
-        return sums
+    def distances(
+        self, block: int, shards: list[StoredFile], reference: Reference
+    ) -> list[SequenceDistance]:
+        """Distances of this rank's sequences from another model: see `sequence_distances`."""
+        trusted = self.job.trust_remote_code
+        return sequence_distances(self.forward, block, shards, reference, trusted)
 
     def scratch(self, what: str, *arguments: Any) -> Any:
         """Does something with this node's scratch: a method of `pipeline.scratch.Scratch`."""

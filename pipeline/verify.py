@@ -1,0 +1,265 @@
+"""`prox24 verify`: whether a pruned model is what it says it is, held against its source.
+
+Weight files are read once, in pieces of bounded size: each is hashed, every pruned layer is looked
+at group by group, and everything else is compared byte by byte with the source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.capture import linear_layers
+from pipeline.model import Skeleton, open_skeleton
+from pipeline.output import RESULT_FILE, RESULT_SCHEMA
+from pipeline.solvers import Pattern
+from storage.commit import CHUNK_BYTES, sha256_file
+from storage.errors import CorruptFileError, ModelError, Prox24Error
+from storage.model_files import ModelFiles, inside
+from storage.output import side_files
+from storage.safetensors_format import (
+    TensorEntry,
+    raw_header,
+    read_header,
+    read_into,
+    torch_dtype,
+)
+
+_MAX_RESULT_BYTES = 256 * 2**20
+# What the output has of its own.
+_OWN_FILES = ("README.md", RESULT_FILE)
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """A pruned layer: its name, shape (R, C), pattern, and the share of exact zeros, 0 to 1.
+
+    holds: whether the pattern holds in every group (or the share is reached, if unstructured).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: str
+    zeros: float
+    holds: bool
+
+
+@dataclass
+class Verification:
+    """What was found. problems: one line each, empty if all is well. bytes: read of the output."""
+
+    layers: list[LayerCheck] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+def verify(
+    output: Path,
+    source: Path,
+    *,
+    trust_remote_code: bool = False,
+    advance: Callable[[str, int, int], None] = lambda file, done, total: None,
+) -> Verification:
+    """Holds the pruned model in `output` against the model in `source` that it was made from.
+
+    Checked: names, shapes, dtypes, headers and index are the source's; the weight files have the
+    hashes that prox24.json states; every linear of a block is pruned or stated as skipped; every
+    pruned one obeys its pattern; every value is finite; every other tensor and file is the source's
+    byte by byte.
+    `advance` is told file, bytes done and bytes in all.
+
+    Raises `ModelError` or `CorruptFileError` where there is nothing to check: no prox24.json, a
+    malformed one, or no model that transformers' class would load.
+    """
+    began = time.perf_counter()
+    results = read_results(output)
+    skeleton = open_skeleton(output.absolute(), dtype=None, trust_remote_code=trust_remote_code)
+    check = _Check(skeleton, ModelFiles.open(source.absolute()), results, advance)
+    check.names()
+    check.side_files()
+    for file in skeleton.files.files:
+        check.weight_file(file)
+    check.found.seconds = time.perf_counter() - began
+    return check.found
+
+
+def read_results(output: Path) -> dict[str, Any]:
+    """The prox24.json of a pruned model.
+
+    Raises `ModelError` where there is none, `CorruptFileError` where it is not one of ours.
+    """
+    path = output / RESULT_FILE
+    if not path.is_file():
+        raise ModelError(f"{path}: missing; {output} is no finished output of prox24")
+    with open(inside(output, RESULT_FILE), "rb") as file:
+        raw = file.read(_MAX_RESULT_BYTES + 1)
+    try:
+        results = json.loads(raw.decode("utf-8"))
+        if results["schema_version"] != RESULT_SCHEMA:
+            raise ValueError(f"schema_version {results['schema_version']}")
+        for layer in results["layers"]:
+            Pattern.parse(_text(layer["pattern"]))
+            _text(layer["name"])
+        for file_ in results["weight_files"]:
+            _text(file_["name"]), _text(file_["sha256"])
+        skipped = [_text(name) for name in results["skipped_layers"]]
+    except (ValueError, KeyError, TypeError, RecursionError, Prox24Error) as error:
+        raise CorruptFileError(f"{path}: not written by this prox24, or altered") from error
+    return {**results, "skipped_layers": skipped}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a string is missing")
+    return value
+
+
+class _Check:
+    """One verification; `found` is what it has come to."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        source: ModelFiles,
+        results: dict[str, Any],
+        advance: Callable[[str, int, int], None],
+    ) -> None:
+        self.found = Verification()
+        self._skeleton, self._output, self._source = skeleton, skeleton.files, source
+        self._results, self._advance = results, advance
+        self._hashes = {f["name"]: f["sha256"] for f in results["weight_files"]}
+        self._total = sum((self._output.folder / f).stat().st_size for f in self._output.files)
+        self._patterns: dict[str, tuple[str, Pattern]] = {}
+
+    def _problem(self, text: str) -> None:
+        self.found.problems.append(text)
+
+    def names(self) -> None:
+        """Weight files and tensors are the source's, and what is pruned is what ought to be."""
+        for what, ours, theirs in (
+            ("weight file", set(self._output.files), set(self._source.files)),
+            ("tensor", set(self._output.tensors), set(self._source.tensors)),
+            ("hash of weight file", set(self._hashes), set(self._output.files)),
+        ):
+            for name in sorted(theirs - ours):
+                self._problem(f"{what} {name} is missing")
+            for name in sorted(ours - theirs):
+                self._problem(f"{what} {name} is not in the source")
+        for layer in self._results["layers"]:
+            name = self._skeleton.tensor_name(f"{layer['name']}.weight")
+            if name is None:
+                self._problem(f"{layer['name']}: {RESULT_FILE} names it, but it has no weight")
+            else:
+                self._patterns[name] = (layer["name"], Pattern.parse(layer["pattern"]))
+        named = {layer["name"] for layer in self._results["layers"]}
+        named |= set(self._results["skipped_layers"])
+        for block, module in enumerate(self._skeleton.blocks):
+            for path in linear_layers(module):
+                name = f"{self._skeleton.block_prefix(block)}{path}"
+                if name not in named:
+                    self._problem(f"{name}: neither pruned nor stated as skipped")
+
+    def side_files(self) -> None:
+        """Config, index, tokenizer and the like are the source's."""
+        ours = set(side_files(self._output)) - set(_OWN_FILES)
+        theirs = set(side_files(self._source)) - set(_OWN_FILES)
+        for name in sorted(theirs - ours):
+            self._problem(f"{name} is missing")
+        for name in sorted(ours - theirs):
+            self._problem(f"{name} is not in the source")
+        for name in sorted(ours & theirs):
+            if sha256_file(inside(self._output.folder, name)) != sha256_file(
+                inside(self._source.folder, name)
+            ):
+                self._problem(f"{name} is not the source's")
+
+    def weight_file(self, file: str) -> None:
+        """Everything in one weight file, read once."""
+        path = inside(self._output.folder, file)
+        digest = hashlib.sha256()
+        with open(path, "rb", buffering=0) as stream:
+            header = raw_header(stream, path)
+            digest.update(header)
+            known = file in self._source.files
+            if known and header != self._source.header_bytes(file):
+                self._problem(f"{file}: its header is not the source's")
+            for entry in read_header(path, file):
+                self._tensor(entry, _pieces(stream, entry, path, digest))
+                self.found.bytes += entry.end - entry.start
+                self._advance(file, self.found.bytes, self._total)
+        if self._hashes.get(file, digest.hexdigest()) != digest.hexdigest():
+            self._problem(f"{file}: its hash is not the one in {RESULT_FILE}")
+
+    def _tensor(self, entry: TensorEntry, pieces: Iterator[tuple[int, torch.Tensor]]) -> None:
+        dtype = torch_dtype(entry.dtype)
+        name, pattern = self._patterns.get(entry.name, (entry.name, None))
+        theirs = self._source.tensors.get(entry.name)
+        if theirs is not None and (theirs.shape, theirs.dtype) != (entry.shape, entry.dtype):
+            self._problem(
+                f"{entry.name}: {entry.dtype} {entry.shape}, in the source {theirs.dtype} "
+                f"{theirs.shape}"
+            )
+            theirs = None
+        zeros, whole, finite, same = 0, True, True, True
+        for at, raw in pieces:
+            values = raw.view(dtype)
+            if dtype.is_floating_point:
+                wide = values if dtype.itemsize > 1 else values.float()
+                finite &= bool(torch.isfinite(wide).all())
+            if pattern is not None:
+                rows = values.reshape(-1, entry.shape[-1])
+                zeros += int((rows == 0).sum())
+                whole &= not pattern.structured or pattern.holds(rows)
+            elif theirs is not None:
+                same &= torch.equal(raw, self._range(theirs, at, len(raw)))
+        if not finite:
+            self._problem(f"{entry.name}: holds NaN or Inf")
+        if not same:
+            self._problem(f"{entry.name}: not pruned, but not the source's either")
+        if pattern is not None:
+            self._layer(name, entry, pattern, zeros, whole)
+
+    def _layer(
+        self, name: str, entry: TensorEntry, pattern: Pattern, zeros: int, whole: bool
+    ) -> None:
+        rows, columns = entry.shape[0], entry.shape[-1]
+        if not pattern.structured:
+            whole = zeros >= int(rows * columns * pattern.sparsity) - rows
+        if not whole:
+            self._problem(f"{name}: does not hold {pattern}")
+        share = zeros / max(rows * columns, 1)
+        self.found.layers.append(LayerCheck(name, entry.shape, str(pattern), share, whole))
+
+    def _range(self, entry: TensorEntry, at: int, count: int) -> torch.Tensor:
+        """Bytes `at` to `at + count` of a tensor of the source, (count,) uint8."""
+        path = inside(self._source.folder, entry.file)
+        raw = torch.empty(count, dtype=torch.uint8)
+        with open(path, "rb", buffering=0) as stream:
+            stream.seek(entry.start + at)
+            read_into(stream, raw, f"{path}: tensor {entry.name}")
+        return raw
+
+
+def _pieces(
+    stream: Any, entry: TensorEntry, path: Path, digest: Any
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """A tensor's bytes in pieces of whole rows, (offset in the tensor, (n,) uint8), hashed.
+
+    A piece has at most CHUNK_BYTES, or one row.
+    """
+    size = entry.end - entry.start
+    row = size // entry.shape[0] if entry.shape and entry.shape[0] else size
+    step = max(CHUNK_BYTES // row, 1) * row if row else 1
+    for at in range(0, size, step):
+        raw = torch.empty(min(step, size - at), dtype=torch.uint8)
+        read_into(stream, raw, f"{path}: tensor {entry.name}")
+        digest.update(raw.numpy().data)
+        yield at, raw

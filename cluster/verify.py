@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rich.box
@@ -29,9 +28,11 @@ _WIDTH = 80
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prox24 verify`."""
-    parser.add_argument("output", metavar="OUTPUT", help="folder that `prox24 prune` has written")
     parser.add_argument(
-        "--source", required=True, help="the model it was made from: local folder, or hub id"
+        "output", metavar="OUTPUT", help="folder or URI that `prox24 prune` has written"
+    )
+    parser.add_argument(
+        "--source", required=True, help="the model it was made from: local folder, URI, or hub id"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
@@ -50,7 +51,7 @@ def verify_command(options: argparse.Namespace) -> int:
     with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as progress:
         task = progress.add_task("verifying", total=None)
         found = verify(
-            Path(options.output),
+            resolve_model(options.output).folder,
             source.folder,
             trust_remote_code=options.trust_remote_code,
             advance=lambda file, done, total: progress.update(task, completed=done, total=total),

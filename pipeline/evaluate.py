@@ -76,11 +76,11 @@ def compare(
     Raises an `InputError` for bad input before any compute, models with other tokenizers included.
     """
     prepared = [prepare(source, config) for source in sources]
-    for other in prepared[1:]:
-        if not torch.equal(other.tokens, prepared[0].tokens):
+    for another in prepared[1:]:
+        if not torch.equal(another.tokens, prepared[0].tokens):
             raise ConfigError(
-                f"{other.skeleton.files.place} and {prepared[0].skeleton.files.place} make other "
-                "tokens of the text; only models with the same tokenizer can be compared"
+                f"{another.skeleton.files.place} and {prepared[0].skeleton.files.place} make "
+                "other tokens of the text; only models with the same tokenizer can be compared"
             )
     for each in prepared:
         # Three stores: the first model's last one, and two of the model that runs.

@@ -14,12 +14,13 @@ from pipeline.forward import Forward
 from pipeline.model import open_skeleton
 from storage.arrow_store import open_activation_shard
 from storage.commit import StoredFile
+from storage.object_store import place
 from storage.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The model to compare with: its folder and forward dtype, and the outputs of its last block,
+    """The model to compare with: its location and forward dtype, and the outputs of its last block,
     stored in its run directory as the inputs of `block`, for the same sequences."""
 
     source: str
@@ -73,7 +74,7 @@ def sequence_distances(
     with forward.watch("load"):
         ends = ModelEnds(forward.skeleton, forward.device, head=True)
         dense = open_skeleton(
-            Path(reference.source), dtype=reference.dtype, trust_remote_code=trust_remote_code
+            place(reference.source), dtype=reference.dtype, trust_remote_code=trust_remote_code
         )
         dense_ends = ModelEnds(dense, forward.device, head=True)
     folder = RunDirectory(Path(reference.run_directory)).activations(reference.block)

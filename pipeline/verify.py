@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +21,13 @@ from pipeline.output import RESULT_FILE, RESULT_SCHEMA
 from pipeline.solvers import Pattern
 from storage.commit import CHUNK_BYTES, sha256_file
 from storage.errors import CorruptFileError, ModelError, Prox24Error
-from storage.model_files import ModelFiles, inside
+from storage.model_files import ModelFiles
+from storage.model_folder import inside
+from storage.object_store import Place, Readable, absolute
 from storage.output import side_files
 from storage.safetensors_format import (
     TensorEntry,
     raw_header,
-    read_header,
     read_into,
     torch_dtype,
 )
@@ -62,8 +62,8 @@ class Verification:
 
 
 def verify(
-    output: Path,
-    source: Path,
+    output: Place,
+    source: Place,
     *,
     trust_remote_code: bool = False,
     advance: Callable[[str, int, int], None] = lambda file, done, total: None,
@@ -80,26 +80,27 @@ def verify(
     malformed one, or no model that transformers' class would load.
     """
     began = time.perf_counter()
-    results = read_results(output)
-    skeleton = open_skeleton(output.absolute(), dtype=None, trust_remote_code=trust_remote_code)
-    check = _Check(skeleton, ModelFiles.open(source.absolute()), results, advance)
+    skeleton = open_skeleton(absolute(output), dtype=None, trust_remote_code=trust_remote_code)
+    results = read_results(skeleton.files)
+    check = _Check(skeleton, ModelFiles.open(absolute(source)), results, advance)
     check.names()
     check.side_files()
-    for file in skeleton.files.files:
-        check.weight_file(file)
+    with check:
+        for file in skeleton.files.files:
+            check.weight_file(file)
     check.found.seconds = time.perf_counter() - began
     return check.found
 
 
-def read_results(output: Path) -> dict[str, Any]:
+def read_results(output: ModelFiles) -> dict[str, Any]:
     """The prox24.json of a pruned model.
 
     Raises `ModelError` where there is none, `CorruptFileError` where it is not one of ours.
     """
-    path = output / RESULT_FILE
+    path = output.folder / RESULT_FILE
     if not path.is_file():
-        raise ModelError(f"{path}: missing; {output} is no finished output of prox24")
-    with open(inside(output, RESULT_FILE), "rb") as file:
+        raise ModelError(f"{output.place}: no {RESULT_FILE}; this is no finished output of prox24")
+    with open(inside(output.folder, RESULT_FILE), "rb") as file:
         raw = file.read(_MAX_RESULT_BYTES + 1)
     try:
         results = json.loads(raw.decode("utf-8"))
@@ -136,8 +137,15 @@ class _Check:
         self._skeleton, self._output, self._source = skeleton, skeleton.files, source
         self._results, self._advance = results, advance
         self._hashes = {f["name"]: f["sha256"] for f in results["weight_files"]}
-        self._total = sum((self._output.folder / f).stat().st_size for f in self._output.files)
+        self._total = sum(self._output.size(file) for file in self._output.files)
         self._patterns: dict[str, tuple[str, Pattern]] = {}
+        self._open: dict[str, Readable] = {}
+
+    def __enter__(self) -> _Check:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
 
     def _problem(self, text: str) -> None:
         self.found.problems.append(text)
@@ -154,11 +162,11 @@ class _Check:
             for name in sorted(ours - theirs):
                 self._problem(f"{what} {name} is not in the source")
         for layer in self._results["layers"]:
-            name = self._skeleton.tensor_name(f"{layer['name']}.weight")
-            if name is None:
+            weight = self._skeleton.tensor_name(f"{layer['name']}.weight")
+            if weight is None:
                 self._problem(f"{layer['name']}: {RESULT_FILE} names it, but it has no weight")
             else:
-                self._patterns[name] = (layer["name"], Pattern.parse(layer["pattern"]))
+                self._patterns[weight] = (layer["name"], Pattern.parse(layer["pattern"]))
         named = {layer["name"] for layer in self._results["layers"]}
         named |= set(self._results["skipped_layers"])
         for block, module in enumerate(self._skeleton.blocks):
@@ -183,16 +191,17 @@ class _Check:
 
     def weight_file(self, file: str) -> None:
         """Everything in one weight file, read once."""
-        path = inside(self._output.folder, file)
         digest = hashlib.sha256()
-        with open(path, "rb", buffering=0) as stream:
-            header = raw_header(stream, path)
+        where = self._output.source.where(file)
+        with self._output.source.open(file, ahead=True) as stream:
+            header = raw_header(stream, self._output.size(file), where)
             digest.update(header)
             known = file in self._source.files
             if known and header != self._source.header_bytes(file):
                 self._problem(f"{file}: its header is not the source's")
-            for entry in read_header(path, file):
-                self._tensor(entry, _pieces(stream, entry, path, digest))
+            own = (entry for entry in self._output.tensors.values() if entry.file == file)
+            for entry in sorted(own, key=lambda entry: entry.start):
+                self._tensor(entry, _pieces(stream, entry, where, digest))
                 self.found.bytes += entry.end - entry.start
                 self._advance(file, self.found.bytes, self._total)
         if self._hashes.get(file, digest.hexdigest()) != digest.hexdigest():
@@ -240,16 +249,25 @@ class _Check:
 
     def _range(self, entry: TensorEntry, at: int, count: int) -> torch.Tensor:
         """Bytes `at` to `at + count` of a tensor of the source, (count,) uint8."""
-        path = inside(self._source.folder, entry.file)
         raw = torch.empty(count, dtype=torch.uint8)
-        with open(path, "rb", buffering=0) as stream:
-            stream.seek(entry.start + at)
-            read_into(stream, raw, f"{path}: tensor {entry.name}")
+        if entry.file not in self._open:
+            # One file at a time: tensors come in the order of the files.
+            self._close()
+            self._open[entry.file] = self._source.source.open(entry.file, ahead=True)
+        stream = self._open[entry.file]
+        stream.seek(entry.start + at)
+        read_into(stream, raw, f"{self._source.source.where(entry.file)}: tensor {entry.name}")
         return raw
+
+    def _close(self) -> None:
+        """Lets go of the source's file that is open."""
+        for stream in self._open.values():
+            stream.close()
+        self._open.clear()
 
 
 def _pieces(
-    stream: Any, entry: TensorEntry, path: Path, digest: Any
+    stream: Any, entry: TensorEntry, where: str, digest: Any
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """A tensor's bytes in pieces of whole rows, (offset in the tensor, (n,) uint8), hashed.
 
@@ -260,6 +278,6 @@ def _pieces(
     step = max(CHUNK_BYTES // row, 1) * row if row else 1
     for at in range(0, size, step):
         raw = torch.empty(min(step, size - at), dtype=torch.uint8)
-        read_into(stream, raw, f"{path}: tensor {entry.name}")
+        read_into(stream, raw, f"{where}: tensor {entry.name}")
         digest.update(raw.numpy().data)
         yield at, raw

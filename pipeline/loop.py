@@ -25,8 +25,8 @@ from pipeline.phase_times import PhaseTimes, add_phase
 from pipeline.progress import Progress
 from pipeline.repair import ACTIVATIONS_SCHEMA, CHOICES_SCHEMA, Repairs, read_inputs
 from pipeline.retry import AttemptHistory
-from pipeline.scratch import kept_names
 from pipeline.scoring import Reference
+from pipeline.scratch import kept_names
 from pipeline.solvers import merge_reports
 from pipeline.solvers.types import SolveReport
 from storage.checkpoints import BlockRecord, LayerRecord, LayerSlice

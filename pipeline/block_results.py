@@ -1,4 +1,4 @@
-"""What a block's record says besides where its weights are, checked before it is relied on.
+"""What a block's record says: made of what the ranks solved, and checked before it is relied on.
 
 `storage` knows of a record's results that they are JSON. The checksum finds accidents; this finds a
 record of another version, or one that was made up.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.job import SolvedSlices
+from pipeline.solvers import merge_reports
 from pipeline.solvers.types import SolveReport
-from storage.checkpoints import BlockRecord, read_block_record
+from storage.checkpoints import BlockRecord, LayerRecord, LayerSlice, read_block_record
 from storage.errors import CorruptFileError
 
 _FIELDS = {field.name: str(field.type) for field in dataclasses.fields(SolveReport)}
@@ -73,3 +75,38 @@ def _is_number(value: object) -> bool:
 def _require(condition: bool, what: str) -> None:
     if not condition:
         raise ValueError(what)
+
+
+def block_record(
+    block: int,
+    attempt: int,
+    world: int,
+    layers: Mapping[str, tuple[tuple[int, int], str]],
+    solved: Sequence[SolvedSlices],
+    results: dict[str, Any],
+) -> BlockRecord:
+    """The record that names every rank's row slices and sums up the layers' reports.
+
+    layers: name -> (R, C) and safetensors dtype.
+    """
+    records = {}
+    for name, (shape, dtype) in layers.items():
+        parts = [part for part in solved if name in part.ranges]
+        parts.sort(key=lambda part: part.ranges[name])
+        slices = [
+            LayerSlice(part.file.name, *part.ranges[name])
+            for part in parts
+            if part.file is not None
+        ]
+        report = merge_reports([SolveReport.from_json(part.reports[name]) for part in parts])
+        records[name] = LayerRecord(
+            shape=shape, dtype=dtype, slices=tuple(slices), results=report.to_json()
+        )
+    return BlockRecord(
+        block=block,
+        attempt=attempt,
+        world=world,
+        files=tuple(part.file for part in solved if part.file is not None),
+        layers=records,
+        results=results,
+    )

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from pipeline.block_results import read_record
+from pipeline.block_results import block_record, read_record
 from pipeline.executor import Executor
 from pipeline.job import Advanced, Job, Observed, Outcome, SolvedSlices
 from pipeline.measure import peak_memory
@@ -27,9 +27,8 @@ from pipeline.repair import ACTIVATIONS_SCHEMA, CHOICES_SCHEMA, Repairs, read_in
 from pipeline.retry import AttemptHistory
 from pipeline.scoring import Reference
 from pipeline.scratch import kept_names
-from pipeline.solvers import merge_reports
 from pipeline.solvers.types import SolveReport
-from storage.checkpoints import BlockRecord, LayerRecord, LayerSlice
+from storage.checkpoints import BlockRecord
 from storage.commit import StoredFile, publish_json, read_json, replace_json
 from storage.errors import CorruptFileError, Prox24Error, WorkerLostError, WorkerMemoryError
 from storage.lock import RunLock
@@ -234,7 +233,14 @@ class BlockLoop:
             "workers": self.executor.workers(),
             "failures": list(self._failures),
         }
-        return self._assemble(block, [part for turn in solved for part in turn], results)
+        return block_record(
+            block,
+            self._attempt,
+            self.executor.world,
+            {name: (shape, self.dtypes[block][name]) for name, shape in self.layers[block].items()},
+            [part for turn in solved for part in turn],
+            results,
+        )
 
     def _calibrate(
         self, block: int, shards: list[StoredFile], turn: int, times: dict[str, PhaseTimes]
@@ -352,35 +358,6 @@ class BlockLoop:
     def read_record(self, block: int) -> BlockRecord:
         """The committed record of a block. Raises `CorruptFileError` where it is damaged."""
         return read_record(self.run.record(block))
-
-    def _assemble(
-        self, block: int, solved: list[SolvedSlices], results: dict[str, Any]
-    ) -> BlockRecord:
-        """The record that names every rank's row slices and sums up the layers' reports."""
-        layers = {}
-        for name, shape in self.layers[block].items():
-            parts = [part for part in solved if name in part.ranges]
-            parts.sort(key=lambda part: part.ranges[name])
-            slices = [
-                LayerSlice(part.file.name, *part.ranges[name])
-                for part in parts
-                if part.file is not None
-            ]
-            report = merge_reports([SolveReport.from_json(part.reports[name]) for part in parts])
-            layers[name] = LayerRecord(
-                shape=shape,
-                dtype=self.dtypes[block][name],
-                slices=tuple(slices),
-                results=report.to_json(),
-            )
-        return BlockRecord(
-            block=block,
-            attempt=self._attempt,
-            world=self.executor.world,
-            files=tuple(part.file for part in solved if part.file is not None),
-            layers=layers,
-            results=results,
-        )
 
     def _timed(
         self, times: dict[str, PhaseTimes], phase: str, arguments: Sequence[tuple[Any, ...]]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import RayError
 
 from cluster.security import require_guarded_dashboard
 from pipeline.config import RuntimeConfig
@@ -40,21 +40,23 @@ def connect(config: RuntimeConfig) -> None:
         with _own_signals():
             ray.init(address="local", include_dashboard=False, **options)
         return
+    listens = False
     try:
-        _knock(address)
+        listens = _knock(address)
         with _own_signals():
             context = ray.init(address=address, **options)
-    except AuthenticationError as error:
-        raise ResourceError(
-            f"the Ray cluster at {address} wants a token that this process does not have: set "
-            "RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token, or into the "
-            "variable RAY_AUTH_TOKEN"
-        ) from error
     except (OSError, RuntimeError, ValueError, RayError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not listens:
+            raise ResourceError(
+                f"no Ray cluster answers at {address} ({_first_line(error)}); start one, or leave "
+                "--ray-address out to use this machine"
+            ) from error
+        # To a driver without the right token Ray says no more than that it cannot connect.
         raise ResourceError(
-            f"no Ray cluster answers at {address} ({first}); start one, or leave --ray-address out "
-            "to use this machine"
+            f"what listens at {address} does not take this driver ({_first_line(error)}): the "
+            "cluster may want its token (RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token "
+            "or $RAY_AUTH_TOKEN), or have another version of Ray or Python; or --ray-address is "
+            "not the cluster's"
         ) from error
     try:
         require_guarded_dashboard(
@@ -67,6 +69,10 @@ def connect(config: RuntimeConfig) -> None:
         raise
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
     """Puts SIGTERM's handler back: Ray's own ends the process at once, without a word on how to
@@ -77,11 +83,13 @@ def _own_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _knock(address: str) -> None:
-    """Raises `OSError` where nothing listens at HOST:PORT: Ray itself tries on for minutes.
+def _knock(address: str) -> bool:
+    """Whether something listens at HOST:PORT; raises `OSError` if not: Ray tries on for minutes.
 
-    Addresses without a port (`auto`) are Ray's to resolve.
+    False, untried, for addresses without a port (`auto`), which are Ray's to resolve.
     """
     host, _, port = address.rpartition("//")[2].partition("?")[0].rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), _KNOCK_SECONDS).close()
+        return True
+    return False

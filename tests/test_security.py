@@ -12,8 +12,9 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from cluster import security
+from cluster import connection, security
 from cluster.security import require_guarded_dashboard
+from pipeline.config import EvalConfig
 from storage.errors import ResourceError
 
 Check = Callable[..., None]
@@ -104,3 +105,20 @@ def test_a_head_at_127_0_0_1_is_looked_at() -> None:
             require_guarded_dashboard(place, "127.0.0.1:6379", accept_open=False)
         # Of a head elsewhere it is that host's own 127.0.0.1.
         require_guarded_dashboard(place, "10.0.0.1:6379", accept_open=False)
+
+
+def test_a_cluster_that_turns_a_driver_away_may_want_a_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray says of a wrong token no more than that it could not connect."""
+
+    def refuse(**options: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at it\nand more")
+
+    monkeypatch.setattr(connection.ray, "init", refuse)
+    with dashboard(200, "") as port:
+        config = EvalConfig(ray_address=f"127.0.0.1:{port}")
+        with pytest.raises(ResourceError, match=r"\(Failed to connect.* at it\).*RAY_AUTH_MODE"):
+            connection.connect(config)
+    with pytest.raises(ResourceError, match="no Ray cluster answers at auto"):
+        connection.connect(EvalConfig(ray_address="auto"))

@@ -63,8 +63,9 @@ srun --export=ALL sh -c 'mkdir -p "$RAY_TMPDIR" && exec "$@"' sh \
     --dashboard-host 127.0.0.1 --object-store-memory 1000000000 -- \
     python -m cluster prune "$MODEL" "$OUTPUT" $OPTIONS --ray-address "$address:$port" || status=$?
 
-# symmetric-run ends with 0 where Ray itself did not start: only the output tells.
-if [ "$status" -eq 0 ] && [ ! -e "$OUTPUT/prox24.json" ]; then
+# symmetric-run ends with 0 where Ray itself did not start: only the output tells (not looked for
+# in an object store).
+if [ "$status" -eq 0 ] && [[ $OUTPUT != *://* ]] && [ ! -e "$OUTPUT/prox24.json" ]; then
     echo "slurm.sh: $OUTPUT is not there: Ray did not start; see above" >&2
     status=1
 fi

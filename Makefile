@@ -10,7 +10,7 @@ QUIET := RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # One thread a process: the tests start several processes on few cores.
 SINGLE := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-slow lint venv clean
+.PHONY: demo test test-slow test-cluster lint venv clean
 
 demo: $(VENV)/.demo-installed
 	$(QUIET) $(BIN)/prox24 demo $(DEMO_ARGS)
@@ -20,6 +20,10 @@ test: $(VENV)/.test-installed
 
 test-slow: $(VENV)/.test-installed
 	$(QUIET) $(SINGLE) $(BIN)/python -m pytest -m slow --timeout 1800 $(TEST_ARGS)
+
+# Hosts in network namespaces, joined by a bridge: needs root, and says so where it may not.
+test-cluster: $(VENV)/.test-installed
+	$(QUIET) $(SINGLE) $(BIN)/python -m pytest -m cluster -rs --timeout 900 $(TEST_ARGS)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

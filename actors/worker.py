@@ -14,20 +14,27 @@ import ray
 
 from actors.logs import open_log
 from actors.metrics import Meter
+from actors.network import choose_endpoint, own_interfaces, use_interface
 from pipeline.collective import Collective, host_meeting
 from pipeline.job import Job, Outcome
 from pipeline.measure import reset_peaks
+from pipeline.sight import complaints
 from pipeline.worker import BlockWorker
+from storage.shared_folders import Marked
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """The process of a rank: Ray's node id, host name, process id and its start (unix time)."""
+    """The process of a rank: Ray's node id, host name and address; process id, start (unix time).
+
+    Host names may be alike; `address` is the one by which the ranks reach this one.
+    """
 
     node: str
     host: str
+    address: str
     pid: int
     started: float
 
@@ -42,13 +49,20 @@ class RankActor:
         self._meter = Meter(Path(job.run_directory).name)
 
     def where(self) -> Whereabouts:
-        """Which process this is."""
+        """Which process this is. Raises `ResourceError` for an interface that it has not."""
+        address = ray.util.get_node_ip_address()
+        self._endpoint = choose_endpoint(address, own_interfaces(), self.job.interface)
         return Whereabouts(
             node=ray.get_runtime_context().get_node_id(),
             host=socket.gethostname(),
+            address=self._endpoint.address,
             pid=os.getpid(),
             started=psutil.Process().create_time(),
         )
+
+    def look(self, marks: tuple[Marked, ...]) -> list[str]:
+        """What this node does not see as the driver does (see `pipeline.sight`)."""
+        return complaints(self.job, marks, self.rank)
 
     def build(self) -> str:
         """Makes the rank; returns the type of its device.
@@ -60,11 +74,10 @@ class RankActor:
 
     def host(self) -> tuple[str, int]:
         """Rank 0 only: opens a meeting point on a fresh port; returns its address."""
-        host = ray.util.get_node_ip_address()
-        self._store = host_meeting(host)
-        return host, self._store.port
+        self._store = host_meeting(self._endpoint.address)
+        return self._endpoint.address, self._store.port
 
-    def join(self, host: str, port: int, timeout: float) -> None:
+    def join(self, host: str, port: int, backend: str, timeout: float) -> None:
         """Joins the collective; every operation in it then waits `timeout` seconds at most.
 
         Again after a peer was lost: what the abandoned attempt left in this rank is dropped.
@@ -74,8 +87,7 @@ class RankActor:
             self.worker.collective = None
         self.worker.forget()
         self.worker.watch.take()
-        use_interface_of(ray.util.get_node_ip_address())
-        backend = "nccl" if self.worker.device.type == "cuda" and self.world > 1 else "gloo"
+        use_interface(self._endpoint, named=self.job.interface is not None)
         if self._store is not None:
             self.worker.collective = Collective(
                 self.rank, self.world, self._store, backend, timeout
@@ -105,15 +117,3 @@ def _told(outcome: Outcome) -> str:
     parts = ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in outcome.seconds.items())
     peak = outcome.memory["rss_bytes"] / 2**20
     return f"{sum(outcome.seconds.values()):.1f} s ({parts}), peak {peak:.0f} MiB"
-
-
-def use_interface_of(address: str) -> None:
-    """Has gloo and NCCL talk through the interface that other nodes reach this one by.
-
-    By default they take the one the host name resolves to, which is often 127.0.0.1. A variable
-    that the user has set wins.
-    """
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(a.address == address for a in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)

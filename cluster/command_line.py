@@ -67,6 +67,8 @@ class Parser(HfArgumentParser):
         names = tuple(n for n in names if "_" not in n or not n.startswith("--"))
         if options.get("const") is True and options.get("default") is False:
             options = {"action": "store_true", "help": options["help"]}
+        if names == ("--workers",):
+            options["type"] = number_or_auto
         action: argparse.Action = super().add_argument(*names, **options)
         return action
 
@@ -74,6 +76,11 @@ class Parser(HfArgumentParser):
         """Prints the complaint and exits with 2."""
         print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
+
+
+def number_or_auto(text: str) -> int | None:
+    """`--workers`: a number, or `auto`, which is the same as leaving the option out."""
+    return None if text == "auto" else int(text)
 
 
 def make_parser() -> argparse.ArgumentParser:

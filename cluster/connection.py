@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
+import actors
+import cluster
+import pipeline
+import storage
 from cluster.security import require_guarded_dashboard
 from pipeline.config import RuntimeConfig
 from storage.errors import ResourceError
 
 # How long a cluster may take to accept a connection.
 _KNOCK_SECONDS = 10.0
+# Where `ray job submit` leaves the job's runtime environment for its driver.
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+# Not sent along: Python makes them anew, and they would change the package's hash.
+_NOT_SENT = ["__pycache__", "*.pyc"]
 
 
-def connect(config: RuntimeConfig) -> None:
-    """Connects to `--ray-address`, $RAY_ADDRESS, or a Ray of our own.
+def connect(config: RuntimeConfig) -> bool:
+    """Connects to `--ray-address`, $RAY_ADDRESS, or a Ray of our own; whether it is our own.
 
     Raises `ResourceError` for an address that does not answer, a cluster that wants a token which
     this process lacks, and one whose dashboard others can use without.
@@ -39,12 +49,12 @@ def connect(config: RuntimeConfig) -> None:
         # More workers than cores may be asked for: the placement says no, not Ray's scheduler.
         with _own_signals():
             ray.init(address="local", include_dashboard=False, **options)
-        return
+        return True
     listens = False
     try:
         listens = _knock(address)
         with _own_signals():
-            context = ray.init(address=address, **options)
+            context = ray.init(address=address, runtime_env=code_to_send(os.environ), **options)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         if not listens:
             raise ResourceError(
@@ -67,6 +77,24 @@ def connect(config: RuntimeConfig) -> None:
     except ResourceError:
         ray.shutdown()
         raise
+    return False
+
+
+def code_to_send(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """The runtime environment that brings prox24 to the nodes: they run what this driver runs.
+
+    None in a job that was submitted with a working directory or modules: Ray gives its workers the
+    same, and this driver runs from there itself.
+    """
+    try:
+        job = json.loads(environment.get(_JOB_VARIABLE) or "{}").get("runtime_env") or {}
+    except (ValueError, AttributeError):
+        job = {}
+    if job.get("working_dir") or job.get("py_modules"):
+        return None
+    packages = (storage, pipeline, actors, cluster)
+    folders = [str(Path(package.__file__ or "").parent) for package in packages]
+    return {"py_modules": folders, "excludes": _NOT_SENT}
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 from storage.errors import ResourceError
 
+# Of how many nodes a message tells one by one.
+_SHOWN_NODES = 12
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -35,18 +38,21 @@ def choose_placement(
     threads: int | None,
     gpus_per_worker: float | None,
     nodes: Sequence[Mapping[str, Any]],
+    *,
+    may_grow: bool = False,
 ) -> Placement:
     """Fills in what the user left open from `ray.nodes()`.
 
     GPUs where there are any, one worker each; else one worker per node, its cores divided by the
-    workers on it. Raises `ResourceError` for more than the cluster has, naming both.
+    workers on it. may_grow: a number of workers that was asked for is taken although the cluster
+    has no room for it yet. Raises `ResourceError` for more than the cluster has, naming both.
     """
     alive = _alive(nodes)
     has_gpus = any(resources.get("GPU", 0) >= 1 for resources in alive)
     gpus = gpus_per_worker if gpus_per_worker is not None else float(has_gpus)
     if workers is None:
         workers = (
-            sum(int(resources.get("GPU", 0) // gpus) for resources in alive)
+            _slots(alive, threads or 1, gpus)
             if gpus
             else sum(resources.get("CPU", 0) >= (threads or 1) for resources in alive)
         )
@@ -57,7 +63,7 @@ def choose_placement(
         while threads > 1 and _slots(alive, threads, gpus) < workers:
             threads -= 1
     slots = _slots(alive, threads, gpus)
-    if workers < 1 or slots < workers:
+    if workers < 1 or (slots < workers and not may_grow):
         wanted = Placement(max(workers, 1), threads, gpus)
         raise ResourceError(
             f"{max(workers, 1)} workers of {wanted.text()} each are more than the cluster's "
@@ -98,6 +104,93 @@ def placement_after_loss(
         f"that are left hold {room}, and none came back in {node_wait:g} s (--node-wait); "
         f"committed blocks are kept: bring the missing node back and run the same command "
         f"again{shrink}"
+    )
+
+
+@dataclass(frozen=True)
+class NodeRoom:
+    """A living node: Ray's id, its address for people, what it has and what of that is free."""
+
+    id: str
+    address: str
+    total: Mapping[str, float]
+    free: Mapping[str, float]
+
+    def holds(self, placement: Placement) -> int:
+        """Workers that fit in what is free."""
+        return _slots([self.free], placement.threads, placement.gpus)
+
+    def text(self, placement: Placement) -> str:
+        """What is free, for how many workers, and what one more would need besides."""
+        kinds = placement.bundle()
+        free = " and ".join(
+            f"{self.free.get(kind, 0):g} of {self.total.get(kind, 0):g} {kind}" for kind in kinds
+        )
+        holds = self.holds(placement)
+        lacks = {
+            kind: (holds + 1) * amount - self.free.get(kind, 0) for kind, amount in kinds.items()
+        }
+        lacking = " and ".join(f"{amount:g} {kind}" for kind, amount in lacks.items() if amount > 0)
+        return f"{self.address} has {free} free, for {holds}; one more lacks {lacking}"
+
+
+def node_rooms(
+    nodes: Sequence[Mapping[str, Any]], available: Mapping[str, Mapping[str, float]]
+) -> list[NodeRoom]:
+    """The living nodes of `ray.nodes()`; `available`: node id -> free resources, where known."""
+    return [
+        NodeRoom(
+            id=node["NodeID"],
+            address=node["NodeManagerAddress"],
+            total=node["Resources"],
+            free=available.get(node["NodeID"], {}),
+        )
+        for node in nodes
+        if node.get("Alive")
+    ]
+
+
+def pack(placement: Placement, rooms: Sequence[NodeRoom]) -> list[str] | None:
+    """The node (by id) of each rank, on as few nodes as possible; None without room for all.
+
+    The roomiest nodes are filled, but the last taken is the smallest that holds the rest: larger
+    ones stay whole for others. Ranks of one node follow each other.
+    """
+
+    def spare(room: NodeRoom) -> tuple[float, str]:
+        """Of nodes that serve alike, those without GPUs come first where none are asked for."""
+        return (0.0 if placement.gpus else room.total.get("GPU", 0.0), room.id)
+
+    left, chosen = placement.workers, list[str]()
+    open_rooms = [room for room in rooms if room.holds(placement)]
+    while left:
+        if not open_rooms:
+            return None
+        enough = [room for room in open_rooms if room.holds(placement) >= left]
+        if enough:
+            room = min(enough, key=lambda room: (room.holds(placement), *spare(room)))
+        else:
+            room = min(open_rooms, key=lambda room: (-room.holds(placement), *spare(room)))
+        open_rooms.remove(room)
+        taken = min(left, room.holds(placement))
+        chosen += [room.id] * taken
+        left -= taken
+    return chosen
+
+
+def shortage(placement: Placement, rooms: Sequence[NodeRoom]) -> str:
+    """What is free and what is missing, per node, for people; on one line."""
+    held = sum(room.holds(placement) for room in rooms)
+    missing = max(placement.workers - held, 0)
+    lacking = " and ".join(f"{missing * n:g} {kind}" for kind, n in placement.bundle().items())
+    shown = sorted(rooms, key=lambda room: (-room.holds(placement), room.address))
+    texts = [room.text(placement) for room in shown[:_SHOWN_NODES]]
+    if len(shown) > _SHOWN_NODES:
+        rest = sum(room.holds(placement) for room in shown[_SHOWN_NODES:])
+        texts.append(f"{len(shown) - _SHOWN_NODES} more nodes, for {rest}")
+    return (
+        f"{placement.workers} workers of {placement.text()} each find room for {held} on "
+        f"{len(rooms)} nodes: {'; '.join(texts)}; missing in all: {lacking} for {missing} more"
     )
 
 

@@ -12,20 +12,19 @@ from typing import Any
 import psutil
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import (
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.network import choose_backend, require_reachable
 from actors.worker import RankActor, Whereabouts
 from cluster.connection import connect
 from cluster.failures import is_of_the_worker, translate
 from cluster.placement import Placement, choose_placement, placement_after_loss
+from cluster.reservation import Reservation, growth_requested, reserve
+from cluster.sight import require_sight
 from pipeline.config import RuntimeConfig
 from pipeline.job import Job, Outcome
 from storage.errors import Prox24Error, ResourceError, WorkerLostError
+from storage.shared_folders import marked
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +61,14 @@ class RayExecutor:
         `note` is told what the user should know while nothing goes on. Raises `ResourceError` for
         an address that does not answer, or for more than the cluster has.
         """
-        connect(config)
+        ours = connect(config)
         try:
             self.placement: Placement = choose_placement(
-                config.workers, config.threads, config.gpus_per_worker, ray.nodes()
+                config.workers,
+                config.threads,
+                config.gpus_per_worker,
+                ray.nodes(),
+                may_grow=not ours,
             )
         except ResourceError:
             ray.shutdown()
@@ -76,9 +79,9 @@ class RayExecutor:
         self._timeout = config.phase_timeout
         self._job: Job | None = None
         self._ranks: list[_Rank | None] = []
-        self._group: Any = None
-        # Ray's ids of the nodes that hold the group's bundles.
-        self._nodes: set[str] = set()
+        self._reserved: Reservation | None = None
+        # Whether all ranks have once been there: before that no node was lost.
+        self._ran = False
 
     @property
     def world(self) -> int:
@@ -127,7 +130,12 @@ class RayExecutor:
     def workers(self) -> list[dict[str, Any]]:
         """Who runs the ranks, for the records: host, process id and Ray's node id of each."""
         return [
-            {"host": r.where.host, "pid": r.where.pid, "node": r.where.node}
+            {
+                "host": r.where.host,
+                "address": r.where.address,
+                "pid": r.where.pid,
+                "node": r.where.node,
+            }
             for r in self._ranks
             if r is not None and r.where is not None
         ]
@@ -141,17 +149,10 @@ class RayExecutor:
     def _restart(self) -> None:
         """All ranks anew, on the nodes that there are."""
         self._stop_actors()
-        self.placement = self._room()
+        if self._ran:
+            self.placement = self._room()
         self._ranks = [None] * self.world
-        self._group = placement_group(
-            [self.placement.bundle()] * self.world, strategy="PACK", name="prox24"
-        )
-        if not self._group.wait(_START_SECONDS):
-            raise ResourceError(
-                f"the cluster did not make room for {self.world} workers ({self.placement.text()} "
-                f"each) in {_START_SECONDS:.0f} s; free: {ray.available_resources()}"
-            )
-        self._nodes = set(placement_group_table(self._group)["bundles_to_node_id"].values())
+        self._reserved = reserve(self.placement, self._config.placement_timeout, self._note)
         try:
             self._fill()
         except _NodeLost as error:
@@ -160,27 +161,29 @@ class RayExecutor:
     def _room(self) -> Placement:
         """The placement to go on with; waits for lost nodes as the options say."""
         began, told = time.monotonic(), False
-        while True:
-            waited = time.monotonic() - began
-            placement = placement_after_loss(
-                self._wanted,
-                self.placement,
-                ray.nodes(),
-                waited=waited,
-                node_wait=self._config.node_wait,
-                on_lost_node=self._config.on_lost_node,
-            )
-            if placement is not None:
-                if placement.workers < self.placement.workers:
-                    self._note(f"going on with {placement.workers} of {self.world} workers")
-                return placement
-            if not told:
-                told = True
-                self._note(
-                    f"a node is lost, and the others have no room for {self.world} workers; "
-                    f"waiting {self._config.node_wait:g} s for it (--node-wait)"
+        with contextlib.ExitStack() as waiting:
+            while True:
+                waited = time.monotonic() - began
+                placement = placement_after_loss(
+                    self._wanted,
+                    self.placement,
+                    ray.nodes(),
+                    waited=waited,
+                    node_wait=self._config.node_wait,
+                    on_lost_node=self._config.on_lost_node,
                 )
-            time.sleep(_LOOK_SECONDS)
+                if placement is not None:
+                    if placement.workers < self.placement.workers:
+                        self._note(f"going on with {placement.workers} of {self.world} workers")
+                    return placement
+                if not told:
+                    told = True
+                    waiting.enter_context(growth_requested(self._wanted))
+                    self._note(
+                        f"a node is lost, and the others have no room for {self.world} workers; "
+                        f"waiting {self._config.node_wait:g} s for it (--node-wait)"
+                    )
+                time.sleep(_LOOK_SECONDS)
 
     def _fill(self) -> None:
         """Makes the ranks that are missing, then joins all. `_NodeLost` if a bundle's node goes."""
@@ -191,19 +194,35 @@ class RayExecutor:
         for rank in missing:
             self._drop(rank)
             self._ranks[rank] = _Rank(self._place(rank))
-        asked = {rank: self._actor(rank).where.remote() for rank in missing}
-        built = {rank: self._actor(rank).build.remote() for rank in missing}
-        for rank, where in self._collect(asked, "start", timeout, watch=True).items():
-            self._known(rank).where = where
+        built = self._look(missing)
         for rank, device in self._collect(built, "start", timeout, watch=True).items():
             self._known(rank).device = device
+        devices = [self._known(rank).device for rank in range(self.world)]
+        backend = choose_backend(devices, self.placement.gpus)
         host, port = self._collect({0: self._actor(0).host.remote()}, "start", timeout)[0]
         joining = {}
         for rank in range(self.world):
             self._known(rank).joined = False
-            joining[rank] = self._actor(rank).join.remote(host, port, self._timeout)
+            joining[rank] = self._actor(rank).join.remote(host, port, backend, self._timeout)
         for rank in self._collect(joining, "start", timeout):
             self._known(rank).joined = True
+        self._ran = True
+
+    def _look(self, missing: Sequence[int]) -> dict[int, Any]:
+        """Learns where the new ranks are and what they see; returns their calls of `build`."""
+        timeout = _START_SECONDS
+        shared = self._job.shared if self._job is not None else ()
+        with marked(shared) as marks:
+            asked = {rank: self._actor(rank).where.remote() for rank in missing}
+            looks = {rank: self._actor(rank).look.remote(marks) for rank in missing}
+            built = {rank: self._actor(rank).build.remote() for rank in missing}
+            for rank, where in self._collect(asked, "start", timeout, watch=True).items():
+                self._known(rank).where = where
+            places = {n: r.where for n, r in enumerate(self._ranks) if r is not None and r.where}
+            complaints = self._collect(looks, "start", timeout, watch=True)
+            require_sight(marks, complaints, places)
+        require_reachable([place.address for place in places.values()])
+        return built
 
     def _place(self, rank: int) -> Any:
         options = {
@@ -212,7 +231,7 @@ class RayExecutor:
             "max_restarts": 0,
             "max_task_retries": 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=self._group, placement_group_bundle_index=rank
+                placement_group=self._held().group, placement_group_bundle_index=rank
             ),
         }
         return ray.remote(RankActor).options(**options).remote(self._job, rank, self.world)
@@ -229,20 +248,27 @@ class RayExecutor:
     def _name(self, rank: int) -> str:
         """A rank for people."""
         where = self._known(rank).where
-        return f"worker {rank}" + (f" (process {where.pid} on {where.host})" if where else "")
+        if where is None:
+            return f"worker {rank}"
+        return f"worker {rank} (process {where.pid} on {where.host}, {where.address})"
 
     def _lost_nodes(self) -> set[str]:
         """Nodes of the placement group's bundles that do not live any more."""
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        return self._nodes - alive
+        return set(self._reserved.nodes) - alive if self._reserved is not None else set()
+
+    def _held(self) -> Reservation:
+        if self._reserved is None:
+            raise WorkerLostError("the workers' placement group is gone")
+        return self._reserved
 
     def _stop_actors(self) -> None:
         for rank in range(len(self._ranks)):
             self._drop(rank)
         self._ranks = []
-        if self._group is not None:
-            remove_placement_group(self._group)
-            self._group, self._nodes = None, set()
+        if self._reserved is not None:
+            self._reserved.release()
+            self._reserved = None
 
     def _drop(self, rank: int) -> None:
         """Ends a rank's process, whatever it does.

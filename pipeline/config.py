@@ -35,6 +35,8 @@ PLACEMENT_FIELDS = frozenset(
         "phase_timeout",
         "on_lost_node",
         "node_wait",
+        "placement_timeout",
+        "network_interface",
         "gpus_per_worker",
         "workers",
         "threads",
@@ -144,8 +146,8 @@ class RuntimeConfig:
     )
     workers: int | None = option(
         None,
-        "number of workers, one per GPU or CPU slot; unset: with Ray one per GPU of the cluster, "
-        "without GPUs one per node; with the local executor 1",
+        "number of workers, one per GPU or CPU slot; unset, or `auto`: with Ray one per GPU of the "
+        "cluster, without GPUs one per node; with the local executor 1",
     )
     threads: int | None = option(
         None,
@@ -189,6 +191,16 @@ class RuntimeConfig:
     node_wait: float = option(
         300.0, "seconds that a lost node is given to come back, or another to come in its place"
     )
+    placement_timeout: float = option(
+        300.0,
+        "seconds that the cluster is given to make room for the workers: for other jobs to end, "
+        "nodes to join, or an autoscaler to add some",
+    )
+    network_interface: str | None = option(
+        None,
+        "network interface (`eth0`) by which the workers reach one another; unset: that of the "
+        "address by which Ray knows the node",
+    )
     trust_remote_code: bool = option(False, "run model code that the model folder carries")
     verbose: bool = option(False, "show Ray's own log and debug messages")
     debug: bool = option(False, "show the traceback of an error")
@@ -199,6 +211,7 @@ class RuntimeConfig:
         require(self, "gpus_per_worker", at_least=0)
         require(self, "phase_timeout", at_least=1)
         require(self, "node_wait", at_least=0)
+        require(self, "placement_timeout", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from pipeline.model import Skeleton, check_seqlen, check_tokens, open_skeleton
 from pipeline.progress import Progress
 from pipeline.repair import read_inputs
 from pipeline.scoring import Reference
+from pipeline.sight import scratch_of
 from pipeline.space import check_evaluation_space
 from pipeline.trace import traced
 from storage.arrow_store import write_tokens
@@ -220,23 +221,21 @@ def evaluated(
                 chooses=False,
                 max_attempts=3,
             )
-            loop.start(
-                _job(config, skeleton.files.place, run, len(tokens), stored.sha256, executor)
-            )
+            loop.start(_job(config, skeleton, run, len(tokens), stored.sha256, executor))
             losses = [loss for outcome in loop.evaluate() for loss in outcome.value]
             yield Evaluated(prepared, config, run, loop, losses)
 
 
 def _job(
     config: EvalConfig,
-    place: Place,
+    skeleton: Skeleton,
     run: RunDirectory,
     nsamples: int,
     tokens_sha256: str,
     executor: Executor,
 ) -> Job:
     return Job(
-        source=location(place),
+        source=location(skeleton.files.place),
         run_directory=str(run.path),
         tokens_sha256=tokens_sha256,
         settings=None,
@@ -248,4 +247,7 @@ def _job(
         threads=executor.threads,
         skip_unsupported=True,
         trust_remote_code=config.trust_remote_code,
+        source_identity=skeleton.files.identity(),
+        shared=scratch_of(run),
+        interface=config.network_interface,
     )

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.capture import LayerGroup
 from pipeline.solvers import SolverSettings
 from storage.commit import StoredFile
+from storage.shared_folders import SharedFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,10 @@ class Job:
     `settings` is None for an evaluation. `tokens_sha256` is of the tokens' file. `save_layers` is a
     pattern of layer names whose weight and Hessian are saved, or None. `trace`: whether outcomes
     tell what was done when. `lock_file`: the driver's hold on the run directory. `scratch`: the
-    job's folder on each node's own scratch, for activation shards, or None.
+    job's folder on each node's own scratch, for activation shards, or None. `shared`: folders
+    that must be the same on every node, and `source_identity` (see `ModelFiles`) that of the model.
+    `interface`: the network interface that ranks talk through, or None for the one of the address
+    by which Ray knows their node.
     """
 
     source: str
@@ -36,6 +40,9 @@ class Job:
     trace: bool = False
     lock_file: str | None = None
     scratch: str | None = None
+    source_identity: str | None = None
+    shared: tuple[SharedFolder, ...] = ()
+    interface: str | None = None
 
 
 @dataclass(frozen=True)

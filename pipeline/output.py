@@ -202,7 +202,7 @@ def _uploads(run: RunDirectory, output: ObjectFolder, guard: Guard) -> Uploads:
 @contextlib.contextmanager
 def _partial(output: Path, run: RunDirectory, lock: RunLock) -> Iterator[Path]:
     """A new folder beside `output`, of this owner of the run alone; gone in the end."""
-    partial = output.with_name(_partial_prefix(output, run) + lock.nonce[:STAMP_DIGITS])
+    partial = output.with_name(partial_prefix(output, run) + lock.nonce[:STAMP_DIGITS])
     make_directory(partial)
     try:
         yield partial
@@ -230,7 +230,7 @@ def _discard_partials(output: Path, run: RunDirectory, lock: RunLock) -> None:
     Each folder is renamed first, in one step: a former owner that wakes up just before its last
     rename finds it whole or not at all, and never publishes a folder that is half deleted.
     """
-    prefix = _partial_prefix(output, run)
+    prefix = partial_prefix(output, run)
     pattern = re.compile(re.escape(prefix) + f"[0-9a-f]{{{STAMP_DIGITS}}}")
     if not output.parent.is_dir():
         return
@@ -243,7 +243,8 @@ def _discard_partials(output: Path, run: RunDirectory, lock: RunLock) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _partial_prefix(output: Path, run: RunDirectory) -> str:
+def partial_prefix(output: Path, run: RunDirectory) -> str:
+    """Begins the names of what this run makes beside `output`; `discard_partials` knows them."""
     return f".{output.name}.partial-{run.path.name}-"
 
 

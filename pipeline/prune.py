@@ -30,6 +30,7 @@ from pipeline.progress import Progress
 from pipeline.recorded_progress import recorded
 from pipeline.report import read_summary, summarize, write_summary
 from pipeline.scratch import check_scratch_room, scratch_folder
+from pipeline.sight import folders_of
 from pipeline.solvers import solver_for
 from pipeline.solvers.types import AUTO
 from pipeline.space import activation_bytes, check_job_space
@@ -123,7 +124,7 @@ def prune(
         tokens = committed_tokens(run, lock, skeleton, config, manifest, progress)
         executor = traced(make_executor(), config.trace)
         try:
-            loop = _start(run, lock, skeleton, config, executor, progress, tokens)
+            loop = _start(run, lock, skeleton, config, executor, progress, tokens, output)
             with _forced(config, progress):
                 rooms = [outcome.value for outcome in loop.guarded("room", loop.each)]
                 check_memory(skeleton, config, rooms, progress)
@@ -209,6 +210,7 @@ def _start(
     executor: Executor,
     progress: Progress,
     tokens: StoredFile,
+    output: Path,
 ) -> BlockLoop:
     settings = config.solver_settings(config.method)
     layers = [
@@ -254,6 +256,9 @@ def _start(
             save_layers=config.save_layers,
             lock_file=str(lock.path),
             scratch=scratch_folder(run, config.scratch_dir, lock.assert_held),
+            source_identity=skeleton.files.identity(),
+            shared=folders_of(run, output),
+            interface=config.network_interface,
         )
     )
     return loop

@@ -12,6 +12,7 @@
 `arrow_store`         activation shards and calibration tokens as Arrow IPC files
 `checkpoints`         row slices of pruned layers, and the record that commits a block
 `run_directory`       where everything of one job lies
+`shared_folders`      whether every node sees the same folders: marker files
 `status_file`         what a job is doing, for people who look in from outside
 `output`              the pruned model, written in the source's own layout
 `uploads`             an output in an object store: what was sent, and what makes it whole

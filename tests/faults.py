@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from actors.worker import RankActor, Whereabouts
+from storage.shared_folders import Marked
 
 # Where a worker may be struck: the function at whose n-th call in the phase it happens.
 POINTS = {
@@ -85,6 +86,14 @@ class Plan:
                 continue
         return False
 
+    def make_blind(self, rank: int) -> None:
+        """From now on that rank's node does not see the folders that the driver sees."""
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / f"blind-{rank}").touch()
+
+    def blind(self, rank: int) -> bool:
+        return (self.folder / f"blind-{rank}").exists()
+
     def struck(self, fault: Fault) -> list[dict[str, Any]]:
         """When and which process, for each strike."""
         paths = sorted(self.folder.glob(f"{fault.name}.*"))
@@ -110,9 +119,15 @@ class FaultyActor(RankActor):
         self._install()
         return super().where()
 
-    def join(self, host: str, port: int, timeout: float) -> None:
+    def look(self, marks: tuple[Marked, ...]) -> list[str]:
+        if self._plan.blind(self.rank):
+            # Its node has another folder at the same path.
+            marks = tuple(dataclasses.replace(m, place=f"{m.place}-of-its-own") for m in marks)
+        return super().look(marks)
+
+    def join(self, host: str, port: int, backend: str, timeout: float) -> None:
         self._enter("join", None)
-        super().join(host, port, timeout)
+        super().join(host, port, backend, timeout)
 
     def perform(self, phase: str, *arguments: Any) -> Any:
         block = arguments[0] if arguments and isinstance(arguments[0], int) else None

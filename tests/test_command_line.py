@@ -39,6 +39,8 @@ PRUNE_OPTIONS = {
     "--workers": "one per GPU",
     "--gpus-per-worker": "1 if the cluster has GPUs",
     "--ray-address": "Ray of its own",
+    "--placement-timeout": "300",
+    "--network-interface": "by which Ray knows the node",
     "--executor": "ray",
     "--dtype": "the source's",
     "--device": "cuda where there is one",
@@ -111,6 +113,16 @@ def test_a_yaml_file_and_the_command_line_over_it(tmp_path: Path) -> None:
         skip_unsupported=True,
         seed=4,
     )
+
+
+def test_workers_auto_is_the_default_and_a_number_wins(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("workers: 4\n")
+    base = ["prune", "model", "output", "--config", str(file)]
+    assert config_from(parse(base), PruneConfig).workers == 4
+    assert config_from(parse([*base, "--workers", "auto"]), PruneConfig) == PruneConfig()
+    with pytest.raises(SystemExit):
+        parse([*base, "--workers", "all"])
 
 
 def test_a_job_from_a_yaml_file(tiny_model: TinyModel, text: Path, tmp_path: Path) -> None:

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement import Placement, choose_placement, placement_after_loss
+from cluster.placement import (
+    NodeRoom,
+    Placement,
+    choose_placement,
+    node_rooms,
+    pack,
+    placement_after_loss,
+    shortage,
+)
 from storage.errors import ResourceError
 
 
@@ -89,6 +97,106 @@ def test_a_placement_fits_node_by_node(
 def test_what_ray_is_asked_for() -> None:
     assert Placement(2, 4, 0).bundle() == {"CPU": 4}
     assert Placement(2, 4, 0.5).bundle() == {"CPU": 4, "GPU": 0.5}
+
+
+def test_a_cluster_that_may_grow_is_asked_for_more_than_it_has() -> None:
+    nodes = [node(16, 4)]
+    assert choose_placement(8, None, None, nodes, may_grow=True) == Placement(8, 1, 1)
+    assert choose_placement(2, None, 1.0, [node(1)], may_grow=True) == Placement(2, 1, 1)
+    # How many is not known where there is nothing yet.
+    with pytest.raises(ResourceError, match="--workers"):
+        choose_placement(None, None, 1.0, [node(1)], may_grow=True)
+
+
+def room(name: str, gpus: float, cpus: float = 64, *, of: float | None = None) -> NodeRoom:
+    """A node with so many GPUs free of those it has."""
+    total = {"CPU": 64.0, "GPU": of if of is not None else gpus}
+    return NodeRoom(name, f"10.0.0.{name}", total, {"CPU": cpus, "GPU": gpus})
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "counts"),
+    [
+        (8, [4, 8, 4], {"1": 8}),
+        # The smallest node that holds all, not the roomiest: larger ones stay whole for others.
+        (4, [8, 4, 4], {"1": 4}),
+        (3, [4, 8, 2], {"0": 3}),
+        (10, [4, 8, 2], {"1": 8, "2": 2}),
+        (12, [4, 4, 8], {"2": 8, "0": 4}),
+        (14, [4, 8, 4], {"1": 8, "0": 4, "2": 2}),
+        (16, [4, 8, 4], {"1": 8, "0": 4, "2": 4}),
+        (5, [0, 3, 4], {"2": 4, "1": 1}),
+    ],
+)
+def test_as_few_nodes_as_possible_take_part(
+    workers: int, gpus: list[int], counts: dict[str, int]
+) -> None:
+    rooms = [room(str(number), free) for number, free in enumerate(gpus)]
+    chosen = pack(Placement(workers, 1, 1), rooms)
+    assert chosen is not None
+    assert {name: chosen.count(name) for name in chosen} == counts
+    # A node's ranks follow each other.
+    assert chosen == sorted(chosen, key=list(counts).index)
+
+
+@given(free=st.lists(st.integers(0, 9), min_size=1, max_size=7), workers=st.integers(1, 40))
+def test_packing_takes_the_fewest_nodes_and_no_more_than_they_have(
+    free: list[int], workers: int
+) -> None:
+    rooms = [room(str(number), gpus) for number, gpus in enumerate(free)]
+    chosen = pack(Placement(workers, 1, 1), rooms)
+    if chosen is None:
+        assert sum(free) < workers
+        return
+    assert len(chosen) == workers
+    assert all(chosen.count(str(number)) <= gpus for number, gpus in enumerate(free))
+    fewest = next(n for n in range(1, 9) if sum(sorted(free)[-n:]) >= workers)
+    assert len(set(chosen)) == fewest
+
+
+def test_cpus_limit_a_node_as_gpus_do() -> None:
+    assert pack(Placement(4, 2, 1), [room("0", 4, cpus=5), room("1", 4)]) == ["1"] * 4
+    assert pack(Placement(2, 2, 0), [room("0", 0, cpus=3), room("1", 0, cpus=2)]) == ["0", "1"]
+    assert pack(Placement(1, 2, 1), [room("0", 4, cpus=1)]) is None
+
+
+def test_workers_without_gpus_leave_nodes_with_gpus_alone_where_they_can() -> None:
+    rooms = [room("0", 4, cpus=8), room("1", 0, cpus=8), room("2", 8, cpus=8)]
+    assert pack(Placement(8, 1, 0), rooms) == ["1"] * 8
+    assert pack(Placement(9, 1, 0), rooms) == ["1"] * 8 + ["0"]
+
+
+def test_what_is_free_and_what_is_missing_is_told_per_node() -> None:
+    rooms = [room("1", 3, cpus=2, of=4), room("2", 0, of=8)]
+    text = shortage(Placement(4, 1, 1), rooms)
+    for part in (
+        "4 workers of 1 CPU and 1 GPU each find room for 2 on 2 nodes",
+        "10.0.0.1 has 2 of 64 CPU and 3 of 4 GPU free, for 2; one more lacks 1 CPU",
+        "10.0.0.2 has 64 of 64 CPU and 0 of 8 GPU free, for 0; one more lacks 1 GPU",
+        "missing in all: 2 CPU and 2 GPU for 2 more",
+    ):
+        assert part in text
+    assert "\n" not in text
+
+
+def test_a_large_cluster_is_told_in_short() -> None:
+    text = shortage(Placement(400, 1, 1), [room(str(number), 2) for number in range(100)])
+    assert "find room for 200 on 100 nodes" in text
+    assert "88 more nodes, for 176" in text
+    assert len(text) < 2000
+
+
+def test_the_nodes_of_a_cluster_and_what_is_free_on_them() -> None:
+    nodes = [
+        node(4) | {"NodeID": "a", "NodeManagerAddress": "10.0.0.1"},
+        node(4) | {"NodeID": "b", "NodeManagerAddress": "10.0.0.2"},
+        node(4, alive=False) | {"NodeID": "c", "NodeManagerAddress": "10.0.0.3"},
+    ]
+    rooms = node_rooms(nodes, {"a": {"CPU": 3.0}})
+    assert [(r.id, r.address, r.holds(Placement(9, 1, 0))) for r in rooms] == [
+        ("a", "10.0.0.1", 3),
+        ("b", "10.0.0.2", 0),
+    ]
 
 
 def after_loss(workers: int, nodes: list[Any], **changed: Any) -> Placement | None:

@@ -102,6 +102,21 @@ def test_a_node_that_comes_back(source: Source, nodes: Nodes, tmp_path: Path) ->
     assert any("a node is lost" in note for note in job.progress.notes)
 
 
+def test_a_node_that_does_not_see_the_run_directory(
+    source: Source, nodes: Nodes, tmp_path: Path
+) -> None:
+    """Refused before compute, naming the node; nothing is left of the question."""
+    job = start(source, tmp_path, nodes)
+    job.plan.make_blind(1)
+    with pytest.raises(ResourceError) as caught:
+        job.run()
+    for text in ("node ", "does not see", "(--run-dir)", str(job.run_directory), "share"):
+        assert text in str(caught.value)
+    assert not job.output.exists()
+    assert not job.run_directory.exists()
+    assert list(tmp_path.glob(".*")) == []
+
+
 @pytest.mark.slow
 def test_a_node_lost_for_good_and_fewer_workers(
     source: Source, nodes: Nodes, tmp_path: Path

@@ -13,12 +13,16 @@ from ray.exceptions import (
 )
 
 from pipeline.memory import remedy
-from storage.errors import Prox24Error, WorkerLostError, WorkerMemoryError
+from storage.errors import Prox24Error, ResourceError, WorkerLostError, WorkerMemoryError
 
 # Ray's own words on a death: why the process ended, in the line that says so.
 _EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)(?:\. Some common causes|$)", re.MULTILINE)
 _REASON = re.compile(r"^The actor is dead because (.*?)\.?$", re.MULTILINE)
 _NODE_MEMORY = re.compile(r"was (\S+ used / \S+) limit")
+# Of an actor whose class could not be imported: what Ray says, the node, and the error itself.
+_NOT_IMPORTED = "failed to import on the worker"
+_ADDRESS = re.compile(r"\bip=([\w.:]+)")
+_ERROR_LINE = re.compile(r"^(?:\x1b\[\d+m)*(\w*(?:Error|Exception): .*)$", re.MULTILINE)
 _CAUSE_CHARACTERS = 300
 
 
@@ -27,7 +31,8 @@ def translate(error: Exception, phase: str, worker: str) -> Exception:
 
     What the worker raised itself comes out as it is; a worker over Ray's memory limit as
     `WorkerMemoryError`; a process that is gone, and whatever else Ray reports, as
-    `WorkerLostError` with the cause.
+    `WorkerLostError` with the cause. A node that cannot import prox24 or what it needs is a
+    `ResourceError`: that would only come again.
     """
     if isinstance(error, OutOfMemoryError):
         found = _NODE_MEMORY.search(str(error))
@@ -40,6 +45,14 @@ def translate(error: Exception, phase: str, worker: str) -> Exception:
         if isinstance(cause, Exception) and not isinstance(cause, RayError):
             return cause
         return Prox24Error(f"phase {phase}: {worker} failed: {last_line(error)}")
+    if isinstance(error, ActorDiedError) and _NOT_IMPORTED in str(error):
+        address, lines = _ADDRESS.search(str(error)), _ERROR_LINE.findall(str(error))
+        node = f"node {address[1]}" if address else f"the node of {worker}"
+        why = lines[-1][:_CAUSE_CHARACTERS] if lines else "no reason given"
+        return ResourceError(
+            f"{node} cannot import prox24 and what it needs ({why}); install its dependencies "
+            "there, in the driver's versions"
+        )
     if isinstance(error, (ActorDiedError, ActorUnavailableError)):
         return WorkerLostError(f"phase {phase}: {worker} is gone ({_why(str(error))})")
     if isinstance(error, RayError):

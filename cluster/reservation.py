@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,9 +100,10 @@ def _group(placement: Placement, nodes: Sequence[str] | None) -> Any:
     pinned: dict[str, Any] = {}
     if nodes is not None:
         pinned["bundle_label_selector"] = [{_NODE_LABEL: node} for node in nodes]
-    return placement_group(
-        [placement.bundle()] * placement.workers, strategy="PACK", name="prox24", **pinned
-    )
+    # Names are unique, and there may be two for a moment.
+    name = f"prox24-{secrets.token_hex(4)}"
+    bundles = [placement.bundle()] * placement.workers
+    return placement_group(bundles, strategy="PACK", name=name, **pinned)
 
 
 def _placed(

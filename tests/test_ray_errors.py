@@ -14,7 +14,13 @@ from ray.exceptions import (
 
 from cluster.failures import is_of_the_worker, translate
 from pipeline.memory import explained, is_out_of_memory
-from storage.errors import NumericalError, Prox24Error, WorkerLostError, WorkerMemoryError
+from storage.errors import (
+    NumericalError,
+    Prox24Error,
+    ResourceError,
+    WorkerLostError,
+    WorkerMemoryError,
+)
 
 
 def task_error(cause: Exception) -> RayTaskError:
@@ -50,6 +56,22 @@ def test_whatever_else_ray_says_carries_its_cause(error: Exception, texts: list[
         assert text in str(told)
     assert "\n" not in str(told)
     assert not is_of_the_worker(error)
+
+
+def test_a_node_without_the_dependencies_is_named_and_not_tried_again() -> None:
+    creation = RayTaskError(
+        "RankActor.__init__",
+        "ray::RankActor.__init__() (pid=7, ip=10.0.0.2, actor_id=1)\n"
+        "RuntimeError: The actor with name RankActor failed to import on the worker. This may be "
+        "because needed library dependencies are not installed in the worker environment:\n\n"
+        "Traceback (most recent call last):\n"
+        "ModuleNotFoundError: No module named 'safetensors'",
+        RuntimeError("import"),
+    )
+    told = translate(ActorDiedError(creation), "start", "worker 1")
+    assert isinstance(told, ResourceError)
+    for text in ("node 10.0.0.2", "No module named 'safetensors'", "install its dependencies"):
+        assert text in str(told)
 
 
 @pytest.mark.parametrize(("phase", "remedy"), [("advance", "--batch-size"), ("solve", "--workers")])

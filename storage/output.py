@@ -6,6 +6,7 @@ not at all.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
@@ -274,7 +275,10 @@ def _check_target(partial: Path, output: Path, overwrite: bool) -> None:
         raise OutputError(f"{output}: is a file; name a folder that does not exist yet")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise OutputError(f"{output}: exists and is not empty; --overwrite replaces it")
-    for inner, what in ((partial, "the new model"), (Path.cwd(), "the working directory")):
+    inside = [(partial, "the new model")]
+    with contextlib.suppress(FileNotFoundError):  # Ray may delete a job's while it runs
+        inside.append((Path.cwd(), "the working directory"))
+    for inner, what in inside:
         if output.exists() and inner.is_relative_to(output):
             raise OutputError(f"{output}: contains {what} and cannot be replaced; choose another")
     make_directory(output.parent)

@@ -148,6 +148,8 @@ class Network:
             options += ["--include-dashboard=false", f"--system-config={json.dumps(HEALTH)}"]
         else:
             options += [f"--address={self.address}"]
+            # Its own, as on a machine of its own: what Ray unpacks here another node deletes.
+            before = f"mount -t tmpfs none {self.folder} && {before}"
         names = {option.partition("=")[0] for option in more}
         options = [option for option in options if option.partition("=")[0] not in names]
         command = ("sh", "-c", f'{before} && exec "$@"', "sh", python, *RAY, "start", *options)

@@ -207,6 +207,18 @@ def test_what_must_not_be_replaced_is_not(tmp_path: Path, monkeypatch: pytest.Mo
     assert (who_is(partial), who_is(here), a_file.read_text()) == ("new", "mine", "mine")
 
 
+def test_a_working_directory_that_is_gone_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray may delete that of a submitted job while it still runs."""
+    partial = fill(tmp_path / "partial", "new")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    publish_output(partial, tmp_path / "out", overwrite=False)
+    assert who_is(tmp_path / "out") == "new"
+
+
 def test_an_output_that_is_a_link_stays_one(tmp_path: Path) -> None:
     partial, target = fill(tmp_path / "partial", "new"), fill(tmp_path / "target", "old")
     (tmp_path / "link").symlink_to(target)

@@ -78,7 +78,7 @@ def hosts(python: Path) -> Iterator[Network]:
 def job_options(source: Source) -> list[str]:
     return [
         f"--dataset={source[1]}", "--workers=2", "--nsamples=8", "--seqlen=32",
-        "--batch-size=2", "--threads=1", "--debug",
+        "--batch-size=2", "--threads=1",
     ]  # fmt: skip
 
 

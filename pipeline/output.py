@@ -244,7 +244,7 @@ def _discard_partials(output: Path, run: RunDirectory, lock: RunLock) -> None:
 
 
 def partial_prefix(output: Path, run: RunDirectory) -> str:
-    """Begins the names of what this run makes beside `output`; `discard_partials` knows them."""
+    """Begins the names of what this run makes beside `output`; `recover` knows them."""
     return f".{output.name}.partial-{run.path.name}-"
 
 

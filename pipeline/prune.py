@@ -210,7 +210,7 @@ def _start(
     executor: Executor,
     progress: Progress,
     tokens: StoredFile,
-    output: Path,
+    output: Place,
 ) -> BlockLoop:
     settings = config.solver_settings(config.method)
     layers = [

@@ -12,7 +12,7 @@ import pytest
 from actors.worker import Whereabouts
 from cluster.sight import require_sight
 from pipeline.job import Job
-from pipeline.output import discard_partials
+from pipeline.output import recover
 from pipeline.sight import complaints, folders_of
 from storage import shared_folders
 from storage.errors import OutputError, ResourceError
@@ -148,5 +148,5 @@ def test_what_a_killed_check_leaves_is_swept(tmp_path: Path) -> None:
     with marked(folders) as marks:
         with RunLock(run.path) as lock:
             run.sweep_uncommitted()
-            discard_partials(output, run, lock)
+            recover(output, run, lock)
         assert [mark for mark in marks if Path(mark.place).exists()] == []

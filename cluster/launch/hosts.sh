@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# prox24 on hosts of your own. On each host, with the same prox24 installed:
+# prox24 on hosts of your own. On each host, with prox24's dependencies installed, or prox24:
 #
 #   ./hosts.sh token                 on the first: makes ~/.ray/auth_token; copy it to the others
 #   ./hosts.sh head                  on the first

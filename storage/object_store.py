@@ -36,6 +36,10 @@ from storage.errors import ConfigError, ResourceError
 PART_BYTES = 8 * 2**20
 """What one request reads."""
 
+LEAST_BYTES = 2**16
+"""What a request reads at the least. pyarrow cannot try a read again whose answer, an error, is
+longer than what was asked for."""
+
 PARALLEL = 8
 """Requests at a time for one file; with PART_BYTES the bound on what is in memory."""
 
@@ -360,7 +364,7 @@ class ObjectFile:
     def _request(self, stop: int) -> None:
         """Keeps requests under way for what comes next, up to the offset `stop`."""
         while self._next < stop and len(self._parts) < PARALLEL:
-            size = min(PART_BYTES, stop - self._next)
+            size = min(PART_BYTES, max(stop - self._next, LEAST_BYTES), self.size - self._next)
             future = self._pool.submit(self._file.read_at, size, self._next)
             self._parts.append((self._next, future))
             self._next += size

@@ -10,8 +10,10 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 PATIENCE = 60.0
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "wJalr-secret-testing"}
@@ -63,12 +65,30 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         process.wait()
 
 
+class Flaky:
+    """Refuses the first two of equal requests for what is in a folder named `flaky`."""
+
+    def __init__(self, application: Any) -> None:
+        self.application = application
+        self.seen: Counter[str] = Counter()
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        if "/flaky/" in environ["PATH_INFO"]:
+            request = "{REQUEST_METHOD} {PATH_INFO} {QUERY_STRING}".format_map(environ)
+            self.seen[request] += 1
+            if self.seen[request] < 3:
+                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+                start_response("503 Slow Down", [("Content-Type", "application/xml")])
+                return [b"<Error><Code>SlowDown</Code></Error>"]
+        return self.application(environ, start_response)
+
+
 def main(told: str) -> None:
     """Serves until it is killed."""
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
-    application = DomainDispatcherApplication(create_backend_app)
+    application = Flaky(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, application, threaded=True)
     Path(f"{told}.new").write_text(str(server.port))
     os.replace(f"{told}.new", told)

@@ -86,6 +86,17 @@ def test_an_object_is_read_in_ranges(bucket: ObjectFolder, monkeypatch: pytest.M
     assert bucket.state("y") is None
 
 
+@pytest.mark.slow  # the client waits longer each time
+def test_what_fails_for_a_moment_is_tried_again(bucket: ObjectFolder, s3: S3Server) -> None:
+    folder = bucket / "flaky"
+    with folder.upload("x") as writer:
+        writer.write(b"data" * 1000)
+    with folder.open("x") as file:
+        assert file.read(9) == b"datadatad"
+    refused = [line for line in s3.log.read_text().splitlines() if " 503 " in line]
+    assert all(any(method in line for line in refused) for method in ("POST", "PUT", "HEAD", "GET"))
+
+
 def test_an_upload_that_fails_leaves_no_object(bucket: ObjectFolder) -> None:
     with pytest.raises(ZeroDivisionError), bucket.upload("x") as writer:
         writer.write(b"half")

@@ -22,6 +22,7 @@ from storage.errors import ConfigError, ResourceError
 from tests.injection import Injection
 from tests.jobs import SMALL, contents, prune_here, write_text
 from tests.processes import Driver
+from tests.tiny_models import save_tiny_model
 
 OPTIONS: dict[str, Any] = {"method": "wanda", "workers": 2}
 
@@ -61,14 +62,21 @@ class Nodes(LocalExecutor):
         return super().run(phase, arguments)
 
 
-class Case:
-    def __init__(self, model: Path, folder: Path) -> None:
-        self.model, self.folder = model, folder
+class Whole:
+    """A model, a text, and the output of a job without scratch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = save_tiny_model(folder / "tiny", blocks=3)
         self.text = write_text(folder / "text.txt", 2048)
-        self.scratch = folder / "scratch"
-        self.scratch.mkdir()
         options = {**OPTIONS, "dataset": str(self.text)}
-        self.expected = contents(prune_here(model, folder / "expected", **options).output)
+        self.expected = contents(prune_here(self.model, folder / "expected", **options).output)
+
+
+class Case:
+    def __init__(self, whole: Whole, folder: Path) -> None:
+        self.model, self.text, self.expected = whole.model, whole.text, whole.expected
+        self.folder, self.scratch = folder, folder / "scratch"
+        self.scratch.mkdir()
 
     def run(
         self, names: Sequence[str] = "ab", before: Callable[[str, int], None] | None = None
@@ -96,9 +104,14 @@ class Case:
         return sorted(self.scratch.glob(f"{name}/{FOLDER_PREFIX}*/activations/*/*.arrow"))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return Whole(tmp_path_factory.mktemp("scratch"))
+
+
 @pytest.fixture
-def case(tiny_model: Callable[..., Path], tmp_path: Path) -> Case:
-    return Case(tiny_model("llama", blocks=3), tmp_path)
+def case(whole: Whole, tmp_path: Path) -> Case:
+    return Case(whole, tmp_path)
 
 
 class Stop(Exception):

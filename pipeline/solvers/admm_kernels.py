@@ -17,11 +17,11 @@ from pipeline.solvers.prox_kernels import (
     PIECE,
     Array,
     compiled,
-    in_threads,
     load,
     solve,
     store,
 )
+from pipeline.solvers.threads import in_threads
 
 
 @compiled

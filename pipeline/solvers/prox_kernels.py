@@ -13,19 +13,17 @@ This module imports numba: `prox` imports it only when it is there.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.solvers.threads import in_threads
+
 PIECE = 256  # groups in a buffer: 24 float32 arrays of this length are 24 KiB
 _LANES = 64  # lists are filled up with zeros to a multiple of this, a multiple of any vector
-_THREAD_GROUPS = 1 << 12  # a thread is worth its start from this many groups on
 
 # Arrays in the buffer, by their first index. One base pointer and constant distances, because LLVM
 # gives up on proving that many separate arrays do not overlap. 1 to 4: sorted, largest first.
@@ -381,23 +379,3 @@ def prox_numba(
     arguments = (z.reshape(-1), lam, max(z.shape[1] // 4, 1))
     rest = (result.reshape(-1), steps, z.dtype.type(tolerance))
     in_threads(lambda start, stop: _run(*arguments, start, stop, *rest), z.size // 4, threads)
-
-
-def in_threads(work: Callable[[int, int], object], count: int, threads: int) -> None:
-    """Call ``work`` on consecutive ranges of ``count`` groups, at most ``threads`` at a time."""
-    threads = max(1, min(threads, count // _THREAD_GROUPS))
-    share = -(-count // threads)
-    # The pool is held: starting threads for one pass costs more than a small pass itself.
-    others = [
-        _pool(os.getpid(), threads - 1).submit(work, start, min(start + share, count))
-        for start in range(share, count, share)
-    ]
-    work(0, min(share, count))
-    for other in others:
-        other.result()
-
-
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Helper threads of this process: a forked child inherits the cache, but no threads."""
-    return ThreadPoolExecutor(threads, thread_name_prefix=f"prox24-{process}")

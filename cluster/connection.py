@@ -22,7 +22,7 @@ import pipeline
 import storage
 from cluster.security import require_guarded_dashboard
 from pipeline.config import RuntimeConfig
-from storage.errors import ResourceError
+from storage.errors import ResourceError, first_line
 
 # How long a cluster may take to accept a connection.
 _KNOCK_SECONDS = 10.0
@@ -58,12 +58,12 @@ def connect(config: RuntimeConfig) -> bool:
     except (OSError, RuntimeError, ValueError, RayError) as error:
         if not listens:
             raise ResourceError(
-                f"no Ray cluster answers at {address} ({_first_line(error)}); start one, or leave "
+                f"no Ray cluster answers at {address} ({first_line(error)}); start one, or leave "
                 "--ray-address out to use this machine"
             ) from error
         # To a driver without the right token Ray says no more than that it cannot connect.
         raise ResourceError(
-            f"what listens at {address} does not take this driver ({_first_line(error)}): the "
+            f"what listens at {address} does not take this driver ({first_line(error)}): the "
             "cluster may want its token (RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token "
             "or $RAY_AUTH_TOKEN), or have another version of Ray or Python; or --ray-address is "
             "not the cluster's"
@@ -95,10 +95,6 @@ def code_to_send(environment: Mapping[str, str]) -> dict[str, Any] | None:
     packages = (storage, pipeline, actors, cluster)
     folders = [str(Path(package.__file__ or "").parent) for package in packages]
     return {"py_modules": folders, "excludes": _NOT_SENT}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

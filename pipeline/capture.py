@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.model import Skeleton, first_line
-from storage.errors import ModelError
+from pipeline.model import Skeleton
+from storage.errors import ModelError, first_line
 
 
 @dataclass(frozen=True)

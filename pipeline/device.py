@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.model import first_line
 from pipeline.planning.machine import available_memory
-from storage.errors import ConfigError
+from storage.errors import ConfigError, first_line
 
 
 def choose_device(name: str | None) -> torch.device:

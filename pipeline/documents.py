@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.errors import DataError
+from storage.errors import DataError, first_line
 
 LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
 DEFAULT_CONFIG = {"allenai/c4": "en", "Salesforce/wikitext": "wikitext-2-raw-v1"}
@@ -188,7 +188,7 @@ def _parquet_documents(path: Path, text_column: str | None) -> Iterator[str]:
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[column]):
                 yield from _strings(batch.column(0), path)
     except pa.ArrowException as error:
-        raise DataError(f"{path} is no readable Parquet file: {_first_line(error)}") from error
+        raise DataError(f"{path} is no readable Parquet file: {first_line(error)}") from error
 
 
 def _arrow_documents(path: Path, text_column: str | None) -> Iterator[str]:
@@ -201,7 +201,7 @@ def _arrow_documents(path: Path, text_column: str | None) -> Iterator[str]:
                 for start in range(0, len(column), _ROWS_AT_ONCE):
                     yield from _strings(column.slice(start, _ROWS_AT_ONCE), path)
     except pa.ArrowException as error:
-        raise DataError(f"{path} is no readable Arrow file: {_first_line(error)}") from error
+        raise DataError(f"{path} is no readable Arrow file: {first_line(error)}") from error
 
 
 def _validate(column: Any, path: Path) -> None:
@@ -278,9 +278,5 @@ def _hub_documents(dataset: str, text_column: str | None, splits: tuple[str, ...
     except Exception as error:  # the hub's client, its file systems and parsers share no root
         raise DataError(
             f"{dataset} is not a local file and cannot be read from the hub "
-            f"({type(error).__name__}: {_first_line(error)}): check the name and the network"
+            f"({type(error).__name__}: {first_line(error)}): check the name and the network"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "no reason given")

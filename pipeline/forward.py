@@ -24,8 +24,8 @@ from storage.arrow_store import (
     read_tokens,
     write_activation_shard,
 )
-from storage.commit import StoredFile
 from storage.errors import ConfigError, NumericalError
+from storage.hashing import StoredFile
 from storage.lock import require_owner
 from storage.run_directory import RunDirectory
 

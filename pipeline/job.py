@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.capture import LayerGroup
 from pipeline.solvers import SolverSettings
-from storage.commit import StoredFile
+from storage.hashing import StoredFile
 from storage.shared_folders import SharedFolder
 
 

@@ -29,8 +29,9 @@ from pipeline.scoring import Reference
 from pipeline.scratch import kept_names
 from pipeline.solvers.types import SolveReport
 from storage.checkpoints import BlockRecord
-from storage.commit import StoredFile, publish_json, read_json, replace_json
+from storage.commit import publish_json, read_json, replace_json
 from storage.errors import CorruptFileError, Prox24Error, WorkerLostError, WorkerMemoryError
+from storage.hashing import StoredFile
 from storage.lock import RunLock
 from storage.run_directory import RunDirectory
 

@@ -170,11 +170,6 @@ def check_tokens(skeleton: Skeleton, tokens: Tensor) -> None:
         )
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for one-line reports."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _forward_dtype(config: PreTrainedConfig, files: ModelFiles, name: str | None) -> torch.dtype:
     if name is not None:
         if name not in FORWARD_DTYPES:

@@ -27,8 +27,9 @@ from pipeline.model_card import model_card
 from pipeline.version import VERSION
 from storage.checked_json import MAX_JSON_BYTES
 from storage.checkpoints import BlockRecord
-from storage.commit import StoredFile, make_directory, sha256_bytes, write_new_file
+from storage.commit import make_directory, sha256_bytes, write_new_file
 from storage.errors import OutputError
+from storage.hashing import StoredFile
 from storage.lock import RunLock
 from storage.object_store import ObjectFolder, Place, location
 from storage.output import copy_side_files, publish_output, read_side_files, recover_output

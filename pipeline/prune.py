@@ -38,7 +38,6 @@ from pipeline.split import deal
 from pipeline.tokens_file import committed_tokens, mend_tokens
 from pipeline.trace import traced
 from storage.checkpoints import BlockRecord
-from storage.commit import StoredFile
 from storage.errors import (
     ConfigError,
     CorruptFileError,
@@ -46,6 +45,7 @@ from storage.errors import (
     ResourceError,
     RunDirectoryError,
 )
+from storage.hashing import StoredFile
 from storage.lock import RunLock
 from storage.object_store import ObjectFolder, Place, absolute, lies_in, location, resolved
 from storage.run_directory import RunDirectory

@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.manifest import MANIFEST_SCHEMA
 from storage.checkpoints import BlockRecord
-from storage.commit import StoredFile, read_json, replace_by, replace_json, sha256_file
+from storage.commit import read_json, replace_by, replace_json, sha256_file
 from storage.errors import CorruptFileError
+from storage.hashing import StoredFile
 from storage.mending import damage
 from storage.run_directory import RECORD_NAME
 

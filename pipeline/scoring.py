@@ -13,7 +13,7 @@ from pipeline.divergence import divergences
 from pipeline.forward import Forward
 from pipeline.model import open_skeleton
 from storage.arrow_store import open_activation_shard
-from storage.commit import StoredFile
+from storage.hashing import StoredFile
 from storage.object_store import place
 from storage.run_directory import RunDirectory
 

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.repair import read_inputs
-from storage.commit import StoredFile, make_directory, read_json, replace_json
+from storage.commit import make_directory, read_json, replace_json
 from storage.errors import InputError, ResourceError
+from storage.hashing import StoredFile
 from storage.mending import damage
 from storage.run_directory import RunDirectory
 

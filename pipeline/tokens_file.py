@@ -12,8 +12,9 @@ from pipeline.config import PruneConfig
 from pipeline.model import Skeleton, check_tokens
 from pipeline.progress import Progress
 from storage.arrow_store import write_tokens
-from storage.commit import StoredFile, replace_by, temporary_name
+from storage.commit import replace_by, temporary_name
 from storage.errors import CorruptFileError
+from storage.hashing import StoredFile
 from storage.lock import RunLock
 from storage.mending import damage
 from storage.run_directory import RunDirectory

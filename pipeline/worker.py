@@ -45,8 +45,8 @@ from pipeline.statistics import (
     statistics_bytes,
 )
 from storage.checkpoints import BlockRecord, RowSlice, read_layer, verify_record, write_row_slices
-from storage.commit import StoredFile
 from storage.errors import ModelError, NumericalError
+from storage.hashing import StoredFile
 from storage.layer_files import write_layer_file
 from storage.lock import require_owner
 from storage.model_files import WeightFileFingerprint, fingerprint_weight_file

@@ -19,15 +19,15 @@ import math
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from storage.commit import StoredFile, open_own, verify_file, write_new_file
+from storage.commit import open_own, verify_file, write_new_file
 from storage.errors import ConfigError, CorruptFileError, RunDirectoryError
+from storage.hashing import StoredFile
 
 ARROW_SCHEMA = 1
 
@@ -169,12 +169,7 @@ class ActivationShard:
     def __enter__(self) -> ActivationShard:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

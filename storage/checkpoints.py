@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from storage.checked_json import is_count
-from storage.commit import StoredFile, is_plain_name, read_json, verify_file, write_new_file
+from storage.commit import read_json, verify_file, write_new_file
 from storage.errors import CorruptFileError
+from storage.hashing import StoredFile, is_plain_name
 from storage.safetensors_format import (
     header_for,
     read_header,

@@ -28,12 +28,12 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
-from storage.checked_json import MAX_JSON_BYTES, decode_json, encode_json, is_count
+from storage.checked_json import MAX_JSON_BYTES, decode_json, encode_json
 from storage.errors import CorruptFileError, ResourceError, RunDirectoryError
+from storage.hashing import HashingStream
 
 logger = logging.getLogger(__name__)
 
@@ -48,56 +48,6 @@ _FULL = {  # what to do about a write that found no room
 
 TEMPORARY_SUFFIX = ".tmp"
 """Ends the name of every file that is not committed yet and was never meant to be read."""
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """One file as a record names it.
-
-    name: file name within the directory that the record is about; no folders.
-    sha256: of the whole file, lower-case hexadecimal.
-    bytes: size of the file.
-    rows: sequences, or weight rows, that it holds; 0 where rows mean nothing.
-    """
-
-    name: str
-    sha256: str
-    bytes: int
-    rows: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The dictionary that `from_json` reads."""
-        return {
-            "name": self.name,
-            "sha256": self.sha256,
-            "bytes": self.bytes,
-            "rows": self.rows,
-        }
-
-    @staticmethod
-    def from_json(data: object, source: str = "record") -> StoredFile:
-        """Raises CorruptFileError, naming `source`, for anything `to_json` does not write."""
-        if not isinstance(data, dict):
-            raise CorruptFileError(f"{source}: a file entry is not an object")
-        name, sha256 = data.get("name"), data.get("sha256")
-        size, rows = data.get("bytes"), data.get("rows")
-        if not (is_plain_name(name) and is_sha256(sha256) and is_count(size) and is_count(rows)):
-            raise CorruptFileError(f"{source}: a file entry is malformed")
-        return StoredFile(str(name), str(sha256), cast(int, size), cast(int, rows))
-
-
-def is_plain_name(value: object) -> bool:
-    """True for a file name without folders: it cannot lead out of its directory."""
-    return (
-        isinstance(value, str)
-        and value not in ("", ".", "..")
-        and not any(c in value for c in "/\\\0")
-    )
-
-
-def is_sha256(value: object) -> bool:
-    """True for 64 lower-case hexadecimal digits."""
-    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
 def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
@@ -164,7 +114,7 @@ def make_directory(path: Path) -> None:
         fsync_directory(path.parent)
 
 
-class HashingWriter:
+class HashingWriter(HashingStream):
     """A binary file open for writing that hashes what passes through it.
 
     Nothing is read back to be hashed, and the hash is that of what was meant to be written, so a
@@ -172,17 +122,8 @@ class HashingWriter:
     """
 
     def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
         self._file = file
-        self._digest = hashlib.sha256()
-        self._bytes = 0
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Append `data` (any contiguous buffer); return its size in bytes."""
-        view = memoryview(data).cast("B")
-        self._file.write(view)
-        self._digest.update(view)
-        self._bytes += view.nbytes
-        return view.nbytes
 
     def tell(self) -> int:
         """Bytes written so far."""
@@ -208,20 +149,6 @@ class HashingWriter:
     def closed(self) -> bool:
         """Whether `close` or `abandon` was called."""
         return self._file.closed
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of everything written so far, lower-case hexadecimal."""
-        return self._digest.hexdigest()
-
-    @property
-    def bytes(self) -> int:
-        """Bytes written so far."""
-        return self._bytes
-
-    def stored(self, name: str, rows: int = 0) -> StoredFile:
-        """What a record says about this file."""
-        return StoredFile(name, self.sha256, self._bytes, rows)
 
     def fileno(self) -> int:
         """The file descriptor."""

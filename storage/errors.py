@@ -79,3 +79,8 @@ class RunInterrupted(Prox24Error):
     """SIGINT or SIGTERM arrived. Committed blocks are kept; the same command goes on."""
 
     exit_code: ClassVar[int] = 130
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for one-line reports."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

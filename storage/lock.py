@@ -29,7 +29,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from storage.checked_json import decode_json, encode_json, is_count
@@ -162,12 +161,7 @@ class RunLock:
             time.sleep(random.uniform(0.02, 0.2))  # another one claimed at the same time
         raise RunDirectoryError(f"{self.directory}: too many processes want it; start one only")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._owner is None or self._pid != os.getpid():
             return  # a forked child does not give up its parent's lock
         path = self.path

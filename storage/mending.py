@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from storage.commit import StoredFile, sha256_file
+from storage.commit import sha256_file
+from storage.hashing import StoredFile
 
 
 def damage(path: Path, stored: StoredFile, *, hashed: bool) -> str | None:

@@ -12,8 +12,8 @@ again by the store's own client, with growing pauses; what still fails then is a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
-import hashlib
 import io
 import os
 import re
@@ -23,15 +23,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs
 
-from storage.commit import StoredFile
-from storage.errors import ConfigError, ResourceError
+from storage.errors import ConfigError, ResourceError, first_line
+from storage.hashing import HashingStream
 
 PART_BYTES = 8 * 2**20
 """What one request reads."""
@@ -167,7 +166,7 @@ class ObjectFolder:
             self._filesystem().delete_file(f"{self.path}/{name}")
 
     @contextlib.contextmanager
-    def upload(self, name: str) -> Iterator[UploadWriter]:
+    def upload(self, name: str) -> Iterator[HashingStream]:
         """Write an object in parts; it appears whole when the block ends, or not at all.
 
         What was sent before an error, or before this process was killed, stays in the store as an
@@ -175,21 +174,27 @@ class ObjectFolder:
         """
         with reaching(self / name):
             stream = self._filesystem().open_output_stream(f"{self.path}/{name}")
-        writer = UploadWriter(stream)
+        writer = HashingStream(stream)
         try:
             with reaching(self / name):
                 yield writer
                 stream.close()
         except BaseException:
-            # pyarrow would complete the upload of a stream that it closes, or that is collected.
-            _ABANDONED.append(stream)
+            _abandon(stream)
             raise
 
     def _filesystem(self) -> Any:
         return _filesystem(self.scheme, self.path.partition("/")[0], self.options, _environment())
 
 
-_ABANDONED: list[Any] = []
+def _abandon(stream: Any) -> None:
+    """Let an upload be neither completed nor waited for, now or at the process's end.
+
+    pyarrow has no call that gives an upload up. Its destructor completes it; after the interpreter
+    has shut the store's client down, it waits for ever. So the stream gets a reference that no one
+    gives back.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))
 
 
 def is_uri(text: str) -> bool:
@@ -234,9 +239,8 @@ def reaching(what: ObjectFolder) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ResourceError(
-            f"{what}: {lines[0].strip()}; look at the address, the credentials and the bucket's "
+            f"{what}: {first_line(error)}; look at the address, the credentials and the bucket's "
             "permissions, then run the same command again"
         ) from error
 
@@ -271,35 +275,6 @@ def _filesystem(
         connect_timeout=_CONNECT_SECONDS,
         request_timeout=_SILENT_SECONDS,
     )
-
-
-class UploadWriter:
-    """An object being written, hashed on its way."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream, self._digest, self._bytes = stream, hashlib.sha256(), 0
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Append `data` (any contiguous buffer); return its size in bytes."""
-        view = memoryview(data).cast("B")
-        self._stream.write(view)
-        self._digest.update(view)
-        self._bytes += view.nbytes
-        return view.nbytes
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of everything written so far, lower-case hexadecimal."""
-        return self._digest.hexdigest()
-
-    @property
-    def bytes(self) -> int:
-        """Bytes written so far."""
-        return self._bytes
-
-    def stored(self, name: str) -> StoredFile:
-        """What a record says about this object."""
-        return StoredFile(name, self.sha256, self._bytes)
 
 
 class ObjectFile:
@@ -348,7 +323,7 @@ class ObjectFile:
                 data = coming.result()
             except (OSError, pa.ArrowException) as error:
                 raise ResourceError(
-                    f"{self._where}: {str(error).splitlines()[0]}; run the same command again"
+                    f"{self._where}: {first_line(error)}; run the same command again"
                 ) from error
             inner = self._position - offset
             count = min(len(data) - inner, stop - self._position)
@@ -383,12 +358,7 @@ class ObjectFile:
     def __enter__(self) -> ObjectFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -20,7 +20,6 @@ import torch
 
 from storage.commit import (
     CHUNK_BYTES,
-    StoredFile,
     explained,
     fsync_directory,
     is_temporary,
@@ -30,6 +29,7 @@ from storage.commit import (
     sha256_file,
 )
 from storage.errors import CorruptFileError, ModelError, OutputError
+from storage.hashing import StoredFile
 from storage.model_files import ModelFiles, size_of, torch_dtype
 from storage.model_folder import NOT_COPIED, SIDE_FOLDERS, inside
 from storage.object_store import Readable

@@ -23,10 +23,11 @@ from typing import Any
 from urllib.parse import quote
 
 from storage.checkpoints import BlockRecord
-from storage.commit import StoredFile, fsync_directory, read_json, replace_json
+from storage.commit import fsync_directory, read_json, replace_json
 from storage.errors import CorruptFileError, OutputError
+from storage.hashing import HashingStream, StoredFile
 from storage.model_files import ModelFiles
-from storage.object_store import ObjectFolder, Place, UploadWriter
+from storage.object_store import ObjectFolder, Place
 from storage.output import Replacement, rewrite_weight_file, write_weight_file
 
 UPLOADS_SCHEMA = 1
@@ -77,7 +78,7 @@ class Uploads:
         return StoredFile(name, str(said["sha256"]), int(said["bytes"]))
 
     def send(
-        self, name: str, made_from: str, write: Callable[[UploadWriter], object]
+        self, name: str, made_from: str, write: Callable[[HashingStream], object]
     ) -> StoredFile:
         """Send an object, unless it is there already; `write` passes its bytes on.
 
@@ -161,7 +162,7 @@ def write_files(
     uploads = Uploads(sending.folder, destination, sending.guard)
     made_from = _made_from(sending.records)
 
-    def write(file: str, sink: UploadWriter) -> None:
+    def write(file: str, sink: HashingStream) -> None:
         rewrite_weight_file(source, file, sink, replacement)
 
     return [uploads.send(file, made_from, partial(write, file)) for file in files]

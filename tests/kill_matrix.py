@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from storage.checkpoints import read_block_record, verify_record
-from storage.commit import StoredFile, read_json, verify_file
+from storage.commit import read_json, verify_file
+from storage.hashing import StoredFile
 from storage.run_directory import RunDirectory
 from tests.injection import Injection
 from tests.jobs import contents, write_text

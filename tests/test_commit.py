@@ -15,6 +15,7 @@ import pytest
 
 from storage import commit
 from storage.errors import CorruptFileError, NumericalError, ResourceError, RunDirectoryError
+from storage.hashing import StoredFile
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -112,8 +113,8 @@ def test_a_new_file_is_hashed_while_written(tmp_path: Path) -> None:
     assert path.read_bytes() == data
     stored = writer.stored(path.name, rows=3)
     assert stored.sha256 == hashlib.sha256(data).hexdigest() == commit.sha256_file(path)
-    assert stored == commit.StoredFile("data.bin", commit.sha256_bytes(data), 10_003, 3)
-    assert commit.StoredFile.from_json(json.loads(json.dumps(stored.to_json()))) == stored
+    assert stored == StoredFile("data.bin", commit.sha256_bytes(data), 10_003, 3)
+    assert StoredFile.from_json(json.loads(json.dumps(stored.to_json()))) == stored
 
 
 def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:
@@ -228,7 +229,7 @@ def test_a_figure_that_is_not_finite_is_not_recorded(tmp_path: Path, figure: flo
 def test_a_file_entry_cannot_lead_out_of_its_directory(name: object) -> None:
     entry = {"name": name, "sha256": "0" * 64, "bytes": 1, "rows": 0}
     with pytest.raises(CorruptFileError, match=r"block-003/record\.json"):
-        commit.StoredFile.from_json(entry, "block-003/record.json")
+        StoredFile.from_json(entry, "block-003/record.json")
 
 
 def test_verify_file(tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ from pipeline.solve_layer import solve_layer
 from pipeline.status import find_run_directory, read_status
 from storage.arrow_store import open_activation_shard, read_tokens
 from storage.checkpoints import read_layer, verify_record
-from storage.commit import StoredFile
 from storage.errors import Prox24Error
+from storage.hashing import StoredFile
 from storage.layer_files import write_layer_file
 from storage.lock import RunLock
 from storage.model_files import ModelFiles, WeightFileFingerprint

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +107,27 @@ def test_an_upload_that_fails_leaves_no_object(bucket: ObjectFolder) -> None:
     with pytest.raises(ZeroDivisionError), bucket.upload("y") as writer:
         writer.write(bytes(30 << 20))  # parts of it are in the store by then
         raise ZeroDivisionError
+    assert bucket.files() == {}
+
+
+def test_a_process_ends_after_an_upload_that_failed(bucket: ObjectFolder, s3: S3Server) -> None:
+    program = (
+        "import sys\n"
+        "from storage.object_store import ObjectFolder\n"
+        "with ObjectFolder.parse(sys.argv[1]).upload('x') as writer:\n"
+        "    writer.write(bytes(30 << 20))\n"
+        "    raise ZeroDivisionError\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, bucket.uri],
+        env={**os.environ, **s3.environment},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == "ZeroDivisionError"
     assert bucket.files() == {}
 
 

@@ -10,8 +10,9 @@ from pipeline.config import PruneConfig
 from pipeline.documents import is_local
 from pipeline.model import Skeleton
 from pipeline.version import VERSION
-from storage.commit import StoredFile, publish_json, read_json, sha256_file
+from storage.commit import publish_json, read_json, sha256_file
 from storage.errors import CorruptFileError, DataError, RunDirectoryError
+from storage.hashing import StoredFile
 from storage.lock import RunLock
 from storage.model_files import ModelFiles, WeightFileFingerprint
 from storage.output import hash_side_files
@@ -19,7 +20,7 @@ from storage.run_directory import RunDirectory, differences
 
 MANIFEST_SCHEMA = 1
 # Raised whenever a change gives other bytes for the same job: a half-done job must not mix both.
-SOLVER_VERSION = 4
+SOLVER_VERSION = 5
 # What a manifest must hold.
 _KEYS = {
     "job": dict,

@@ -18,7 +18,7 @@ from pipeline.executor import LocalExecutor
 from pipeline.job import Outcome
 from storage.errors import RunInterrupted
 from tests.jobs import check_output, contents, prune_here, write_text
-from tests.shapes import agreement, objective
+from tests.shapes import agreement, check_close, objective
 from tests.tiny_models import save_tiny_model
 
 BLOCKS = 6
@@ -72,14 +72,7 @@ def test_two_workers_then_three_then_one(
     assert [len(block["workers"]) for block in done] == [2, 2, 3, 3, 1, 1]
     assert all(worker["host"] and worker["pid"] for b in done for worker in b["workers"])
     check_output(model, output)
-    one, two = contents(output), contents(whole)
-    assert one.keys() == two.keys()
-    assert objective(one) == pytest.approx(objective(two), rel=1e-3)
-    # Blocks 0 and 1 had the same workers, block 2 the same inputs. Further down masks drift apart:
-    # a weight that one keeps and the other does not changes inputs by more than a rounding.
-    assert agreement(one, two, "layers.0.") == agreement(one, two, "layers.1.") == 1
-    assert agreement(one, two, "layers.2.") >= 0.999
-    assert agreement(one, two) >= 0.98
+    check_close(contents(output), contents(whole))
 
 
 @pytest.mark.slow

@@ -54,19 +54,19 @@ def _advance(  # type: ignore[no-untyped-def]
 
 
 def stepper_numba(
-    dual: Array, sparse: Array, linear: Array, *, steps: int, threads: int
+    dual: Array, sparse: Array, linear: Array, *, steps: int, tolerance: float, threads: int
 ) -> Callable[[Tensor, tuple[float, float, float, float]], None]:
     """`prox_admm.stepper` on (R, C) float32, C-contiguous.
 
-    steps: of Newton's method. threads: at most this many; the result does not depend on it.
+    steps, tolerance: of Newton's method. threads: at most this many, which changes no result.
     """
     held = tuple(matrix.reshape(-1) for matrix in (dual, sparse, linear))
-    no_tolerance = np.float32(0)
+    near = np.float32(tolerance)
 
     def step(product: Tensor, numbers: tuple[float, float, float, float]) -> None:
         dense, values = product.numpy().reshape(-1), np.array(numbers, np.float32)
         in_threads(
-            lambda start, stop: _advance(dense, *held, values, start, stop, steps, no_tolerance),
+            lambda start, stop: _advance(dense, *held, values, start, stop, steps, near),
             dense.size // 4,
             threads,
         )

@@ -1,13 +1,12 @@
 """The commands of `prox24`: options generated from the config classes, errors in one line.
 
-transformers' HfArgumentParser makes the options from the dataclasses, so that each exists once.
+The options themselves are made by `cluster.options`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -18,11 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
+from cluster.compare import DESCRIPTION as compare_description
+from cluster.compare import add_arguments as add_compare_arguments
+from cluster.compare import compare_command
 from cluster.console import Console, comparison_table, solve_table
+from cluster.options import HelpFormatter, Parser, as_arguments, config_from, one_line, read_yaml
 from cluster.source import resolve_model
 from cluster.status import DESCRIPTION, add_arguments, show
 from cluster.verify import DESCRIPTION as verify_description
@@ -32,11 +33,8 @@ from pipeline.config import EvalConfig, PruneConfig, RuntimeConfig, SolveConfig
 from pipeline.executor import Executor, LocalExecutor
 from pipeline.planning.options import PlanConfig
 from pipeline.progress import Progress
-from storage.errors import ConfigError, Prox24Error, RunInterrupted
+from storage.errors import Prox24Error, RunInterrupted
 from storage.object_store import place
-
-# What a plain YAML scalar may be besides a string.
-_YAML_WORDS = ("bool", "null", "merge")
 
 _PRUNE_EPILOG = """\
 Run the same command again to go on with a job that was interrupted: it continues at the last
@@ -48,39 +46,6 @@ _MODEL = "local Hugging Face folder, s3:// or gs:// URI of one, or hub id"
 _PLAN_EPILOG = """\
 Reads the config and the headers of the weight files, no weights. Exit status 3: the job would not
 fit."""
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """States defaults, but not that of an option whose help says what unset means."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.const is True:
-            return action.help
-        return super()._get_help_string(action)
-
-
-class Parser(HfArgumentParser):
-    """HfArgumentParser with one spelling per option, plain flags, and one-line complaints."""
-
-    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """Drops the spelling with underscores; makes an option that is False by default a flag."""
-        names = tuple(n for n in names if "_" not in n or not n.startswith("--"))
-        if options.get("const") is True and options.get("default") is False:
-            options = {"action": "store_true", "help": options["help"]}
-        if names == ("--workers",):
-            options["type"] = number_or_auto
-        action: argparse.Action = super().add_argument(*names, **options)
-        return action
-
-    def error(self, message: str) -> NoReturn:
-        """Prints the complaint and exits with 2."""
-        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def number_or_auto(text: str) -> int | None:
-    """`--workers`: a number, or `auto`, which is the same as leaving the option out."""
-    return None if text == "auto" else int(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -116,6 +81,11 @@ def make_parser() -> argparse.ArgumentParser:
         description=verify_description, allow_abbrev=False, dataclass_types=[],
     )  # fmt: skip
     add_verify_arguments(verify)
+    compare = commands.add_parser(
+        "compare", help="compare finished jobs by their run directories",
+        description=compare_description, allow_abbrev=False, dataclass_types=[],
+    )  # fmt: skip
+    add_compare_arguments(compare)
     plan = _command(commands, "plan", PlanConfig, "say what pruning MODEL will take")
     plan.epilog = _PLAN_EPILOG
     plan.add_argument("model", metavar="MODEL", help=f"{_MODEL}, or a config.json alone")
@@ -156,6 +126,7 @@ def run(arguments: Sequence[str]) -> int:
                 "solve": _solve,
                 "status": show,
                 "verify": verify_command,
+                "compare": compare_command,
                 "plan": _plan,
                 "demo": _demo,
             }[options.command]
@@ -170,7 +141,7 @@ def run(arguments: Sequence[str]) -> int:
         expected = isinstance(error, Prox24Error)
         name = "" if expected else f"unexpected {type(error).__name__}: "
         hint = "" if expected else " (--debug shows where; please report it)"
-        print(f"prox24: {name}{_one_line(error)}{hint}", file=sys.stderr)
+        print(f"prox24: {name}{one_line(error)}{hint}", file=sys.stderr)
         return error.exit_code if isinstance(error, Prox24Error) else 1
 
 
@@ -181,8 +152,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """
     parser = make_parser()
     known, _ = _config_option().parse_known_args(arguments)
-    if known.config is not None and arguments:
-        arguments = [arguments[0], *_yaml_arguments(Path(known.config)), *arguments[1:]]
+    if known.config is not None and arguments and arguments[0] != "sweep":
+        path = Path(known.config)
+        written = as_arguments(read_yaml(path), f"--config {path}")
+        arguments = [arguments[0], *written, *arguments[1:]]
     return parser.parse_args(arguments)
 
 
@@ -190,41 +163,6 @@ def _config_option() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     return parser
-
-
-class _WordLoader(yaml.SafeLoader):
-    """Leaves numbers as they are written: to YAML 1.1 `2:4` is 124, in base 60."""
-
-
-_WordLoader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in resolvers if tag.rpartition(":")[2] in _YAML_WORDS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _yaml_arguments(path: Path) -> list[str]:
-    try:
-        # The loader makes nothing but strings, booleans, lists and mappings.
-        options = yaml.load(path.read_text(encoding="utf-8"), _WordLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {_one_line(error)}") from error
-    if not isinstance(options, dict):
-        raise ConfigError(f"--config {path} must hold one mapping of option names to values")
-    arguments = []
-    for name, value in options.items():
-        if isinstance(value, (dict, list)):
-            raise ConfigError(f"--config {path}: {name} must be one value")
-        if value is True:
-            arguments.append(f"--{str(name).replace('_', '-')}")
-        elif value is not None and value is not False:
-            arguments.append(f"--{str(name).replace('_', '-')}={value}")
-    return arguments
-
-
-def config_from(options: argparse.Namespace, kind: type[Any]) -> Any:
-    """The config object of a parsed command line. Raises `ConfigError`."""
-    names = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{name: value for name, value in vars(options).items() if name in names})
 
 
 def make_executor(config: RuntimeConfig, console: Console) -> Callable[[], Executor]:
@@ -362,10 +300,3 @@ def _interrupted(error: RunInterrupted, arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
     return error.exit_code
-
-
-def _one_line(error: BaseException) -> str:
-    """Names in a message may come from a file: nothing of them reaches the terminal as control."""
-    words = " ".join([str(error), *getattr(error, "__notes__", ())])
-    text = " ".join(words.split()) or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.config import PruneConfig
 from pipeline.evaluate import measure_perplexity, prepare
+from pipeline.evaluation_file import write_evaluation
 from pipeline.executor import Executor
 from pipeline.job import Job
 from pipeline.layers import Selection, layers_to_prune, select_layers
@@ -358,7 +359,9 @@ def _perplexity(loop: BlockLoop, config: PruneConfig, folder: Place) -> dict[str
     prepared = prepare(folder, evaluation)
     # Seen by all nodes, and swept if this process is killed.
     evaluation = replace(evaluation, scratch_dir=str(loop.run.path))
-    return measure_perplexity(prepared, evaluation, loop.executor, loop.progress)
+    measured = measure_perplexity(prepared, evaluation, loop.executor, loop.progress)
+    write_evaluation(loop.run, measured, loop.lock.assert_held)
+    return measured
 
 
 def _tidy(run: RunDirectory, lock: RunLock, blocks: int, progress: Progress) -> dict[str, Any]:

@@ -90,6 +90,10 @@ class RunDirectory:
         """Directory of the figures for the user."""
         return self.path / "report"
 
+    def evaluation(self) -> Path:
+        """The figures of the finished model's evaluation, where there was one."""
+        return self.report() / "evaluation.json"
+
     def contained(self, path: Path) -> Path:
         """`path`, resolved; RunDirectoryError if it lies or leads outside the directory."""
         resolved = (self.path / path).resolve()

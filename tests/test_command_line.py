@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.command_line import config_from, parse, run
+from cluster.command_line import parse, run
+from cluster.options import config_from
 from pipeline.config import EvalConfig, PruneConfig
 from tests.jobs import write_text
 

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from cluster.compare import DESCRIPTION as compare_description
 from cluster.compare import add_arguments as add_compare_arguments
 from cluster.compare import compare_command
-from cluster.console import Console, comparison_table, solve_table
+from cluster.console import Console, comparison_table, provenance, solve_table
 from cluster.options import HelpFormatter, Parser, as_arguments, config_from, one_line, read_yaml
 from cluster.source import resolve_model
 from cluster.status import DESCRIPTION, add_arguments, show
@@ -230,7 +230,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     else:
         print(
             f"perplexity {measured['perplexity']:.4f} on {measured['dataset']} "
-            f"({measured['nsamples']} x {measured['seqlen']} tokens, {measured['dtype']})"
+            f"({measured['nsamples']} x {measured['seqlen']} tokens, {measured['dtype']})\n"
+            + provenance(measured)
         )
     return 0
 

@@ -191,4 +191,15 @@ def comparison_table(results: list[dict[str, Any]]) -> str:
             )
         lines.append(line)
     lines.append("loss, JS and KL in nats a token; loss with its paired standard error")
+    lines.append(provenance(first))
     return "\n".join(lines)
+
+
+def provenance(result: dict[str, Any]) -> str:
+    """What a perplexity is of, on one line: the text's commit or hash, and the tokenizer."""
+    tokenizer = result["tokenizer"]
+    kind, _, value = result["dataset_revision"].rpartition(":")
+    return (
+        f"dataset {kind or 'revision'} {value[:12]}, tokenizer {tokenizer['class']} of "
+        f"{tokenizer['tokens']} tokens"
+    )

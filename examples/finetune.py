@@ -23,7 +23,8 @@ from pipeline.keep_mask import KeepMask, masks_of
 
 def sequences(tokenizer, path: Path, seqlen: int) -> list[dict[str, torch.Tensor]]:
     """The text in pieces of `seqlen` tokens, as the Trainer wants them."""
-    ids = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    text = path.read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     pieces = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
     return [{"input_ids": piece, "labels": piece} for piece in pieces]
 
@@ -70,6 +71,7 @@ def main() -> None:
             lr_scheduler_type="cosine",
             warmup_steps=options.steps // 10,
             bf16=True,
+            use_cpu=not torch.cuda.is_available(),
             logging_steps=5,
             report_to=[],
             save_strategy="no",

@@ -1,7 +1,9 @@
 """Calibration and evaluation text as tokens, by the conventions of the field.
 
 Evaluation: the documents joined with blank lines, tokenized once, cut into pieces of seqlen
-tokens, the tail dropped (the perplexity of GPTQ, SparseGPT and Wanda).
+tokens, the tail dropped (the perplexity of GPTQ, SparseGPT and Wanda). Of C4, which is too large,
+the same papers take the first 1,100 documents of the validation split, joined with spaces, and of
+their tokens the first 256 pieces.
 
 Calibration: `nsamples` sequences of seqlen tokens, drawn at random in one of two ways.
 1. Many documents (C4): documents of at least seqlen tokens are drawn at random, and each gives one
@@ -17,8 +19,10 @@ Special tokens are those the tokenizer adds by itself, once per tokenized text.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +43,22 @@ JOIN_CHARACTERS = 32
 
 CALIBRATION_SPLITS = ("train",)
 EVALUATION_SPLITS = ("test", "validation", "train")
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How the field cuts an evaluation text.
+
+    documents, nsamples: at most so many documents, and sequences, from the start; None for all.
+    """
+
+    separator: str = "\n\n"
+    documents: int | None = None
+    nsamples: int | None = None
+
+
+C4_CONVENTION = Convention(separator=" ", documents=1100, nsamples=256)
+CONVENTIONS = {"allenai/c4": C4_CONVENTION, "allenai/c4:en": C4_CONVENTION}
 
 
 class Tokenizer(Protocol):
@@ -65,6 +85,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
     if not usable:
         raise ModelError(f"the tokenizer in {folder} is empty: copy the model's own files into it")
     return tokenizer
+
+
+def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """What a result says of its tokenizer: its `class`, and how many `tokens` it knows."""
+    return {"class": type(tokenizer).__name__, "tokens": len(tokenizer)}
 
 
 def calibration_tokens(
@@ -99,23 +124,28 @@ def evaluation_tokens(
     text_column: str | None,
     seqlen: int,
     nsamples: int | None = None,
+    revision: str | None = None,
 ) -> torch.Tensor:
     """Cut the evaluation text, int64 of shape (n, seqlen): the first `nsamples` pieces, or all.
 
-    Of a hub data set the first of the splits test, validation, train is taken. With `nsamples` no
-    more of the data than needed is read.
+    Of a hub data set the first of the splits test, validation, train is taken, at the commit
+    `revision` (None: the newest), and of C4 no more than the field does. With `nsamples` no more of
+    the data than needed is read.
 
     Errors: those of `read_documents`; DataError if it holds fewer than nsamples × seqlen tokens,
     or fewer than seqlen.
     """
-    documents = read_documents(dataset, text_column, splits=EVALUATION_SPLITS)
+    documents = read_documents(dataset, text_column, splits=EVALUATION_SPLITS, revision=revision)
+    convention = CONVENTIONS.get(dataset, Convention())
+    documents = itertools.islice(documents, convention.documents)
     if nsamples is None:
-        ids = _token_ids(tokenizer, "\n\n".join(documents))
+        ids = _token_ids(tokenizer, convention.separator.join(documents))
         nsamples = len(ids) // seqlen
         if nsamples == 0:
             raise _too_short(dataset, len(ids), f"one sequence of {seqlen}")
+        nsamples = min(nsamples, convention.nsamples or nsamples)
     else:
-        ids = _joined_tokens(tokenizer, documents, nsamples * seqlen)
+        ids = _joined_tokens(tokenizer, documents, nsamples * seqlen, convention.separator)
         if len(ids) < nsamples * seqlen:
             raise _too_short(dataset, len(ids), f"{nsamples} × {seqlen} = {nsamples * seqlen}")
     return torch.tensor(ids[: nsamples * seqlen], dtype=torch.int64).reshape(nsamples, seqlen)
@@ -180,8 +210,10 @@ def _draw(window: list[str], generator: random.Random) -> str:
     return window.pop()
 
 
-def _joined_tokens(tokenizer: Tokenizer, documents: Iterable[str], needed: int) -> list[int]:
-    """Tokens of the documents joined with blank lines: all, or a prefix with `needed` and room.
+def _joined_tokens(
+    tokenizer: Tokenizer, documents: Iterable[str], needed: int, separator: str = "\n\n"
+) -> list[int]:
+    """Tokens of the joined documents: all, or a prefix with `needed` and room.
 
     A prefix is cut between documents and holds at least twice what is needed, so that the first
     `needed` tokens are those of the whole text.
@@ -198,7 +230,7 @@ def _joined_tokens(tokenizer: Tokenizer, documents: Iterable[str], needed: int) 
             if max(characters, len(read)) >= limit:
                 exhausted = False
                 break
-        ids = _token_ids(tokenizer, "\n\n".join(read))
+        ids = _token_ids(tokenizer, separator.join(read))
         if exhausted or len(ids) >= 2 * needed:
             return ids
         limit = 4 * max(characters, len(read))

@@ -332,11 +332,15 @@ class EvalConfig(RuntimeConfig):
 
     dataset: str = option(
         "Salesforce/wikitext",
-        "text to evaluate on: a hub id (Salesforce/wikitext is read as wikitext-2-raw-v1, test) or "
-        "a local .txt, .jsonl, .parquet or .arrow file",
+        "text to evaluate on: a hub id (Salesforce/wikitext is read as wikitext-2-raw-v1, test; "
+        "allenai/c4 as en, the first 256 sequences of validation) or a local .txt, .jsonl, "
+        ".parquet or .arrow file",
     )
     text_column: str | None = option(
         None, "column that holds the text; unset: `text`, or the only column of strings"
+    )
+    dataset_revision: str | None = option(
+        None, "commit, tag or branch of a hub data set; unset: its newest commit, which is stated"
     )
     seqlen: int = option(2048, "tokens of a sequence; perplexities of other lengths differ")
     nsamples: int | None = option(None, "sequences to evaluate on; unset: the whole text")

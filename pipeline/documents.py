@@ -42,13 +42,18 @@ def is_local(dataset: str) -> bool:
 
 
 def read_documents(
-    dataset: str, text_column: str | None = None, *, splits: tuple[str, ...] = ("train",)
+    dataset: str,
+    text_column: str | None = None,
+    *,
+    splits: tuple[str, ...] = ("train",),
+    revision: str | None = None,
 ) -> Iterator[str]:
     """Yield the documents of `dataset` in their order, reading no further than asked for.
 
     `text_column` None: the column `text`, or the only column of strings. `splits`: for the hub,
-    the split to read, the first of these that the data set has. Rows that hold null are skipped;
-    empty ones are not, because joining documents with blank lines counts them.
+    the split to read, the first of these that the data set has, at the commit `revision` (None: the
+    newest). Rows that hold null are skipped; empty ones are not, because joining documents with
+    blank lines counts them.
 
     Errors: DataError, naming the file and the place in it, if the data is missing, of an unknown
     kind, cannot be decoded, has no text column, or holds no text at all.
@@ -56,7 +61,7 @@ def read_documents(
     documents = (
         _local_documents(Path(dataset).expanduser(), text_column)
         if is_local(dataset)
-        else _hub_documents(dataset, text_column, splits)
+        else _hub_documents(dataset, text_column, splits, revision)
     )
     some_text = False
     for document in documents:
@@ -255,7 +260,33 @@ def _strings(column: Any, path: Path) -> Iterator[str]:
     return (value for value in values if value is not None)
 
 
-def _hub_documents(dataset: str, text_column: str | None, splits: tuple[str, ...]) -> Iterator[str]:
+def hub_revision(dataset: str, wanted: str | None = None) -> str:
+    """The commit that a hub data set, or its branch, tag or commit `wanted`, stands for now.
+
+    Errors: DataError where the hub does not tell.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().dataset_info(dataset.partition(":")[0], revision=wanted).sha
+    except Exception as error:
+        raise _not_from_the_hub(dataset, error) from error
+    if not found:
+        raise DataError(f"{dataset}: the hub names no commit of it")
+    return str(found)
+
+
+def _not_from_the_hub(dataset: str, error: Exception) -> DataError:
+    """The hub's client, its file systems and parsers share no root of their errors."""
+    return DataError(
+        f"{dataset} is not a local file and cannot be read from the hub "
+        f"({type(error).__name__}: {first_line(error)}): check the name and the network"
+    )
+
+
+def _hub_documents(
+    dataset: str, text_column: str | None, splits: tuple[str, ...], revision: str | None
+) -> Iterator[str]:
     try:
         import datasets  # here, so that local files need no `datasets`
     except ImportError as error:
@@ -266,7 +297,10 @@ def _hub_documents(dataset: str, text_column: str | None, splits: tuple[str, ...
     identifier, _, config = dataset.partition(":")
     try:
         parts = datasets.load_dataset(
-            identifier, config or DEFAULT_CONFIG.get(identifier), streaming=True
+            identifier,
+            config or DEFAULT_CONFIG.get(identifier),
+            streaming=True,
+            revision=revision,
         )
         split = next((name for name in splits if name in parts), None)
         if split is None:
@@ -275,8 +309,5 @@ def _hub_documents(dataset: str, text_column: str | None, splits: tuple[str, ...
         yield from _row_documents(dataset, rows, text_column)
     except DataError:
         raise
-    except Exception as error:  # the hub's client, its file systems and parsers share no root
-        raise DataError(
-            f"{dataset} is not a local file and cannot be read from the hub "
-            f"({type(error).__name__}: {first_line(error)}): check the name and the network"
-        ) from error
+    except Exception as error:
+        raise _not_from_the_hub(dataset, error) from error

@@ -8,6 +8,7 @@ that evaluating needs no more memory than pruning.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import statistics
 import tempfile
@@ -19,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.calibration import evaluation_tokens, load_tokenizer
+from pipeline.calibration import describe_tokenizer, evaluation_tokens, load_tokenizer
 from pipeline.config import EvalConfig
+from pipeline.documents import hub_revision
 from pipeline.executor import Executor
 from pipeline.job import Job
 from pipeline.loop import BlockLoop
@@ -101,11 +103,17 @@ def compare(
 
 @dataclass(frozen=True)
 class Prepared:
-    """What can be checked without workers has been: the skeleton, the tokens, the text's name."""
+    """What can be checked without workers has been.
+
+    tokens: int64 (n, seqlen). dataset, revision: the text's name, and its commit on the hub or
+    `sha256:` and a file's hash. tokenizer: its class and the number of its tokens.
+    """
 
     skeleton: Skeleton
     tokens: Tensor
     dataset: str
+    revision: str
+    tokenizer: dict[str, Any]
 
 
 def prepare(source: Place, config: EvalConfig) -> Prepared:
@@ -115,12 +123,20 @@ def prepare(source: Place, config: EvalConfig) -> Prepared:
     )
     check_seqlen(skeleton, config.seqlen)
     identity = data_identity(config.dataset)
+    wanted = config.dataset_revision
+    if identity["sha256"] is None:
+        commit: str | None = hub_revision(config.dataset, wanted)
+    elif wanted is None:
+        commit = None
+    else:
+        raise ConfigError(f"--dataset-revision is of hub data sets; {config.dataset} is a file")
     tokenizer = load_tokenizer(skeleton.files.folder, config.trust_remote_code)
     tokens = evaluation_tokens(
-        tokenizer, config.dataset, config.text_column, config.seqlen, config.nsamples
+        tokenizer, config.dataset, config.text_column, config.seqlen, config.nsamples, commit
     )
     check_tokens(skeleton, tokens)
-    return Prepared(skeleton, tokens, identity["name"])
+    revision = commit or f"sha256:{identity['sha256']}"
+    return Prepared(skeleton, tokens, identity["name"], revision, describe_tokenizer(tokenizer))
 
 
 @dataclass(frozen=True)
@@ -152,6 +168,9 @@ class Evaluated:
             "seqlen": seqlen,
             "nsamples": len(self.losses),
             "dataset": self.prepared.dataset,
+            "dataset_revision": self.prepared.revision,
+            "tokenizer": self.prepared.tokenizer,
+            "tokens_sha256": hashlib.sha256(self.prepared.tokens.numpy().tobytes()).hexdigest(),
             "dtype": str(skeleton.dtype).removeprefix("torch."),
         }
 
@@ -189,7 +208,9 @@ def measure_perplexity(
     """Perplexity, with the ranks of `executor` started anew for this model.
 
     Returns `perplexity`, `tokens` (of text evaluated), `predicted_tokens` (those with a loss: all
-    but the first of each sequence), `seqlen`, `nsamples`, `dataset`, `dtype`.
+    but the first of each sequence), `seqlen`, `nsamples`, `dataset`, `dataset_revision` (a commit
+    of the hub, or `sha256:` and a file's hash), `tokenizer` (`class` and number of `tokens`),
+    `tokens_sha256` (of the tokens as int64, which fixes the text and the tokenizer), `dtype`.
 
     Raises `NumericalError` where the loss is not finite.
     """

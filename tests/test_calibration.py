@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import calibration
 from pipeline.calibration import calibration_tokens, evaluation_tokens, load_tokenizer
 from pipeline.documents import read_documents
 from storage.errors import DataError, ModelError
@@ -283,77 +281,6 @@ def test_evaluation_cuts_the_joined_text(tmp_path: Path, tokenizer: Any) -> None
         assert [tokenizer.decode(row) for row in tokens] == [
             joined[4 * i : 4 * i + 4] for i in range(expected)
         ]
-
-
-class CountingRows:
-    """Rows of a stream without end, and how many were taken."""
-
-    def __init__(self, texts: Callable[[int], str]) -> None:
-        self.texts, self.taken = texts, 0
-
-    def __iter__(self) -> Iterator[dict[str, str]]:
-        while True:
-            self.taken += 1
-            yield {"text": self.texts(self.taken), "url": "u"}
-
-
-def offer_hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, Iterable[Any]]) -> list[Any]:
-    """Let `datasets.load_dataset` stream these rows; return the list of what it was asked for."""
-    calls: list[Any] = []
-
-    def load_dataset(identifier: str, config: str | None, *, streaming: bool) -> dict[str, Any]:
-        assert streaming
-        calls.append((identifier, config))
-        return dict(splits)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return calls
-
-
-def test_an_endless_stream_is_left_as_soon_as_there_is_enough(
-    monkeypatch: pytest.MonkeyPatch, tokenizer: Any
-) -> None:
-    monkeypatch.setattr(calibration, "WINDOW_DOCUMENTS", 50)
-    long = CountingRows(lambda n: "x" * (100 if n % 10 == 0 else 5))
-    calls = offer_hub(monkeypatch, {"train": long})
-    tokens = calibration_tokens(tokenizer, "allenai/c4", None, 4, 80, seed=0)
-    assert tokens.shape == (4, 80)
-    assert calls == [("allenai/c4", "en")]
-    assert long.taken < 500
-
-    short = CountingRows(lambda n: "y" * 20)
-    calls = offer_hub(monkeypatch, {"train": short})
-    assert calibration_tokens(tokenizer, "some/data:config", None, 4, 80, 0).shape == (4, 80)
-    assert calls[0] == ("some/data", "config")
-    assert short.taken < 20_000
-
-    endless = CountingRows(lambda n: "z" * 20)
-    offer_hub(monkeypatch, {"train": [], "test": endless})
-    assert evaluation_tokens(tokenizer, "some/data", None, 80, nsamples=4).shape == (4, 80)
-    assert endless.taken < 2_000
-
-
-def test_hub_splits(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
-    def rows(letter: str) -> list[dict[str, str]]:
-        return [{"text": letter * 100}]
-
-    offer_hub(monkeypatch, {"train": rows("a"), "test": rows("b"), "validation": rows("c")})
-    assert tokenizer.decode(calibration_tokens(tokenizer, "x/y", None, 1, 4, 0)[0]) == "aaaa"
-    assert tokenizer.decode(evaluation_tokens(tokenizer, "x/y", None, 4)[0]) == "bbbb"
-    offer_hub(monkeypatch, {"test": rows("b")})
-    with pytest.raises(DataError, match="x/y has no split train, but test"):
-        calibration_tokens(tokenizer, "x/y", None, 1, 4, 0)
-
-
-def test_the_hub_out_of_reach_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(*_: object, **__: object) -> None:
-        raise ConnectionError("Couldn't reach the hub\nsecond line")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match="no/such is not a local file") as caught:
-        list(read_documents("no/such"))
-    assert "Couldn't reach the hub" in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 # --- tokenizers ---

@@ -9,7 +9,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
+import huggingface_hub
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cluster.command_line import parse, run
 from cluster.options import config_from
 from pipeline.config import EvalConfig, PruneConfig
+from storage.commit import sha256_file
 from tests.jobs import write_text
 
 TinyModel = Callable[..., Path]
@@ -170,6 +174,8 @@ def test_perplexity_is_transformers_own(
     assert found["perplexity"] == pytest.approx(expected, rel=1e-4)
     assert found["tokens"] == 32 * (nsamples or 20)
     assert (found["seqlen"], found["dataset"]) == (32, "text.txt")
+    assert found["dataset_revision"] == f"sha256:{sha256_file(text)}"
+    assert found["tokenizer"]["tokens"] == len(AutoTokenizer.from_pretrained(model))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -195,4 +201,43 @@ def test_without_json_people_read_it(
     arguments = ["eval", tiny_model(), *LOCAL, "--dataset", text, "--nsamples", 4]
     assert run([str(argument) for argument in arguments]) == 0
     shown = capfd.readouterr().out
-    assert re.fullmatch(r"perplexity \d+\.\d+ on text\.txt \(4 x 32 tokens, float32\)\n", shown)
+    first, second, rest = shown.split("\n")
+    assert re.fullmatch(r"perplexity \d+\.\d+ on text\.txt \(4 x 32 tokens, float32\)", first)
+    assert re.fullmatch(r"dataset sha256 [0-9a-f]{12}, tokenizer \w+ of 259 tokens", second)
+    assert rest == ""
+
+
+def test_the_commit_of_a_hub_data_set_is_stated_and_can_be_chosen(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    commits = {None: "c0ffee", "v1": "0ddba11"}
+    read: list[str] = []
+
+    class Hub:
+        def dataset_info(self, identifier: str, revision: str | None) -> SimpleNamespace:
+            assert identifier == "some/text"
+            return SimpleNamespace(sha=commits[revision])
+
+    def load_dataset(
+        identifier: str, config: str, *, streaming: bool, revision: str
+    ) -> dict[str, list[dict[str, str]]]:
+        read.append(revision)
+        return {"test": [{"text": "word " * 100}]}
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    arguments = ["eval", str(tiny_model()), *LOCAL, "--dataset", "some/text:en", "--json"]
+    for options in ([], ["--dataset-revision", "v1"]):
+        assert run([*arguments, *options]) == 0
+    found = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [each["dataset_revision"] for each in found] == read == list(commits.values())
+    assert run([*arguments, "--dataset-revision", "none"]) == 2
+    assert "cannot be read from the hub" in capfd.readouterr().err
+
+
+def test_a_revision_of_a_file_is_refused(
+    tiny_model: TinyModel, text: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--dataset", str(text), "--dataset-revision", "v1"]
+    assert run(["eval", str(tiny_model()), *LOCAL, *options]) == 2
+    assert "--dataset-revision is of hub data sets" in capfd.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from pipeline.keep_mask import KeepMask, masks_of
-from tests.jobs import prune_here
+from tests.jobs import is_linear_of_a_block, prune_here, tensors
 from tests.tiny_models import save_tiny_model
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "finetune.py"
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
@@ -51,6 +55,34 @@ def test_masks_hold_after_every_step(tmp_path: Path, dtype: torch.dtype, bf16: b
     assert watch.held == [True] * 3
     assert watch.moved == [True] * 3
     assert masks_of(model).keys() == masks.keys()
+
+
+def test_the_example_trains_and_keeps_the_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`examples/finetune.py` as it is, in bf16 with accumulated gradients, on a tiny model."""
+    pruned, tuned = tmp_path / "pruned", tmp_path / "tuned"
+    # Letters of which the next is always the same: a few steps suffice to see it learn.
+    text = tmp_path / "letters.txt"
+    text.write_text("abcdefgh" * 256)
+    prune_here(save_tiny_model(tmp_path / "model"), pruned, dataset=str(text), method="wanda")
+    options = {
+        "text": text, "eval-text": text, "steps": 8, "seqlen": 32, "batch-size": 2,
+        "accumulate": 2, "learning-rate": 1e-2, "evaluation-sequences": 4,
+    }  # fmt: skip
+    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    monkeypatch.setattr("sys.argv", ["finetune.py", str(pruned), str(tuned), *arguments])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    printed = capsys.readouterr().out
+    before, after = (float(p) for p in re.findall(r"(?:before|after): perplexity (\S+)", printed))
+    assert after < before / 2
+    assert "14 of 14 layers still hold 2:4" in printed
+    dense = dict(tensors(pruned))
+    for name, tensor in tensors(tuned):
+        if is_linear_of_a_block(name):
+            assert not tensor[dense[name] == 0].any(), name
+            assert (tensor != 0).float().mean() > 0.45, name
+    assert len(EXAMPLE.read_text().splitlines()) <= 100
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ BLOCKS = 4
 # float32, because bfloat16 products are slow on most CPUs.
 COMMON: dict[str, Any] = {"executor": "local", "threads": 1, "dtype": "float32", "batch_size": 4}
 CALIBRATION = {"nsamples": 16, "seqlen": 128}
-EVALUATION = {"nsamples": 2, "seqlen": 256}
+EVALUATION: dict[str, int] = {"nsamples": 2, "seqlen": 256}
 METHODS = ("magnitude", "wanda", "sparsegpt", "prox_admm")
 LAYERS = (
     "self_attn.q_proj",
@@ -76,8 +76,8 @@ def put_back(source: Path, pruned: Path, folder: Path) -> Path:
     return folder
 
 
-def perplexity(model: Path, text: Path) -> float:
-    config = EvalConfig(dataset=str(text), **COMMON, **EVALUATION)
+def perplexity(model: Path, text: Path, **length: int) -> float:
+    config = EvalConfig(dataset=str(text), **COMMON, **(EVALUATION | length))
     return float(evaluate(model, config, lambda: LocalExecutor(1, 1), Silent())["perplexity"])
 
 
@@ -135,13 +135,26 @@ def test_every_layer_loses_less_with_the_better_method(measured: Path) -> None:
 
 
 @torch.no_grad()
+def by_transformers(model: Path, text: Path, nsamples: int, seqlen: int) -> float:
+    """Perplexity by the field's convention, with the whole model in memory, in float32."""
+    ids = AutoTokenizer.from_pretrained(model)(text.read_text(), verbose=False).input_ids
+    pieces = torch.tensor(ids[: nsamples * seqlen]).reshape(-1, 1, seqlen)
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    losses = torch.stack([whole(input_ids=piece, labels=piece).loss for piece in pieces])
+    return float(losses.double().mean().exp())
+
+
 def test_perplexity_is_transformers_own(smollm2: Path, tmp_path: Path) -> None:
     """The whole real model, float32, a few tokens."""
     _, text = demo_texts(tmp_path)
-    ids = AutoTokenizer.from_pretrained(smollm2)(text.read_text()).input_ids
-    seqlen = EVALUATION["seqlen"]
-    pieces = torch.tensor(ids[: EVALUATION["nsamples"] * seqlen]).reshape(-1, 1, seqlen)
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
-    losses = torch.stack([model(input_ids=piece, labels=piece).loss for piece in pieces])
-    expected = float(losses.double().mean().exp())
-    assert perplexity(smollm2, text) == pytest.approx(expected, rel=1e-4)
+    expected = by_transformers(smollm2, text, **EVALUATION)
+    assert perplexity(smollm2, text) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_perplexity_is_transformers_own_at_full_length(smollm2: Path, shared: Path) -> None:
+    """The sequences of the field's length, of WikiText-2."""
+    text = shared / "data" / "wikitext2-valid.txt"
+    length = {"nsamples": 2, "seqlen": 2048}
+    expected = by_transformers(smollm2, text, **length)
+    assert perplexity(smollm2, text, **length) == pytest.approx(expected, abs=1e-4)

@@ -33,6 +33,7 @@ from pipeline.config import EvalConfig, PruneConfig, RuntimeConfig, SolveConfig
 from pipeline.executor import Executor, LocalExecutor
 from pipeline.planning.options import PlanConfig
 from pipeline.progress import Progress
+from pipeline.speed.options import BenchConfig
 from storage.errors import Prox24Error, RunInterrupted
 from storage.object_store import place
 
@@ -46,6 +47,9 @@ _MODEL = "local Hugging Face folder, s3:// or gs:// URI of one, or hub id"
 _PLAN_EPILOG = """\
 Reads the config and the headers of the weight files, no weights. Exit status 3: the job would not
 fit."""
+
+_BENCH_EPILOG = """\
+Reads the config, no weights. Exit status 3: there is no GPU here that multiplies 2:4 weights."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -89,6 +93,9 @@ def make_parser() -> argparse.ArgumentParser:
     plan = _command(commands, "plan", PlanConfig, "say what pruning MODEL will take")
     plan.epilog = _PLAN_EPILOG
     plan.add_argument("model", metavar="MODEL", help=f"{_MODEL}, or a config.json alone")
+    bench = _command(commands, "bench", BenchConfig, "time a model's 2:4 products on this GPU")
+    bench.epilog = _BENCH_EPILOG
+    bench.add_argument("model", metavar="MODEL", help=f"{_MODEL}, or a config.json alone")
     demo = commands.add_parser(
         "demo", help="prune a small real model on this machine", allow_abbrev=False,
         dataclass_types=[],
@@ -128,6 +135,7 @@ def run(arguments: Sequence[str]) -> int:
                 "verify": verify_command,
                 "compare": compare_command,
                 "plan": _plan,
+                "bench": _bench,
                 "demo": _demo,
             }[options.command]
             return command(options)
@@ -253,6 +261,12 @@ def _plan(options: argparse.Namespace) -> int:
 
     config: PlanConfig = config_from(options, PlanConfig)
     return plan_command(options.model, config)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from cluster.bench import bench_command
+
+    return bench_command(options.model, config_from(options, BenchConfig))
 
 
 def _demo(options: argparse.Namespace) -> int:

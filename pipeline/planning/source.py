@@ -72,19 +72,25 @@ def open_source(model: Place, dtype: str | None, trust_remote_code: bool) -> Pla
 
 @torch.no_grad()
 def example_block(
-    model: Place, dtype: str, batch_size: int, seqlen: int
+    model: Place,
+    dtype: str,
+    batch_size: int,
+    seqlen: int,
+    *,
+    block: int | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, BlockCall, Tensor]:
-    """A block in the middle of the model with random weights on the CPU, what it is called with,
-    and random inputs (batch_size, seqlen, hidden)."""
-    skeleton = open_source(model, dtype, False).skeleton
+    """A block (None: in the middle of the model) with random weights on the CPU, what it is called
+    with, and random inputs (batch_size, seqlen, hidden)."""
+    skeleton = open_source(model, dtype, trust_remote_code).skeleton
     hollow = HollowSkeleton(skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype)
     tokens = torch.zeros((batch_size, seqlen), dtype=torch.int64)
     ends = ModelEnds(hollow, torch.device("cpu"), head=False)
-    middle = len(hollow.blocks) // 2
-    call, hidden = ends.calls(tokens)[middle], ends.embed(tokens)
-    block = hollow.blocks[middle]
-    for owner in block.modules():
+    chosen = len(hollow.blocks) // 2 if block is None else block
+    call, hidden = ends.calls(tokens)[chosen], ends.embed(tokens)
+    module = hollow.blocks[chosen]
+    for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             value = 0.02 * torch.randn(parameter.shape)
             setattr(owner, name, nn.Parameter(value.to(skeleton.dtype), requires_grad=False))
-    return block.eval(), call, torch.randn(hidden.shape).to(skeleton.dtype)
+    return module.eval(), call, torch.randn(hidden.shape).to(skeleton.dtype)

@@ -1,0 +1,165 @@
+"""Each distinct layer shape of a model: its product dense and 2:4, timed and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.model import FORWARD_DTYPES
+from pipeline.planning.shape import GroupShape, ModelShape
+from pipeline.solvers import Pattern
+from pipeline.speed.machine import Machine
+from storage.errors import NumericalError, first_line
+
+_PATTERN = Pattern.parse("2:4")
+# Both kernels sum in fp32 and round once, in another order: a few units of the last place of the
+# largest output.
+_TOLERATED_ROUNDINGS = 8
+
+
+@dataclass(frozen=True)
+class Product:
+    """A weight's shape (R, C), and the layers that have it; `fused` if they share an input and are
+    one product of all their rows."""
+
+    layers: tuple[str, ...]
+    rows: int
+    columns: int
+    fused: bool = False
+
+    @property
+    def title(self) -> str:
+        """`q_proj+k_proj+v_proj` for a fused one, else `q_proj, o_proj`."""
+        names = [name.rpartition(".")[2] for name in self.layers]
+        return "+".join(names) if self.fused else ", ".join(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of one product at a batch size, dense and 2:4."""
+
+    batch: int
+    dense: float
+    sparse: float
+
+    @property
+    def speedup(self) -> float:
+        """Above 1 where 2:4 is faster."""
+        return self.dense / self.sparse
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A product's times, by rising batch size, and why there are no more, if so."""
+
+    product: Product
+    times: tuple[Timed, ...]
+    problem: str | None = None
+
+    @property
+    def slower(self) -> tuple[int, ...]:
+        """The batch sizes at which 2:4 is slower than dense."""
+        return tuple(timed.batch for timed in self.times if timed.speedup < 1)
+
+
+def products_of(shape: ModelShape) -> list[Product]:
+    """Every distinct shape of a layer that is pruned; before them those of layers that share an
+    input, as inference engines run them: in one product."""
+    groups = [group for kind in shape.kinds for group in kind.groups]
+    fused = [_fused(group) for group in groups if len(group.layers) > 1]
+    alone: dict[tuple[int, int], list[str]] = {}
+    for group in groups:
+        for name, rows, columns in group.layers:
+            alone.setdefault((rows, columns), []).append(name)
+    single = [Product(tuple(dict.fromkeys(names)), *size) for size, names in alone.items()]
+    # Blocks of two kinds can have the same product.
+    return list({(p.rows, p.columns, p.fused): p for p in (*fused, *single)}.values())
+
+
+def _fused(group: GroupShape) -> Product:
+    names = tuple(name for name, _, _ in group.layers)
+    return Product(names, sum(rows for _, rows, _ in group.layers), group.columns, fused=True)
+
+
+def measure_products(
+    products: Iterable[Product],
+    batches: Sequence[int],
+    dtype: torch.dtype,
+    machine: Machine,
+    tell: Callable[[Product], object],
+) -> list[Measured]:
+    """Times every product at every batch size; `tell` is called before each product.
+
+    What the kernels or the memory do not allow ends a product's times and is said in its `problem`.
+    Raises `NumericalError` where the two kernels do not give the same.
+    """
+    found = []
+    for product in products:
+        tell(product)
+        found.append(_measured(product, batches, dtype, machine))
+    return found
+
+
+def forward_dtype(name: str) -> torch.dtype:
+    """The dtype of that name."""
+    return FORWARD_DTYPES[name]
+
+
+@torch.no_grad()
+def _measured(
+    product: Product, batches: Sequence[int], dtype: torch.dtype, machine: Machine
+) -> Measured:
+    times: list[Timed] = []
+    batch = 0
+    try:
+        weight = random_weight(product.rows, product.columns, dtype, machine.device)
+        compressed = machine.compress(weight)
+        for batch in batches:
+            times.append(_timed(product, batch, weight, compressed, machine))
+    except torch.OutOfMemoryError:
+        return Measured(product, tuple(times), f"out of memory at batch size {batch or 'any'}")
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return Measured(product, tuple(times), f"torch refuses: {first_line(error)}")
+    return Measured(product, tuple(times))
+
+
+def _timed(
+    product: Product, batch: int, weight: Tensor, compressed: Tensor, machine: Machine
+) -> Timed:
+    """One product (batch, C) x (C, R) by both kernels, whose results are compared first."""
+    generator = torch.Generator(machine.device).manual_seed(batch)
+    inputs = torch.randn(
+        batch, product.columns, dtype=weight.dtype, device=machine.device, generator=generator
+    )
+    check_product(
+        nn.functional.linear(inputs, weight),
+        nn.functional.linear(inputs, compressed),
+        f"{product.title} ({product.rows} x {product.columns}), batch size {batch}",
+    )
+    return Timed(
+        batch,
+        machine.seconds(lambda: nn.functional.linear(inputs, weight)),
+        machine.seconds(lambda: nn.functional.linear(inputs, compressed)),
+    )
+
+
+def random_weight(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A Gaussian weight (rows, columns) that obeys 2:4. What is in it does not change its time."""
+    generator = torch.Generator(device).manual_seed(rows * columns)
+    weight = torch.randn(rows, columns, dtype=dtype, device=device, generator=generator)
+    return weight.mul_(columns**-0.5).masked_fill_(~_PATTERN.keep_mask(weight.abs()), 0)
+
+
+def check_product(dense: Tensor, sparse: Tensor, where: str) -> None:
+    """Raises `NumericalError`, naming `where`, if the results differ by more than roundings."""
+    largest = float(dense.abs().max())
+    difference = float((dense - sparse).abs().max())
+    allowed = _TOLERATED_ROUNDINGS * torch.finfo(dense.dtype).eps * largest
+    if not difference <= allowed:  # NaN included
+        raise NumericalError(
+            f"{where}: the 2:4 product differs from the dense one by {difference:.3g}, more than "
+            f"roundings ({allowed:.3g}); its times would mean nothing"
+        )

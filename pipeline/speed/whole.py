@@ -1,0 +1,131 @@
+"""Tokens per second of a whole model, from one block of each kind: the model is never loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from pipeline.capture import BlockCall
+from pipeline.planning.shape import ModelShape
+from pipeline.planning.source import example_block
+from pipeline.speed.machine import Machine
+from pipeline.speed.products import random_weight
+from storage.errors import first_line
+from storage.object_store import Place
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One forward: `sequences` of `seqlen` tokens each."""
+
+    sequences: int
+    seqlen: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return self.sequences * self.seqlen
+
+
+@dataclass(frozen=True)
+class ModelSpeed:
+    """Seconds of a forward through all blocks and the output embedding, dense and 2:4; where they
+    could not be had, why."""
+
+    workload: Workload
+    dense: float = 0.0
+    sparse: float = 0.0
+    problem: str | None = None
+
+    @property
+    def speedup(self) -> float:
+        """Above 1 where 2:4 is faster."""
+        return self.dense / self.sparse
+
+
+def workloads(seqlen: int) -> tuple[Workload, ...]:
+    """A token each of 1 and 32 sequences, as in generation, and prompts of 1 and 4 sequences."""
+    return Workload(1, 1), Workload(32, 1), Workload(1, seqlen), Workload(4, seqlen)
+
+
+def measure_model(
+    model: Place,
+    shape: ModelShape,
+    loads: Sequence[Workload],
+    dtype: str,
+    trust_remote_code: bool,
+    machine: Machine,
+    tell: Callable[[Workload], object],
+) -> list[ModelSpeed]:
+    """Times one block of each kind, dense and 2:4, and adds up what the model's blocks would take.
+
+    Weights are random: only shapes matter. `tell` is called before each workload. What does not
+    fit, or is refused by a kernel, is said in that workload's `problem`.
+    """
+    found = []
+    for load in loads:
+        tell(load)
+        try:
+            dense, sparse = _head(shape, load, dtype, machine)
+            for kind in range(len(shape.kinds)):
+                own = _block(model, shape, kind, load, dtype, trust_remote_code, machine)
+                count = shape.blocks.count(kind)
+                dense, sparse = dense + count * own[0], sparse + count * own[1]
+            found.append(ModelSpeed(load, dense, sparse))
+        except torch.OutOfMemoryError:
+            problem = "does not fit: one block and its activations need more than this GPU has"
+            found.append(ModelSpeed(load, problem=problem))
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            found.append(ModelSpeed(load, problem=f"torch refuses: {first_line(error)}"))
+    return found
+
+
+@torch.no_grad()
+def _head(shape: ModelShape, load: Workload, dtype: str, machine: Machine) -> tuple[float, float]:
+    """Seconds of the output embedding, which stays dense, for every sequence's last token."""
+    options = {"dtype": getattr(torch, dtype), "device": machine.device}
+    inputs = torch.zeros(load.sequences, shape.hidden, **options)
+    weight = torch.zeros(shape.vocabulary, shape.hidden, **options)
+    seconds = machine.seconds(lambda: nn.functional.linear(inputs, weight))
+    return seconds, seconds
+
+
+@torch.no_grad()
+def _block(
+    model: Place,
+    shape: ModelShape,
+    kind: int,
+    load: Workload,
+    dtype: str,
+    trust_remote_code: bool,
+    machine: Machine,
+) -> tuple[float, float]:
+    """Seconds of one block of a kind, dense and with what would be pruned compressed."""
+    block, call, hidden = example_block(
+        model,
+        dtype,
+        load.sequences,
+        load.seqlen,
+        block=shape.blocks.index(kind),
+        trust_remote_code=trust_remote_code,
+    )
+    need = sum(p.numel() * p.element_size() for p in block.parameters()) + 2 * hidden.nbytes
+    if need > machine.free():
+        raise torch.OutOfMemoryError
+    block.to(machine.device)
+    arguments, keywords = tree_map_only(
+        Tensor, lambda tensor: tensor.to(machine.device), (call.arguments, call.keywords)
+    )
+    call, hidden = BlockCall(arguments, keywords), hidden.to(machine.device)
+    dense = machine.seconds(lambda: call.run(block, hidden))
+    for group in shape.kinds[kind].groups:
+        for name, rows, columns in group.layers:
+            module = block.get_submodule(name)
+            if isinstance(module, nn.Linear):
+                weight = random_weight(rows, columns, module.weight.dtype, machine.device)
+                module.weight = nn.Parameter(machine.compress(weight), requires_grad=False)
+    return dense, machine.seconds(lambda: call.run(block, hidden))

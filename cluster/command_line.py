@@ -24,6 +24,9 @@ from cluster.compare import add_arguments as add_compare_arguments
 from cluster.compare import compare_command
 from cluster.console import Console, comparison_table, provenance, solve_table
 from cluster.options import HelpFormatter, Parser, as_arguments, config_from, one_line, read_yaml
+from cluster.report import DESCRIPTION as report_description
+from cluster.report import add_arguments as add_report_arguments
+from cluster.report import report_command
 from cluster.source import resolve_model
 from cluster.status import DESCRIPTION, add_arguments, show
 from cluster.verify import DESCRIPTION as verify_description
@@ -80,6 +83,11 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False, dataclass_types=[],
     )  # fmt: skip
     add_arguments(status)
+    report = commands.add_parser(
+        "report", help="make a finished job's report again", description=report_description,
+        allow_abbrev=False, dataclass_types=[],
+    )  # fmt: skip
+    add_report_arguments(report)
     verify = commands.add_parser(
         "verify", help="hold a pruned model against its source",
         description=verify_description, allow_abbrev=False, dataclass_types=[],
@@ -132,6 +140,7 @@ def run(arguments: Sequence[str]) -> int:
                 "eval": _evaluate,
                 "solve": _solve,
                 "status": show,
+                "report": report_command,
                 "verify": verify_command,
                 "compare": compare_command,
                 "plan": _plan,

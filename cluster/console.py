@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cluster.status import duration, size
 from pipeline.config import PruneConfig
+from pipeline.units import duration, size
 
 if TYPE_CHECKING:
     from pipeline.prune import PruneResult
@@ -125,6 +125,9 @@ class Console:
         )
         for line in who_did_what(summary):
             self.print(line)
+        page = result.run_directory / "report" / "report.html"
+        if page.exists():
+            self.print(f"report: {page}")
 
 
 def who_did_what(summary: dict[str, Any]) -> list[str]:

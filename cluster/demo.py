@@ -13,11 +13,11 @@ import rich.console
 import rich.table
 
 from cluster.console import Console
-from cluster.status import duration
 from pipeline.config import EvalConfig, Method, PruneConfig, RuntimeConfig
 from pipeline.demo_model import demo_model, demo_texts
 from pipeline.evaluate import evaluate
 from pipeline.prune import prune
+from pipeline.units import duration
 
 _WORKERS = 2
 _SEQLEN = 512

@@ -13,8 +13,8 @@ import rich.console
 from rich.table import Table
 
 from cluster.source import config_source
-from cluster.status import duration
 from pipeline.planning.plan import Plan, scaling, size_text
+from pipeline.units import duration
 
 if TYPE_CHECKING:
     from pipeline.planning.options import PlanConfig

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.status import find_run_directory, read_status
+from pipeline.units import duration, size
 from storage.errors import Prox24Error
 
 DESCRIPTION = "Show how far a job is, from its run directory alone; nothing is changed."
@@ -157,20 +158,3 @@ def _errors(blocks: list[dict[str, Any]]) -> str:
     return ", ".join(
         f"block {block['block']} {block['relative_error']:.3f}%" for block in known[-_SHOWN_BLOCKS:]
     )
-
-
-def duration(seconds: float) -> str:
-    """`1:02:03`, `2:03` or `0:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def size(count: int) -> str:
-    """`512 B`, `1.5 MB`, `34.1 GB`: decimal units, as in other messages."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB", "PB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.job import SolvedSlices
+from pipeline.mask import merge_mask_counts
 from pipeline.solvers import merge_reports
 from pipeline.solvers.types import SolveReport
 from storage.checkpoints import BlockRecord, LayerRecord, LayerSlice, read_block_record
@@ -51,6 +52,9 @@ def check_phase(phase: Mapping[str, Any]) -> None:
     _require(_is_number(phase["wall"]) and bool(phase["ranks"]), "times of a phase")
     for figures in (*phase["ranks"], *phase["memory"], *phase["counts"]):
         _require(all(_is_number(value) for value in figures.values()), "figures of a rank")
+    for span in phase.get("spans", ()):  # records of older versions have none
+        figures = (span["start"], span["seconds"], *span["ranks"])
+        _require(all(map(_is_number, figures)), "spans of a phase")
 
 
 def _fits(value: object, annotation: str) -> bool:
@@ -89,7 +93,7 @@ def block_record(
 
     layers: name -> (R, C) and safetensors dtype.
     """
-    records = {}
+    records, masks = {}, {}
     for name, (shape, dtype) in layers.items():
         parts = [part for part in solved if name in part.ranges]
         parts.sort(key=lambda part: part.ranges[name])
@@ -98,7 +102,11 @@ def block_record(
             for part in parts
             if part.file is not None
         ]
-        report = merge_reports([SolveReport.from_json(part.reports[name]) for part in parts])
+        reports = [dict(part.reports[name]) for part in parts]
+        counts = [report.pop("mask") for report in reports if "mask" in report]
+        if len(counts) == len(reports):
+            masks[name] = merge_mask_counts(counts)
+        report = merge_reports([SolveReport.from_json(own) for own in reports])
         records[name] = LayerRecord(
             shape=shape, dtype=dtype, slices=tuple(slices), results=report.to_json()
         )
@@ -108,5 +116,5 @@ def block_record(
         world=world,
         files=tuple(part.file for part in solved if part.file is not None),
         layers=records,
-        results=results,
+        results={**results, "masks": masks},
     )

@@ -32,6 +32,7 @@ PLACEMENT_FIELDS = frozenset(
         "max_attempts",
         "hessian_memory",
         "trace",
+        "no_report",
         "phase_timeout",
         "on_lost_node",
         "node_wait",
@@ -258,6 +259,7 @@ class PruneConfig(SolverOptions, RuntimeConfig):
         "node is lost with its scratch; `~` and $VARIABLES are the node's; unset: in the run "
         "directory",
     )
+    no_report: bool = option(False, "leave out the report that a job ends with (a second or two)")
     overwrite: bool = option(False, "replace a non-empty OUTPUT once the new one is whole")
     force: bool = option(False, "start although memory or disk will not suffice, as it is foreseen")
     skip_unsupported: bool = option(

@@ -14,6 +14,7 @@ from pipeline.evaluate import measure_perplexity, prepare
 from pipeline.evaluation_file import write_evaluation
 from pipeline.executor import Executor
 from pipeline.job import Job
+from pipeline.job_report.write import leave_report
 from pipeline.layers import Selection, layers_to_prune, select_layers
 from pipeline.loop import STAMP_DIGITS, BlockLoop
 from pipeline.manifest import (
@@ -109,9 +110,7 @@ def prune(
             check_manifest(run, manifest, job, skeleton.files)
             if finished_output(output, job) is not None:
                 # Killed between the output's rename and the end: only the tidying up is left.
-                blocks = len(skeleton.blocks)
-                forget_uploads(run, output, lock)
-                return PruneResult(output, run.path, _tidy(run, lock, blocks, progress))
+                return _conclude(run, lock, len(skeleton.blocks), output, job, config, progress)
         check_output(output, run, config.overwrite)
         run.sweep_uncommitted(guard=lock.assert_held)
         progress.phase("read text")
@@ -330,9 +329,24 @@ def _finish(
         ),
         evaluate=lambda folder: _perplexity(loop, config, folder),
     )
-    forget_uploads(loop.run, output, loop.lock)
-    summary = _tidy(loop.run, loop.lock, loop.blocks, loop.progress)
-    return PruneResult(output, loop.run.path, summary)
+    return _conclude(loop.run, loop.lock, loop.blocks, output, job, config, loop.progress)
+
+
+def _conclude(
+    run: RunDirectory,
+    lock: RunLock,
+    blocks: int,
+    output: Place,
+    job: dict[str, Any],
+    config: PruneConfig,
+    progress: Progress,
+) -> PruneResult:
+    """What is left to do when the output is whole: tidying up, and the report."""
+    forget_uploads(run, output, lock)
+    summary = _tidy(run, lock, blocks, progress)
+    if summary and not config.no_report:
+        leave_report(run, output, job, lock, progress)
+    return PruneResult(output, run.path, summary)
 
 
 def _write_files(

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.loop import block_error
 from pipeline.measure import peak_memory
 from pipeline.repair import ACTIVATIONS_SCHEMA
-from pipeline.work import Work, by_worker, sum_counts
+from pipeline.work import Work, by_worker, sum_counts, timeline
 from storage.checkpoints import BlockRecord
 from storage.commit import read_json, replace_json
 from storage.errors import CorruptFileError
@@ -29,8 +29,10 @@ def summarize(
     `memory`: peak bytes of the driver and of the largest worker, in all and in each block (the
     driver's since its start, a Ray worker's of each phase). Interrupted runs are included:
     each phase is counted once, in the attempt that was committed. `workers` says who did what,
-    `counts` what was moved (see `pipeline.measure`), a block's with the making of its inputs. A
-    damaged file of times is named to `note`, and missing in the sums.
+    `timeline` when (see `pipeline.work`), `counts` what was moved (see `pipeline.measure`), a
+    block's with the making of its inputs; so are its `phases`: wall `seconds` and the largest
+    worker's peak bytes of each. `masks`: see `pipeline.mask`. A damaged file of times is named to
+    `note`, and missing in the sums.
     """
     work = [Work(r.block, r.results.get("workers", []), r.results["phases"]) for r in records]
     for block in range(len(records)):
@@ -46,6 +48,7 @@ def summarize(
     wall = sum(phase["wall"] for phase in phases)
     seconds = {kind: _mean_over_ranks(phases, kind) for kind in KINDS}
     seconds["other"] = max(0.0, wall - sum(seconds.values()))
+    workers = by_worker(work)
     return {
         "schema_version": SUMMARY_SCHEMA,
         "blocks": [
@@ -66,17 +69,25 @@ def summarize(
                     if part.block == record.block
                     for phase in part.phases.values()
                 ),
+                "phases": {
+                    name: _phase(phase)
+                    for part in work
+                    if part.block == record.block
+                    for name, phase in part.phases.items()
+                },
                 "groups": record.results["groups"],
                 "choices": record.results["choices"],
                 "costs": record.results["costs"],
                 "layers": {name: layer.results for name, layer in record.layers.items()},
+                "masks": record.results.get("masks", {}),
             }
             for record in records
         ],
         "wall": wall,
         "seconds": seconds,
         "memory": _peaks(peak_memory(), phases),
-        "workers": by_worker(work),
+        "workers": workers,
+        "timeline": timeline(work, workers),
         "counts": sum_counts(phases),
     }
 
@@ -101,15 +112,22 @@ def _mean_over_ranks(phases: Iterable[dict[str, Any]], kind: str) -> float:
     return sum(means)
 
 
+def _phase(phase: dict[str, Any]) -> dict[str, Any]:
+    return {"seconds": phase["wall"], **_largest(phase["memory"])}
+
+
 def _peaks(driver: dict[str, Any], phases: Iterable[dict[str, Any]]) -> dict[str, int]:
     """Peak bytes of the driver and of the largest worker in any of the phases."""
-    workers = [memory for phase in phases for memory in phase["memory"]]
-    largest = {
-        key: max((int(memory.get(key, 0)) for memory in workers), default=0)
-        for key in ("rss_bytes", "device_bytes")
-    }
+    largest = _largest([memory for phase in phases for memory in phase["memory"]])
     return {
         "driver_rss_bytes": int(driver["rss_bytes"]),
         "worker_rss_bytes": largest["rss_bytes"],
         "worker_device_bytes": largest["device_bytes"],
+    }
+
+
+def _largest(workers: Sequence[dict[str, Any]]) -> dict[str, int]:
+    return {
+        key: max((int(memory.get(key, 0)) for memory in workers), default=0)
+        for key in ("rss_bytes", "device_bytes")
     }

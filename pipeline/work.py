@@ -38,6 +38,32 @@ def by_worker(work: Iterable[Work]) -> list[dict[str, Any]]:
     return [{**own, "blocks": sorted(own["blocks"])} for own in ordered]
 
 
+def timeline(work: Iterable[Work], workers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The committed phases, by start: which of `workers` (as `by_worker` has them) did what when.
+
+    Each with `block`, `phase`, `start` in seconds since the epoch, wall `seconds` at the driver,
+    and, in the order of ranks, `workers` (indices) and `busy` (seconds of each).
+    """
+    numbers = {(w["host"], w["pid"], w["node"], w["rank"]): n for n, w in enumerate(workers)}
+    found = [
+        {
+            "block": part.block,
+            "phase": name,
+            "start": span["start"],
+            "seconds": span["seconds"],
+            "workers": [
+                numbers[(worker["host"], worker["pid"], worker.get("node"), rank)]
+                for rank, worker in enumerate(part.workers)
+            ],
+            "busy": span["ranks"],
+        }
+        for part in work
+        for name, phase in part.phases.items()
+        for span in phase.get("spans", ())
+    ]
+    return sorted(found, key=lambda span: float(span["start"]))
+
+
 def sum_counts(phases: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """What all ranks counted in these phases; `statistics_bytes` is of one rank, not their sum."""
     total: dict[str, int] = {}

@@ -143,7 +143,8 @@ class Tiny:
         **options: Any,
     ) -> PruneResult:
         """The job in `folder`, in this process."""
-        options = OPTIONS | {"dataset": str(self.text), "executor": "local"} | options
+        fixed = {"dataset": str(self.text), "executor": "local", "no_report": True}
+        options = OPTIONS | fixed | options
         model = options.pop("model", self.model)
         config = PruneConfig(run_dir=str(folder / "run"), **options)
         return prune(

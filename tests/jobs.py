@@ -21,7 +21,10 @@ from pipeline.prune import PruneResult, prune
 from storage.object_store import Place
 
 # Small enough for seconds, with two activation shards at least.
-SMALL: dict[str, Any] = {"nsamples": 8, "seqlen": 32, "batch_size": 2, "threads": 1}
+# A report takes longer than all the rest: tests of reports ask for one.
+SMALL: dict[str, Any] = {
+    "nsamples": 8, "seqlen": 32, "batch_size": 2, "threads": 1, "no_report": True,
+}  # fmt: skip
 
 
 def write_text(path: Path, characters: int = 8192, seed: int = 0) -> Path:

@@ -33,7 +33,7 @@ class Matrix:
     """
 
     folder: Path
-    more: Sequence[str] = ("--executor=local",)
+    more: Sequence[str] = ("--executor=local", "--no-report")
     old: dict[str, bytes] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=itertools.count)
 

@@ -68,7 +68,7 @@ def test_prune(begun: Path, data: st.DataObject) -> None:
     try:
         (work / spoiled_file).write_bytes(changed_file(data, work / spoiled_file))
         arguments = ["prune", work / "model", work / "output", "--dataset", work / "text.txt"]
-        arguments += ["--executor=local", "--batch-size=2"]
+        arguments += ["--executor=local", "--batch-size=2", "--no-report"]
         arguments += [f"--{key}={value}" for key, value in OPTIONS.items()]
         outside = contents(begun)
         shown = io.StringIO()

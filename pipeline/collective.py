@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from pipeline.solvers.types import Statistics
+from pipeline.statistics import Sums
 from storage.errors import WorkerLostError
 
-# Elements exchanged at once: bounds the buffers to about three times this, 4 bytes each.
-_CHUNK = 1 << 26
+# Bytes exchanged at once: bounds the buffers to about three times this.
+_CHUNK_BYTES = 1 << 28
 # torch 2.13 renamed it; 2.11 has the old name only.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -67,14 +67,15 @@ class Collective:
             dist.destroy_process_group()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, added in rank order, written into `tensor` (contiguous fp32).
+        """The sum over ranks, added in rank order, written into `tensor` (contiguous).
 
         Raises `WorkerLostError` when a peer is gone or does not answer in time.
         """
         flat = tensor.view(-1)
+        step = _CHUNK_BYTES // flat.element_size()
         try:
-            for start in range(0, flat.numel(), _CHUNK):
-                part = flat[start : start + _CHUNK]
+            for start in range(0, flat.numel(), step):
+                part = flat[start : start + step]
                 part.copy_(self._sum_chunk(part))
         except RuntimeError as error:
             raise WorkerLostError(f"rank {self.rank} lost a peer while summing: {error}") from error
@@ -98,8 +99,8 @@ class Collective:
         self.sent += 2 * (self.world - 1) * total.nbytes
         return gathered[: part.numel()].to(part.device)
 
-    def sum_statistics(self, own: Statistics) -> Statistics:
-        """The sum of all ranks' statistics of one group; `own`'s tensors are overwritten."""
+    def sum_statistics(self, own: Sums) -> Sums:
+        """The sum of all ranks' sums of one group; `own`'s tensors are overwritten."""
         counts = torch.tensor([own.tokens, own.sequences], dtype=torch.int64)
         if self.backend == "nccl":
             counts = counts.to(torch.device("cuda"))
@@ -107,10 +108,6 @@ class Collective:
             dist.all_reduce(counts)  # integers: exact in any order
         except RuntimeError as error:
             raise WorkerLostError(f"rank {self.rank} lost a peer while summing: {error}") from error
-        return dataclasses.replace(
-            own,
-            tokens=int(counts[0]),
-            sequences=int(counts[1]),
-            diagonal=None if own.diagonal is None else self.sum(own.diagonal),
-            hessian=None if own.hessian is None else self.sum(own.hessian),
-        )
+        for tensor in own.tensors():
+            self.sum(tensor)
+        return dataclasses.replace(own, tokens=int(counts[0]), sequences=int(counts[1]))

@@ -82,16 +82,15 @@ class LocalExecutor:
 
     def reduce(self) -> list[Outcome]:
         """Adds the ranks' tensors one after another; all ranks then share one sum."""
-        if self.world > 1:
-            first = self._workers[0]
-            for name in list(first.statistics):
-                total = tuple(
-                    add_in_rank_order(list(parts))
-                    for parts in zip(*(w.statistics[name] for w in self._workers), strict=True)
-                )
-                for worker in self._workers:
-                    worker.statistics[name] = total
-        return [worker.perform("reduce") for worker in self._workers]
+        first, *others = self._workers
+        for name in list(first.sums) if others else ():
+            parts = zip(*(worker.sums.pop(name) for worker in self._workers), strict=True)
+            first.sums[name] = tuple(add_in_rank_order(folds) for folds in parts)
+        outcomes = [first.perform("reduce")]
+        for worker in others:
+            worker.statistics = dict(first.statistics)
+            outcomes.append(worker.perform("reduce"))
+        return outcomes
 
     def recover(self) -> None:
         """A rank in this process cannot be lost without the process."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.capture import BlockCall, LayerGroup
 from pipeline.measure import Stopwatch
-from pipeline.statistics import FoldedStatistics, GroupAccumulator
+from pipeline.statistics import FoldedSums, GroupAccumulator
 
 
 class _Observed(Exception):
@@ -54,16 +54,14 @@ class BlockObserver:
             except _Observed:
                 return
 
-    def statistics(self) -> dict[str, FoldedStatistics]:
+    def sums(self) -> dict[str, FoldedSums]:
         """The sums so far by group name. Ends the observation."""
         for handle in self._handles:
             handle.remove()
-        with self._watch("hessian"):
-            sums = {group.name: total.statistics() for group, total in self._sums.items()}
-        for folds in sums.values():
-            for tensor in (t for fold in folds for t in (fold.diagonal, fold.hessian)):
-                self._watch.count("statistics_bytes", 0 if tensor is None else tensor.nbytes)
-        return sums
+        found = {group.name: total.sums() for group, total in self._sums.items()}
+        for sums in (fold for folds in found.values() for fold in folds):
+            self._watch.count("statistics_bytes", sums.nbytes)
+        return found
 
     def _hook(self, total: GroupAccumulator) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

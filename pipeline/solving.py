@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.capture import LayerGroup
 from pipeline.solvers import Solution, SolverSettings, Statistics, objective, solver_for
 from pipeline.solvers.cost import solve_cost
+from pipeline.solvers.objective import total_of_rows
 from pipeline.solvers.types import percentage
 from pipeline.split import GroupRows, row_ranges, whole_layers
 
@@ -63,7 +64,7 @@ def _as_stored(
     report = solution.report
     if stored.dtype != solution.weight.dtype and statistics is not None:
         # Rounding to the stored dtype is part of the error that the user gets.
-        lost = float(objective(stored, weight, statistics).sum())
+        lost = total_of_rows(objective(stored, weight, statistics))
         report = dataclasses.replace(
             report, objective=lost, relative_error=percentage(lost, report.objective_zero)
         )

@@ -1,12 +1,19 @@
 """Summing a group's second moments batch by batch, so that no layer's activations are kept.
 
-The one Hessian convention: fp32 sum of x xᵀ over tokens, and the token count; who uses it divides.
+The one Hessian convention: sum of x xᵀ over tokens, and the token count; who uses it divides.
+
+Which sequences a batch holds does not depend on the workers, so a batch's products have the same
+bytes whoever computes them, in fp32. They are added in float64, where the order of adding all but
+never shows: a product differs from what was added by it only where it is less than 2⁻²⁹ of the sum,
+and by so little that the sum's fp32 rounding changes in one of 2²⁹ such cases. So the
+statistics, and all that follows from them, are those of the calibration, not of its workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,55 +23,98 @@ from pipeline.solvers.types import Statistics
 # Dtypes whose products are exact in TF32's 10-bit mantissa, and so in its fp32 sums.
 _EXACT_IN_TF32 = (torch.bfloat16, torch.float16)
 _SMALLEST_PANEL = 256
+# Rows added at a time.
+_STRIP = 128
 
 
-class Accumulator:
-    """Running sums for one group of layers, fp32 on `device`.
+@dataclass
+class Sums:
+    """Running sums for one group of layers, float64: what `Statistics` are made of.
 
-    `needs` is what the solver asks for: "diagonal" keeps a vector (C,), "full" also the matrix
-    (C, C), of which only the upper triangle of panels is summed until `statistics` mirrors it.
+    columns: C. diagonal: (C,), empty where there is a matrix. matrix: of each of `panels`, the
+    columns `start:stop` of the upper triangle, (stop, stop - start) in one flat tensor, panel
+    after panel; empty where the solver asks for the diagonal only.
     """
 
-    def __init__(self, columns: int, needs: str, device: torch.device) -> None:
-        self.columns = columns
-        self.tokens = 0
-        self.sequences = 0
-        self.diagonal = torch.zeros(columns, dtype=torch.float32, device=device)
-        self.hessian: Tensor | None = None
-        if needs == "full":
-            self.hessian = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+    columns: int
+    tokens: int
+    sequences: int
+    diagonal: Tensor
+    matrix: Tensor
 
-    def add(self, inputs: Tensor, sequences: int) -> None:
-        """Adds `inputs` (..., C), any float dtype, that come from `sequences` sequences."""
-        x_TC = inputs.reshape(-1, self.columns)
-        self.tokens += x_TC.shape[0]
-        self.sequences += sequences
-        exact = x_TC.dtype in _EXACT_IN_TF32
-        x_TC = x_TC.to(torch.float32)
-        if self.hessian is None:
-            self.diagonal += x_TC.square().sum(dim=0)
-            return
-        with _tf32(exact and x_TC.is_cuda):
-            for start, stop in panels(self.columns):
-                # Columns start:stop of the upper triangle: the mirrored half is never computed.
-                self.hessian[:stop, start:stop].addmm_(x_TC[:, :stop].T, x_TC[:, start:stop])
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """What is summed over ranks."""
+        return self.diagonal, self.matrix
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     def statistics(self) -> Statistics:
-        """The sums so far; the matrix is made symmetric in place."""
-        if self.hessian is None:
-            diagonal = self.diagonal
-        else:
-            for start, stop in panels(self.columns):
-                self.hessian[stop:, start:stop] = self.hessian[start:stop, stop:].T
-            diagonal = self.hessian.diagonal().clone()
+        """The sums in fp32, the matrix whole."""
+        hessian, diagonal = None, self.diagonal.float()
+        if self.matrix.numel():
+            hessian = self._whole()
+            diagonal = hessian.diagonal().clone()
         return Statistics(
             columns=self.columns,
             tokens=self.tokens,
             sequences=self.sequences,
             diagonal=diagonal,
-            hessian=self.hessian,
+            hessian=hessian,
         )
 
+    def _whole(self) -> Tensor:
+        hessian = self.matrix.new_empty(self.columns, self.columns, dtype=torch.float32)
+        for (start, stop), panel in panels_of(self.matrix, self.columns):
+            hessian[:stop, start:stop] = panel
+            hessian[start:stop, :start] = hessian[:start, start:stop].T
+        return hessian
+
+
+class Accumulator:
+    """Adds up the inputs of one group of layers on `device`.
+
+    `needs` is what the solver asks for: "diagonal" keeps a vector (C,), "full" a matrix of which
+    only the upper triangle of panels is summed. Products are fp32.
+    """
+
+    def __init__(self, columns: int, needs: str, device: torch.device) -> None:
+        self.columns = columns
+        full = needs == "full"
+        shapes = (0 if full else columns), (_matrix_entries(columns) if full else 0)
+        diagonal, matrix = (torch.zeros(n, dtype=torch.float64, device=device) for n in shapes)
+        self.sums = Sums(columns, 0, 0, diagonal, matrix)
+
+    def add(self, inputs: Tensor, sequences: int) -> None:
+        """Adds `inputs` (..., C), any float dtype, that come from `sequences` sequences."""
+        x_TC, sums = inputs.reshape(-1, self.columns), self.sums
+        sums.tokens += x_TC.shape[0]
+        sums.sequences += sequences
+        exact = x_TC.dtype in _EXACT_IN_TF32
+        x_TC = x_TC.to(torch.float32)
+        if not sums.matrix.numel():
+            sums.diagonal += x_TC.square().sum(dim=0)
+            return
+        with _tf32(exact and x_TC.is_cuda):
+            for (start, stop), panel in panels_of(sums.matrix, self.columns):
+                # Columns start:stop of the upper triangle: the mirrored half is never computed.
+                _add_in_strips(panel, x_TC[:, :stop].T @ x_TC[:, start:stop])
+
+    def statistics(self) -> Statistics:
+        """The sums so far."""
+        return self.sums.statistics()
+
+
+def _add_in_strips(total: Tensor, product: Tensor) -> None:
+    """total += product, without a float64 copy of the whole product."""
+    for start in range(0, total.shape[0], _STRIP):
+        total[start : start + _STRIP] += product[start : start + _STRIP]
+
+
+FoldedSums = tuple[Sums, ...]
+"""One group's sums: of all sequences, or of their first and second half."""
 
 FoldedStatistics = tuple[Statistics, ...]
 """One group's statistics: of all sequences, or of their first and second half."""
@@ -99,21 +149,45 @@ class GroupAccumulator:
             if part.shape[0]:
                 fold.add(part, part.shape[0])
 
-    def statistics(self) -> FoldedStatistics:
+    def sums(self) -> FoldedSums:
         """The sums so far."""
-        return tuple(fold.statistics() for fold in self.folds)
+        return tuple(fold.sums for fold in self.folds)
 
 
 def merged(folds: FoldedStatistics) -> Statistics | None:
     """The statistics of all sequences; None where none were kept."""
     if len(folds) < 2:
         return folds[0] if folds else None
-    return add_in_rank_order(list(folds))
+    first, second = folds
+    return Statistics(
+        columns=first.columns,
+        tokens=first.tokens + second.tokens,
+        sequences=first.sequences + second.sequences,
+        diagonal=_added(first.diagonal, second.diagonal),
+        hessian=_added(first.hessian, second.hessian),
+    )
+
+
+def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return None if one is None or other is None else one + other
 
 
 def statistics_bytes(columns: int, needs: str) -> int:
     """What an `Accumulator` holds, in bytes."""
-    return 4 * columns * ((columns if needs == "full" else 0) + 1)
+    return 8 * (_matrix_entries(columns) if needs == "full" else columns)
+
+
+def _matrix_entries(columns: int) -> int:
+    return sum(stop * (stop - start) for start, stop in panels(columns))
+
+
+def panels_of(matrix: Tensor, columns: int) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Of a flat `Sums.matrix`, each panel's column range and its (stop, stop - start) entries."""
+    at = 0
+    for start, stop in panels(columns):
+        entries = stop * (stop - start)
+        yield (start, stop), matrix[at : at + entries].view(stop, stop - start)
+        at += entries
 
 
 def panels(columns: int) -> list[tuple[int, int]]:
@@ -122,24 +196,20 @@ def panels(columns: int) -> list[tuple[int, int]]:
     return [(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
-def add_in_rank_order(parts: list[Statistics]) -> Statistics:
-    """The sum of the ranks' statistics, added in rank order: its bytes depend on nothing else."""
+def add_in_rank_order(parts: Sequence[Sums]) -> Sums:
+    """The sum of the ranks' sums, added in rank order; the parts are left as they are."""
     first = parts[0]
-    return Statistics(
+    diagonal, matrix = (tensor.clone() for tensor in first.tensors())
+    for part in parts[1:]:
+        diagonal += part.diagonal
+        matrix += part.matrix
+    return Sums(
         columns=first.columns,
         tokens=sum(part.tokens for part in parts),
         sequences=sum(part.sequences for part in parts),
-        diagonal=_sum([part.diagonal for part in parts]),
-        hessian=_sum([part.hessian for part in parts]),
+        diagonal=diagonal,
+        matrix=matrix,
     )
-
-
-def _sum(tensors: list[Tensor | None]) -> Tensor | None:
-    total: Tensor | None = None
-    for tensor in tensors:
-        if tensor is not None:
-            total = tensor.clone() if total is None else total.add_(tensor)
-    return total
 
 
 @contextmanager

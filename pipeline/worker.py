@@ -40,6 +40,7 @@ from pipeline.solving import deal_rows, solve_group
 from pipeline.split import deal, turns
 from pipeline.statistics import (
     FoldedStatistics,
+    FoldedSums,
     GroupAccumulator,
     merged,
     statistics_bytes,
@@ -69,6 +70,8 @@ class BlockWorker:
         self.watch = Stopwatch(self.device, trace=job.trace)
         self.forward = Forward(job, rank, world, self.skeleton, self.watch)
         self.collective: Collective | None = None
+        # Of this rank's sequences by group, until `reduce` makes statistics of all ranks' sums.
+        self.sums: dict[str, FoldedSums] = {}
         self.statistics: dict[str, FoldedStatistics] = {}
         self._groups: dict[tuple[Any, ...], tuple[LayerGroup, ...]] = {}
         # The groups whose statistics are held, and of what they are a part.
@@ -127,18 +130,21 @@ class BlockWorker:
         observer = self._observer(block, first, limit, turn)
         for _, start, hidden_states in self.forward.own_batches(block, shards):
             observer.add(start, hidden_states)
-        self.statistics = observer.statistics()
+        self.sums = observer.sums()
         return self._observed
 
     def reduce(self) -> None:
-        """Sums the statistics over all ranks, in place."""
-        if self.collective is None:
-            return
-        with self.watch("reduce"):
-            for name, folds in self.statistics.items():
-                self.statistics[name] = tuple(self.collective.sum_statistics(f) for f in folds)
-        sent, self.collective.sent = self.collective.sent, 0
-        self.watch.count("statistics_sent_bytes", sent)
+        """Makes the statistics of the sums over all ranks."""
+        for name in list(self.sums):
+            folds = self.sums.pop(name)
+            if self.collective is not None:
+                with self.watch("reduce"):
+                    folds = tuple(self.collective.sum_statistics(fold) for fold in folds)
+            with self.watch("hessian"):
+                self.statistics[name] = tuple(fold.statistics() for fold in folds)
+        if self.collective is not None:
+            sent, self.collective.sent = self.collective.sent, 0
+            self.watch.count("statistics_sent_bytes", sent)
 
     def held_groups(self) -> tuple[LayerGroup, ...]:
         """The groups whose statistics are held: the same on every rank."""
@@ -247,7 +253,7 @@ class BlockWorker:
                 observer.add(start, output)
 
         written = self.forward.write(block + 1, stamp, outputs())
-        self.statistics = observer.statistics()
+        self.sums = observer.sums()
         return Advanced(written, self._observed)
 
     def write_output(
@@ -292,7 +298,7 @@ class BlockWorker:
 
     def forget(self) -> None:
         """Drops the statistics: those of an abandoned attempt, or of a block that is solved."""
-        self.statistics = {}
+        self.sums, self.statistics = {}, {}
 
     # -- pieces -----------------------------------------------------------------------------
 

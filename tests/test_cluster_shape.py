@@ -1,7 +1,7 @@
 """A job that goes on with another number of workers: 2, then 3, then 1.
 
-The sums are rounded in another order; the results must stay within what that may change, and the
-records tell who did what.
+Statistics do not depend on who summed what, nor a row's solution on the slice that it lies in: the
+same bytes, as long as all workers compute alike. The records tell who did what.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pipeline.executor import LocalExecutor
 from pipeline.job import Outcome
 from storage.errors import RunInterrupted
 from tests.jobs import check_output, contents, prune_here, write_text
-from tests.shapes import agreement, check_close, objective
 from tests.tiny_models import save_tiny_model
 
 BLOCKS = 6
@@ -48,7 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize(
     "method",
-    ["prox_admm", *(pytest.param(m, marks=pytest.mark.slow) for m in ("wanda", "sparsegpt"))],
+    ["prox_admm", "wanda", "sparsegpt"],
 )
 def test_two_workers_then_three_then_one(
     source: tuple[Path, Path], tmp_path: Path, method: str
@@ -72,17 +71,12 @@ def test_two_workers_then_three_then_one(
     assert [len(block["workers"]) for block in done] == [2, 2, 3, 3, 1, 1]
     assert all(worker["host"] and worker["pid"] for b in done for worker in b["workers"])
     check_output(model, output)
-    check_close(contents(output), contents(whole))
+    assert contents(output) == contents(whole)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_real_model(smollm2: Path, tmp_path: Path, repository: Path) -> None:
-    """The objective holds, and so do the masks of a block that is solved on the same inputs.
-
-    Further down masks drift apart: a few weights that one mask keeps and the other does not give
-    the next block inputs that differ by more than a rounding.
-    """
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(p.read_text() for p in sorted(repository.rglob("pipeline/*.py"))))
     model = first_blocks(smollm2, tmp_path / "model", 3)
@@ -94,11 +88,7 @@ def test_a_real_model(smollm2: Path, tmp_path: Path, repository: Path) -> None:
         with pytest.raises(RunInterrupted):
             prune_here(model, output, executor=StopsAt(world, block), **options)
     prune_here(model, output, workers=1, **options)
-    one, two = contents(output), contents(whole)
-    assert objective(one) == pytest.approx(objective(two), rel=1e-3)
-    assert agreement(one, two, "layers.0.") == 1
-    assert agreement(one, two, "layers.1.") >= 0.999
-    assert agreement(one, two) >= 0.99
+    assert contents(output) == contents(whole)
 
 
 def first_blocks(source: Path, folder: Path, blocks: int) -> Path:

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import collective
 from pipeline.collective import Collective, host_meeting
-from pipeline.solvers import Statistics
-from pipeline.statistics import add_in_rank_order
+from pipeline.statistics import Sums, add_in_rank_order
 from storage.errors import WorkerLostError
 from tests.processes import CONTEXT
 
@@ -25,18 +24,17 @@ HOST = "127.0.0.1"
 Start = Callable[..., list[Any]]
 
 
-def own_statistics(rank: int, columns: int, needs: str) -> Statistics:
+def own_sums(rank: int, columns: int, needs: str) -> Sums:
     """What `rank` brings: any numbers, of very unequal size, so that the order of adding shows."""
     generator = torch.Generator().manual_seed(rank)
-    size = 10.0 ** torch.randint(-4, 5, (columns, columns), generator=generator)
-    hessian = torch.randn(columns, columns, generator=generator) * size
-    return Statistics(
-        columns=columns,
-        tokens=100 + rank,
-        sequences=1 + rank,
-        diagonal=hessian.diagonal().clone(),
-        hessian=hessian if needs == "full" else None,
-    )
+
+    def values(count: int) -> torch.Tensor:
+        size = 10.0 ** torch.randint(-9, 10, (count,), generator=generator).double()
+        return torch.randn(count, generator=generator).double() * size
+
+    full = needs == "full"
+    diagonal, matrix = values(0 if full else columns), values(columns**2 if full else 0)
+    return Sums(columns, 100 + rank, 1 + rank, diagonal, matrix)
 
 
 def join(rank: int, ports: Any, timeout: float) -> Collective:
@@ -53,13 +51,12 @@ def join(rank: int, ports: Any, timeout: float) -> Collective:
 
 def sum_and_save(rank: int, ports: Any, folder: Path, chunk: int) -> None:
     """Process: sums two groups' statistics, one in chunks that do not divide it, and saves them."""
-    collective._CHUNK = chunk
+    collective._CHUNK_BYTES = chunk
     group = join(rank, ports, 60)
     for columns, needs in ((37, "full"), (50, "diagonal")):
-        total = group.sum_statistics(own_statistics(rank, columns, needs))
+        total = group.sum_statistics(own_sums(rank, columns, needs))
         tensors = {"counts": torch.tensor([total.tokens, total.sequences])}
-        tensors |= {"diagonal": total.diagonal} if total.diagonal is not None else {}
-        tensors |= {"hessian": total.hessian} if total.hessian is not None else {}
+        tensors |= {"diagonal": total.diagonal, "matrix": total.matrix}
         tensors["sent"] = torch.tensor([group.sent])
         group.sent = 0
         save_file(tensors, folder / f"{needs}-{rank}.safetensors")
@@ -97,25 +94,24 @@ def start() -> Iterator[Start]:
         process.join()
 
 
-@pytest.mark.parametrize("chunk", [1 << 26, 100])
+@pytest.mark.parametrize("chunk", [1 << 28, 800])
 def test_bytes_are_those_of_adding_in_rank_order(tmp_path: Path, start: Start, chunk: int) -> None:
     for process in start(sum_and_save, tmp_path, chunk):
         process.join(60)
         assert process.exitcode == 0
     for columns, needs in ((37, "full"), (50, "diagonal")):
-        own = [own_statistics(rank, columns, needs) for rank in range(WORLD)]
+        own = [own_sums(rank, columns, needs) for rank in range(WORLD)]
         expected = add_in_rank_order(own)
         for rank in range(WORLD):
             found = load_file(tmp_path / f"{needs}-{rank}.safetensors")
             assert found["counts"].tolist() == [expected.tokens, expected.sequences]
             assert torch.equal(found["diagonal"], expected.diagonal)
+            assert torch.equal(found["matrix"], expected.matrix)
             # Out once and in once, but for a rank's own part: no more than rounding up to it.
-            size = 4 * (columns + (columns**2 if expected.hessian is not None else 0))
-            least, chunks = 2 * (WORLD - 1) * size // WORLD, 2 + size // (4 * chunk)
-            assert least <= int(found["sent"]) <= least + 8 * WORLD * chunks
-            assert ("hessian" in found) == (expected.hessian is not None)
-            if expected.hessian is not None:
-                assert torch.equal(found["hessian"], expected.hessian)
+            size, chunks = expected.nbytes, 2 + expected.nbytes // chunk
+            assert size >= 8 * (columns**2 if needs == "full" else columns)
+            least = 2 * (WORLD - 1) * size // WORLD
+            assert least <= int(found["sent"]) <= least + 16 * WORLD * chunks
 
 
 @pytest.mark.parametrize("victim", [0, 2])

@@ -48,8 +48,8 @@ def inputs_of(modules: dict[str, torch.nn.Module], forward: Callable[[], Any]) -
 def plain_prune(source: Path, text: Path, **settings: Any) -> tuple[dict[str, Tensor], list[float]]:
     """The same job by the plainest means, and each layer's relative error in per cent.
 
-    The whole model in memory and run in one batch for every block, hooks on all its linears, one
-    product for every Hessian, every layer by itself.
+    The whole model in memory and run in one batch for every block, hooks on all its linears, every
+    layer by itself.
     """
     tokenizer = load_tokenizer(source)
     tokens = calibration_tokens(tokenizer, str(text), None, SMALL["nsamples"], SMALL["seqlen"], 0)
@@ -62,7 +62,8 @@ def plain_prune(source: Path, text: Path, **settings: Any) -> tuple[dict[str, Te
         seen = inputs_of(own, lambda: model(input_ids=tokens))
         for name, module in own.items():
             x = seen[name].reshape(-1, module.in_features).float()
-            hessian = x.T @ x
+            batches = x.split(SMALL["batch_size"] * SMALL["seqlen"])
+            hessian = sum((part.T @ part).double() for part in batches).float()
             statistics = Statistics(
                 columns=module.in_features,
                 tokens=len(x),

@@ -17,7 +17,6 @@ from tests.jobs import check_output, contents, write_text
 from tests.namespaces import AUTOSCALING, HostedDriver, Network, network
 from tests.processes import until
 from tests.ray_jobs import undisturbed
-from tests.shapes import check_close
 from tests.tiny_models import save_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -136,7 +135,7 @@ def test_a_host_cut_off_for_good_and_fewer_workers(
         print(job.driver.messages())
     assert "going on with 2 of 3 workers" in job.driver.messages()
     check_output(source[0], job.output)
-    check_close(contents(job.output), source[2])
+    assert contents(job.output) == source[2]
 
 
 def test_an_autoscaler_is_asked_for_the_nodes_that_a_job_needs(

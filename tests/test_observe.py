@@ -41,7 +41,10 @@ class Recording(LocalExecutor):
         return super().run(phase, arguments)
 
     def reduce(self) -> list[Outcome]:
-        self.seen += [dict(worker.statistics) for worker in self._workers]
+        self.seen += [
+            {name: tuple(f.statistics() for f in folds) for name, folds in worker.sums.items()}
+            for worker in self._workers
+        ]
         return super().reduce()
 
     def _in_two_passes(self, arguments: Any) -> list[Outcome]:
@@ -128,10 +131,11 @@ def test_a_forward_ends_at_the_last_groups_input(tiny_model: TinyModel, architec
     sums = {group: GroupAccumulator(group.columns, "full", CPU, None) for group in groups}
     observer = BlockObserver(module, sums, lambda _: call, Stopwatch(CPU))
     observer.add(0, hidden_states)
-    found = observer.statistics()
+    found = observer.sums()
     assert set(ran) == set(layers) - set(groups[-1].layers)
     for group in groups:
-        (statistics,) = found[group.name]
+        (sums,) = found[group.name]
+        statistics = sums.statistics()
         x = expected[group].reshape(-1, group.columns).double()
         assert statistics.tokens == x.shape[0]
         assert statistics.hessian is not None
@@ -161,7 +165,7 @@ def test_a_layer_called_twice_is_seen_twice() -> None:
     sums = {group: GroupAccumulator(8, "full", CPU, None) for group in groups}
     observer = BlockObserver(module, sums, lambda _: call, Stopwatch(CPU))
     observer.add(0, x)
-    found = observer.statistics()
+    found = observer.sums()
     assert {name: s.tokens for name, (s,) in found.items()} == {"first": 12, "second": 6}
 
 

@@ -23,6 +23,7 @@ from pipeline.planning.counts import (
     solve_counts,
     statistic_bytes,
     store_bytes,
+    summed_bytes,
 )
 from pipeline.planning.job import PlannedJob
 from pipeline.planning.plan import Plan
@@ -156,8 +157,10 @@ def test_bytes_of_a_sum_over_ranks() -> None:
     settings = SolverSettings().resolved()
     full = statistic_bytes(settings, 1024)
     assert 4 * 1024**2 < full < 4.1 * 1024**2
+    summed = summed_bytes(settings, 1024)
+    assert summed == Accumulator(1024, "full", torch.device("meta")).sums.nbytes
     assert reduced_bytes(settings, 1024, 1) == 0
-    assert reduced_bytes(settings, 1024, 4) == pytest.approx(1.5 * full)
+    assert reduced_bytes(settings, 1024, 4) == pytest.approx(1.5 * summed)
     assert statistic_bytes(SolverSettings(method="wanda").resolved(), 1024) == 4 * 1024
     assert statistic_bytes(SolverSettings(method="magnitude").resolved(), 1024) == 0
     halves = SolverSettings(shrinkage="auto").resolved()

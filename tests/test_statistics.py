@@ -1,4 +1,4 @@
-"""Second moments summed batch by batch in fp32, held against float64."""
+"""Second moments summed batch by batch, held against float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from pipeline.solvers import Statistics
-from pipeline.statistics import Accumulator, add_in_rank_order, panels
+from pipeline.statistics import (
+    Accumulator,
+    Sums,
+    add_in_rank_order,
+    panels,
+    statistics_bytes,
+)
 
 CPU = torch.device("cpu")
 
@@ -108,43 +114,44 @@ def test_panels_cover_all_columns(columns: int) -> None:
     assert len(found) <= 8
 
 
+def sums(x: Tensor, needs: str = "full", batch: int = 1) -> Sums:
+    """The sums of the sequences `x` (n, tokens, C), batch by batch."""
+    total = Accumulator(x.shape[-1], needs, CPU)
+    for own in x.split(batch):
+        total.add(own, sequences=own.shape[0])
+    return total.sums
+
+
 def test_the_sum_of_ranks_is_taken_in_rank_order() -> None:
-    """On numbers whose sum depends on the order: 1e8 swallows a 1 that comes after it."""
+    """On numbers whose sum depends on the order: 1e20 swallows a 1 that comes after it."""
 
-    def part(value: float, tokens: int) -> Statistics:
-        return Statistics(
-            columns=1,
-            tokens=tokens,
-            sequences=1,
-            diagonal=torch.tensor([value]),
-            hessian=torch.tensor([[value]]),
-        )
+    def part(value: float, tokens: int) -> Sums:
+        number = torch.tensor([value], dtype=torch.float64)
+        return Sums(columns=1, tokens=tokens, sequences=1, diagonal=number, matrix=number.clone())
 
-    parts = [part(1.0, 3), part(1e8, 4), part(-1e8, 5)]
+    parts = [part(1.0, 3), part(1e20, 4), part(-1e20, 5)]
     found, other = add_in_rank_order(parts), add_in_rank_order(parts[1:] + parts[:1])
     assert (found.tokens, found.sequences) == (12, 3)
-    assert found.hessian is not None
-    assert other.hessian is not None
-    assert (found.hessian.item(), other.hessian.item()) == (0.0, 1.0)
-    assert parts[0].hessian is not None
-    assert parts[0].hessian.item() == 1.0  # the parts are left as they are
+    assert (found.matrix.item(), other.matrix.item()) == (0.0, 1.0)
+    assert (found.diagonal.item(), other.diagonal.item()) == (0.0, 1.0)
+    assert parts[0].matrix.item() == parts[0].diagonal.item() == 1.0  # left as they are
 
 
-def test_the_sum_of_ranks_is_that_of_all_their_inputs() -> None:
-    x = inputs(600)
-    found = add_in_rank_order([accumulate(part, batches=1) for part in x.chunk(2)])
-    whole = accumulate(x)
-    assert found.hessian is not None
-    assert whole.hessian is not None
-    scale = whole.hessian.diagonal().sqrt()
-    difference = (found.hessian - whole.hessian) / torch.outer(scale, scale)
-    assert difference.abs().max() < 2e-6
-    assert (found.tokens, found.sequences) == (whole.tokens, whole.sequences)
+@pytest.mark.parametrize("needs", ["full", "diagonal"])
+@pytest.mark.parametrize("columns", [32, 600])
+def test_statistics_do_not_depend_on_who_summed_what(columns: int, needs: str) -> None:
+    """Same bytes for any number of ranks, with columns of very unequal size."""
+    x = inputs(columns, tokens=1024).reshape(16, 64, columns)
+    whole = sums(x, needs).statistics()
+    for world in (2, 3, 5, 16):
+        found = add_in_rank_order([sums(own, needs) for own in x.tensor_split(world)]).statistics()
+        assert (found.tokens, found.sequences) == (whole.tokens, whole.sequences) == (1024, 16)
+        assert torch.equal(found.diagonal, whole.diagonal)  # type: ignore[arg-type]
+        assert (found.hessian is None) == (needs == "diagonal")
+        if found.hessian is not None:
+            assert torch.equal(found.hessian, whole.hessian)  # type: ignore[arg-type]
 
 
-def test_the_sum_of_diagonals_has_no_matrix() -> None:
-    x = inputs(32)
-    found = add_in_rank_order([accumulate(part, "diagonal", 1) for part in x.chunk(2)])
-    assert found.hessian is None
-    assert found.diagonal is not None
-    torch.testing.assert_close(found.diagonal, accumulate(x, "diagonal").diagonal)
+def test_what_is_held_is_what_is_planned() -> None:
+    for columns, needs in ((32, "full"), (600, "full"), (600, "diagonal")):
+        assert Accumulator(columns, needs, CPU).sums.nbytes == statistics_bytes(columns, needs)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pipeline.solvers import METHODS, SolverSettings, auto_blocksize, solver_for
 from pipeline.solvers.types import AUTO
-from pipeline.statistics import panels
+from pipeline.statistics import panels, statistics_bytes
 
 _ROW_TILE = 16
 # The share of its schedule after which every row of `prox` is two of four, as seen in real layers.
@@ -163,12 +163,20 @@ def statistic_bytes(settings: SolverSettings, columns: int) -> int:
     return folds * 4 * (columns * columns + 2 * columns if needs == "full" else columns)
 
 
+def summed_bytes(settings: SolverSettings, columns: int) -> int:
+    """Bytes of one group's running sums on one rank, of which the statistics are made."""
+    needs = solver_for(settings).needs
+    if needs == "none":
+        return 0
+    return (2 if settings.shrinkage == AUTO else 1) * statistics_bytes(columns, needs)
+
+
 def reduced_bytes(settings: SolverSettings, columns: int, world: int) -> float:
     """Bytes that one rank sends to sum one group's statistics: its slices to the others, then its
     sum to the others. As many are received."""
     if world < 2:
         return 0.0
-    return 2.0 * (world - 1) / world * statistic_bytes(settings, columns)
+    return 2.0 * (world - 1) / world * summed_bytes(settings, columns)
 
 
 def store_bytes(nsamples: int, seqlen: int, hidden: int, itemsize: int) -> int:

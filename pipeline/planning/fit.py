@@ -10,7 +10,7 @@ from pipeline.device import Room
 from pipeline.layers import layers_to_prune
 from pipeline.model import Skeleton
 from pipeline.planning.job import PlannedJob
-from pipeline.planning.memory import statistics_held
+from pipeline.planning.memory import sums_held
 from pipeline.planning.phases import Phase
 from pipeline.planning.plan import Plan, remedies, size_text
 from pipeline.planning.rates import cpu_rates, gpu_rates
@@ -57,7 +57,7 @@ def held_bytes(job: PlannedJob, what: str) -> tuple[float, str]:
     where, _, phase = max(Plan(job).phases(), key=lambda item: of(item[2]))
     held = of(phase)
     if job.in_process and job.calibrates:
-        kept = (statistics_held(job, turn) for k in job.shape.kinds for turn in job.turns(k))
+        kept = (sums_held(job, turn) for k in job.shape.kinds for turn in job.turns(k))
         held += (job.workers - 1) * max(kept)
     return held, where
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from pipeline.planning.counts import statistic_bytes
+from pipeline.planning.counts import summed_bytes
 from pipeline.planning.rates import Rates
 from pipeline.planning.shape import BlockShape, GroupShape, ModelShape
 from pipeline.solvers import SolverSettings, solver_for
@@ -86,7 +86,7 @@ class PlannedJob:
             return [block]
         each = [replace(group, count=1) for group in block.groups for _ in range(group.count)]
         sizes = {
-            number: float(statistic_bytes(self.settings, group.columns))
+            number: float(summed_bytes(self.settings, group.columns))
             for number, group in enumerate(each)
         }
         found = []

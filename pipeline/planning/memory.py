@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.planning.counts import padded, statistic_bytes
+from pipeline.planning.counts import padded, statistic_bytes, summed_bytes
 from pipeline.planning.job import PlannedJob
 from pipeline.planning.shape import BlockShape, GroupShape
 from pipeline.solvers import solver_for
 from pipeline.solvers.types import AUTO
+from pipeline.statistics import panels
 
 # What numba and its compiler take in a process that runs the proximal operator on a CPU, as seen.
 _NUMBA_BYTES = 70 * 2**20
 # A C library keeps freed blocks below 32 MiB for later ones; those of forwards and of solves do not
 # fit into each other's places. So much at most is kept that way, as seen.
 _KEPT_BYTES = 256 * 2**20
-# What a sum over ranks exchanges at once, elements (`pipeline/collective.py`), and its buffers.
-_CHUNK = 1 << 26
+# What a sum over ranks exchanges at once, bytes (`pipeline/collective.py`), and its buffers.
+_CHUNK_BYTES = 1 << 28
 _BUFFERS = 3
 _INVERSE_PANEL = 512
 _OBJECTIVE_ROWS = 2048
@@ -55,12 +56,19 @@ def statistics_held(job: PlannedJob, block: BlockShape) -> float:
     return float(sum(g.count * statistic_bytes(job.settings, g.columns) for g in block.groups))
 
 
+def sums_held(job: PlannedJob, block: BlockShape) -> float:
+    """Bytes of a block's running sums on one rank, and of the product that is added to them."""
+    widest = max((g.columns for g in block.groups), default=0) if job.needs == "full" else 0
+    product = 4.0 * max((stop * (stop - start) for start, stop in panels(widest)), default=0)
+    return product + sum(g.count * summed_bytes(job.settings, g.columns) for g in block.groups)
+
+
 def phase_memory(job: PlannedJob, block: BlockShape, before: BlockShape | None) -> dict[str, Held]:
     """Peaks of a block's phases: name -> bytes. `before`: the block before it, None for block 0."""
     if not job.calibrates:
         return {"solve": _solve(job, block)}
     size = job.shape.forward_itemsize
-    statistics = statistics_held(job, block)
+    sums = sums_held(job, block)
     batch = job.largest_batch
     hidden = float(batch * job.seqlen * job.shape.hidden * size)
     largest = max((r * c for g in block.groups for _, r, c in g.layers), default=0)
@@ -71,19 +79,26 @@ def phase_memory(job: PlannedJob, block: BlockShape, before: BlockShape | None) 
     if before is None:
         # What blocks are called with is learnt by running the embeddings beside the first block.
         ends = float(job.shape.ends * size) + 2 * hidden
-        found["calibrate"] = Held(weights + max(statistics + observed, ends + observed), staged)
+        found["calibrate"] = Held(weights + max(sums + observed, ends + observed), staged)
     else:
         both = weights + float(before.parameters * size)
         forward = max(hidden + batch * before.full.live, hidden + observed)
-        found["advance"] = Held(both + statistics + forward, staged + 2 * hidden)
-    if job.workers > 1 and not job.in_process:
-        widest = max((g.columns for g in block.groups), default=0)
-        exchanged = 4.0 * min(_CHUNK, widest * widest if job.needs == "full" else widest)
-        found["reduce"] = Held(statistics + (_BUFFERS + 2 / job.workers) * exchanged)
+        found["advance"] = Held(both + sums + forward, staged + 2 * hidden)
+    found["reduce"] = _reduce(job, block)
     if job.settings.shrinkage == AUTO:
         found["choose"] = _choose(job, block)
     found["solve"] = _solve(job, block)
     return found
+
+
+def _reduce(job: PlannedJob, block: BlockShape) -> Held:
+    """Group by group, statistics are made of sums; sums over ranks go through buffers."""
+    sums = [summed_bytes(job.settings, g.columns) for g in block.groups]
+    widest = max((statistic_bytes(job.settings, g.columns) for g in block.groups), default=0)
+    held = max(sums_held(job, block), statistics_held(job, block)) + widest
+    if job.workers > 1 and not job.in_process:
+        held += (_BUFFERS + 2 / job.workers) * min(_CHUNK_BYTES, max(sums, default=0))
+    return Held(held)
 
 
 def embed_memory(job: PlannedJob) -> Held:

@@ -15,7 +15,7 @@ from pipeline.planning.counts import (
     objective_share,
     reduced_bytes,
     solve_counts,
-    statistic_bytes,
+    summed_bytes,
 )
 from pipeline.planning.job import PlannedJob
 from pipeline.planning.memory import Held, embed_memory, phase_memory
@@ -210,7 +210,7 @@ class PhaseModel:
         )
         # What leaves the node goes over its network, the rest over the link inside.
         outside = (job.workers - job.per_node) / max(job.workers - 1, 1) if job.nodes > 1 else 0.0
-        added = sum(g.count * statistic_bytes(job.settings, g.columns) for g in block.groups)
+        added = sum(g.count * summed_bytes(job.settings, g.columns) for g in block.groups)
         parts = (
             Part("between nodes", NETWORK, own * outside / rates.network),
             Part("inside a node", NETWORK, own * (1 - outside) / rates.link),
@@ -317,7 +317,8 @@ class PhaseModel:
             moved += seen * group.columns * (self.shape.forward_itemsize + 4)
             if job.needs == "full":
                 flops += group.count * hessian_flops(group.share * tokens, group.columns)
-                moved += group.count * batches * 4.5 * group.columns**2 if rates.on_gpu else 0.0
+                # The product written and read, float64 sums read and written: of a triangle.
+                moved += group.count * batches * 13.5 * group.columns**2 if rates.on_gpu else 0.0
             else:
                 moved += 12.0 * seen * group.columns
         precision = "float32" if plain else "statistics"

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.planning.counts import store_bytes
 from pipeline.planning.job import PlannedJob
-from pipeline.planning.memory import compiler_bytes, kept_by_allocator, statistics_held
+from pipeline.planning.memory import compiler_bytes, kept_by_allocator, sums_held
 from pipeline.planning.phases import Phase, PhaseModel
 
 PLAN_SCHEMA = 1
@@ -118,9 +118,7 @@ class Plan:
             if self.job.in_process and self.job.calibrates:
                 kinds = self.job.shape.kinds
                 kept = max(
-                    statistics_held(self.job, turn)
-                    for kind in kinds
-                    for turn in self.job.turns(kind)
+                    sums_held(self.job, turn) for kind in kinds for turn in self.job.turns(kind)
                 )
                 held += (self.job.workers - 1) * kept
         return self.job.rates.host_bytes + held
@@ -223,7 +221,7 @@ def _variants(job: PlannedJob, what: str) -> Iterator[tuple[list[str], list[Plan
     if what != "disk":
         sizes = _halves(job.batch_size)
         yield [f"--batch-size {n}" for n in sizes], [replace(job, batch_size=n) for n in sizes]
-        held = max(statistics_held(job, kind) for kind in job.shape.kinds)
+        held = max(sums_held(job, kind) for kind in job.shape.kinds)
         limits = [f"{held / 2**k / 1e9:.2g}" for k in range(1, 5)] if held > 1e8 else []
         yield (
             [f"--hessian-memory {n}" for n in limits],

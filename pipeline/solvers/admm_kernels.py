@@ -54,19 +54,19 @@ def _advance(  # type: ignore[no-untyped-def]
 
 
 def stepper_numba(
-    dual: Array, sparse: Array, linear: Array, *, steps: int, tolerance: float, threads: int
+    dual: Array, sparse: Array, linear: Array, *, steps: int, threads: int
 ) -> Callable[[Tensor, tuple[float, float, float, float]], None]:
     """`prox_admm.stepper` on (R, C) float32, C-contiguous.
 
-    steps, tolerance: of Newton's method. threads: at most this many, which changes no result.
+    steps: of Newton's method. threads: at most this many; the result does not depend on it.
     """
     held = tuple(matrix.reshape(-1) for matrix in (dual, sparse, linear))
-    near = np.float32(tolerance)
+    no_tolerance = np.float32(0)
 
     def step(product: Tensor, numbers: tuple[float, float, float, float]) -> None:
         dense, values = product.numpy().reshape(-1), np.array(numbers, np.float32)
         in_threads(
-            lambda start, stop: _advance(dense, *held, values, start, stop, steps, near),
+            lambda start, stop: _advance(dense, *held, values, start, stop, steps, no_tolerance),
             dense.size // 4,
             threads,
         )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.solvers.objective import objective, statistic_name
+from pipeline.solvers.objective import objective, statistic_name, total_of_rows
 from pipeline.solvers.pattern import Pattern
 from pipeline.solvers.refine import Refined, refine
 from pipeline.solvers.regularize import (
@@ -193,9 +193,9 @@ class BaseSolver(ABC):
         settings = self.settings
         count = rows.stop - rows.start
         facts: dict[str, Any] = {
-            "objective_zero": float(zero[rows].sum()),
-            "objective_before": float(refined.before[rows].sum()),
-            "objective": float(refined.after[rows].sum()),
+            "objective_zero": total_of_rows(zero[rows]),
+            "objective_before": total_of_rows(refined.before[rows]),
+            "objective": total_of_rows(refined.after[rows]),
         }
         notes = prepared.deviations + (problem.deviations if problem else ())
         return SolveReport(

@@ -49,6 +49,16 @@ def objective(weight: Tensor, original: Tensor, statistics: Statistics | None) -
     return total.clamp_(min=0)
 
 
+def total_of_rows(values: Tensor) -> float:
+    """The sum of (R,) float64 values, the same however the rows are cut into slices.
+
+    Each value is rounded to 24 bits first: such numbers' sums are exact in float64, as long as none
+    is 2^16 times another.
+    """
+    mantissa, exponent = torch.frexp(values)
+    return float(torch.ldexp((mantissa * 2**24).round() / 2**24, exponent).sum())
+
+
 def statistic_name(statistics: Statistics | None) -> str:
     """What ``objective`` takes for H: "full", "diagonal" or "none"."""
     if statistics is not None and statistics.hessian is not None:

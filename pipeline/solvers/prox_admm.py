@@ -25,11 +25,12 @@ from torch import Tensor
 from pipeline.solvers.base import BaseSolver, Found, GroupData, solve_diagonal, support_change
 from pipeline.solvers.factor import invert_
 from pipeline.solvers.pattern import Pattern
-from pipeline.solvers.prox import NEWTON_STEPS, NEWTON_TOLERANCE, prox_operator
+from pipeline.solvers.prox import prox_operator
 from pipeline.solvers.regularize import ScaledHessian, raise_damping
 
 # lambda, relaxation, the factor on U, and the next iteration's rho.
 Numbers = tuple[float, float, float, float]
+_OPERATOR_STEPS = 2
 
 
 class ProxAdmmSolver(BaseSolver):
@@ -108,15 +109,15 @@ def stepper(
 
     dual: U, shrunk by the given factor on return. sparse: Z. linear: W~0 H~.
     V, the product, is on return the next iteration's right-hand side linear + rho (Z - U).
-    On a CPU with numba 2:4 is one pass over memory.
+    On a CPU with numba 2:4 is one pass over memory, in which the operator's root is found by
+    _OPERATOR_STEPS of Newton's method: what that leaves is far below what an iteration moves.
     """
     proximal = (pattern.keep, pattern.group) == (2, 4)
     kernels = _numba_kernels() if proximal and dual.device.type == "cpu" else None
     if kernels is not None and dual.numel():
         step: Callable[[Tensor, Numbers], None] = kernels.stepper_numba(
             *(matrix.numpy() for matrix in (dual, sparse, linear)),
-            steps=NEWTON_STEPS[torch.float32],
-            tolerance=NEWTON_TOLERANCE[torch.float32],
+            steps=_OPERATOR_STEPS,
             threads=torch.get_num_threads(),
         )
         return step

@@ -78,12 +78,12 @@ class SolverSettings:
     # prox_admm: iterations in all; those of the first penalty, after which the second takes over;
     # the first penalty, and the second as a multiple of what the bulk of H~ asks for
     # (prox_admm.settled_penalty); lambda at first and its growth; over-relaxation.
-    admm_iterations: int = 72
-    admm_first_iterations: int = 24
-    admm_rho: float = 0.18
-    admm_rho_factor: float = 0.93
-    admm_lambda: float = 0.07
-    admm_lambda_growth: float = 1.0611
+    admm_iterations: int = 60
+    admm_first_iterations: int = 22
+    admm_rho: float = 0.185
+    admm_rho_factor: float = 0.9
+    admm_lambda: float = 0.067
+    admm_lambda_growth: float = 1.0744
     admm_relaxation: float = 1.7
 
     def __post_init__(self) -> None:
@@ -230,7 +230,8 @@ def merge_reports(reports: Sequence[SolveReport]) -> SolveReport:
         objective=total,
         relative_error=percentage(total, zero),
         iterations=max(r.iterations for r in reports),
-        support_change=sum(r.support_change * r.rows for r in reports) / max(rows, 1),
+        # Rounded, so that it does not tell how the rows were cut.
+        support_change=round(sum(r.support_change * r.rows for r in reports) / max(rows, 1), 9),
         rows_kept_unrefined=sum(r.rows_kept_unrefined for r in reports),
         deviations=tuple(dict.fromkeys(d for r in reports for d in r.deviations)),
     )

@@ -103,9 +103,7 @@ def block_record(
             if part.file is not None
         ]
         reports = [dict(part.reports[name]) for part in parts]
-        counts = [report.pop("mask") for report in reports if "mask" in report]
-        if len(counts) == len(reports):
-            masks[name] = merge_mask_counts(counts)
+        masks[name] = merge_mask_counts([report.pop("mask") for report in reports])
         report = merge_reports([SolveReport.from_json(own) for own in reports])
         records[name] = LayerRecord(
             shape=shape, dtype=dtype, slices=tuple(slices), results=report.to_json()

@@ -80,6 +80,7 @@ class Advanced:
 class SolvedSlices:
     """One rank's row slices of a block: the file (None if it had no rows) and a report each.
 
+    A report is a `SolveReport` as JSON, and under `mask` what `pipeline.mask` counts in the rows.
     `costs` gives per group of layers the seconds and the peak memory of this rank's solve.
     """
 

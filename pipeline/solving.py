@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.capture import LayerGroup
+from pipeline.mask import mask_counts
 from pipeline.solvers import Solution, SolverSettings, Statistics, objective, solver_for
 from pipeline.solvers.cost import solve_cost
 from pipeline.solvers.objective import total_of_rows
-from pipeline.solvers.types import percentage
+from pipeline.solvers.types import Pattern, percentage
 from pipeline.split import GroupRows, row_ranges, whole_layers
 
 
@@ -44,7 +45,8 @@ def solve_group(
     """Solves row slices (rows, C) of layers that share an input.
 
     `choice` overrides settings of this group alone (what `choose_regularization` found). Returns
-    per layer the rows in the dtype of its weight, on the CPU, and the report of exactly those rows.
+    per layer the rows in the dtype of its weight, on the CPU, and the report of exactly those rows,
+    with `mask_counts` of them under `mask`.
     """
     if choice is not None:
         fields = {field.name for field in dataclasses.fields(settings)}
@@ -52,13 +54,13 @@ def solve_group(
     solver = solver_for(settings)
     solved = solver.solve_group(weights, solver.prepare(statistics))
     return {
-        layer: _as_stored(solution, weights[layer], statistics)
+        layer: _as_stored(solution, weights[layer], statistics, settings.parsed_pattern)
         for layer, solution in solved.items()
     }
 
 
 def _as_stored(
-    solution: Solution, weight: Tensor, statistics: Statistics | None
+    solution: Solution, weight: Tensor, statistics: Statistics | None, pattern: Pattern
 ) -> tuple[Tensor, dict[str, Any]]:
     stored = solution.weight.to(weight.dtype)
     report = solution.report
@@ -68,4 +70,4 @@ def _as_stored(
         report = dataclasses.replace(
             report, objective=lost, relative_error=percentage(lost, report.objective_zero)
         )
-    return stored.cpu(), report.to_json()
+    return stored.cpu(), {**report.to_json(), "mask": mask_counts(stored, weight, pattern)}

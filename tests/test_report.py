@@ -24,6 +24,7 @@ from pipeline.config import PruneConfig
 from pipeline.executor import LocalExecutor
 from pipeline.progress import Silent
 from pipeline.prune import PruneResult, prune
+from pipeline.solvers.pattern import Pattern
 from storage.errors import RunDirectoryError
 from tests.jobs import SMALL, contents, prune_here, tensors, write_text
 from tests.tiny_models import save_tiny_model
@@ -111,7 +112,7 @@ def test_the_page_tells_everything(whole: Path, page: Page) -> None:
         *{f"{entry['relative_error']:.3f}" for entry in results["layers"]},
     ):
         assert text in words, text
-    assert len(page.images) == 4
+    assert len(page.images) == 5
 
 
 def test_the_figures_are_drawings_that_name_what_they_show(page: Page) -> None:
@@ -121,11 +122,12 @@ def test_the_figures_are_drawings_that_name_what_they_show(page: Page) -> None:
         assert kind == "data:image/svg+xml;base64"
         root = ElementTree.fromstring(base64.b64decode(data))
         texts.append(" ".join("".join(text.itertext()) for text in root.iter() if text.text))
-    depth, kinds, times, workers = texts
-    for text in (depth, kinds):
+    depth, kinds, masks, times, workers = texts
+    for text in (depth, kinds, masks):
         assert "mlp.up_proj" in text
         assert "\\mathdefault" not in text
     assert "whole block" in depth
+    assert "■■□□" in masks
     for phase in ("embed", "calibrate", "reduce", "solve", "advance"):
         assert phase in times
         assert phase in workers
@@ -142,16 +144,23 @@ def test_the_page_stands_alone(page: Page) -> None:
     assert NAME in page.text  # as text
 
 
-def test_the_table_has_every_layer(whole: Path) -> None:
+def test_the_table_has_every_layer_and_what_its_mask_is(whole: Path) -> None:
     rows = pq.read_table(whole / "out.run" / "report" / "report.parquet").to_pylist()
     results = json.loads((whole / "out" / "prox24.json").read_text())
     assert [row["name"] for row in rows] == [entry["name"] for entry in results["layers"]]
-    pruned = dict(tensors(whole / "out"))
+    dense, pruned = dict(tensors(whole / "model")), dict(tensors(whole / "out"))
     for row, entry in zip(rows, results["layers"], strict=True):
         for key in ("relative_error", "objective", "damping", "iterations", "deviations"):
             assert row[key] == entry[key]
         weight = pruned[f"{row['name']}.weight"]
+        kept = weight != 0
+        by_magnitude = Pattern.parse("2:4").keep_mask(dense[f"{row['name']}.weight"].abs())
         assert [row["rows"], row["columns"]] == list(weight.shape)
+        assert row["weights"] == weight.numel()
+        assert row["kept"] == int(kept.sum())
+        assert row["magnitude_too"] == int((kept & by_magnitude).sum())
+        assert row["magnitude_share"] == row["magnitude_too"] / row["kept"]
+        assert sum(count for _, count in row["groups"]) == weight.numel() // 4
 
 
 def test_times_add_up(whole: Path) -> None:
@@ -262,9 +271,11 @@ def test_other_jobs_have_reports_too(
         **options,
     )  # fmt: skip
     found = Page(result.run_directory / "report" / "report.html")
-    assert len(found.images) == 4
+    assert len(found.images) == 5
     assert "Its perplexity on evaluated.txt is " in found.text
     assert "prox24 eval MODEL OUTPUT" not in found.text
+    if options["method"] == "magnitude":
+        assert "would have kept 100.0 % of them too" in found.text
 
 
 @pytest.fixture
@@ -299,7 +310,7 @@ def test_chromium_shows_it(screenshot: tuple[Any, str]) -> None:
         return int((np.abs(picture - wanted).max(axis=2) < 0.02).any(axis=1).sum())
 
     # The first colour is in every figure: lines, points, bars of positions, of time, of workers.
-    assert rows_with("#0072B2") > 100
+    assert rows_with("#0072B2") > 200
     assert rows_with("#8C6D31") > 100  # the phase "solve", in both figures of time
     assert (picture[:60].min(axis=2) < 0.2).any()  # the title
     assert np.all(picture[:, -40:] == 1)

@@ -65,7 +65,7 @@ class="number"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 <h2 id="mask">The mask</h2>
 {% if mask %}<p>{{ mask_words }}</p>
 {{ plot(mask) }}
-{% else %}<p>Not counted: at least one block was made by a version of prox24 that does not.</p>
+{% else %}<p>Not counted: at least one block was made by a version of prox24 that did not.</p>
 {% endif %}
 <h2 id="time">Time and memory</h2>
 <p>{{ time_words }}</p>

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline.linears import linear_layers
 from pipeline.model import Skeleton
 from storage.errors import ModelError, first_line
 
@@ -30,7 +31,7 @@ class BlockCall:
     def run(self, block: nn.Module, hidden_states: Tensor) -> Tensor:
         """The block's output hidden states; both `(batch, seqlen, hidden)`, forward dtype."""
         output: Any = block(hidden_states, *self.arguments, **self.keywords)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
         return hidden
 
 
@@ -213,6 +214,7 @@ def find_groups(
     finally:
         for handle in handles:
             handle.remove()
+    columns = {name: shape[1] for name, shape in linear_layers(block).items()}
     groups: dict[tuple[tuple[Any, ...], ...], list[str]] = {}
     for layer, inputs in seen.items():
         if not inputs:
@@ -220,21 +222,5 @@ def find_groups(
         key = tuple((x.data_ptr(), x.shape, x.stride()) for x in inputs)
         groups.setdefault(key, []).append(layer)
     return tuple(
-        LayerGroup(tuple(names), int(block.get_submodule(names[0]).in_features), len(key))  # type: ignore[arg-type]
-        for key, names in groups.items()
+        LayerGroup(tuple(names), columns[names[0]], len(key)) for key, names in groups.items()
     )
-
-
-def unsupported_parameters(block: nn.Module) -> list[str]:
-    """Matrices of a block that are not the weight of an nn.Linear and would stay dense unseen."""
-    linear = {id(m.weight) for m in block.modules() if isinstance(m, nn.Linear)}
-    return [name for name, p in block.named_parameters() if p.dim() >= 2 and id(p) not in linear]
-
-
-def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
-    """Module path -> (out features R, in features C) of every nn.Linear of a block."""
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    }

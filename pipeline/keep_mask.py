@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from pipeline.linears import as_held, is_linear
 from pipeline.solvers import Pattern
 
 
@@ -20,8 +21,8 @@ def masks_of(model: nn.Module, pattern: str = "2:4") -> dict[str, Tensor]:
     wanted = Pattern.parse(pattern)
     masks = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            weight = module.weight.detach()
+        if is_linear(module):
+            weight = as_held(module, module.weight.detach())
             fits = not wanted.structured or weight.shape[1] % wanted.group == 0
             if fits and wanted.holds(weight):
                 masks[name] = weight != 0
@@ -41,7 +42,9 @@ class KeepMask(TrainerCallback):  # type: ignore[misc]
         self._masks = masks_of(model, pattern)
         if not self._masks:
             raise ValueError(f"no linear of this model obeys {pattern}: it is not pruned")
-        self._weights = {name: model.get_submodule(name).weight for name in self._masks}
+        modules = {name: model.get_submodule(name) for name in self._masks}
+        self._masks = {name: as_held(modules[name], mask) for name, mask in self._masks.items()}
+        self._weights = {name: module.weight for name, module in modules.items()}
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.capture import linear_layers, unsupported_parameters
+from pipeline.linears import linear_layers, unsupported_parameters
 from pipeline.model import Skeleton
 from pipeline.solvers import Pattern, SolverSettings
 from storage.errors import ConfigError, ModelError
@@ -49,8 +49,8 @@ def select_layers(skeleton: Skeleton, settings: SolverSettings, skip: bool) -> S
         hidden = unsupported_parameters(module)
         if hidden:
             raise ModelError(
-                f"{prefix}{hidden[0]} is a weight matrix outside nn.Linear, which prox24 cannot "
-                f"prune; {type(skeleton.model).__name__} is not supported"
+                f"{prefix}{hidden[0]} is a weight matrix outside linear layers, which prox24 "
+                f"cannot prune; {type(skeleton.model).__name__} is not supported"
             )
         layers = layers_to_prune(skeleton, block, settings, skip)
         pruned += len(layers)

@@ -51,6 +51,7 @@ class BlockLoader:
                 verify_record(directory, record)
                 for layer in record.layers:
                     weight = read_layer(directory, record, layer, verify=False)
+                    weight = self.skeleton.as_stored(block, layer, weight)
                     module.get_submodule(layer).weight = nn.Parameter(
                         weight.to(device=self.device, dtype=self.skeleton.dtype),
                         requires_grad=False,

@@ -8,14 +8,17 @@ read tensor by tensor from the source's weight files.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pipeline.linears import as_held, is_linear, is_transposed
 from pipeline.model_config import build, load_config, rehearse
+from pipeline.stored_names import renamed_tensors
 from storage.errors import ConfigError, ModelError
 from storage.model_files import ModelFiles, torch_dtype
 from storage.object_store import Place
@@ -32,13 +35,15 @@ class Skeleton:
     """A model without weights, and where its weights are.
 
     `blocks_path` is the module path of the block list (`model.layers`), `dtype` the dtype of the
-    forward passes.
+    forward passes, `renamed` has the tensors whose names in the weight files differ (see
+    `renamed_tensors`).
     """
 
     model: PreTrainedModel
     files: ModelFiles
     blocks_path: str
     dtype: torch.dtype
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -55,6 +60,7 @@ class Skeleton:
         base model's prefix (or have it where the class has none).
         """
         prefix = self.model.base_model_prefix + "."
+        name = self.renamed.get(name, name)
         for candidate in (name, name.removeprefix(prefix), prefix + name):
             if candidate in self.files.tensors:
                 return candidate
@@ -66,6 +72,21 @@ class Skeleton:
         if name is None:
             raise ModelError(f"{self.files.place}: block {block} lacks {layer}.weight")
         return name
+
+    def read_weight(self, block: int, layer: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A block's linear `layer` (R, C), or rows start:stop of it, on the CPU, as stored.
+
+        Errors as `ModelFiles.read`. Of a layer that is stored transposed all is read.
+        """
+        name, module = self.weight_name(block, layer), self.blocks[block].get_submodule(layer)
+        if not is_transposed(module):
+            return self.files.read(name, rows=rows)
+        weight = as_held(module, self.files.read(name))
+        return (weight if rows is None else weight[slice(*rows)]).contiguous()
+
+    def as_stored(self, block: int, layer: str, weight: Tensor) -> Tensor:
+        """A linear layer's weight (R, C) in the layout of its weight file."""
+        return as_held(self.blocks[block].get_submodule(layer), weight).contiguous()
 
     def block_prefix(self, block: int) -> str:
         """Module path of one block, with the trailing dot."""
@@ -147,7 +168,8 @@ def open_skeleton(place: Place, *, dtype: str | None, trust_remote_code: bool) -
 
 def _take_apart(model: PreTrainedModel, files: ModelFiles, dtype: torch.dtype) -> Skeleton:
     model.eval()
-    skeleton = Skeleton(model, files, find_blocks(model, files.place), dtype)
+    blocks = find_blocks(model, files.place)
+    skeleton = Skeleton(model, files, blocks, dtype, renamed_tensors(model, files.tensors))
     _check_tensors(skeleton)
     return skeleton
 
@@ -192,11 +214,11 @@ def find_blocks(model: PreTrainedModel, place: Place) -> str:
         if (
             isinstance(module, nn.ModuleList)
             and len(module) == count
-            and all(any(isinstance(m, nn.Linear) for m in child.modules()) for child in module)
+            and all(any(is_linear(m) for m in child.modules()) for child in module)
         ):
             return path
     raise ModelError(
-        f"{place}: found no list of {count} decoder blocks with nn.Linear layers in "
+        f"{place}: found no list of {count} decoder blocks with linear layers in "
         f"{type(model).__name__}; this architecture is not supported"
     )
 

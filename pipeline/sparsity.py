@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.capture import linear_layers
+from pipeline.linears import linear_layers
 from pipeline.model import open_skeleton
 
 
@@ -14,7 +14,7 @@ def zero_share(folder: Path) -> float:
     zeros = total = 0
     for block, module in enumerate(skeleton.blocks):
         for layer in linear_layers(module):
-            weight = skeleton.files.read(skeleton.weight_name(block, layer))
+            weight = skeleton.read_weight(block, layer)
             zeros += int((weight == 0).sum())
             total += weight.numel()
     return zeros / total

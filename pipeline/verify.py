@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pipeline.capture import linear_layers
+from pipeline.linears import is_transposed, linear_layers
 from pipeline.model import Skeleton, open_skeleton
 from pipeline.output import RESULT_FILE, RESULT_SCHEMA
 from pipeline.solvers import Pattern
@@ -138,7 +138,8 @@ class _Check:
         self._results, self._advance = results, advance
         self._hashes = {f["name"]: f["sha256"] for f in results["weight_files"]}
         self._total = sum(self._output.size(file) for file in self._output.files)
-        self._patterns: dict[str, tuple[str, Pattern]] = {}
+        # Of each pruned tensor: the layer's name, its pattern, and whether it is stored as (C, R).
+        self._patterns: dict[str, tuple[str, Pattern, bool]] = {}
         self._open: dict[str, Readable] = {}
 
     def __enter__(self) -> _Check:
@@ -166,7 +167,9 @@ class _Check:
             if weight is None:
                 self._problem(f"{layer['name']}: {RESULT_FILE} names it, but it has no weight")
             else:
-                self._patterns[weight] = (layer["name"], Pattern.parse(layer["pattern"]))
+                module = self._skeleton.model.get_submodule(layer["name"])
+                pattern = Pattern.parse(layer["pattern"])
+                self._patterns[weight] = (layer["name"], pattern, is_transposed(module))
         named = {layer["name"] for layer in self._results["layers"]}
         named |= set(self._results["skipped_layers"])
         for block, module in enumerate(self._skeleton.blocks):
@@ -201,15 +204,20 @@ class _Check:
                 self._problem(f"{file}: its header is not the source's")
             own = (entry for entry in self._output.tensors.values() if entry.file == file)
             for entry in sorted(own, key=lambda entry: entry.start):
-                self._tensor(entry, _pieces(stream, entry, where, digest))
+                self._tensor(entry, _pieces(stream, entry, where, digest, self._multiple(entry)))
                 self.found.bytes += entry.end - entry.start
                 self._advance(file, self.found.bytes, self._total)
         if self._hashes.get(file, digest.hexdigest()) != digest.hexdigest():
             self._problem(f"{file}: its hash is not the one in {RESULT_FILE}")
 
+    def _multiple(self, entry: TensorEntry) -> int:
+        """Rows of a stored tensor that must be seen together: a group's, if stored transposed."""
+        _, pattern, transposed = self._patterns.get(entry.name, ("", None, False))
+        return pattern.group if pattern is not None and transposed and pattern.structured else 1
+
     def _tensor(self, entry: TensorEntry, pieces: Iterator[tuple[int, torch.Tensor]]) -> None:
         dtype = torch_dtype(entry.dtype)
-        name, pattern = self._patterns.get(entry.name, (entry.name, None))
+        name, pattern, transposed = self._patterns.get(entry.name, (entry.name, None, False))
         theirs = self._source.tensors.get(entry.name)
         if theirs is not None and (theirs.shape, theirs.dtype) != (entry.shape, entry.dtype):
             self._problem(
@@ -225,6 +233,7 @@ class _Check:
                 finite &= bool(torch.isfinite(wide).all())
             if pattern is not None:
                 rows = values.reshape(-1, entry.shape[-1])
+                rows = rows.T if transposed else rows
                 zeros += int((rows == 0).sum())
                 whole &= not pattern.structured or pattern.holds(rows)
             elif theirs is not None:
@@ -234,18 +243,19 @@ class _Check:
         if not same:
             self._problem(f"{entry.name}: not pruned, but not the source's either")
         if pattern is not None:
-            self._layer(name, entry, pattern, zeros, whole)
+            shape = entry.shape[::-1] if transposed else entry.shape
+            self._layer(name, shape, pattern, zeros, whole)
 
     def _layer(
-        self, name: str, entry: TensorEntry, pattern: Pattern, zeros: int, whole: bool
+        self, name: str, shape: tuple[int, ...], pattern: Pattern, zeros: int, whole: bool
     ) -> None:
-        rows, columns = entry.shape[0], entry.shape[-1]
+        rows, columns = shape[0], shape[-1]
         if not pattern.structured:
             whole = zeros >= int(rows * columns * pattern.sparsity) - rows
         if not whole:
             self._problem(f"{name}: does not hold {pattern}")
         share = zeros / max(rows * columns, 1)
-        self.found.layers.append(LayerCheck(name, entry.shape, str(pattern), share, whole))
+        self.found.layers.append(LayerCheck(name, shape, str(pattern), share, whole))
 
     def _range(self, entry: TensorEntry, at: int, count: int) -> torch.Tensor:
         """Bytes `at` to `at + count` of a tensor of the source, (count,) uint8."""
@@ -267,14 +277,15 @@ class _Check:
 
 
 def _pieces(
-    stream: Any, entry: TensorEntry, where: str, digest: Any
+    stream: Any, entry: TensorEntry, where: str, digest: Any, multiple: int = 1
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """A tensor's bytes in pieces of whole rows, (offset in the tensor, (n,) uint8), hashed.
 
-    A piece has at most CHUNK_BYTES, or one row.
+    A piece has at most CHUNK_BYTES, or `multiple` rows, of which it is a multiple.
     """
     size = entry.end - entry.start
     row = size // entry.shape[0] if entry.shape and entry.shape[0] else size
+    row *= multiple
     step = max(CHUNK_BYTES // row, 1) * row if row else 1
     for at in range(0, size, step):
         raw = torch.empty(min(step, size - at), dtype=torch.uint8)

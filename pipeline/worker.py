@@ -275,7 +275,8 @@ class BlockWorker:
             if record.block not in verified:
                 verify_record(directory, record)
                 verified.add(record.block)
-            return [read_layer(directory, record, layer, verify=False)]
+            weight = read_layer(directory, record, layer, verify=False)
+            return [self.skeleton.as_stored(record.block, layer, weight)]
 
         sending = Sending(self.run.uploads(), records, partial(require_owner, self.job.lock_file))
         with self.watch("io"):
@@ -368,8 +369,7 @@ class BlockWorker:
     def _read_weight(self, block: int, layer: str, rows: tuple[int, int] | None = None) -> Tensor:
         """A layer's weight, or some of its rows, in the stored dtype on the device."""
         with self.watch("load"):
-            name = self.skeleton.weight_name(block, layer)
-            weight = self.skeleton.files.read(name, rows=rows).to(self.device)
+            weight = self.skeleton.read_weight(block, layer, rows).to(self.device)
         self.watch.count("weights_read_bytes", weight.nbytes)
         return weight
 

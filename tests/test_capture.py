@@ -16,7 +16,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from pipeline.capture import BlockCall, LayerGroup, ModelEnds, find_groups, linear_layers
+from pipeline.capture import BlockCall, LayerGroup, ModelEnds, find_groups
+from pipeline.linears import linear_layers
 from pipeline.model import open_skeleton
 from storage.errors import ModelError
 

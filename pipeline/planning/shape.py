@@ -12,7 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pipeline.capture import BlockCall, ModelEnds, linear_layers, unsupported_parameters
+from pipeline.capture import BlockCall, ModelEnds
+from pipeline.linears import linear_layers, unsupported_parameters
 from pipeline.model import FORWARD_DTYPES, Skeleton
 from pipeline.planning.profile import (
     META,
@@ -238,7 +239,7 @@ def _block_shape(
     reason = None
     if experts or hidden:
         first = next(iter(experts), None) or hidden[0]
-        reason = f"{first} is a weight matrix outside nn.Linear, which prox24 cannot prune yet"
+        reason = f"{first} is a weight matrix outside linear layers, which prox24 cannot prune yet"
     shapes = linear_layers(block)
     layers = {n: s for n, s in shapes.items() if _fits(n, s[1], pattern, skip_unsupported)}
     found = find_groups_on_meta(block, call, hidden_states, layers) if layers else ()

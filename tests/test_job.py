@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.calibration import calibration_tokens, load_tokenizer
-from pipeline.solvers import SolverSettings, Statistics, objective, solver_for
+from pipeline.solvers import SolverSettings
 from tests.jobs import (
-    SMALL,
     check_output,
     contents,
     fits,
@@ -23,6 +21,7 @@ from tests.jobs import (
     prune_here,
     tensors,
 )
+from tests.plain_prune import job_tokens, prune_in_memory
 from tests.tiny_models import ARCHITECTURES
 
 TinyModel = Callable[..., Path]
@@ -31,53 +30,17 @@ STEADY = {"damping": 0.1, "shrinkage": 0.0}
 METHODS = ("magnitude", "wanda", "sparsegpt", "prox", "prox_admm")
 
 
-def inputs_of(modules: dict[str, torch.nn.Module], forward: Callable[[], Any]) -> dict[str, Tensor]:
-    """What each module is called with in one forward."""
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
-        for name, module in modules.items()
-    ]
-    forward()
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
-@torch.no_grad()
 def plain_prune(source: Path, text: Path, **settings: Any) -> tuple[dict[str, Tensor], list[float]]:
-    """The same job by the plainest means, and each layer's relative error in per cent.
-
-    The whole model in memory and run in one batch for every block, hooks on all its linears, every
-    layer by itself.
-    """
-    tokenizer = load_tokenizer(source)
-    tokens = calibration_tokens(tokenizer, str(text), None, SMALL["nsamples"], SMALL["seqlen"], 0)
+    """The same job by the plainest means, and each layer's relative error in per cent."""
+    tokens = job_tokens(source, text)
     model = AutoModelForCausalLM.from_pretrained(source).eval()
-    solver = solver_for(SolverSettings(**settings))
-    errors = []
-    linears = {n: m for n, m in model.named_modules() if is_linear_of_a_block(f"{n}.weight")}
-    for block in range(model.config.num_hidden_layers):
-        own = {name: m for name, m in linears.items() if f".layers.{block}." in name}
-        seen = inputs_of(own, lambda: model(input_ids=tokens))
-        for name, module in own.items():
-            x = seen[name].reshape(-1, module.in_features).float()
-            batches = x.split(SMALL["batch_size"] * SMALL["seqlen"])
-            hessian = sum((part.T @ part).double() for part in batches).float()
-            statistics = Statistics(
-                columns=module.in_features,
-                tokens=len(x),
-                sequences=len(tokens),
-                diagonal=hessian.diagonal().clone(),
-                hessian=hessian,
-            )
-            weight = module.weight.detach().clone()
-            pruned = solver.solve(weight, solver.prepare(statistics)).weight.to(weight.dtype)
-            lost = objective(pruned, weight, statistics).sum()
-            zero = objective(torch.zeros_like(weight), weight, statistics).sum()
-            errors.append(float(100 * lost / zero))
-            module.weight.copy_(pruned)
-    return {f"{name}.weight": module.weight for name, module in linears.items()}, errors
+    names = [n for n, _ in model.named_modules() if is_linear_of_a_block(f"{n}.weight")]
+    blocks = [
+        [name for name in names if f".layers.{block}." in name]
+        for block in range(model.config.num_hidden_layers)
+    ]
+    errors = prune_in_memory(model, tokens, blocks, SolverSettings(**settings))
+    return {f"{name}.weight": model.get_submodule(name).weight for name in names}, errors
 
 
 def check_equal(output: Path, expected: dict[str, Tensor]) -> None:

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from pipeline.layers import select_layers
-from pipeline.model import Skeleton, check_seqlen, check_tokens, open_skeleton
+from pipeline.model import Skeleton, check_seqlen, check_tokens, find_blocks, open_skeleton
 from pipeline.solvers import SolverSettings
 from storage.errors import ConfigError, ModelError
-from tests.tiny_models import ARCHITECTURES, split_weight_file
+from tests.tiny_models import ARCHITECTURES, random_model, split_weight_file, tiny_config
 
 CPU = torch.device("cpu")
 TinyModel = Callable[..., Path]
@@ -177,9 +177,10 @@ def test_an_encoder_decoder(tmp_path: Path) -> None:
 
 
 def test_no_decoder_blocks_of_linears(tmp_path: Path) -> None:
-    """GPT-2's blocks hold Conv1D, no nn.Linear."""
-    folder = save_config(tmp_path, "gpt2", "GPT2LMHeadModel", n_layer=2, n_embd=16, n_head=2)
-    refused(folder, "no list of 2 decoder blocks", "GPT2LMHeadModel")
+    model = random_model(tiny_config("llama"))
+    model.config.num_hidden_layers = 3
+    with pytest.raises(ModelError, match="no list of 3 decoder blocks .* LlamaForCausalLM"):
+        find_blocks(model, tmp_path)
 
 
 def test_weights_outside_linears(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_weights_outside_linears(tmp_path: Path) -> None:
     tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     skeleton = open_model(tmp_path)
-    with pytest.raises(ModelError, match="outside nn.Linear.*MixtralForCausalLM"):
+    with pytest.raises(ModelError, match="outside linear layers.*MixtralForCausalLM"):
         select_layers(skeleton, SolverSettings(), False)
 
 

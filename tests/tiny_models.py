@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -80,20 +81,25 @@ def save_tiny_model(
 
     `config`: keywords of `tiny_config`. Deterministic in `seed`, without the global generator.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(architecture, **config))
-        # Biases and norms start at constants, which would hide a mix-up: make them random too.
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-    model.to(dtype).save_pretrained(folder)
+    random_model(tiny_config(architecture, **config), seed).to(dtype).save_pretrained(folder)
     if weight_files > 1:
         split_weight_file(folder, weight_files)
     if tokenizer:
         byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A model of the config's own class with random weights, biases and norms."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        # Biases and norms start at constants, which would hide a mix-up: make them random too.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
 
 
 def split_weight_file(folder: Path, count: int) -> None:

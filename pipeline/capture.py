@@ -106,7 +106,7 @@ class ModelEnds:
                 hidden_states, rest, keywords = _split(args, kwargs)
                 if index == 0:
                     first.append(hidden_states)
-                elif hidden_states.shape != first[0].shape:
+                elif getattr(hidden_states, "shape", None) != first[0].shape:
                     raise _WrongReturn
                 calls.append(BlockCall(rest, keywords))
                 if index == len(self.blocks) - 1:

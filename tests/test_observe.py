@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.capture import BlockCall, ModelEnds, find_groups
+from pipeline.capture import BlockCall, ModelEnds, find_groups, linear_layers
 from pipeline.executor import LocalExecutor
 from pipeline.job import Advanced, Outcome
-from pipeline.linears import linear_layers
 from pipeline.measure import Stopwatch
 from pipeline.model import open_skeleton
 from pipeline.observe import BlockObserver

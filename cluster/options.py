@@ -40,6 +40,8 @@ class Parser(HfArgumentParser):
             options = {"action": "store_true", "help": options["help"]}
         if names == ("--workers",):
             options["type"] = number_or_auto
+        if names == ("--override",):
+            options["action"] = _Joined
         action: argparse.Action = super().add_argument(*names, **options)
         return action
 
@@ -47,6 +49,16 @@ class Parser(HfArgumentParser):
         """Prints the complaint and exits with 2."""
         print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
+
+
+class _Joined(argparse.Action):
+    """An option that may be given again: all values, with `;` between."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is None else f"{before};{values}")
 
 
 def number_or_auto(text: str) -> int | None:

@@ -7,9 +7,11 @@ classes, so an option exists in one place only. Each field's `help` is what `--h
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from pipeline.option import option, require
+from pipeline.rules import LayerOptions, LayerRules, parse_overrides
 from pipeline.solvers import SolverSettings
 from pipeline.solvers.types import AUTO, DEFAULT_REFINE_STEPS, ESTIMATE, Pattern
 from storage.errors import ConfigError
@@ -46,12 +48,6 @@ PLACEMENT_FIELDS = frozenset(
         "scratch_dir",
     }
 )
-
-
-def option(default: Any, help: str) -> Any:
-    """A documented field. `help` ends up in `--help` and states the unit."""
-    # argparse interpolates percent signs in help texts.
-    return field(default=default, metadata={"help": help.replace("%", "%%")})
 
 
 DEFAULTS = SolverSettings()
@@ -216,10 +212,39 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig(SolverOptions, RuntimeConfig):
-    """Every option of `prox24 prune`. Raises `ConfigError` on a value out of range."""
+class ModelOptions(SolverOptions, LayerOptions):
+    """What is done with a whole model; shared by `prune` and `plan`.
+
+    Raises `ConfigError` on a value out of range.
+    """
 
     method: Method = option("prox_admm", "how masks and weights are found")
+
+    def __post_init__(self) -> None:
+        SolverOptions.__post_init__(self)
+        LayerOptions.__post_init__(self)
+
+    def layer_rules(self) -> LayerRules:
+        """Which layers are pruned, with which settings each. Errors as `solver_settings`."""
+        names = [field.name for field in dataclasses.fields(LayerOptions)]
+        overrides = []
+        for own in parse_overrides(self.override):
+            settings = None
+            if not own.dense:
+                settings = self.solver_settings(own.method or self.method)
+                settings = dataclasses.replace(settings, pattern=own.pattern or self.pattern)
+            overrides.append((own.glob, settings))
+        return LayerRules(
+            settings=self.solver_settings(self.method),
+            overrides=tuple(overrides),
+            options=LayerOptions(**{name: getattr(self, name) for name in names}),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(ModelOptions, RuntimeConfig):
+    """Every option of `prox24 prune`. Raises `ConfigError` on a value out of range."""
+
     dataset: str = option(
         "allenai/c4",
         "calibration text: a hub id (streamed; allenai/c4 is read in its `en` configuration) or a "
@@ -262,13 +287,10 @@ class PruneConfig(SolverOptions, RuntimeConfig):
     no_report: bool = option(False, "leave out the report that a job ends with (a second or two)")
     overwrite: bool = option(False, "replace a non-empty OUTPUT once the new one is whole")
     force: bool = option(False, "start although memory or disk will not suffice, as it is foreseen")
-    skip_unsupported: bool = option(
-        False, "leave linears whose width the pattern does not divide dense, and list them"
-    )
     max_attempts: int = option(3, "times a block is tried when workers are lost")
 
     def __post_init__(self) -> None:
-        SolverOptions.__post_init__(self)
+        ModelOptions.__post_init__(self)
         RuntimeConfig.__post_init__(self)
         for name in ("nsamples", "eval_nsamples", "max_attempts"):
             require(self, name, at_least=1)
@@ -355,13 +377,6 @@ class EvalConfig(RuntimeConfig):
         super().__post_init__()
         require(self, "nsamples", at_least=1)
         require(self, "seqlen", at_least=2)  # a loss needs a next token
-
-
-def require(config: Any, name: str, *, at_least: float) -> None:
-    """Raises `ConfigError` where the option is set and below `at_least` (NaN included)."""
-    value = getattr(config, name)
-    if value is not None and not value >= at_least:
-        raise ConfigError(f"--{name.replace('_', '-')} must be at least {at_least:g}, not {value}")
 
 
 def number_or_word(

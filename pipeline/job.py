@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.capture import LayerGroup
-from pipeline.solvers import SolverSettings
+from pipeline.rules import LayerRules
 from storage.hashing import StoredFile
 from storage.shared_folders import SharedFolder
 
@@ -15,26 +15,25 @@ from storage.shared_folders import SharedFolder
 class Job:
     """What every rank is told at its start. Paths are seen by all nodes.
 
-    `settings` is None for an evaluation. `tokens_sha256` is of the tokens' file. `save_layers` is a
-    pattern of layer names whose weight and Hessian are saved, or None. `trace`: whether outcomes
-    tell what was done when. `lock_file`: the driver's hold on the run directory. `scratch`: the
-    job's folder on each node's own scratch, for activation shards, or None. `shared`: folders
-    that must be the same on every node, and `source_identity` (see `ModelFiles`) that of the model.
-    `interface`: the network interface that ranks talk through, or None for the one of the address
-    by which Ray knows their node.
+    `rules` say what is pruned, and how; None for an evaluation. `tokens_sha256` is of the tokens'
+    file. `save_layers` is a pattern of layer names whose weight and Hessian are saved, or None.
+    `trace`: whether outcomes tell what was done when. `lock_file`: the driver's hold on the run
+    directory. `scratch`: the job's folder on each node's own scratch, for activation shards, or
+    None. `shared`: folders that must be the same on every node, and `source_identity` (see
+    `ModelFiles`) that of the model. `interface`: the network interface that ranks talk through, or
+    None for the one of the address by which Ray knows their node.
     """
 
     source: str
     run_directory: str
     tokens_sha256: str
-    settings: SolverSettings | None
+    rules: LayerRules | None
     nsamples: int
     seqlen: int
     batch_size: int
     dtype: str | None
     device: str | None
     threads: int
-    skip_unsupported: bool
     trust_remote_code: bool
     save_layers: str | None = None
     trace: bool = False

@@ -1,4 +1,4 @@
-"""Which layers of a model are pruned, decided from shapes alone before any compute."""
+"""Which layers of a model are pruned, decided from names and shapes alone before any compute."""
 
 from __future__ import annotations
 
@@ -6,44 +6,56 @@ from dataclasses import dataclass
 
 from pipeline.linears import linear_layers, unsupported_parameters
 from pipeline.model import Skeleton
-from pipeline.solvers import Pattern, SolverSettings
-from storage.errors import ConfigError, ModelError
+from pipeline.rules import Choice, LayerRules
+from pipeline.solvers import SolverSettings
+from storage.errors import ModelError
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A model's layers: how many are pruned, and the names of those that stay dense."""
+    """A model's layers: how many are pruned, and those that stay dense, name -> why."""
 
     pruned: int
-    skipped: tuple[str, ...]
+    skipped: dict[str, str]
+
+
+def choices_of(skeleton: Skeleton, block: int, rules: LayerRules) -> dict[str, Choice]:
+    """Module path inside the block -> what is done with it, for every linear, in module order.
+
+    Raises `ConfigError` for a width that the layer's pattern does not divide, unless such are
+    skipped.
+    """
+    prefix, blocks = skeleton.block_prefix(block), len(skeleton.blocks)
+    return {
+        name: rules.choose(prefix + name, block, blocks, columns)
+        for name, (_, columns) in linear_layers(skeleton.blocks[block]).items()
+    }
+
+
+def settings_of(skeleton: Skeleton, block: int, rules: LayerRules) -> dict[str, SolverSettings]:
+    """Module path inside the block -> solver settings, of the linears that are pruned.
+
+    Errors as `choices_of`.
+    """
+    chosen = choices_of(skeleton, block, rules).items()
+    return {name: choice.settings for name, choice in chosen if choice.settings is not None}
 
 
 def layers_to_prune(
-    skeleton: Skeleton, block: int, settings: SolverSettings, skip_unsupported: bool
+    skeleton: Skeleton, block: int, rules: LayerRules
 ) -> dict[str, tuple[int, int]]:
     """Module path inside the block -> (R, C) of the linears that are pruned, in module order.
 
-    Raises `ConfigError` for a width that the pattern does not divide, unless they are skipped.
+    Errors as `choices_of`.
     """
-    pattern = Pattern.parse(settings.pattern)
-    layers = {}
-    for name, (rows, columns) in linear_layers(skeleton.blocks[block]).items():
-        try:
-            pattern.check_columns(columns)
-        except ConfigError as error:
-            if skip_unsupported:
-                continue
-            raise ConfigError(
-                f"{skeleton.block_prefix(block)}{name}: {error}; --skip-unsupported leaves such "
-                "layers dense"
-            ) from error
-        layers[name] = (rows, columns)
-    return layers
+    shapes = linear_layers(skeleton.blocks[block])
+    return {name: shapes[name] for name in settings_of(skeleton, block, rules)}
 
 
-def select_layers(skeleton: Skeleton, settings: SolverSettings, skip: bool) -> Selection:
-    """Checks every block. Raises `ModelError` where a weight would stay dense unseen."""
-    pruned, skipped = 0, []
+def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
+    """Checks every block. Raises `ModelError` where a weight would stay dense unseen, and
+    `ConfigError` where an option names nothing."""
+    pruned, skipped = 0, {}
     for block, module in enumerate(skeleton.blocks):
         prefix = skeleton.block_prefix(block)
         hidden = unsupported_parameters(module)
@@ -52,9 +64,23 @@ def select_layers(skeleton: Skeleton, settings: SolverSettings, skip: bool) -> S
                 f"{prefix}{hidden[0]} is a weight matrix outside linear layers, which prox24 "
                 f"cannot prune; {type(skeleton.model).__name__} is not supported"
             )
-        layers = layers_to_prune(skeleton, block, settings, skip)
-        pruned += len(layers)
-        skipped += [prefix + name for name in linear_layers(module) if name not in layers]
+        for name, choice in choices_of(skeleton, block, rules).items():
+            if choice.reason is None:
+                pruned += 1
+            else:
+                skipped[prefix + name] = choice.reason
+    check_rules(skeleton, rules)
     if not pruned:
         raise ModelError(f"{skeleton.files.place}: no layer is left to prune")
-    return Selection(pruned, tuple(skipped))
+    return Selection(pruned, skipped)
+
+
+def check_rules(skeleton: Skeleton, rules: LayerRules) -> None:
+    """Raises `ConfigError` where an option names no layer, or no block, of the model."""
+    names = [
+        skeleton.block_prefix(block) + name
+        for block, module in enumerate(skeleton.blocks)
+        for name in linear_layers(module)
+    ]
+    modules = [name for name, _ in skeleton.model.named_modules()]
+    rules.check(names, modules, len(skeleton.blocks))

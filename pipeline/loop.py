@@ -207,7 +207,9 @@ class BlockLoop:
         groups: list[Any] = []
         solved: list[list[SolvedSlices]] = []
         choices: dict[str, dict[str, Any]] | None = None
-        if self.calibrates:
+        if not self.layers[block]:
+            logger.debug("block %d stays dense", block)
+        elif self.calibrates:
             shards, observed = self.inputs(block, observe=True)
             if observed is None:
                 observed = self._calibrate(block, shards, 0, times)

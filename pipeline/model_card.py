@@ -26,6 +26,12 @@ _STATISTICS = {
 _SETTINGS = {
     "method": "method",
     "pattern": "pattern",
+    "include": "layers, by name",
+    "exclude": "layers left dense, by name",
+    "blocks": "blocks",
+    "dense_first": "first blocks left dense",
+    "dense_last": "last blocks left dense",
+    "override": "other settings, by name",
     "dataset": "calibration text",
     "text_column": "text column",
     "nsamples": "calibration sequences",
@@ -130,6 +136,7 @@ def _settings_table(settings: Mapping[str, Any]) -> str:
     unused = set() if settings["method"] == "sparsegpt" else {"blocksize"}
     if settings.get("refine") == "none":
         unused.add("refine_steps")
+    unused |= {key for key in ("dense_first", "dense_last") if not settings.get(key)}
     rows = [
         (label, _code(settings[key]))
         for key, label in _SETTINGS.items()

@@ -81,7 +81,7 @@ def write_output(
     job: dict[str, Any],
     skeleton: Skeleton,
     config: PruneConfig,
-    skipped: Sequence[str],
+    skipped: Mapping[str, str],
     source_name: str,
     run: RunDirectory,
     lock: RunLock,
@@ -91,10 +91,10 @@ def write_output(
 ) -> None:
     """Writes the folder beside `output` under a name no reader trusts, then renames it.
 
-    In an object store it is written in place, `prox24.json` last. `write_files(folder)` has the
-    workers write the weight files and returns what they wrote, and the blocks' records that it was
-    made from; `side_files` are the hashes of what is copied; `evaluate(folder)` then measures the
-    model's perplexity, or gives None.
+    In an object store it is written in place, `prox24.json` last. `skipped`: layers that stay
+    dense, name -> why. `write_files(folder)` has the workers write the weight files and returns
+    what they wrote, and the blocks' records that it was made from; `side_files` are the hashes of
+    what is copied; `evaluate(folder)` then measures the model's perplexity, or gives None.
     """
     with _target(output, run, lock, config.overwrite) as target:
         stored, records = write_files(location(target.place))
@@ -111,6 +111,7 @@ def write_output(
             ],
             "layers": layers,
             "skipped_layers": list(skipped),
+            "skipped_because": dict(skipped),
             "perplexity": perplexity,
             "weight_files": [file.to_json() for file in stored],
             "environment": {

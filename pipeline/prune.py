@@ -149,10 +149,11 @@ def _forced(config: PruneConfig, progress: Progress) -> Iterator[None]:
 
 def _check(skeleton: Skeleton, config: PruneConfig) -> Selection:
     """What shapes and config alone can tell."""
-    settings = config.solver_settings(config.method)
-    solver_for(settings)
+    rules = config.layer_rules()
+    for settings in rules.all_settings():
+        solver_for(settings)
     check_seqlen(skeleton, config.seqlen)
-    return select_layers(skeleton, settings, config.skip_unsupported)
+    return select_layers(skeleton, rules)
 
 
 def _check_apart(source: Place, output: Place, run: Path) -> None:
@@ -212,11 +213,9 @@ def _start(
     tokens: StoredFile,
     output: Place,
 ) -> BlockLoop:
-    settings = config.solver_settings(config.method)
-    layers = [
-        layers_to_prune(skeleton, block, settings, config.skip_unsupported)
-        for block in range(len(skeleton.blocks))
-    ]
+    rules = config.layer_rules()
+    every = rules.all_settings()
+    layers = [layers_to_prune(skeleton, block, rules) for block in range(len(skeleton.blocks))]
     dtypes = [
         {name: skeleton.files.tensors[skeleton.weight_name(block, name)].dtype for name in names}
         for block, names in enumerate(layers)
@@ -232,8 +231,9 @@ def _start(
         blocks=len(layers),
         layers=layers,
         dtypes=dtypes,
-        calibrates=solver_for(settings).needs != "none" or config.save_layers is not None,
-        chooses=settings.shrinkage == AUTO,
+        calibrates=config.save_layers is not None
+        or any(solver_for(settings).needs != "none" for settings in every),
+        chooses=any(settings.shrinkage == AUTO for settings in every),
         max_attempts=config.max_attempts,
         hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
         mend_tokens=partial(mend_tokens, run, lock, skeleton, config, tokens, progress),
@@ -244,14 +244,13 @@ def _start(
             source=location(skeleton.files.place),
             run_directory=str(run.path),
             tokens_sha256=tokens.sha256,
-            settings=settings,
+            rules=rules,
             nsamples=config.nsamples,
             seqlen=config.seqlen,
             batch_size=config.batch_size,
             dtype=config.dtype,
             device=config.device,
             threads=executor.threads,
-            skip_unsupported=config.skip_unsupported,
             trust_remote_code=config.trust_remote_code,
             save_layers=config.save_layers,
             lock_file=str(lock.path),

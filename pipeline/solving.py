@@ -17,23 +17,46 @@ from pipeline.solvers.types import Pattern, percentage
 from pipeline.split import GroupRows, row_ranges, whole_layers
 
 
+def split_groups(
+    groups: Sequence[LayerGroup], settings: Mapping[str, SolverSettings]
+) -> tuple[LayerGroup, ...]:
+    """Groups whose layers have the same `settings`, by layer: a group is parted where they differ.
+
+    In the order of each part's first layer.
+    """
+    parted = []
+    for group in groups:
+        parts: dict[SolverSettings, list[str]] = {}
+        for layer in group.layers:
+            parts.setdefault(settings[layer], []).append(layer)
+        parted += [LayerGroup(tuple(names), group.columns, group.calls) for names in parts.values()]
+    return tuple(parted)
+
+
 def deal_rows(
-    settings: SolverSettings,
+    settings: Mapping[str, SolverSettings],
     groups: Sequence[LayerGroup],
     shapes: Mapping[str, tuple[int, int]],
     world: int,
 ) -> list[dict[str, tuple[int, int]]]:
     """The rows of each layer that each of `world` ranks solves: the same answer on every rank.
 
-    `shapes`: (rows, C) of each layer of `groups`.
+    `settings` and `shapes`, (rows, C): of each layer of `groups`. A group's layers have the same
+    settings. What compares the rows of a layer is dealt by whole layers, apart from the rest.
     """
-    costs = {group: solve_cost(settings, group.columns) for group in groups}
-    parts = [
-        GroupRows({n: shapes[n][0] for n in group.layers}, cost.fixed, cost.per_row)
-        for group, cost in costs.items()
-    ]
-    dealt = row_ranges if solver_for(settings).separable else whole_layers
-    return dealt(parts, world)
+    separable: list[GroupRows] = []
+    whole: list[GroupRows] = []
+    for group in groups:
+        own = settings[group.name]
+        cost = solve_cost(own, group.columns)
+        rows = {name: shapes[name][0] for name in group.layers}
+        part = GroupRows(rows, cost.fixed, cost.per_row)
+        (separable if solver_for(own).separable else whole).append(part)
+    pieces: list[dict[str, tuple[int, int]]] = [{} for _ in range(world)]
+    for parts, deal in ((separable, row_ranges), (whole, whole_layers)):
+        if parts:
+            pieces = [one | other for one, other in zip(pieces, deal(parts, world), strict=True)]
+    return pieces
 
 
 def solve_group(

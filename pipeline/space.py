@@ -38,7 +38,8 @@ def check_job_space(
     `ResourceError`.
     """
     store = 0
-    if solver_for(config.solver_settings(config.method)).needs != "none" or config.save_layers:
+    needs = {solver_for(settings).needs for settings in config.layer_rules().all_settings()}
+    if needs != {"none"} or config.save_layers:
         store = activation_bytes(skeleton, config.nsamples, config.seqlen)
     evaluation, measured = config.evaluation(), 0
     if evaluation is not None:
@@ -71,13 +72,11 @@ def existing(path: Path) -> Path:
 
 def _checkpoint_bytes(skeleton: Skeleton, config: PruneConfig) -> int:
     """Row slices of all blocks, those of the largest a second time, and saved layers."""
-    settings = config.solver_settings(config.method)
+    rules = config.layer_rules()
     blocks, saved = [0], 0
     for block in range(len(skeleton.blocks)):
         size = 0
-        for layer, (_, columns) in layers_to_prune(
-            skeleton, block, settings, config.skip_unsupported
-        ).items():
+        for layer, (_, columns) in layers_to_prune(skeleton, block, rules).items():
             entry = skeleton.files.tensors[skeleton.weight_name(block, layer)]
             size += entry.end - entry.start
             name = f"{skeleton.block_prefix(block)}{layer}"

@@ -6,6 +6,7 @@ at group by group, and everything else is compared byte by byte with the source.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -15,9 +16,12 @@ from typing import Any
 
 import torch
 
-from pipeline.linears import is_transposed, linear_layers
+from pipeline.config import ModelOptions
+from pipeline.layers import choices_of
+from pipeline.linears import is_transposed
 from pipeline.model import Skeleton, open_skeleton
 from pipeline.output import RESULT_FILE, RESULT_SCHEMA
+from pipeline.rules import LayerRules
 from pipeline.solvers import Pattern
 from storage.commit import CHUNK_BYTES, sha256_file
 from storage.errors import CorruptFileError, ModelError, Prox24Error
@@ -93,7 +97,7 @@ def verify(
 
 
 def read_results(output: ModelFiles) -> dict[str, Any]:
-    """The prox24.json of a pruned model.
+    """The prox24.json of a pruned model, and as `rules` what the job's options say of its layers.
 
     Raises `ModelError` where there is none, `CorruptFileError` where it is not one of ours.
     """
@@ -112,9 +116,20 @@ def read_results(output: ModelFiles) -> dict[str, Any]:
         for file_ in results["weight_files"]:
             _text(file_["name"]), _text(file_["sha256"])
         skipped = [_text(name) for name in results["skipped_layers"]]
+        rules = recorded_rules(results["job"]["settings"])
     except (ValueError, KeyError, TypeError, RecursionError, Prox24Error) as error:
         raise CorruptFileError(f"{path}: not written by this prox24, or altered") from error
-    return {**results, "skipped_layers": skipped}
+    return {**results, "skipped_layers": skipped, "rules": rules}
+
+
+def recorded_rules(settings: dict[str, Any]) -> LayerRules:
+    """Which layers a job pruned, and how, by the settings in its prox24.json or run.json.
+
+    Raises `ConfigError` or TypeError where they are none.
+    """
+    known = {field.name for field in dataclasses.fields(ModelOptions)}
+    options = {name: value for name, value in settings.items() if name in known}
+    return ModelOptions(**options).layer_rules()
 
 
 def _text(value: object) -> str:
@@ -170,13 +185,19 @@ class _Check:
                 module = self._skeleton.model.get_submodule(layer["name"])
                 pattern = Pattern.parse(layer["pattern"])
                 self._patterns[weight] = (layer["name"], pattern, is_transposed(module))
-        named = {layer["name"] for layer in self._results["layers"]}
-        named |= set(self._results["skipped_layers"])
-        for block, module in enumerate(self._skeleton.blocks):
-            for path in linear_layers(module):
+        named = {
+            layer["name"]: str(Pattern.parse(layer["pattern"])) for layer in self._results["layers"]
+        }
+        skipped, rules = set(self._results["skipped_layers"]), self._results["rules"]
+        for block in range(len(self._skeleton.blocks)):
+            for path, choice in choices_of(self._skeleton, block, rules).items():
                 name = f"{self._skeleton.block_prefix(block)}{path}"
-                if name not in named:
+                asked = None if choice.settings is None else str(choice.settings.parsed_pattern)
+                if name not in named and name not in skipped:
                     self._problem(f"{name}: neither pruned nor stated as skipped")
+                elif named.get(name) != asked:
+                    found = named.get(name, "dense")
+                    self._problem(f"{name}: {found}, but the job's options say {asked or 'dense'}")
 
     def side_files(self) -> None:
         """Config, index, tokenizer and the like are the source's."""

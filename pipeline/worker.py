@@ -21,7 +21,8 @@ from pipeline.collective import Collective
 from pipeline.device import Room, choose_device, make_deterministic, room_on, statistics_room
 from pipeline.forward import Forward
 from pipeline.job import Advanced, Job, Observed, Outcome, SolvedSlices
-from pipeline.layers import layers_to_prune
+from pipeline.layers import settings_of
+from pipeline.linears import linear_layers
 from pipeline.loading import BlockLoader
 from pipeline.manifest import expect_source
 from pipeline.measure import Stopwatch, peak_memory
@@ -36,7 +37,7 @@ from pipeline.scoring import (
 )
 from pipeline.solvers import SolverSettings, choose_regularization, solver_for
 from pipeline.solvers.types import AUTO
-from pipeline.solving import deal_rows, solve_group
+from pipeline.solving import deal_rows, solve_group, split_groups
 from pipeline.split import deal, turns
 from pipeline.statistics import (
     FoldedStatistics,
@@ -77,6 +78,7 @@ class BlockWorker:
         # The groups whose statistics are held, and of what they are a part.
         self._turn: tuple[LayerGroup, ...] = ()
         self._observed = Observed((), 1)
+        self._chosen: dict[int, dict[str, SolverSettings]] = {}
         self.loader = BlockLoader(self.skeleton, self.run, self.watch, self.forward.background)
 
     @torch.no_grad()
@@ -152,7 +154,6 @@ class BlockWorker:
 
     def choose(self, block: int) -> dict[str, dict[str, Any]]:
         """Regularization of the groups dealt to this rank, as JSON: group -> solver settings."""
-        settings = self._settings()
         cost = {group.name: float(group.columns) ** 3 for group in self._turn}
         owners = deal(list(cost), cost, self.world)
         choices = {}
@@ -162,6 +163,7 @@ class BlockWorker:
             weights = {layer: self._read_weight(block, layer) for layer in group.layers}
             first, second = self.statistics[group.name]
             with self.watch("choose"):
+                settings = self._settings(block)[group.name]
                 choice = choose_regularization(weights, (first, second), settings)
             choices[group.name] = choice.to_json()
         return choices
@@ -173,12 +175,12 @@ class BlockWorker:
 
         `choices` are what `choose` gave for all groups; None where nothing is chosen.
         """
-        settings = self._settings()
+        settings = self._settings(block)
         if self.statistics and block + 1 < len(self.skeleton.blocks):
             self.loader.ahead(block + 1)
-        names = layers_to_prune(self.skeleton, block, settings, self.job.skip_unsupported)
-        groups = self._turn or tuple(LayerGroup((n,), names[n][1]) for n in names)
-        ranges = deal_rows(settings, groups, names, self.world)[self.rank]
+        shapes = linear_layers(self.skeleton.blocks[block])
+        groups = self._turn or tuple(LayerGroup((n,), shapes[n][1]) for n in settings)
+        ranges = deal_rows(settings, groups, shapes, self.world)[self.rank]
         slices: dict[str, RowSlice] = {}
         reports: dict[str, dict[str, Any]] = {}
         costs: dict[str, dict[str, float]] = {}
@@ -305,23 +307,25 @@ class BlockWorker:
 
     def _expect_source(self) -> None:
         """Before a source tensor is first used: from now on each is verified when it is read."""
-        if self.job.settings is not None and not self.skeleton.files.expected:
+        if self.job.rules is not None and not self.skeleton.files.expected:
             expect_source(self.run, self.skeleton.files)
 
-    def _settings(self) -> SolverSettings:
-        if self.job.settings is None:
+    def _settings(self, block: int) -> dict[str, SolverSettings]:
+        """The settings of each of a block's layers that are pruned, by path in the block."""
+        if self.job.rules is None:
             raise ModelError("this job evaluates; it has no solver")
-        return self.job.settings
+        if block not in self._chosen:
+            self._chosen = {block: settings_of(self.skeleton, block, self.job.rules)}
+        return self._chosen[block]
 
     def _observer(
         self, block: int, first: Callable[[], Tensor], limit: float | None, turn: int
     ) -> BlockObserver:
         """The dense block, a turn's groups observed; `first` gives the first batch of all."""
-        settings = self._settings()
+        settings = self._settings(block)
         module = self.loader.dense(block)
-        layers = tuple(layers_to_prune(self.skeleton, block, settings, self.job.skip_unsupported))
-        groups = self._find_groups(block, module, layers, first)
-        folds = 2 if settings.shrinkage == AUTO else 1
+        groups = self._find_groups(block, module, first)
+        folds = 2 if any(own.shrinkage == AUTO for own in settings.values()) else 1
         needs = {group: self._needs(block, group) for group in groups}
         sizes = {group: folds * statistics_bytes(group.columns, needs[group]) for group in groups}
         in_turns = turns(sizes, limit)
@@ -336,20 +340,23 @@ class BlockWorker:
 
     def _needs(self, block: int, group: LayerGroup) -> str:
         saved = any(self._is_saved(block, layer) for layer in group.layers)
-        return "full" if saved else solver_for(self._settings()).needs
+        return "full" if saved else solver_for(self._settings(block)[group.name]).needs
 
     def _find_groups(
-        self, block: int, module: nn.Module, layers: tuple[str, ...], first: Callable[[], Tensor]
+        self, block: int, module: nn.Module, first: Callable[[], Tensor]
     ) -> tuple[LayerGroup, ...]:
         """The block's groups; blocks of the same modules share one look at a forward.
 
-        The first sequences serve every rank: one without its own must know the groups too.
+        The first sequences serve every rank: one without its own must know the groups too. Layers
+        with other settings are groups of their own, each with the statistics that it needs.
         """
-        structure = (str(module), layers)
+        settings = self._settings(block)
+        structure = (str(module), *settings.items())
         if structure not in self._groups:
             batch = first()
             call = self.forward.call(block, batch)
-            self._groups[structure] = find_groups(module, call, batch, layers)
+            groups = find_groups(module, call, batch, tuple(settings))
+            self._groups[structure] = split_groups(groups, settings)
         return self._groups[structure]
 
     def _solve_group(
@@ -359,10 +366,11 @@ class BlockWorker:
         folds: FoldedStatistics,
         choice: dict[str, Any] | None,
     ) -> dict[str, tuple[Tensor, dict[str, Any]]]:
-        weights = {layer: self._read_weight(block, layer, own) for layer, own in rows.items()}
+        weights = {layer: self._read_weight(block, layer, part) for layer, part in rows.items()}
+        own = self._settings(block)[next(iter(rows))]
         with self.watch("solve"):
             try:
-                return solve_group(weights, merged(folds), self._settings(), choice)
+                return solve_group(weights, merged(folds), own, choice)
             except NumericalError as error:
                 raise NumericalError(f"block {block}: {error}") from error
 

@@ -6,7 +6,7 @@ every layer by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +42,21 @@ def prune_in_memory(
     model: torch.nn.Module,
     tokens: Tensor,
     blocks: Sequence[Sequence[str]],
-    settings: SolverSettings,
+    settings: SolverSettings | Mapping[str, SolverSettings],
     transposed: bool = False,
 ) -> list[float]:
     """Prunes a model in place; returns each layer's relative error in per cent.
 
     blocks: of each block the names of its linears, in the order in which blocks are run.
-    transposed: whether the linears hold their weights as (C, R).
+    settings: of all, or of each by name. transposed: whether the linears hold their weights as
+    (C, R).
     """
-    solver = solver_for(settings)
     errors = []
     for names in blocks:
         own = {name: model.get_submodule(name) for name in names}
         seen = inputs_of(own, lambda: model(input_ids=tokens, use_cache=False))
         for name, module in own.items():
+            solver = solver_for(settings[name] if isinstance(settings, Mapping) else settings)
             x = seen[name].flatten(0, -2).float()
             batches = x.split(SMALL["batch_size"] * SMALL["seqlen"])
             hessian = torch.stack([(part.T @ part).double() for part in batches]).sum(dim=0).float()

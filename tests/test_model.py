@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from pipeline.config import ModelOptions
 from pipeline.layers import select_layers
 from pipeline.model import Skeleton, check_seqlen, check_tokens, find_blocks, open_skeleton
-from pipeline.solvers import SolverSettings
+from pipeline.rules import LayerRules
 from storage.errors import ConfigError, ModelError
 from tests.tiny_models import ARCHITECTURES, random_model, split_weight_file, tiny_config
 
@@ -23,6 +25,10 @@ TinyModel = Callable[..., Path]
 
 def open_model(folder: Path, dtype: str | None = None) -> Skeleton:
     return open_skeleton(folder, dtype=dtype, trust_remote_code=False)
+
+
+def rules(**options: Any) -> LayerRules:
+    return ModelOptions(**options).layer_rules()
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -201,7 +207,7 @@ def test_weights_outside_linears(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     skeleton = open_model(tmp_path)
     with pytest.raises(ModelError, match="outside linear layers.*MixtralForCausalLM"):
-        select_layers(skeleton, SolverSettings(), False)
+        select_layers(skeleton, rules())
 
 
 def test_no_architectures(tiny_model: TinyModel) -> None:
@@ -245,20 +251,20 @@ def test_a_width_that_the_pattern_does_not_divide(tiny_model: TinyModel) -> None
     folder = tiny_model("llama", intermediate=70)
     skeleton = open_model(folder)
     with pytest.raises(ConfigError) as caught:
-        select_layers(skeleton, SolverSettings(), False)
+        select_layers(skeleton, rules())
     for name in ("model.layers.0.mlp.down_proj", "70", "4", "--skip-unsupported"):
         assert name in str(caught.value)
-    selection = select_layers(skeleton, SolverSettings(), True)
+    selection = select_layers(skeleton, rules(skip_unsupported=True))
     assert selection.pruned == 12
-    assert selection.skipped == tuple(f"model.layers.{n}.mlp.down_proj" for n in (0, 1))
+    assert set(selection.skipped) == {f"model.layers.{n}.mlp.down_proj" for n in (0, 1)}
     # The same layers under a pattern that does divide their width.
-    assert select_layers(skeleton, SolverSettings(pattern="1:2"), False).pruned == 14
+    assert select_layers(skeleton, rules(pattern="1:2")).pruned == 14
 
 
 def test_no_layer_left_to_prune(tiny_model: TinyModel) -> None:
     skeleton = open_model(tiny_model("llama"))
     with pytest.raises(ModelError, match="no layer is left"):
-        select_layers(skeleton, SolverSettings(pattern="3:7"), True)
+        select_layers(skeleton, rules(pattern="3:7", skip_unsupported=True))
 
 
 def test_seqlen_above_the_maximum(tiny_model: TinyModel) -> None:

@@ -120,8 +120,8 @@ def test_every_blind_node_is_named_once(folder: SharedFolder) -> None:
 
 def job(source: Path, identity: str) -> Job:
     return Job(
-        source=str(source), run_directory="", tokens_sha256="", settings=None, nsamples=1, seqlen=2,
-        batch_size=1, dtype=None, device=None, threads=1, skip_unsupported=False,
+        source=str(source), run_directory="", tokens_sha256="", rules=None, nsamples=1, seqlen=2,
+        batch_size=1, dtype=None, device=None, threads=1,
         trust_remote_code=False, source_identity=identity,
     )  # fmt: skip
 

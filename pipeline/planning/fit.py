@@ -96,16 +96,17 @@ def _require(job: PlannedJob, what: str, name: str, count: int, free: float) -> 
 
 def _surely_fits(skeleton: Skeleton, config: PruneConfig, rooms: Sequence[Room]) -> bool:
     """Whether far more than the job can hold is free: then no plan is made."""
-    settings = config.solver_settings(config.method)
+    rules = config.layer_rules()
+    full = any(solver_for(settings).needs == "full" for settings in rules.all_settings())
     most, size = 0.0, float(skeleton.dtype.itemsize)
     tokens = float(config.batch_size * config.seqlen)
     for block, module in enumerate(skeleton.blocks):
-        layers = layers_to_prune(skeleton, block, settings, config.skip_unsupported)
+        layers = layers_to_prune(skeleton, block, rules)
         squares = sum(8.0 * c * c for _, c in layers.values())
         widest = max((c for _, c in layers.values()), default=0)
         rows = max((48.0 * r * c for r, c in layers.values()), default=0.0)
         held = sum(p.numel() for p in module.parameters()) * 3 * size + rows
-        if solver_for(settings).needs == "full":
+        if full:
             held += squares + 16.0 * widest * widest
         most = max(most, held + 12.0 * tokens * sum(r + c for r, c in layers.values()))
     ends = 8.0 * sum(p.numel() for p in skeleton.model.get_input_embeddings().parameters())
@@ -118,10 +119,9 @@ def _planned(skeleton: Skeleton, config: PruneConfig, rooms: Sequence[Room]) -> 
     shape = read_shape(
         skeleton.files.place,
         seqlen=config.seqlen,
-        pattern=config.pattern,
+        rules=config.layer_rules(),
         needs=solver_for(settings).needs,
         dtype=config.dtype,
-        skip_unsupported=config.skip_unsupported,
         trust_remote_code=config.trust_remote_code,
     )
     total = min(room.total for room in rooms)

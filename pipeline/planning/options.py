@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config import Method, SolverOptions, option, require
+from pipeline.config import ModelOptions
+from pipeline.option import option, require
 from pipeline.planning.job import PlannedJob
 from pipeline.planning.machine import available_memory
 from pipeline.planning.rates import GPUS, Rates, cpu_rates, gpu_rates, load_rates, with_threads
@@ -23,10 +24,9 @@ _GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(SolverOptions):
+class PlanConfig(ModelOptions):
     """Every option of `prox24 plan`. Raises `ConfigError` on a value out of range."""
 
-    method: Method = option("prox_admm", "how masks and weights are found")
     nsamples: int = option(128, "calibration sequences")
     seqlen: int = option(2048, "tokens of a calibration sequence")
     batch_size: int = option(4, "sequences in one forward pass")
@@ -67,9 +67,6 @@ class PlanConfig(SolverOptions):
         False, "measure the rates of this machine first, at the model's shapes (about a minute)"
     )
     executor: Literal["ray", "local"] = option("ray", "who runs the ranks")
-    skip_unsupported: bool = option(
-        False, "leave linears whose width the pattern does not divide dense"
-    )
     trust_remote_code: bool = option(False, "run model code that the model folder carries")
     json: bool = option(False, "print one JSON object on standard output and nothing else there")
     verbose: bool = option(False, "show debug messages")
@@ -104,10 +101,9 @@ def planned_shape(model: Place, config: PlanConfig) -> ModelShape:
     return read_shape(
         model,
         seqlen=config.seqlen,
-        pattern=config.pattern,
+        rules=config.layer_rules(),
         needs=solver_for(settings).needs,
         dtype=config.dtype,
-        skip_unsupported=config.skip_unsupported,
         trust_remote_code=config.trust_remote_code,
     )
 

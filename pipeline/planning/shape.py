@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.capture import BlockCall, ModelEnds
-from pipeline.linears import linear_layers, unsupported_parameters
+from pipeline.layers import check_rules, layers_to_prune
+from pipeline.linears import unsupported_parameters
 from pipeline.model import FORWARD_DTYPES, Skeleton
 from pipeline.planning.profile import (
     META,
@@ -23,8 +24,9 @@ from pipeline.planning.profile import (
     profile_forward,
 )
 from pipeline.planning.source import HollowSkeleton, open_source
-from pipeline.solvers import Pattern
-from storage.errors import ConfigError, ModelError
+from pipeline.rules import LayerRules
+from pipeline.solvers import SolverSettings
+from storage.errors import ModelError
 from storage.object_store import Place
 
 # Weight files of a model that is known by its config alone: the usual size of one, in bytes.
@@ -107,15 +109,15 @@ def read_shape(
     model: Place,
     *,
     seqlen: int,
-    pattern: str = "2:4",
+    rules: LayerRules | None = None,
     needs: str = "full",
     dtype: str | None = None,
-    skip_unsupported: bool = False,
     trust_remote_code: bool = False,
 ) -> ModelShape:
     """The shape of a model folder, or of a model known by its config.json alone.
 
-    seqlen: tokens of a calibration sequence, which attention depends on.
+    seqlen: tokens of a calibration sequence, which attention depends on. rules: which layers are
+    pruned; None: all.
     Raises `ModelError` and `ConfigError` as `open_skeleton` does, and for blocks that do not run
     on the meta device.
     """
@@ -126,9 +128,8 @@ def read_shape(
         files=source.files,
         itemsize=source.itemsize,
         seqlen=seqlen,
-        pattern=pattern,
+        rules=rules or LayerRules(settings=SolverSettings()),
         needs=needs,
-        skip_unsupported=skip_unsupported,
     )
 
 
@@ -140,9 +141,8 @@ def shape_of(
     files: tuple[int, ...],
     itemsize: int,
     seqlen: int,
-    pattern: str,
+    rules: LayerRules,
     needs: str,
-    skip_unsupported: bool,
 ) -> ModelShape:
     """The shape of a model whose skeleton is there; the skeleton's model is used up."""
     hollow = HollowSkeleton(skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype)
@@ -156,14 +156,15 @@ def shape_of(
     shapes: list[BlockShape] = []
     blocks = []
     reason = None
-    for block, call in zip(hollow.blocks, calls, strict=True):
-        key = (str(block), _signature(call), tuple(p.shape for p in block.parameters()))
+    check_rules(hollow, rules)
+    for index, (block, call) in enumerate(zip(hollow.blocks, calls, strict=True)):
+        layers = layers_to_prune(hollow, index, rules)
+        sizes = tuple(p.shape for p in block.parameters())
+        key = (str(block), _signature(call), sizes, tuple(layers))
         if key not in kinds:
             kinds[key] = len(shapes)
             config = hollow.model.config.get_text_config()
-            kind, why = _block_shape(
-                block, on_meta(call), hidden_states, pattern, needs, skip_unsupported, config
-            )
+            kind, why = _block_shape(block, on_meta(call), hidden_states, layers, needs, config)
             shapes.append(kind)
             reason = reason or why
         blocks.append(kinds[key])
@@ -227,9 +228,8 @@ def _block_shape(
     block: nn.Module,
     call: BlockCall,
     hidden_states: Tensor,
-    pattern: str,
+    layers: dict[str, tuple[int, int]],
     needs: str,
-    skip_unsupported: bool,
     config: object,
 ) -> tuple[BlockShape, str | None]:
     """A block's shape, and why it cannot be pruned, if so."""
@@ -240,8 +240,6 @@ def _block_shape(
     if experts or hidden:
         first = next(iter(experts), None) or hidden[0]
         reason = f"{first} is a weight matrix outside linear layers, which prox24 cannot prune yet"
-    shapes = linear_layers(block)
-    layers = {n: s for n, s in shapes.items() if _fits(n, s[1], pattern, skip_unsupported)}
     found = find_groups_on_meta(block, call, hidden_states, layers) if layers else ()
     groups = [
         GroupShape(
@@ -260,18 +258,6 @@ def _block_shape(
         observed = full
     shape = BlockShape(groups=tuple(groups), parameters=parameters, full=full, observed=observed)
     return shape, reason
-
-
-def _fits(name: str, columns: int, pattern: str, skip: bool) -> bool:
-    try:
-        Pattern.parse(pattern).check_columns(columns)
-    except ConfigError as error:
-        if skip:
-            return False
-        raise ConfigError(
-            f"{name}: {error}; --skip-unsupported leaves such layers dense"
-        ) from error
-    return True
 
 
 def _expert_count(config: object) -> int:

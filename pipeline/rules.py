@@ -1,0 +1,208 @@
+"""Which layers of a model are pruned, and how each: by names, blocks and overrides.
+
+A layer's name is its module's path in the model, `model.layers.3.mlp.down_proj`. All here is
+decided from names and shapes, before any compute and alike on every rank.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pipeline.option import option, require
+from pipeline.solvers.types import METHOD_NAMES, Pattern, SolverSettings
+from storage.errors import ConfigError
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions:
+    """The options that say which layers are pruned, and which of them otherwise than the others.
+
+    Raises `ConfigError` on a value that cannot be read.
+    """
+
+    include: str | None = option(
+        None,
+        "regular expression of the layers to prune, matched with their whole names "
+        "(`.*\\.mlp\\..*`); unset: all linear layers of the blocks",
+    )
+    exclude: str | None = option(
+        None, "regular expression of layers to leave dense (`lm_head|.*router.*`)"
+    )
+    blocks: str | None = option(
+        None, "blocks to prune, from 0, as in 4-27 or 0,2,8-; the others stay dense; unset: all"
+    )
+    dense_first: int = option(0, "number of first blocks to leave dense")
+    dense_last: int = option(0, "number of last blocks to leave dense")
+    override: str | None = option(
+        None,
+        "`GLOB=METHOD`, `GLOB=PATTERN`, `GLOB=METHOD,PATTERN` or `GLOB=dense`, for layers whose "
+        "whole name matches (`*.down_proj=wanda`); several with `;` between or by giving the "
+        "option again; the last that matches counts",
+    )
+    skip_unsupported: bool = option(
+        False, "leave linears whose width the pattern does not divide dense, and list them"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            _expression(name, getattr(self, name))
+        parse_blocks(self.blocks)
+        parse_overrides(self.override)
+        require(self, "dense_first", at_least=0)
+        require(self, "dense_last", at_least=0)
+
+
+class Override(NamedTuple):
+    """What `--override` says of the layers whose name `glob` matches; None: as for the others."""
+
+    glob: str
+    method: str | None
+    pattern: str | None
+    dense: bool
+
+
+class Choice(NamedTuple):
+    """How a layer is pruned, or why it stays dense: one of the two is None."""
+
+    settings: SolverSettings | None
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRules:
+    """What the options come to. `settings`: of layers that no override names.
+
+    overrides: glob and settings, None for dense.
+    """
+
+    settings: SolverSettings
+    overrides: tuple[tuple[str, SolverSettings | None], ...] = ()
+    options: LayerOptions = field(default_factory=LayerOptions)
+
+    def all_settings(self) -> list[SolverSettings]:
+        """The settings that some layer may have."""
+        return [self.settings, *(own for _, own in self.overrides if own is not None)]
+
+    def choose(self, name: str, block: int, blocks: int, columns: int) -> Choice:
+        """How the linear layer `name` of block `block` of `blocks` is pruned; `columns`: its C.
+
+        Raises `ConfigError` for a width that the pattern does not divide, unless such are skipped.
+        """
+        reason = self._dense_because(name, block, blocks)
+        settings: SolverSettings | None = self.settings
+        why = None
+        for glob, own in self.overrides:
+            if fnmatch.fnmatchcase(name, glob):
+                settings, why = own, f"--override {glob}={DENSE}"
+        if reason is not None or settings is None:
+            return Choice(None, reason or why)
+        try:
+            Pattern.parse(settings.pattern).check_columns(columns)
+        except ConfigError as error:
+            if self.options.skip_unsupported:
+                return Choice(None, f"--skip-unsupported: {error}")
+            raise ConfigError(
+                f"{name}: {error}; --skip-unsupported leaves such layers dense"
+            ) from error
+        return Choice(settings, None)
+
+    def _dense_because(self, name: str, block: int, blocks: int) -> str | None:
+        own = self.options
+        ranges = parse_blocks(own.blocks)
+        if ranges is not None and not any(block in part for part in ranges):
+            return f"not in --blocks {own.blocks}"
+        if block < own.dense_first:
+            return f"--dense-first {own.dense_first}"
+        if block >= blocks - own.dense_last:
+            return f"--dense-last {own.dense_last}"
+        if own.include is not None and not re.fullmatch(own.include, name):
+            return f"not in --include {own.include}"
+        if own.exclude is not None and re.fullmatch(own.exclude, name):
+            return f"--exclude {own.exclude}"
+        return None
+
+    def check(self, layers: Iterable[str], modules: Iterable[str], blocks: int) -> None:
+        """Raises `ConfigError` for an option that names nothing: a slip, found before compute.
+
+        layers: names of all linears of the blocks; modules: of everything in the model.
+        """
+        own, layers, modules = self.options, list(layers), list(modules)
+        for part in parse_blocks(own.blocks) or ():
+            last = part.start if part.stop == ALL_BLOCKS else part.stop - 1
+            if last >= blocks:
+                raise ConfigError(
+                    f"--blocks {own.blocks}: the model has {blocks} blocks, numbered from 0"
+                )
+        for option_name, names in (("include", layers), ("exclude", modules)):
+            expression = getattr(own, option_name)
+            if expression is not None and not any(re.fullmatch(expression, n) for n in names):
+                raise ConfigError(
+                    f"--{option_name} {expression} matches no layer's whole name; they are like "
+                    f"{layers[0] if layers else 'none'}"
+                )
+        for glob, _ in self.overrides:
+            if not fnmatch.filter(layers, glob):
+                raise ConfigError(
+                    f"--override {glob}=... matches no layer's whole name; they are like "
+                    f"{layers[0] if layers else 'none'}"
+                )
+
+
+ALL_BLOCKS = 2**31
+"""End of an open range of blocks."""
+
+
+def parse_blocks(text: str | None) -> tuple[range, ...] | None:
+    """`4-27`, `0,2,8-` as ranges of block numbers; None for None. Raises `ConfigError`."""
+    if text is None:
+        return None
+    ranges = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:(-)\s*(\d{1,6})?\s*)?", part)
+        if match is None:
+            raise ConfigError(f"--blocks {text!r}: give numbers and ranges, as in 4-27 or 0,2,8-")
+        first = int(match[1])
+        stop = first + 1
+        if match[2]:
+            stop = int(match[3]) + 1 if match[3] else ALL_BLOCKS
+        if stop <= first:
+            raise ConfigError(f"--blocks {text!r}: {part.strip()} ends before it begins")
+        ranges.append(range(first, stop))
+    return tuple(ranges)
+
+
+def parse_overrides(text: str | None) -> tuple[Override, ...]:
+    """What `--override` says, in its order. Raises `ConfigError`."""
+    found = []
+    for part in filter(None, (part.strip() for part in (text or "").split(";"))):
+        glob, equals, value = (piece.strip() for piece in part.rpartition("="))
+        words = [word.strip() for word in value.split(",")]
+        method = next((word for word in words if word in METHOD_NAMES), None)
+        pattern = next((word for word in words if ":" in word), None)
+        dense = words == [DENSE]
+        if (
+            not glob
+            or not equals
+            or (len(words) != (method is not None) + (pattern is not None) and not dense)
+        ):
+            raise ConfigError(
+                f"--override {part!r}: give GLOB=METHOD, GLOB=PATTERN, GLOB=METHOD,PATTERN or "
+                f"GLOB={DENSE}, as in *.down_proj=wanda; methods are {', '.join(METHOD_NAMES)}"
+            )
+        if pattern is not None:
+            Pattern.parse(pattern)
+        found.append(Override(glob, method, pattern, dense))
+    return tuple(found)
+
+
+def _expression(name: str, text: str | None) -> None:
+    try:
+        re.compile(text or "")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"--{name} {text!r} is no regular expression: {error}") from error

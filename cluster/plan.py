@@ -143,8 +143,8 @@ def _blocks(plan: Plan) -> Table:
         name = f"{block.first}" if block.count == 1 else f"{block.first}-{block.last}"
         parts = ", ".join(f"{p.name} {seconds_text(p.seconds)}" for p in block.phases)
         cells = [name, seconds_text(block.seconds), parts]
-        cells += [size_text(max(map(plan.device_bytes, block.phases)))] if gpu else []
-        table.add_row(*cells, size_text(max(map(plan.host_bytes, block.phases))))
+        cells += [size_text(max(map(plan.device_bytes, block.phases), default=0))] if gpu else []
+        table.add_row(*cells, size_text(max(map(plan.host_bytes, block.phases), default=0)))
     return table
 
 

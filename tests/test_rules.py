@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cluster.command_line import parse
+from cluster.command_line import parse, run
 from cluster.options import config_from
 from pipeline.capture import LayerGroup
 from pipeline.config import ModelOptions, PruneConfig
@@ -301,3 +301,12 @@ def test_the_plan_counts_what_is_pruned(mixed: tuple[Path, Path]) -> None:
     with pytest.raises(ConfigError, match="dwn"):
         slip = ModelOptions(override="*.dwn_proj=wanda").layer_rules()
         read_shape(source, seqlen=32, rules=slip)
+
+
+@pytest.mark.parametrize("more", [(), ("--shrinkage", "auto", "--gpus", "2")])
+def test_the_plan_is_printed(
+    mixed: tuple[Path, Path], more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", str(mixed[0]), "--seqlen", "32", "--dense-first", "1", *more]
+    assert run(arguments) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80

@@ -222,8 +222,11 @@ class PhaseModel:
     def _choose(self, block: BlockShape, held: Held) -> Phase:
         """Groups are dealt to ranks whole: the costliest one's trials set the time."""
         worst = max(
-            sum(p.seconds for p in self._group(g, sum(r for _, r, _ in g.layers)))
-            for g in block.groups
+            (
+                sum(p.seconds for p in self._group(g, sum(r for _, r, _ in g.layers)))
+                for g in block.groups
+            ),
+            default=0.0,
         )
         parts = (Part("trials", COMPUTE, _CHOICE_SHARE * worst), self._dispatch)
         return Phase(name="choose", parts=parts, held=held)

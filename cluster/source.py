@@ -8,6 +8,7 @@ from pathlib import Path
 
 from storage.errors import ModelError
 from storage.object_store import Place, is_uri, place
+from storage.other_formats import refuse_other_formats
 
 # What a download needs: weights as safetensors only, configs, tokenizers.
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
@@ -34,6 +35,8 @@ def resolve_model(model: str) -> Source:
     path = Path(model)
     if path.is_dir():
         return Source(path.absolute(), path.absolute().name)
+    if path.suffix == ".gguf":
+        refuse_other_formats(path.parent, path.parent)
     if path.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise ModelError(f"{model} is not a model folder (a folder with config.json)")
     from huggingface_hub import snapshot_download

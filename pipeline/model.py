@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pipeline.linears import as_held, is_linear, is_transposed
 from pipeline.model_config import build, load_config, rehearse
 from pipeline.stored_names import renamed_tensors
+from pipeline.text_stack import decoder_path, outside_text, ties_embeddings
 from storage.errors import ConfigError, ModelError
 from storage.model_files import ModelFiles, torch_dtype
 from storage.object_store import Place
@@ -105,13 +106,15 @@ class Skeleton:
     def load_ends(self, device: torch.device, *, head: bool) -> PreTrainedModel:
         """The model with everything but its blocks loaded: embeddings, and with `head` the rest.
 
-        The blocks stay on the meta device: callers give them another `forward`. Without `head` the
+        The blocks stay on the meta device: callers give them another `forward`. So does what a
+        wrapper has besides its text stack. Without `head` the
         output embedding is left out, unless it is tied to the input embedding.
         """
         model = copy.deepcopy(self.model)
         output = model.get_output_embeddings()
         skipped = set() if head or output is None else {id(p) for p in output.parameters()}
         blocks = {id(p) for p in model.get_submodule(self.blocks_path).parameters()}
+        blocks |= outside_text(model)
         self._load(model, "", device, skip=skipped | blocks)
         model.tie_weights()
         if head:
@@ -210,9 +213,11 @@ def find_blocks(model: PreTrainedModel, place: Place) -> str:
     """Path of the outermost module list of `num_hidden_layers` entries that hold linears."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     path: str
+    decoder = decoder_path(model)
     for path, module in model.named_modules():
         if (
-            isinstance(module, nn.ModuleList)
+            f"{path}.".startswith(f"{decoder}." if decoder else "")
+            and isinstance(module, nn.ModuleList)
             and len(module) == count
             and all(any(is_linear(m) for m in child.modules()) for child in module)
         ):
@@ -227,6 +232,12 @@ def _check_tensors(skeleton: Skeleton) -> None:
     """Compares every parameter's name and shape with the headers, before any compute."""
     tied = _tied_names(skeleton.model)
     missing = []
+    for entry in skeleton.files.tensors.values():
+        if torch_dtype(entry.dtype).is_floating_point and torch_dtype(entry.dtype).itemsize == 1:
+            raise ModelError(
+                f"{skeleton.files.place}: {entry.name} is stored in 8 bits ({entry.dtype}), which "
+                "prox24 cannot prune; take the checkpoint that was not quantized"
+            )
     for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
         stored = skeleton.tensor_name(name)
         if stored is None:
@@ -252,7 +263,7 @@ def _tied_names(model: PreTrainedModel) -> set[str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(parameter), []).append(name)
     shared = {name for names in names_of.values() if len(names) > 1 for name in names}
-    if model.config.get_text_config().tie_word_embeddings:
+    if ties_embeddings(model.config):
         keys: Any = getattr(model, "all_tied_weights_keys", None) or {}
         shared |= set(keys)
     return shared

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from pipeline.text_stack import WRAPPERS, auto_class
 from storage.errors import ModelError
 from storage.model_files import ModelFiles
 
@@ -126,7 +127,8 @@ def build(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, trust: boo
     """
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+            factory = auto_class(config)
+            return factory.from_config(config, dtype=dtype, trust_remote_code=trust)
     except Exception as error:  # whatever its constructors make of such a config
         raise _cannot_build(folder, error) from error
 
@@ -135,7 +137,7 @@ def rehearse(config: PreTrainedConfig, folder: Path, dtype: torch.dtype) -> PreT
     """The model with nothing in memory at all, to be checked before `build`; errors as there."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=False
             )
     except Exception as error:
@@ -166,8 +168,8 @@ def _require_causal(names: object, encoder_decoder: object, kind: object, path: 
             f"{path} names no `architectures`; add the class that the weights were saved from, "
             "such as LlamaForCausalLM"
         )
-    if not any("CausalLM" in name or "LMHead" in name for name in names):
+    if not any("CausalLM" in name or "LMHead" in name or name in WRAPPERS for name in names):
         raise ModelError(
             f"{path}: {', '.join(names)} is not a causal LM; prox24 prunes decoder-only causal LMs "
-            "(classes named ...ForCausalLM or ...LMHeadModel)"
+            "(classes named ...ForCausalLM or ...LMHeadModel), alone or inside a model for images"
         )

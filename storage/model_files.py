@@ -20,6 +20,7 @@ from storage.commit import CHUNK_BYTES
 from storage.errors import CorruptFileError, ModelError
 from storage.model_folder import WEIGHTS, LocalFolder, ModelFolder, inside, model_folder
 from storage.object_store import ObjectFile, Place, Readable
+from storage.other_formats import refuse_other_formats, refuse_quantized
 from storage.safetensors_format import (
     TensorEntry,
     header_entries,
@@ -105,8 +106,10 @@ class ModelFiles:
         """
         source = model_folder(place)
         if not (source.folder / "config.json").is_file():
+            refuse_other_formats(source.folder, place)
             raise ModelError(f"{place}: no config.json; give a Hugging Face model folder")
         config = _read_object(inside(source.folder, "config.json"))
+        refuse_quantized(config, source.where("config.json"))
         weight_map = _weight_map(source)
         names = (SINGLE_FILE,) if weight_map is None else tuple(sorted(set(weight_map.values())))
         tensors: dict[str, TensorEntry] = {}
@@ -260,11 +263,7 @@ def _weight_map(source: ModelFolder) -> dict[str, str] | None:
     if source.exists(SINGLE_FILE):
         return None
     if not source.exists(INDEX_FILE):
-        if any(source.folder.glob("*.bin")) or any(source.folder.glob("*.pt*")):
-            raise ModelError(
-                f"{source.place}: only pickled weights (.bin, .pt, .pth), which prox24 does not "
-                "open; save the model with save_pretrained(), which writes safetensors"
-            )
+        refuse_other_formats(source.folder, source.place)
         raise ModelError(f"{source.place}: neither {SINGLE_FILE} nor {INDEX_FILE}")
     path = inside(source.folder, INDEX_FILE)
     weight_map = _read_object(path).get("weight_map")

@@ -26,6 +26,7 @@ from pipeline.planning.profile import (
 from pipeline.planning.source import HollowSkeleton, open_source
 from pipeline.rules import LayerRules
 from pipeline.solvers import SolverSettings
+from pipeline.text_stack import ties_embeddings
 from storage.errors import ModelError
 from storage.object_store import Place
 
@@ -194,7 +195,7 @@ def _outside(model: Skeleton) -> tuple[int, int]:
     embedding = model.model.get_input_embeddings()
     output = model.model.get_output_embeddings()
     outside = {id(p): p.numel() for p in model.model.parameters() if id(p) not in inside}
-    tied = bool(model.model.config.get_text_config().tie_word_embeddings)
+    tied = ties_embeddings(model.model.config)
     head = 0 if output is None else sum(outside.get(id(p), 0) for p in output.parameters())
     if output is not None and any(
         p is q for p in output.parameters() for q in embedding.parameters()

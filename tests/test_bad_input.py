@@ -117,13 +117,13 @@ def test_models_that_are_none(
         refuse(arguments, tmp_path, capfd, name)
 
 
-def test_a_model_without_decoder_blocks(
+def test_a_model_with_matrices_outside_linear_layers(
     tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = AutoConfig.for_model("gpt2", n_layer=2, n_embd=16, n_head=2, vocab_size=260)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
-    arguments = ["prune", tmp_path / "gpt2", tmp_path / "output", *LOCAL, "--dataset", text]
-    refuse(arguments, tmp_path, capfd, "GPT2LMHeadModel", "decoder blocks")
+    config = AutoConfig.for_model("rwkv", num_hidden_layers=2, hidden_size=16, vocab_size=260)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "rwkv")
+    arguments = ["prune", tmp_path / "rwkv", tmp_path / "output", *LOCAL, "--dataset", text]
+    refuse(arguments, tmp_path, capfd, "RwkvForCausalLM", "rwkv.blocks.0.attention.time_mix_key")
 
 
 def test_a_width_not_divisible_by_4(

@@ -6,7 +6,6 @@ one thing: the statistics between `calibrate` and `solve`. A lost rank therefore
 
 from __future__ import annotations
 
-import fnmatch
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -29,6 +28,7 @@ from pipeline.measure import Stopwatch, peak_memory
 from pipeline.memory import explaining
 from pipeline.model import Skeleton, open_skeleton
 from pipeline.observe import BlockObserver
+from pipeline.saved_layers import is_saved, save_layers
 from pipeline.scoring import (
     Reference,
     SequenceDistance,
@@ -49,7 +49,6 @@ from pipeline.statistics import (
 from storage.checkpoints import BlockRecord, RowSlice, read_layer, verify_record, write_row_slices
 from storage.errors import ModelError, NumericalError
 from storage.hashing import StoredFile
-from storage.layer_files import write_layer_file
 from storage.lock import require_owner
 from storage.model_files import WeightFileFingerprint, fingerprint_weight_file
 from storage.object_store import place
@@ -339,7 +338,8 @@ class BlockWorker:
         return BlockObserver(module, sums, partial(self.forward.call, block), self.watch)
 
     def _needs(self, block: int, group: LayerGroup) -> str:
-        saved = any(self._is_saved(block, layer) for layer in group.layers)
+        prefix = self.skeleton.block_prefix(block)
+        saved = any(is_saved(self.job.save_layers, prefix + layer) for layer in group.layers)
         return "full" if saved else solver_for(self._settings(block)[group.name]).needs
 
     def _find_groups(
@@ -381,26 +381,17 @@ class BlockWorker:
         self.watch.count("weights_read_bytes", weight.nbytes)
         return weight
 
-    def _is_saved(self, block: int, layer: str) -> bool:
-        pattern = self.job.save_layers
-        name = f"{self.skeleton.block_prefix(block)}{layer}"
-        return pattern is not None and fnmatch.fnmatchcase(name, pattern)
-
     def _save_layers(self, block: int, group: LayerGroup) -> None:
         """Rank 0 writes the layers that `--save-layers` names, for `prox24 solve`."""
-        if self.rank or group.name not in self.statistics:
-            return
-        for layer in filter(lambda name: self._is_saved(block, name), group.layers):
-            name = f"{self.skeleton.block_prefix(block)}{layer}"
-            total = merged(self.statistics[group.name])
-            if total is None or total.hessian is None:
-                continue
+        if self.rank == 0 and group.name in self.statistics:
+            prefix, pattern = self.skeleton.block_prefix(block), self.job.save_layers
+            names = [prefix + name for name in group.layers if is_saved(pattern, prefix + name)]
+            guard = partial(require_owner, self.job.lock_file)
             with self.watch("io"):
-                write_layer_file(
-                    self.run.path / "layers" / f"{name}.safetensors",
-                    weight=self._read_weight(block, layer),
-                    hessian=total.hessian,
-                    tokens=total.tokens,
-                    sequences=total.sequences,
-                    guard=partial(require_owner, self.job.lock_file),
+                save_layers(
+                    self.run.path,
+                    names,
+                    self.statistics[group.name],
+                    lambda name: self._read_weight(block, name.removeprefix(prefix)),
+                    guard,
                 )

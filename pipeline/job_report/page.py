@@ -61,10 +61,18 @@ def report_page(facts: Facts) -> str:
         settings=_settings(facts),
         environment=_environment(facts),
         hashes=_hashes(facts),
-        skipped=facts.results["skipped_layers"],
+        skipped=_skipped(facts.results),
         version=VERSION,
         run_directory=facts.run_directory,
     )
+
+
+def _skipped(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Why layers stayed dense, and which, with commas between."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in results["skipped_because"].items():
+        layers.setdefault(reason, []).append(name)
+    return [(reason, ", ".join(names)) for reason, names in layers.items()]
 
 
 def _title(facts: Facts) -> str:

@@ -60,8 +60,7 @@ class="number"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {{ table(kind_header, kind_rows) }}
 <p>The layers with the largest error; all of them are in <code>report.parquet</code>:</p>
 {{ table(worst_header, worst_rows) }}
-{% if skipped %}<p>Left dense, because the pattern does not divide their width: \
-{{ skipped | join(', ') }}.</p>{% endif %}
+{% for reason, names in skipped %}<p>Left dense ({{ reason }}): {{ names }}.</p>{% endfor %}
 <h2 id="mask">The mask</h2>
 {% if mask %}<p>{{ mask_words }}</p>
 {{ plot(mask) }}

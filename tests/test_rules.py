@@ -235,12 +235,17 @@ def test_what_is_recorded(mixed: tuple[Path, Path]) -> None:
     assert because["model.layers.1.self_attn.o_proj"] == "--override *.o_proj=dense"
     card = (output / "README.md").read_text()
     assert "*.down_proj=wanda" in card
-    page = (output.parent / "output.run" / "report" / "report.html").read_text()
-    assert "Left dense (not in --blocks 0-2): model.layers.3.self_attn.q_proj," in page
     summary = json.loads((output.parent / "output.run" / "report" / "summary.json").read_text())
     layers_of = [set(block["layers"]) for block in summary["blocks"]]
     assert layers_of[0] == layers_of[3] == set()
     assert summary["blocks"][1]["layers"]["mlp.down_proj"]["statistic"] == "diagonal"
+
+
+def test_the_report_says_why_layers_are_dense(mixed: tuple[Path, Path]) -> None:
+    run_directory = mixed[1].parent / "output.run"
+    assert run(["report", str(run_directory)]) == 0
+    page = (run_directory / "report" / "report.html").read_text()
+    assert "Left dense (not in --blocks 0-2): model.layers.3.self_attn.q_proj," in page
 
 
 def test_verify_holds_the_layers_against_the_jobs_options(

@@ -1,4 +1,6 @@
-"""What each overlap of disk and compute is worth: the same job with all of them, and without each.
+"""What one pass over a block's inputs, and each overlap of disk and compute, is worth.
+
+The same job with all of them, and without each:
 
     python benchmarks/overlap.py [--hidden 64] [--rounds 3]
 
@@ -30,6 +32,7 @@ import torch
 
 from pipeline.background import Background, Behind
 from pipeline.loading import BlockLoader
+from pipeline.worker import Advanced, BlockWorker
 from tests.jobs import prune_here, write_text
 from tests.tiny_models import save_tiny_model
 
@@ -48,10 +51,19 @@ def later(_: BlockLoader, block: int) -> None:
     """`BlockLoader.ahead`, left to the time of use."""
 
 
+def two_passes(
+    self: BlockWorker, block: int, record: Any, shards: Any, stamp: str, limit: float | None = None
+) -> Advanced:
+    """`BlockWorker.advance` of one rank: the store is written, then read."""
+    written = self.propagate(block, record, shards, stamp)
+    return Advanced(written, self.calibrate(block + 1, written, limit))
+
+
 WITHOUT: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "read ahead": (Background, "ahead", in_turn),
     "write behind": (Behind, "add", at_once),
     "next block's weights": (BlockLoader, "ahead", later),
+    "one pass": (BlockWorker, "advance", two_passes),
 }
 
 

@@ -169,8 +169,8 @@ class RuntimeConfig:
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None,
-        "dtype of the forward passes; unset: the source's. Statistics are always float32 and "
-        "stored weights keep the source's dtype",
+        "dtype of the forward passes; unset: the source's. Statistics are float32 products "
+        "added in float64, and stored weights keep the source's dtype",
     )
     batch_size: int = option(4, "sequences in one forward pass")
     phase_timeout: float = option(

@@ -52,35 +52,7 @@ def summarize(
     return {
         "schema_version": SUMMARY_SCHEMA,
         "blocks": [
-            {
-                "block": record.block,
-                "relative_error": block_error(record),
-                "attempt": record.attempt,
-                "world": record.world,
-                "workers": record.results.get("workers", []),
-                "failures": record.results.get("failures", []),
-                "seconds": record.results["seconds"],
-                "memory": _peaks(
-                    record.results["driver_memory"], record.results["phases"].values()
-                ),
-                "counts": sum_counts(
-                    phase
-                    for part in work
-                    if part.block == record.block
-                    for phase in part.phases.values()
-                ),
-                "phases": {
-                    name: _phase(phase)
-                    for part in work
-                    if part.block == record.block
-                    for name, phase in part.phases.items()
-                },
-                "groups": record.results["groups"],
-                "choices": record.results["choices"],
-                "costs": record.results["costs"],
-                "layers": {name: layer.results for name, layer in record.layers.items()},
-                "masks": record.results.get("masks", {}),
-            }
+            _block(record, [part for part in work if part.block == record.block])
             for record in records
         ],
         "wall": wall,
@@ -102,6 +74,29 @@ def write_summary(
 def read_summary(run: RunDirectory) -> dict[str, Any]:
     """Reads `report/summary.json`. Raises `CorruptFileError` where it is missing or damaged."""
     return read_json(run.report() / "summary.json", SUMMARY_SCHEMA)
+
+
+def _block(record: BlockRecord, work: Sequence[Work]) -> dict[str, Any]:
+    """A block's figures; `work`: its own."""
+    results = record.results
+    phases = [phase for part in work for phase in part.phases.items()]
+    return {
+        "block": record.block,
+        "relative_error": block_error(record),
+        "attempt": record.attempt,
+        "world": record.world,
+        "workers": results.get("workers", []),
+        "failures": results.get("failures", []),
+        "seconds": results["seconds"],
+        "memory": _peaks(results["driver_memory"], results["phases"].values()),
+        "counts": sum_counts(phase for _, phase in phases),
+        "phases": {name: _phase(phase) for name, phase in phases},
+        "groups": results["groups"],
+        "choices": results["choices"],
+        "costs": results["costs"],
+        "layers": {name: layer.results for name, layer in record.layers.items()},
+        "masks": results.get("masks", {}),
+    }
 
 
 def _mean_over_ranks(phases: Iterable[dict[str, Any]], kind: str) -> float:

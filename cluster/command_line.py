@@ -29,6 +29,9 @@ from cluster.report import add_arguments as add_report_arguments
 from cluster.report import report_command
 from cluster.source import resolve_model
 from cluster.status import DESCRIPTION, add_arguments, show
+from cluster.sweep import DESCRIPTION as sweep_description
+from cluster.sweep import add_arguments as add_sweep_arguments
+from cluster.sweep import sweep_command
 from cluster.verify import DESCRIPTION as verify_description
 from cluster.verify import add_arguments as add_verify_arguments
 from cluster.verify import verify_command
@@ -98,6 +101,11 @@ def make_parser() -> argparse.ArgumentParser:
         description=compare_description, allow_abbrev=False, dataclass_types=[],
     )  # fmt: skip
     add_compare_arguments(compare)
+    sweep = commands.add_parser(
+        "sweep", help="prune with many settings, and compare them",
+        description=sweep_description, allow_abbrev=False, dataclass_types=[],
+    )  # fmt: skip
+    add_sweep_arguments(sweep)
     plan = _command(commands, "plan", PlanConfig, "say what pruning MODEL will take")
     plan.epilog = _PLAN_EPILOG
     plan.add_argument("model", metavar="MODEL", help=f"{_MODEL}, or a config.json alone")
@@ -143,6 +151,7 @@ def run(arguments: Sequence[str]) -> int:
                 "report": report_command,
                 "verify": verify_command,
                 "compare": compare_command,
+                "sweep": _sweep,
                 "plan": _plan,
                 "bench": _bench,
                 "demo": _demo,
@@ -265,6 +274,10 @@ def _solve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(options: argparse.Namespace) -> int:
+    return sweep_command(options, make_executor)
+
+
 def _plan(options: argparse.Namespace) -> int:
     from cluster.plan import plan_command
 
@@ -318,9 +331,10 @@ def _signals() -> Iterator[None]:
 
 def _interrupted(error: RunInterrupted, arguments: Sequence[str]) -> int:
     print(f"prox24: stopped by {error}", file=sys.stderr)
-    if arguments and arguments[0] == "prune":
+    kept = {"prune": "finished blocks", "sweep": "finished runs and blocks"}
+    if arguments and arguments[0] in kept:
         print(
-            f"prox24: finished blocks are kept; go on with: prox24 {shlex.join(arguments)}",
+            f"prox24: {kept[arguments[0]]} are kept; go on with: prox24 {shlex.join(arguments)}",
             file=sys.stderr,
         )
     return error.exit_code

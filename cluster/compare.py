@@ -12,7 +12,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from pipeline.tables import Column, Table
+from pipeline.tables import Column, Table, known_rows
 
 DESCRIPTION = (
     "Compare finished jobs by their run directories alone: the settings that differ, perplexity "
@@ -50,8 +50,11 @@ def compare_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def table_text(table: Table) -> str:
-    """The table as text of at most 80 columns; what does not fit beside each other, below."""
+def table_text(table: Table, only: str | None = None) -> str:
+    """The table as text of at most 80 columns; what does not fit beside each other, below.
+
+    `only`: the one part that is wanted, without notes.
+    """
     console = rich.console.Console(
         file=io.StringIO(), width=_WIDTH, highlight=False, markup=False, color_system=None
     )
@@ -62,16 +65,18 @@ def table_text(table: Table) -> str:
             console.print(f"{number}  {name}", soft_wrap=True)
         names = tuple(str(number) for number in range(1, len(names) + 1))
     for part, columns in table.parts().items():
+        if only not in (None, part):
+            continue
         console.print(f"\n{part}")
         for beside in _beside(columns, len(names), _WIDTH - max(map(len, ("run", *names)))):
             shown = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
             shown.add_column("run", no_wrap=True)
             for column in beside:
                 shown.add_column(column.title, justify="right", overflow="fold")
-            for row, name in enumerate(names):
-                shown.add_row(name, *(column.shown(row) for column in beside))
+            for row in known_rows(columns):
+                shown.add_row(names[row], *(column.shown(row) for column in beside))
             console.print(shown)
-    for note in table.notes:
+    for note in table.notes if only is None else ():
         console.print(note)
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 

@@ -20,7 +20,7 @@ def write_evaluation(
     `figures` may also have `against_dense`, as `against_first` of `pipeline.evaluate.compare`. What
     is not finite (a divergence can be infinite) is written as null. `guard` as in `replace_json`.
     """
-    payload = {"schema_version": EVALUATION_SCHEMA, **_finite(figures)}
+    payload = {"schema_version": EVALUATION_SCHEMA, **finite(figures)}
     replace_json(run.evaluation(), payload, guard=guard)
 
 
@@ -36,9 +36,10 @@ def read_evaluation(run: RunDirectory) -> dict[str, Any] | None:
     return figures
 
 
-def _finite(figures: Mapping[str, Any]) -> dict[str, Any]:
+def finite(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The same figures, None in place of those that are infinite or no numbers."""
     return {
-        key: _finite(value)
+        key: finite(value)
         if isinstance(value, Mapping)
         else None
         if isinstance(value, float) and not math.isfinite(value)

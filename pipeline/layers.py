@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.config import PruneConfig
 from pipeline.linears import linear_layers, unsupported_parameters
-from pipeline.model import Skeleton
+from pipeline.model import Skeleton, check_seqlen
 from pipeline.rules import Choice, LayerRules
-from pipeline.solvers import SolverSettings
+from pipeline.solvers import SolverSettings, solver_for
 from storage.errors import ModelError
 
 
@@ -84,3 +85,12 @@ def check_rules(skeleton: Skeleton, rules: LayerRules) -> None:
     ]
     modules = [name for name, _ in skeleton.model.named_modules()]
     rules.check(names, modules, len(skeleton.blocks))
+
+
+def check_settings(skeleton: Skeleton, config: PruneConfig) -> Selection:
+    """What shapes and config alone can tell. Raises an `InputError` for what cannot be pruned."""
+    rules = config.layer_rules()
+    for settings in rules.all_settings():
+        solver_for(settings)
+    check_seqlen(skeleton, config.seqlen)
+    return select_layers(skeleton, rules)

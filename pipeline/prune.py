@@ -15,7 +15,7 @@ from pipeline.evaluation_file import write_evaluation
 from pipeline.executor import Executor
 from pipeline.job import Job
 from pipeline.job_report.write import leave_report
-from pipeline.layers import Selection, layers_to_prune, select_layers
+from pipeline.layers import Selection, check_settings, layers_to_prune
 from pipeline.loop import STAMP_DIGITS, BlockLoop
 from pipeline.manifest import (
     check_manifest,
@@ -25,7 +25,7 @@ from pipeline.manifest import (
     require_fingerprints,
     write_manifest,
 )
-from pipeline.model import Skeleton, check_seqlen, open_skeleton
+from pipeline.model import Skeleton, open_skeleton
 from pipeline.output import check_output, finished_output, forget_uploads, recover, write_output
 from pipeline.planning.fit import check_memory
 from pipeline.progress import Progress
@@ -37,7 +37,7 @@ from pipeline.solvers import solver_for
 from pipeline.solvers.types import AUTO
 from pipeline.space import activation_bytes, check_job_space
 from pipeline.split import deal
-from pipeline.tokens_file import committed_tokens, mend_tokens
+from pipeline.tokens_file import CutTokens, committed_tokens, cut_tokens, mend_tokens
 from pipeline.trace import traced
 from storage.checkpoints import BlockRecord
 from storage.errors import (
@@ -84,18 +84,20 @@ def prune(
     progress: Progress,
     *,
     source_name: str | None = None,
+    cut: CutTokens = cut_tokens,
 ) -> PruneResult:
     """Prunes the model at `source` into the new folder `output`.
 
     `make_executor` is called after everything that can be checked without workers has been.
     `source_name` names the source in the model card (a hub id); by default its folder's name.
+    `cut` gives the calibration tokens, for who has cut them already.
 
     Raises an `InputError` for bad input before any compute, `NumericalError` where a value is not
     finite, `RunDirectoryError` where the run directory is another job's or in use.
     """
     source, output = absolute(source), absolute(output)
     skeleton = open_skeleton(source, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-    selection = _check(skeleton, config)
+    selection = check_settings(skeleton, config)
     run = RunDirectory(run_directory_of(output, config))
     _check_apart(source, output, run.path)
     name = source_name or source.name
@@ -121,10 +123,10 @@ def prune(
             sequences = len(prepare(source, evaluation).tokens)
         with _forced(config, progress):
             check_job_space(run, output, skeleton, config, sequences)
-        tokens = committed_tokens(run, lock, skeleton, config, manifest, progress)
+        tokens = committed_tokens(run, lock, skeleton, config, manifest, progress, cut)
         executor = traced(make_executor(), config.trace)
         try:
-            loop = _start(run, lock, skeleton, config, executor, progress, tokens, output)
+            loop = _start(run, lock, skeleton, config, executor, progress, tokens, output, cut)
             with _forced(config, progress):
                 rooms = [outcome.value for outcome in loop.guarded("room", loop.each)]
                 check_memory(skeleton, config, rooms, progress)
@@ -145,15 +147,6 @@ def _forced(config: PruneConfig, progress: Progress) -> Iterator[None]:
         if not config.force:
             raise ResourceError(f"{error}; --force starts nevertheless") from error
         progress.note(f"--force: {error}")
-
-
-def _check(skeleton: Skeleton, config: PruneConfig) -> Selection:
-    """What shapes and config alone can tell."""
-    rules = config.layer_rules()
-    for settings in rules.all_settings():
-        solver_for(settings)
-    check_seqlen(skeleton, config.seqlen)
-    return select_layers(skeleton, rules)
 
 
 def _check_apart(source: Place, output: Place, run: Path) -> None:
@@ -212,6 +205,7 @@ def _start(
     progress: Progress,
     tokens: StoredFile,
     output: Place,
+    cut: CutTokens,
 ) -> BlockLoop:
     rules = config.layer_rules()
     every = rules.all_settings()
@@ -236,7 +230,7 @@ def _start(
         chooses=any(settings.shrinkage == AUTO for settings in every),
         max_attempts=config.max_attempts,
         hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
-        mend_tokens=partial(mend_tokens, run, lock, skeleton, config, tokens, progress),
+        mend_tokens=partial(mend_tokens, run, lock, skeleton, config, tokens, progress, cut),
         scratch=config.scratch_dir is not None,
     )
     loop.start(
@@ -381,9 +375,7 @@ def _tidy(run: RunDirectory, lock: RunLock, blocks: int, progress: Progress) -> 
     """Deletes what a finished job no longer needs, the last block first; returns its summary.
 
     The summary is for the user alone: it is empty where it is damaged and what it was made from is
-    gone.
-
-    Records go before the files they name, so that a kill in the middle leaves a valid directory.
+    gone. Records go before the files they name: a kill in the middle leaves a valid directory.
     """
     for block in reversed(range(blocks + 1)):
         run.remove_activations(block, lock.assert_held)

@@ -20,7 +20,7 @@ Scalar = str | int | float | bool | None
 
 _MANIFEST_SCHEMA = 1
 # What decides how a perplexity compares with others.
-_EVALUATION_SETTINGS = ("dataset", "seqlen", "nsamples", "dtype")
+_EVALUATION_SETTINGS = ("dataset", "revision", "seqlen", "nsamples", "dtype")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _figures(
     settings = {**job["settings"], **job["solver"]}
     settings |= {key: value for key, value in job.items() if key not in ("settings", "solver")}
     if evaluation is not None:
-        settings["evaluation"] = {key: evaluation[key] for key in _EVALUATION_SETTINGS}
+        settings["evaluation"] = {key: evaluation.get(key) for key in _EVALUATION_SETTINGS}
     return RunFigures(
         name=name,
         settings=dict(_flat(settings)),

@@ -17,7 +17,7 @@ from storage.commit import replace_file
 Value = str | int | float | bool | None
 
 # Of a SHA-256 people need no more than what tells it from another.
-_HASH = re.compile(r"[0-9a-f]{64}")
+_HASH = re.compile(r"(?:sha256:)?([0-9a-f]{64})")
 _SHOWN_DIGITS = 12
 
 
@@ -41,8 +41,8 @@ class Column:
             return ""
         if isinstance(value, float) or (self.form and isinstance(value, int)):
             return format(value, self.form)
-        text = str(value)
-        return text[:_SHOWN_DIGITS] if _HASH.fullmatch(text) else text
+        hashed = _HASH.fullmatch(str(value))
+        return hashed[1][:_SHOWN_DIGITS] if hashed else str(value)
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,12 @@ class Table:
         return parts
 
 
+def known_rows(columns: Sequence[Column]) -> list[int]:
+    """Numbers of the rows of which at least one of the columns knows something."""
+    rows = range(len(columns[0].values))
+    return [row for row in rows if any(column.values[row] is not None for column in columns)]
+
+
 def markdown(table: Table) -> str:
     """A heading and a table for each part; then the notes."""
     sections = []
@@ -70,8 +76,8 @@ def markdown(table: Table) -> str:
             ["run", *(column.title for column in columns)],
             ["---", *("---:" for _ in columns)],
         ]
-        for row, name in enumerate(table.rows):
-            lines.append([name, *(column.shown(row) for column in columns)])
+        for row in known_rows(columns):
+            lines.append([table.rows[row], *(column.shown(row) for column in columns)])
         body = "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
         sections.append(f"## {part}\n\n{body}")
     sections += table.notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,9 @@ from storage.lock import RunLock
 from storage.mending import damage
 from storage.run_directory import RunDirectory
 
+CutTokens = Callable[[Skeleton, PruneConfig], Tensor]
+"""Gives a job's calibration tokens, (nsamples, seqlen) int64; the same ones whenever asked."""
+
 
 def committed_tokens(
     run: RunDirectory,
@@ -27,13 +31,14 @@ def committed_tokens(
     config: PruneConfig,
     manifest: dict[str, Any] | None,
     progress: Progress,
+    cut: CutTokens,
 ) -> StoredFile:
     """The calibration tokens' file: the one that the manifest names, whole, or a new one."""
     if manifest is not None:
         stored = StoredFile.from_json(manifest["tokens"], str(run.manifest))
-        mend_tokens(run, lock, skeleton, config, stored, progress)
+        mend_tokens(run, lock, skeleton, config, stored, progress, cut)
         return stored
-    tokens = _cut(skeleton, config)
+    tokens = cut(skeleton, config)
     # Not under the final name, which a late process would delete or find taken.
     temporary = temporary_name(run.tokens())
     stored = write_tokens(temporary, tokens)
@@ -48,6 +53,7 @@ def mend_tokens(
     config: PruneConfig,
     stored: StoredFile,
     progress: Progress,
+    cut: CutTokens,
 ) -> bool:
     """Cuts the tokens from the text again if their file is damaged; whether it was.
 
@@ -58,7 +64,7 @@ def mend_tokens(
     if state is None:
         return False
     temporary = temporary_name(path)
-    if write_tokens(temporary, _cut(skeleton, config)).sha256 != stored.sha256:
+    if write_tokens(temporary, cut(skeleton, config)).sha256 != stored.sha256:
         temporary.unlink()
         raise CorruptFileError(
             f"{path}: {state}, and the text gives other tokens now; restore the file, or delete "
@@ -69,7 +75,8 @@ def mend_tokens(
     return True
 
 
-def _cut(skeleton: Skeleton, config: PruneConfig) -> Tensor:
+def cut_tokens(skeleton: Skeleton, config: PruneConfig) -> Tensor:
+    """Cuts them from the text. Raises an `InputError` for a text or tokenizer that will not do."""
     tokenizer = load_tokenizer(skeleton.files.folder, config.trust_remote_code)
     tokens = calibration_tokens(
         tokenizer, config.dataset, config.text_column, config.nsamples, config.seqlen, config.seed

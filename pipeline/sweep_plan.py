@@ -1,0 +1,156 @@
+"""What a sweep runs: the product of varied options, for each of its lines. Reads no model."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from storage.errors import ConfigError
+
+_KEYS = ("model", "folder", "prune", "eval", "lines", "vary", "keep-models")
+# Options that the sweep itself gives to its jobs, and one file that they would all write.
+_OWN = ("run-dir", "overwrite", "eval-dataset", "eval-nsamples", "trace", "config", "save-layers")
+_OWN_OF_EVAL = ("json", "scratch-dir", "trace", "config")
+_LONGEST_NAME = 100
+
+
+@dataclass(frozen=True)
+class Point:
+    """One job of a sweep.
+
+    name: as in the table. folder: its name on disk. line: which line of the plots it is on. x: its
+    value on their horizontal axis, as written. options: of `prox24 prune`, as written.
+    """
+
+    name: str
+    folder: str
+    line: str
+    x: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep as its YAML file says it; options as written, by their names with hyphens.
+
+    axis: the option along the plots' horizontal axis. evaluation: options of `prox24 eval`.
+    keep_models: whether pruned models stay after they were evaluated.
+    """
+
+    model: str
+    folder: str
+    axis: str
+    points: tuple[Point, ...]
+    evaluation: dict[str, Any]
+    keep_models: bool
+
+
+def read_plan(options: Mapping[str, Any], where: str) -> SweepPlan:
+    """The sweep that a YAML file's mapping describes; `where` begins what is said of errors.
+
+    Raises `ConfigError` for what is missing, unknown, or of another shape than the README says.
+    """
+    given = {_hyphens(key): value for key, value in options.items()}
+    for key in given:
+        if key not in _KEYS:
+            raise ConfigError(f"{where}: {key} is not one of {', '.join(_KEYS)}")
+    for key in ("model", "folder", "vary"):
+        if not given.get(key):
+            raise ConfigError(f"{where}: `{key}` is missing")
+    for key in ("model", "folder"):
+        if not isinstance(given[key], str):
+            raise ConfigError(f"{where}: {key} must be one path or name")
+    if given.get("keep-models") not in (None, True, False):
+        raise ConfigError(f"{where}: keep-models must be true or false")
+    shared = _options(given.get("prune"), f"{where}: prune", _OWN)
+    lines = {
+        str(name): _options(own, f"{where}: lines: {name}", _OWN)
+        for name, own in _mapping(given.get("lines"), f"{where}: lines").items()
+    }
+    vary = _vary(given["vary"], f"{where}: vary")
+    for name, own in {"prune": shared, **lines}.items():
+        for option in own.keys() & vary.keys():
+            raise ConfigError(f"{where}: {option} is in `vary` and in {name}; leave one out")
+    evaluation = _options(given.get("eval"), f"{where}: eval", _OWN_OF_EVAL)
+    return SweepPlan(
+        model=given["model"],
+        folder=given["folder"],
+        axis=next(iter(vary)),
+        points=_points(shared, lines or {"": {}}, vary, where),
+        evaluation=evaluation,
+        keep_models=bool(given.get("keep-models")),
+    )
+
+
+def _points(
+    shared: dict[str, Any], lines: dict[str, dict[str, Any]], vary: dict[str, list[Any]], where: str
+) -> tuple[Point, ...]:
+    """Line by line, the first varied option fastest, so that a line's points come together."""
+    axis, *others = vary
+    points: list[Point] = []
+    for name, own in lines.items():
+        for values in itertools.product(*(vary[option] for option in others)):
+            fixed = dict(zip(others, values, strict=True))
+            words = [name, *(f"{option}={value}" for option, value in fixed.items())]
+            line = " ".join(word for word in words if word)
+            for value in vary[axis]:
+                label = f"{line} {axis}={value}".strip()
+                options = without_steps({**shared, **own, **fixed, axis: value})
+                points.append(Point(label, folder_name(label), line, str(value), options))
+    for what in ("name", "folder"):
+        names = [getattr(point, what) for point in points]
+        for twice in {name for name in names if names.count(name) > 1}:
+            raise ConfigError(f"{where}: two runs are called {twice}; name lines and values apart")
+    return tuple(points)
+
+
+def without_steps(options: dict[str, Any]) -> dict[str, Any]:
+    """The same options; no refinement where 0 steps of one are asked for."""
+    if str(options.get("refine-steps")) != "0":
+        return options
+    return {key: value for key, value in options.items() if key != "refine-steps"} | {
+        "refine": "none"
+    }
+
+
+def folder_name(label: str) -> str:
+    """`label` as the name of a folder: nothing that leads elsewhere or that a shell takes apart."""
+    return re.sub(r"[^\w.+=-]+", "_", label).strip("._-")[:_LONGEST_NAME] or "run"
+
+
+def _vary(value: object, where: str) -> dict[str, list[Any]]:
+    vary: dict[str, list[Any]] = {}
+    for name, values in _mapping(value, where).items():
+        option = _hyphens(name)
+        if option in _OWN:
+            raise ConfigError(f"{where}: {option} is the sweep's own; leave it out")
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"{where}: {option} must be a list of values")
+        for entry in values:
+            if entry is None or isinstance(entry, (dict, list)):
+                raise ConfigError(f"{where}: {option}: each of its values must be one value")
+        vary[option] = values
+    return vary
+
+
+def _options(value: object, where: str, own: tuple[str, ...]) -> dict[str, Any]:
+    options = {_hyphens(name): given for name, given in _mapping(value, where).items()}
+    for name in options:
+        if name in own:
+            raise ConfigError(f"{where}: {name} is the sweep's own; leave it out")
+    return options
+
+
+def _mapping(value: object, where: str) -> dict[Any, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} must be a mapping of names to values")
+    return value
+
+
+def _hyphens(name: object) -> str:
+    return str(name).replace("_", "-")

@@ -239,9 +239,8 @@ has been made.**
 
 Llama-3.1-70B, prox_admm, 8 GPUs: {goal}.
 
-Qwen3-235B-A22B cannot be pruned yet: its experts are stacked in one tensor, outside `nn.Linear`.
-Its rows count what pruning them would take: each expert's two matrices are layers of their own,
-with a Hessian each, and see 8 of 128 of the tokens (an even share; real routing is uneven).
+In Qwen3-235B-A22B each expert's matrices are layers of their own, with a Hessian for each input,
+and see 8 of 128 of the tokens (an even share; real routing is uneven).
 
 ## Where a block's time goes (prox_admm)
 

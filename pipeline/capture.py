@@ -219,7 +219,8 @@ def find_groups(
     for layer, inputs in seen.items():
         if not inputs:
             raise ModelError(f"{layer} is a linear layer that its block's forward never calls")
-        key = tuple((x.data_ptr(), x.shape, x.stride()) for x in inputs)
+        # A tensor without rows has no memory: an expert that no token was sent to.
+        key = tuple((x.data_ptr() if x.numel() else id(x), x.shape, x.stride()) for x in inputs)
         groups.setdefault(key, []).append(layer)
     return tuple(
         LayerGroup(tuple(names), columns[names[0]], len(key)) for key, names in groups.items()

@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from pipeline.few_tokens import ExpertOptions
 from pipeline.option import option, require
 from pipeline.rules import LayerOptions, LayerRules, parse_overrides
 from pipeline.solvers import SolverSettings
@@ -242,7 +243,7 @@ class ModelOptions(SolverOptions, LayerOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig(ModelOptions, RuntimeConfig):
+class PruneConfig(ModelOptions, ExpertOptions, RuntimeConfig):
     """Every option of `prox24 prune`. Raises `ConfigError` on a value out of range."""
 
     dataset: str = option(
@@ -291,6 +292,7 @@ class PruneConfig(ModelOptions, RuntimeConfig):
 
     def __post_init__(self) -> None:
         ModelOptions.__post_init__(self)
+        ExpertOptions.__post_init__(self)
         RuntimeConfig.__post_init__(self)
         for name in ("nsamples", "eval_nsamples", "max_attempts"):
             require(self, name, at_least=1)

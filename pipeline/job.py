@@ -21,7 +21,8 @@ class Job:
     directory. `scratch`: the job's folder on each node's own scratch, for activation shards, or
     None. `shared`: folders that must be the same on every node, and `source_identity` (see
     `ModelFiles`) that of the model. `interface`: the network interface that ranks talk through, or
-    None for the one of the address by which Ray knows their node.
+    None for the one of the address by which Ray knows their node. `expert_tokens`: see
+    `pipeline.few_tokens`. `all_experts`: whether every expert's statistics are of every token.
     """
 
     source: str
@@ -42,6 +43,8 @@ class Job:
     source_identity: str | None = None
     shared: tuple[SharedFolder, ...] = ()
     interface: str | None = None
+    expert_tokens: int = 0
+    all_experts: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from pipeline.experts import stacked_weights
 from pipeline.linears import as_held, is_linear
 from pipeline.solvers import Pattern
 
 
 def masks_of(model: nn.Module, pattern: str = "2:4") -> dict[str, Tensor]:
-    """The support of every linear that obeys `pattern`: name -> (R, C) bool, True where not zero.
+    """The support of every linear that obeys `pattern`: name -> (R, C) bool, True where not zero;
+    and of stacked experts, parameter -> (experts, R, C).
 
     Layers that are dense, or whose width the pattern does not divide, are left out. Raises
     `ConfigError` for a pattern that cannot be read.
     """
     wanted = Pattern.parse(pattern)
     masks = {}
-    for name, module in model.named_modules():
-        if is_linear(module):
-            weight = as_held(module, module.weight.detach())
-            fits = not wanted.structured or weight.shape[1] % wanted.group == 0
-            if fits and wanted.holds(weight):
-                masks[name] = weight != 0
+    for name, module, held in _matrices(model):
+        weight = as_held(module, held.detach())
+        rows = weight.reshape(-1, weight.shape[-1])
+        fits = not wanted.structured or rows.shape[1] % wanted.group == 0
+        if fits and wanted.holds(rows):
+            masks[name] = weight != 0
     return masks
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Name, module and parameter of all that may be pruned: linears, and stacked experts."""
+    for path, module in model.named_modules():
+        if is_linear(module):
+            yield path, module, module.weight
+        for name, parameter in stacked_weights(module).items():
+            yield f"{path}.{name}", module, parameter
 
 
 class KeepMask(TrainerCallback):  # type: ignore[misc]
@@ -42,16 +54,16 @@ class KeepMask(TrainerCallback):  # type: ignore[misc]
         self._masks = masks_of(model, pattern)
         if not self._masks:
             raise ValueError(f"no linear of this model obeys {pattern}: it is not pruned")
-        modules = {name: model.get_submodule(name) for name in self._masks}
-        self._masks = {name: as_held(modules[name], mask) for name, mask in self._masks.items()}
-        self._weights = {name: module.weight for name, module in modules.items()}
+        self._weights = {}
+        for name, module, weight in _matrices(model):
+            if name in self._masks:
+                self._weights[name] = weight
+                self._masks[name] = as_held(module, self._masks[name])
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer right after `optimizer.step()`."""
         for name, mask in self._masks.items():
             weight = self._weights[name]
-            if not isinstance(weight, Tensor):
-                continue
             # Not a product: infinity times zero is NaN.
             weight.masked_fill_(~mask.to(weight.device), 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from pipeline.config import PruneConfig
 from pipeline.linears import linear_layers, unsupported_parameters
 from pipeline.model import Skeleton, check_seqlen
@@ -59,6 +61,13 @@ def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
     pruned, skipped = 0, {}
     for block, module in enumerate(skeleton.blocks):
         prefix = skeleton.block_prefix(block)
+        for path, child in module.named_modules():
+            if isinstance(child, nn.ModuleList) and path.rpartition(".")[2] == "experts":
+                raise ModelError(
+                    f"{prefix}{path} is a list of modules that only some tokens reach; prox24 "
+                    "prunes experts that are stacked, as transformers 5 has them; "
+                    f"{type(skeleton.model).__name__} is not supported"
+                )
         hidden = unsupported_parameters(module)
         if hidden:
             raise ModelError(

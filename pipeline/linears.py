@@ -11,6 +11,8 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.experts import routers
+
 LINEAR_CLASSES: tuple[Any, ...] = (nn.Linear, Conv1D)
 
 
@@ -36,11 +38,20 @@ def as_held(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
-    """Module path -> (out features R, in features C) of every linear layer of a block."""
-    return {name: linear_shape(m) for name, m in block.named_modules() if is_linear(m)}
+    """Module path -> (out features R, in features C) of every linear layer of a block.
+
+    Those that route tokens to experts are left out: they stay dense.
+    """
+    dense = routers(block)
+    return {
+        name: linear_shape(m)
+        for name, m in block.named_modules()
+        if is_linear(m) and id(m) not in dense
+    }
 
 
 def unsupported_parameters(block: nn.Module) -> list[str]:
     """Matrices of a block that are no linear layer's weight, and would stay dense unseen."""
-    linear = {id(m.weight) for m in block.modules() if is_linear(m)}
-    return [name for name, p in block.named_parameters() if p.dim() >= 2 and id(p) not in linear]
+    dense = routers(block)
+    known = {id(m.weight) for m in block.modules() if is_linear(m) or id(m) in dense}
+    return [name for name, p in block.named_parameters() if p.dim() >= 2 and id(p) not in known]

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pipeline.expert_names import expert_names
+from pipeline.experts import unstack_experts
 from pipeline.linears import as_held, is_linear, is_transposed
 from pipeline.model_config import build, load_config, rehearse
 from pipeline.stored_names import renamed_tensors
@@ -37,7 +39,7 @@ class Skeleton:
 
     `blocks_path` is the module path of the block list (`model.layers`), `dtype` the dtype of the
     forward passes, `renamed` has the tensors whose names in the weight files differ (see
-    `renamed_tensors`).
+    `renamed_tensors` and `expert_names`).
     """
 
     model: PreTrainedModel
@@ -130,24 +132,36 @@ class Skeleton:
             dotted = f"{prefix}{path}." if path else prefix
             for name, parameter in owner.named_parameters(recurse=False):
                 if id(parameter) not in skip and (stored := self.tensor_name(dotted + name)):
-                    value = self._read(stored, parameter.shape, device)
+                    value = self._read(dotted + name, stored, parameter.shape, device)
                     setattr(owner, name, nn.Parameter(value, requires_grad=False))
             for name, buffer in owner.named_buffers(recurse=False):
                 if stored := self.tensor_name(dotted + name):
-                    owner.register_buffer(name, self._read(stored, buffer.shape, device))
+                    value = self._read(dotted + name, stored, buffer.shape, device)
+                    owner.register_buffer(name, value)
                 elif not buffer.is_meta:
                     # Computed by the constructor (rotary frequencies): its dtype is deliberate.
                     persistent = name not in owner._non_persistent_buffers_set
                     owner.register_buffer(name, buffer.to(device), persistent=persistent)
 
-    def _read(self, name: str, shape: torch.Size, device: torch.device) -> Tensor:
+    def _read(self, parameter: str, name: str, shape: torch.Size, device: torch.device) -> Tensor:
         if self.files.tensors[name].shape != tuple(shape):
             raise ModelError(
                 f"{name} has shape {list(self.files.tensors[name].shape)} in the weight files, but "
                 f"{self.files.source.where('config.json')} makes it {list(shape)}"
             )
         value = self.files.read(name)
-        return value.to(device=device, dtype=self.dtype if value.is_floating_point() else None)
+        if not value.is_floating_point():
+            return value.to(device)
+        return value.to(device=device, dtype=self._forward_dtype_of(parameter))
+
+    def _forward_dtype_of(self, parameter: str) -> torch.dtype:
+        """The forward dtype, or float32 where the model's class says that it must be more."""
+        wider: set[str] = set()
+        if self.dtype in (torch.float16, torch.bfloat16):
+            wider |= set(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
+        if self.dtype == torch.float16:
+            wider |= set(getattr(self.model, "_keep_in_fp32_modules", None) or ())
+        return torch.float32 if any(part in parameter for part in wider) else self.dtype
 
 
 def open_skeleton(place: Place, *, dtype: str | None, trust_remote_code: bool) -> Skeleton:
@@ -171,8 +185,10 @@ def open_skeleton(place: Place, *, dtype: str | None, trust_remote_code: bool) -
 
 def _take_apart(model: PreTrainedModel, files: ModelFiles, dtype: torch.dtype) -> Skeleton:
     model.eval()
+    unstack_experts(model)
     blocks = find_blocks(model, files.place)
-    skeleton = Skeleton(model, files, blocks, dtype, renamed_tensors(model, files.tensors))
+    renamed = renamed_tensors(model, files.tensors) | expert_names(model, files.tensors)
+    skeleton = Skeleton(model, files, blocks, dtype, renamed)
     _check_tensors(skeleton)
     return skeleton
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _WORST = 5
 _STATISTICS = {
     "full": "`100 · tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)`, where `H` is the undamped second moment of the "
@@ -150,7 +151,8 @@ def _error_tables(results: Sequence[Mapping[str, Any]]) -> str:
         return ""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
-        kinds.setdefault(result["layer"], []).append(result)
+        # All experts of a model in one row.
+        kinds.setdefault(_EXPERT.sub(".experts.*.", result["layer"]), []).append(result)
     by_kind = []
     for kind, members in kinds.items():
         worst = max(members, key=_error)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.capture import BlockCall, LayerGroup
+from pipeline.experts import Expert, expert_of
 from pipeline.measure import Stopwatch
 from pipeline.statistics import FoldedSums, GroupAccumulator
 
@@ -37,7 +38,7 @@ class BlockObserver:
         self._stops = all(group.calls == 1 for group in sums)
         self._handles = [
             module.get_submodule(group.name).register_forward_pre_hook(
-                self._hook(total), with_kwargs=True
+                self._hook(total, expert_of(module, group.name)), with_kwargs=True
             )
             for group, total in sums.items()
         ]
@@ -45,7 +46,7 @@ class BlockObserver:
     def add(self, start: int, hidden_states: Tensor) -> None:
         """Runs the block on sequences `start : start + n`, `hidden_states` (n, seqlen, hidden)."""
         for total in self._sums.values():
-            total.begin_batch(start, hidden_states.shape[0])
+            total.begin_batch(start, hidden_states.shape[0], hidden_states.shape[1])
         self._left = len(self._sums)
         self._watch.count("tokens", hidden_states.shape[0] * hidden_states.shape[1])
         with self._watch("forward"):
@@ -63,10 +64,11 @@ class BlockObserver:
             self._watch.count("statistics_bytes", sums.nbytes)
         return found
 
-    def _hook(self, total: GroupAccumulator) -> Callable[..., None]:
+    def _hook(self, total: GroupAccumulator, expert: Expert | None) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             with self._watch("hessian"):
-                total.add(args[0] if args else kwargs["input"])
+                tokens = None if expert is None else expert.tokens
+                total.add(args[0] if args else kwargs["input"], tokens)
             self._left -= 1
             if self._stops and not self._left:
                 raise _Observed

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.config import PruneConfig
+from pipeline.few_tokens import few_tokens
 from pipeline.loop import STAMP_DIGITS, block_error
 from pipeline.model import Skeleton
 from pipeline.model_card import model_card
@@ -112,6 +113,7 @@ def write_output(
             "layers": layers,
             "skipped_layers": list(skipped),
             "skipped_because": dict(skipped),
+            "few_tokens": few_tokens(layers, config.expert_tokens),
             "perplexity": perplexity,
             "weight_files": [file.to_json() for file in stored],
             "environment": {

@@ -252,6 +252,8 @@ def _start(
             source_identity=skeleton.files.identity(),
             shared=folders_of(run, output),
             interface=config.network_interface,
+            expert_tokens=config.expert_tokens,
+            all_experts=config.calibrate_all_experts,
         )
     )
     return loop

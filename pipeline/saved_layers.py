@@ -1,42 +1,39 @@
-"""The layers that `--save-layers` names, written out for `prox24 solve`."""
+"""The layers that `--save-layers` keeps, with their Hessians, for `prox24 solve`."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
+from functools import partial
 
 from torch import Tensor
 
+from pipeline.job import Job
+from pipeline.solvers.regularize import require_hessian
 from pipeline.statistics import FoldedStatistics, merged
 from storage.layer_files import write_layer_file
+from storage.lock import require_owner
+from storage.run_directory import RunDirectory
 
 
-def is_saved(pattern: str | None, name: str) -> bool:
-    """Whether the layer of that whole name is one of those that `pattern` (a glob) names."""
-    return pattern is not None and fnmatch.fnmatchcase(name, pattern)
+def saved_layers(pattern: str | None, prefix: str, layers: Iterable[str]) -> list[str]:
+    """Those of a block's `layers` whose name, behind the block's `prefix`, matches."""
+    wanted = (layer for layer in layers if pattern is not None)
+    return [layer for layer in wanted if fnmatch.fnmatchcase(prefix + layer, pattern or "")]
 
 
-def save_layers(
-    run: Path,
-    names: Iterable[str],
-    folds: FoldedStatistics,
-    weight: Callable[[str], Tensor],
-    guard: Callable[[], None],
+def save_layer(
+    job: Job, run: RunDirectory, name: str, weight: Tensor, folds: FoldedStatistics
 ) -> None:
-    """Writes layers that share an input into the run directory's `layers` folder.
-
-    names: whole names. weight: gives a layer's weight (R, C). guard: runs before each is written.
-    """
+    """Writes a layer's weight (R, C) and its Hessian, if it saw any token, to `layers/NAME`."""
     total = merged(folds)
-    if total is None or total.hessian is None:
+    if total is None or not total.full or not total.tokens:
         return
-    for name in names:
-        write_layer_file(
-            run / "layers" / f"{name}.safetensors",
-            weight=weight(name),
-            hessian=total.hessian,
-            tokens=total.tokens,
-            sequences=total.sequences,
-            guard=guard,
-        )
+    write_layer_file(
+        run.path / "layers" / f"{name}.safetensors",
+        weight=weight,
+        hessian=require_hessian(total),
+        tokens=total.tokens,
+        sequences=total.sequences,
+        guard=partial(require_owner, job.lock_file),
+    )

@@ -9,12 +9,22 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.capture import LayerGroup
+from pipeline.few_tokens import fallback
 from pipeline.mask import mask_counts
 from pipeline.solvers import Solution, SolverSettings, Statistics, objective, solver_for
 from pipeline.solvers.cost import solve_cost
 from pipeline.solvers.objective import total_of_rows
-from pipeline.solvers.types import Pattern, percentage
+from pipeline.solvers.types import ESTIMATE, Pattern, percentage
 from pipeline.split import GroupRows, row_ranges, whole_layers
+
+# All experts of a block may share their input; the layers of a dense block have fewer rows.
+_MOST_ROWS = 16
+
+FEW_TO_CHOOSE = {
+    "shrinkage": ESTIMATE,
+    "note": "shrinkage estimate instead of auto: a half of the calibration has too few tokens",
+}
+"""The choice for an expert that saw too few tokens to compare two halves of them."""
 
 
 def split_groups(
@@ -64,22 +74,56 @@ def solve_group(
     statistics: Statistics | None,
     settings: SolverSettings,
     choice: Mapping[str, Any] | None,
+    least_tokens: int = 0,
 ) -> dict[str, tuple[Tensor, dict[str, Any]]]:
     """Solves row slices (rows, C) of layers that share an input.
 
-    `choice` overrides settings of this group alone (what `choose_regularization` found). Returns
+    `choice` overrides settings of this group alone (what `choose_regularization` found).
+    `least_tokens`: with fewer, another method is used (see `pipeline.few_tokens`). Returns
     per layer the rows in the dtype of its weight, on the CPU, and the report of exactly those rows,
     with `mask_counts` of them under `mask`.
     """
+    tokens = statistics.tokens if statistics is not None else 0
+    notes: tuple[str, ...] = ()
     if choice is not None:
         fields = {field.name for field in dataclasses.fields(settings)}
         settings = dataclasses.replace(settings, **{k: choice[k] for k in choice if k in fields})
+        notes += (choice["note"],) if "note" in choice else ()
+    if statistics is not None and (other := fallback(settings, statistics, least_tokens)):
+        settings, statistics, notes = other.settings, other.statistics, (other.note,)
     solver = solver_for(settings)
-    solved = solver.solve_group(weights, solver.prepare(statistics))
+    solved: dict[str, Solution] = {}
+    for part in in_parts(weights):
+        solved |= solver.solve_group(part, solver.prepare(statistics))
     return {
-        layer: _as_stored(solution, weights[layer], statistics, settings.parsed_pattern)
+        layer: _as_stored(
+            _said(solution, tokens, notes), weights[layer], statistics, settings.parsed_pattern
+        )
         for layer, solution in solved.items()
     }
+
+
+def in_parts(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Row slices (rows, C) in parts of at most _MOST_ROWS times C rows, or of one slice.
+
+    What is derived of the statistics is derived again for each part; rows take memory all at once.
+    """
+    parts: list[dict[str, Tensor]] = []
+    rows = 0
+    for layer, weight in weights.items():
+        if not parts or rows + len(weight) > _MOST_ROWS * weight.shape[1]:
+            parts.append({})
+            rows = 0
+        parts[-1][layer] = weight
+        rows += len(weight)
+    return parts
+
+
+def _said(solution: Solution, tokens: int, notes: tuple[str, ...]) -> Solution:
+    """The solution, its report with what only the caller knows."""
+    deviations = (*notes, *solution.report.deviations)
+    report = dataclasses.replace(solution.report, tokens=tokens, deviations=deviations)
+    return dataclasses.replace(solution, report=report)
 
 
 def _as_stored(

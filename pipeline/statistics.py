@@ -133,18 +133,29 @@ class GroupAccumulator:
         folds = 1 if boundary is None else 2
         self.folds = [Accumulator(columns, needs, device) for _ in range(folds)]
         self._columns, self._boundary = columns, boundary
-        self._start, self._size = 0, 1
+        self._start, self._size, self._length = 0, 1, 1
 
-    def begin_batch(self, start: int, size: int) -> None:
-        """The inputs that follow come from sequences `start : start + size`."""
-        self._start, self._size = start, size
+    def begin_batch(self, start: int, size: int, length: int) -> None:
+        """The inputs that follow come from sequences `start : start + size` of `length` tokens."""
+        self._start, self._size, self._length = start, size, length
 
-    def add(self, inputs: Tensor) -> None:
-        """Adds inputs (..., C) of the current batch, its sequences one after another."""
-        x_STC = inputs.reshape(self._size, -1, self._columns)
+    def add(self, inputs: Tensor, tokens: Tensor | None = None) -> None:
+        """Adds inputs (..., C) of the current batch, its sequences one after another.
+
+        tokens: (n,) int64, where the inputs (n, C) are some of the batch's tokens: their numbers,
+        ascending.
+        """
         first = self._size
         if self._boundary is not None:
             first = min(max(self._boundary - self._start, 0), self._size)
+        if tokens is not None:
+            sequences = tokens // self._length
+            cut = int((sequences < first).sum())
+            for fold, own in zip(self.folds, (slice(0, cut), slice(cut, None)), strict=False):
+                if len(inputs[own]):
+                    fold.add(inputs[own], len(torch.unique(sequences[own])))
+            return
+        x_STC = inputs.reshape(self._size, -1, self._columns)
         for fold, part in zip(self.folds, (x_STC[:first], x_STC[first:]), strict=False):
             if part.shape[0]:
                 fold.add(part, part.shape[0])

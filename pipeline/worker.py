@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from pipeline.capture import LayerGroup, ModelEnds, find_groups
 from pipeline.collective import Collective
 from pipeline.device import Room, choose_device, make_deterministic, room_on, statistics_room
+from pipeline.experts import send_every_token
+from pipeline.few_tokens import least_tokens
 from pipeline.forward import Forward
 from pipeline.job import Advanced, Job, Observed, Outcome, SolvedSlices
 from pipeline.layers import settings_of
@@ -28,7 +30,7 @@ from pipeline.measure import Stopwatch, peak_memory
 from pipeline.memory import explaining
 from pipeline.model import Skeleton, open_skeleton
 from pipeline.observe import BlockObserver
-from pipeline.saved_layers import is_saved, save_layers
+from pipeline.saved_layers import save_layer, saved_layers
 from pipeline.scoring import (
     Reference,
     SequenceDistance,
@@ -37,7 +39,7 @@ from pipeline.scoring import (
 )
 from pipeline.solvers import SolverSettings, choose_regularization, solver_for
 from pipeline.solvers.types import AUTO
-from pipeline.solving import deal_rows, solve_group, split_groups
+from pipeline.solving import FEW_TO_CHOOSE, deal_rows, solve_group, split_groups
 from pipeline.split import deal, turns
 from pipeline.statistics import (
     FoldedStatistics,
@@ -155,12 +157,14 @@ class BlockWorker:
         """Regularization of the groups dealt to this rank, as JSON: group -> solver settings."""
         cost = {group.name: float(group.columns) ** 3 for group in self._turn}
         owners = deal(list(cost), cost, self.world)
-        choices = {}
-        for group in self._turn:
-            if owners[group.name] != self.rank:
+        choices, module = {}, self.skeleton.blocks[block]
+        for group in (group for group in self._turn if owners[group.name] == self.rank):
+            first, second = self.statistics[group.name]
+            least = least_tokens(module, group.layers, self.job.expert_tokens)
+            if min(first.tokens, second.tokens) < least:
+                choices[group.name] = FEW_TO_CHOOSE
                 continue
             weights = {layer: self._read_weight(block, layer) for layer in group.layers}
-            first, second = self.statistics[group.name]
             with self.watch("choose"):
                 settings = self._settings(block)[group.name]
                 choice = choose_regularization(weights, (first, second), settings)
@@ -323,6 +327,8 @@ class BlockWorker:
         """The dense block, a turn's groups observed; `first` gives the first batch of all."""
         settings = self._settings(block)
         module = self.loader.dense(block)
+        if self.job.all_experts:
+            send_every_token(module)
         groups = self._find_groups(block, module, first)
         folds = 2 if any(own.shrinkage == AUTO for own in settings.values()) else 1
         needs = {group: self._needs(block, group) for group in groups}
@@ -339,7 +345,7 @@ class BlockWorker:
 
     def _needs(self, block: int, group: LayerGroup) -> str:
         prefix = self.skeleton.block_prefix(block)
-        saved = any(is_saved(self.job.save_layers, prefix + layer) for layer in group.layers)
+        saved = saved_layers(self.job.save_layers, prefix, group.layers)
         return "full" if saved else solver_for(self._settings(block)[group.name]).needs
 
     def _find_groups(
@@ -370,7 +376,8 @@ class BlockWorker:
         own = self._settings(block)[next(iter(rows))]
         with self.watch("solve"):
             try:
-                return solve_group(weights, merged(folds), own, choice)
+                least = least_tokens(self.skeleton.blocks[block], rows, self.job.expert_tokens)
+                return solve_group(weights, merged(folds), own, choice, least)
             except NumericalError as error:
                 raise NumericalError(f"block {block}: {error}") from error
 
@@ -382,16 +389,11 @@ class BlockWorker:
         return weight
 
     def _save_layers(self, block: int, group: LayerGroup) -> None:
-        """Rank 0 writes the layers that `--save-layers` names, for `prox24 solve`."""
-        if self.rank == 0 and group.name in self.statistics:
-            prefix, pattern = self.skeleton.block_prefix(block), self.job.save_layers
-            names = [prefix + name for name in group.layers if is_saved(pattern, prefix + name)]
-            guard = partial(require_owner, self.job.lock_file)
+        """Rank 0 writes the layers that `--save-layers` names."""
+        if self.rank or group.name not in self.statistics:
+            return
+        prefix, folds = self.skeleton.block_prefix(block), self.statistics[group.name]
+        for layer in saved_layers(self.job.save_layers, prefix, group.layers):
             with self.watch("io"):
-                save_layers(
-                    self.run.path,
-                    names,
-                    self.statistics[group.name],
-                    lambda name: self._read_weight(block, name.removeprefix(prefix)),
-                    guard,
-                )
+                weight = self._read_weight(block, layer)
+                save_layer(self.job, self.run, prefix + layer, weight, folds)

@@ -190,9 +190,9 @@ def test_no_decoder_blocks_of_linears(tmp_path: Path) -> None:
 
 
 def test_weights_outside_linears(tmp_path: Path) -> None:
-    """Mixtral's experts are one parameter of three dimensions, which would stay dense unseen."""
+    """gpt-oss's experts are stacked, transposed and interleaved: they would stay dense unseen."""
     config = AutoConfig.for_model(
-        "mixtral",
+        "gpt_oss",
         vocab_size=64,
         hidden_size=16,
         intermediate_size=16,
@@ -206,7 +206,7 @@ def test_weights_outside_linears(tmp_path: Path) -> None:
     tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     skeleton = open_model(tmp_path)
-    with pytest.raises(ModelError, match="outside linear layers.*MixtralForCausalLM"):
+    with pytest.raises(ModelError, match="outside linear layers.*GptOssForCausalLM"):
         select_layers(skeleton, rules())
 
 

@@ -35,6 +35,7 @@ REPORT = SolveReport(
     objective=2.0,
     relative_error=2.0,
     statistic="full",
+    tokens=64,
     iterations=140,
     support_change=0.0,
     refine="cg",

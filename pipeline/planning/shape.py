@@ -7,12 +7,12 @@ config says. Blocks of the same structure are looked at once.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.capture import BlockCall, ModelEnds
+from pipeline.experts import Experts, expert_of
 from pipeline.layers import check_rules, layers_to_prune
 from pipeline.linears import unsupported_parameters
 from pipeline.model import FORWARD_DTYPES, Skeleton
@@ -235,12 +235,14 @@ def _block_shape(
 ) -> tuple[BlockShape, str | None]:
     """A block's shape, and why it cannot be pruned, if so."""
     block = block.to(META)
-    experts = _stub_experts(block, config)
-    hidden = [name for name in unsupported_parameters(block) if name not in experts]
+    hidden = unsupported_parameters(block)
     reason = None
-    if experts or hidden:
-        first = next(iter(experts), None) or hidden[0]
-        reason = f"{first} is a weight matrix outside linear layers, which prox24 cannot prune yet"
+    if hidden:
+        reason = (
+            f"{hidden[0]} is a weight matrix outside linear layers, which prox24 cannot prune yet"
+        )
+    experts = _stub_experts(block, config, layers)
+    layers = {n: s for n, s in layers.items() if expert_of(block, n) is None}
     found = find_groups_on_meta(block, call, hidden_states, layers) if layers else ()
     groups = [
         GroupShape(
@@ -255,7 +257,7 @@ def _block_shape(
         firsts = [group.layers[0][0] for group in groups]
         observed = profile_forward(block, call, hidden_states, firsts, needs=needs)
     if experts:
-        groups, full = _with_experts(groups, full, experts, config, hidden_states.shape[1])
+        groups, full = _with_experts(groups, full, experts, hidden_states.shape[1])
         observed = full
     shape = BlockShape(groups=tuple(groups), parameters=parameters, full=full, observed=observed)
     return shape, reason
@@ -266,51 +268,65 @@ def _expert_count(config: object) -> int:
     return next((int(n) for name in names if (n := getattr(config, name, None))), 0)
 
 
-def _stub_experts(block: nn.Module, config: object) -> dict[str, tuple[int, int, int]]:
-    """Modules that hold stacked experts are made to hand their input through: which token goes
-    where is not known without data. Returns parameter name -> (experts, R, C)."""
-    count = _expert_count(config)
-    found: dict[str, tuple[int, int, int]] = {}
+def _stub_experts(
+    block: nn.Module, config: object, layers: dict[str, tuple[int, int]]
+) -> list[GroupShape]:
+    """Modules that hold experts are made to hand their input through: which token goes where is
+    not known without data. Returns the experts' groups of layers, of those in `layers`.
+
+    An even share of the tokens is assumed, `num_experts_per_tok` of all experts.
+    """
+    active = int(getattr(config, "num_experts_per_tok", 0) or 1)
+    stacked = _expert_count(config)
+    found = []
     for path, module in block.named_modules():
-        stacked = {
-            name: parameter
-            for name, parameter in module.named_parameters(recurse=False)
-            if parameter.dim() == 3 and parameter.shape[0] == count
-        }
-        if count and stacked:
-            module.forward = lambda hidden_states, *_, **__: torch.zeros_like(hidden_states)
-            for name, parameter in stacked.items():
-                found[f"{path}.{name}"] = cast("tuple[int, int, int]", tuple(parameter.shape))
+        if isinstance(module, Experts):
+            count = module.count
+            first = [(n, *s) for n, s in layers.items() if n.startswith(f"{path}.0.")]
+        else:
+            # In a layout that is not pruned, but counted.
+            count = stacked
+            first = [
+                (f"{path}.{name}", int(p.shape[1]), int(p.shape[2]))
+                for name, p in module.named_parameters(recurse=False)
+                if p.dim() == 3 and p.shape[0] == stacked
+            ]
+        if not first:
+            continue
+        module.forward = lambda hidden_states, *_, **__: torch.zeros_like(hidden_states)
+        last = [layer for layer in first if "down_proj" in layer[0]]
+        for group in ([layer for layer in first if layer not in last], last):
+            if group:
+                found.append(
+                    GroupShape(
+                        layers=tuple(group),
+                        columns=group[0][2],
+                        count=count,
+                        share=active / count,
+                    )
+                )
     return found
 
 
 def _with_experts(
-    groups: list[GroupShape],
-    full: ForwardProfile,
-    experts: dict[str, tuple[int, int, int]],
-    config: object,
-    seqlen: int,
+    groups: list[GroupShape], full: ForwardProfile, experts: list[GroupShape], seqlen: int
 ) -> tuple[list[GroupShape], ForwardProfile]:
     """Each expert's matrices as layers of their own, with its share of the tokens.
 
-    An even share is assumed, `num_experts_per_tok` of all experts; the elementwise work of an
-    expert is counted as reading and writing its input and output.
+    The elementwise work of an expert is counted as reading and writing its input and output.
     """
-    active = int(getattr(config, "num_experts_per_tok", 0) or 1)
-    products, moved, live = full.products, full.moved, 0
-    for name, (count, rows, columns) in experts.items():
-        layer = (name, rows, columns)
-        groups = [
-            *groups,
-            GroupShape(layers=(layer,), columns=columns, count=count, share=active / count),
-        ]
-        products += 2.0 * seqlen * active * rows * columns
-        moved += 4.0 * seqlen * active * (rows + columns)
-        live = max(live, 4 * seqlen * active * (rows + columns))
-    return groups, replace(
+    products, moved, live, operators = full.products, full.moved, 0.0, full.operators
+    for group in experts:
+        tokens = seqlen * group.share * group.count
+        rows = sum(rows for _, rows, _ in group.layers)
+        products += 2.0 * tokens * rows * group.columns
+        moved += 4.0 * tokens * (rows + group.columns)
+        live = max(live, 4 * tokens * (rows + group.columns))
+        operators += 4 * group.count
+    return [*groups, *experts], replace(
         full,
         products=products,
         moved=moved,
-        live=full.live + live,
-        operators=full.operators + 8 * next(iter(experts.values()))[0],
+        live=full.live + int(live),
+        operators=operators,
     )

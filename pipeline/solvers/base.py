@@ -205,6 +205,7 @@ class BaseSolver(ABC):
             **facts,
             relative_error=percentage(facts["objective"], facts["objective_zero"]),
             statistic=statistic_name(prepared.statistics),
+            tokens=prepared.statistics.tokens if prepared.statistics else 0,
             iterations=found.iterations,
             support_change=float(found.support_change[rows].sum()) / max(count, 1),
             refine=settings.refine,

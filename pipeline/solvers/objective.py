@@ -27,13 +27,17 @@ def objective(weight: Tensor, original: Tensor, statistics: Statistics | None) -
         raise ValueError(f"shapes differ: {tuple(weight.shape)} and {tuple(original.shape)}")
     rows, columns = weight.shape
     total = torch.zeros(rows, dtype=torch.float64, device=weight.device)
-    diagonal, hessian, tokens = None, None, 1
+    diagonal, hessian, inputs, tokens = None, None, None, 1
     if statistics is not None:
         diagonal, hessian = statistics.diagonal, statistics.hessian
+        inputs = statistics.inputs
         tokens = max(statistics.tokens, 1)
     for top in range(0, rows, _ROW_CHUNK):
         part = slice(top, min(top + _ROW_CHUNK, rows))
         change = weight[part].double() - original[part].double()
+        if inputs is not None:
+            total[part] = (change @ inputs.double().T).square().sum(dim=1) / tokens
+            continue
         if hessian is None:
             moments = 1.0 if diagonal is None else diagonal.double() / tokens
             total[part] = (change.square() * moments).sum(dim=1)
@@ -61,7 +65,7 @@ def total_of_rows(values: Tensor) -> float:
 
 def statistic_name(statistics: Statistics | None) -> str:
     """What ``objective`` takes for H: "full", "diagonal" or "none"."""
-    if statistics is not None and statistics.hessian is not None:
+    if statistics is not None and statistics.full:
         return "full"
     return "diagonal" if statistics is not None and statistics.diagonal is not None else "none"
 

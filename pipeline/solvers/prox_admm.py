@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pipeline.solvers.base import BaseSolver, Found, GroupData, solve_diagonal, support_change
-from pipeline.solvers.factor import invert_
+from pipeline.solvers.low_rank import Inverse, inverse_of
 from pipeline.solvers.pattern import Pattern
 from pipeline.solvers.prox import prox_operator
 from pipeline.solvers.regularize import ScaledHessian, raise_damping
@@ -39,7 +39,8 @@ class ProxAdmmSolver(BaseSolver):
     Memory beyond the Hessian: one C x C fp32 for the inverse (where blocks make it, two C x 512
     panels beside it), and about nine (R, C) fp32 of the rows.
     Time: one product (R, C) x (C, C) an iteration, two at the start, one a refinement step, about
-    three for the report, and 2 C^3 operations for each of two inverses.
+    three for the report, and 2 C^3 operations for each of two inverses. With n inputs in place of
+    the Hessian two products (R, C) x (C, n) an iteration, and no C x C.
     """
 
     def _find(self, original: Tensor, prepared: GroupData) -> Found:
@@ -47,27 +48,31 @@ class ProxAdmmSolver(BaseSolver):
         assert problem is not None
         if problem.shrinkage == 1:
             return solve_diagonal(original, problem, self.pattern)
-        buffer = torch.empty_like(problem.hessian)
+        held = problem.statistics.inputs is None
+        buffer = torch.empty_like(problem.hessian) if held else None
         while True:
             found = self._iterate(original, problem, buffer)
             if found is not None:
                 return found
             problem = raise_damping(problem)
 
-    def _iterate(self, original: Tensor, problem: ScaledHessian, buffer: Tensor) -> Found | None:
+    def _iterate(
+        self, original: Tensor, problem: ScaledHessian, buffer: Tensor | None
+    ) -> Found | None:
         """The whole loop, or None where H~ + rho I was not positive definite."""
         settings = self.settings
         sparse, sizes = problem.enter(original)
         linear = problem.multiply(sparse)
         dual, product = torch.zeros_like(sparse), torch.empty_like(sparse)
         rho, strength = settings.admm_rho, settings.admm_lambda
-        if not self._invert(problem, rho, buffer):
+        inverse = inverse_of(problem, rho, buffer)
+        if inverse is None:
             return None
-        settled = settings.admm_rho_factor * settled_penalty(buffer, problem, rho)
+        settled = settings.admm_rho_factor * settled_penalty(inverse, problem, rho)
         right = torch.add(linear, sparse, alpha=rho)
         step = stepper(dual, sparse, linear, self.pattern)
         for iteration in range(1, settings.admm_iterations + 1):
-            torch.mm(right, buffer, out=product)
+            inverse.multiply(right, out=product)
             right, product = product, right
             switch = iteration == settings.admm_first_iterations != settings.admm_iterations
             shrink = rho / max(settled, rho) if switch else 1.0
@@ -75,20 +80,17 @@ class ProxAdmmSolver(BaseSolver):
             numbers = (strength, settings.admm_relaxation, shrink, rho)
             step(right, numbers)
             strength *= settings.admm_lambda_growth
-            if shrink < 1 and not self._invert(problem, rho, buffer):
-                return None
+            if shrink < 1:
+                inverse = inverse_of(problem, rho, buffer)
+                if inverse is None:
+                    return None
         mask = self.pattern.keep_mask(sparse.abs())
         changed = support_change(sparse != 0, (sparse != 0) & mask, mask)
         weight = problem.leave(sparse * mask, sizes)
         return Found(weight, mask, settings.admm_iterations, changed, problem=problem)
 
-    def _invert(self, problem: ScaledHessian, rho: float, buffer: Tensor) -> bool:
-        """(H~ + rho I)^-1 into ``buffer``; False where it was not positive definite."""
-        problem.write(rho, buffer)
-        return bool(invert_(buffer))
 
-
-def settled_penalty(inverse: Tensor, problem: ScaledHessian, rho: float) -> float:
+def settled_penalty(inverse: Inverse, problem: ScaledHessian, rho: float) -> float:
     """The rho at which a late iteration, all but a projection on the pattern, settles: sqrt(b).
 
     b, the bulk of the spectrum of H~ (C, C), is what H~ would be as a multiple of the identity if

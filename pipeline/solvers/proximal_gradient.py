@@ -29,7 +29,8 @@ class ProxSolver(BaseSolver):
     another; every 50 iterations the host looks whether any is left. Rows not done when lambda
     has passed 1e4 keep the two largest of each group.
     Memory beyond the Hessian: one C x C fp32, and five (R, C). Time: one product (R, C) x (C, C)
-    an iteration, about 700 at beta = 1.01.
+    an iteration, about 700 at beta = 1.01. With n inputs in place of the Hessian two products
+    (R, C) x (C, n), and no C x C.
     """
 
     def __init__(self, settings: SolverSettings) -> None:
@@ -41,13 +42,13 @@ class ProxSolver(BaseSolver):
 
     def _derive(self, prepared: GroupData) -> GroupData:
         assert prepared.problem is not None
-        matrix = prepared.problem.write()
+        few = prepared.problem.statistics.inputs is not None
+        matrix = None if few else prepared.problem.write()
         return replace(prepared, matrix=matrix, eigenvalue=largest_eigenvalue(prepared.problem))
 
     def _find(self, original: Tensor, prepared: GroupData) -> Found:
         problem, matrix = prepared.problem, prepared.matrix
         assert problem is not None
-        assert matrix is not None
         if problem.shrinkage == 1:
             return solve_diagonal(original, problem, self.pattern)
         target, sizes = problem.enter(original)
@@ -57,7 +58,9 @@ class ProxSolver(BaseSolver):
         rows, strength, iterations = target, self.settings.prox_lambda, 0
         done = _two_of_four(rows)
         for iterations in range(1, limit + 1):
-            descended = rows - ((rows - target) @ matrix).mul_(rate)
+            away = rows - target
+            slope = problem.multiply(away) if matrix is None else away @ matrix
+            descended = rows - slope.mul_(rate)
             rows = torch.where(done, rows, prox_operator(descended, strength))
             done |= _two_of_four(rows)
             strength *= growth

@@ -49,23 +49,31 @@ class ScaledHessian:
 
     @property
     def hessian(self) -> Tensor:
-        """(C, C) fp32 sum of x x^T, as given."""
+        """(C, C) fp32 sum of x x^T, as given; made anew where the inputs were given."""
         return require_hessian(self.statistics)
 
     def write(self, ridge: float = 0.0, out: Tensor | None = None) -> Tensor:
         """H~ + ridge * I as (C, C) fp32, into ``out`` if given; no other C x C is allocated."""
-        out = torch.empty_like(self.hessian) if out is None else out
+        hessian = self.hessian
+        out = torch.empty_like(hessian) if out is None else out
         # The two factors go in one after the other: their product may leave fp32's range.
         left = self.inverse_scale * ((1 - self.shrinkage) / self.statistics.tokens)
-        torch.mul(self.hessian, left[:, None], out=out)
+        torch.mul(hessian, left[:, None], out=out)
         out.mul_(self.inverse_scale)
         out.diagonal().fill_(1 + ridge)
         return out
 
     def multiply(self, rows: Tensor) -> Tensor:
         """``rows`` (R, C) fp32 times H~, without writing H~."""
-        product = torch.mm(rows * self.inverse_scale, self.hessian).mul_(self._right_scale)
-        return product.addcmul_(rows, self._ridge)
+        inputs, scaled = self.statistics.inputs, rows * self.inverse_scale
+        product = scaled @ self.hessian if inputs is None else (scaled @ inputs.T) @ inputs
+        return product.mul_(self._right_scale).addcmul_(rows, self.ridge)
+
+    def scaled_inputs(self) -> Tensor:
+        """(tokens, C) fp32 U, where the inputs were given: H~ = U^T U + diag(ridge)."""
+        assert self.statistics.inputs is not None
+        factor = math.sqrt((1 - self.shrinkage) / self.statistics.tokens)
+        return self.statistics.inputs * (self.inverse_scale * factor)
 
     @cached_property
     def _right_scale(self) -> Tensor:
@@ -73,9 +81,9 @@ class ScaledHessian:
         return self.inverse_scale * ((1 - self.shrinkage) / self.statistics.tokens)
 
     @cached_property
-    def _ridge(self) -> Tensor:
+    def ridge(self) -> Tensor:
         """(C,): what the scaled sums lack of a unit diagonal."""
-        return 1 - self.hessian.diagonal() * self._right_scale * self.inverse_scale
+        return 1 - diagonal_of(self.statistics) * self._right_scale * self.inverse_scale
 
     def enter(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(R, C) fp32 -> W~ with every row scaled to mean magnitude 1 over live columns, and what
@@ -106,16 +114,19 @@ class ScaledHessian:
 
     def objective(self, undamped: Tensor, change: Tensor) -> Tensor:
         """The regularized objective per row, (R,) float64, from the plain one and dW (R, C)."""
-        mean = self.hessian.diagonal().double() / self.statistics.tokens
+        mean = diagonal_of(self.statistics).double() / self.statistics.tokens
         # H_reg - (1 - a) H is diagonal; on dead columns dW costs nothing.
         extra = (self.scale.double().square() - (1 - self.shrinkage) * mean) * self.live
         return (1 - self.shrinkage) * undamped + change.double().square() @ extra
 
 
 def require_hessian(statistics: Statistics | None) -> Tensor:
-    """The full statistic, or NumericalError where the caller gave none."""
-    if statistics is None or statistics.hessian is None:
+    """(C, C) fp32, the full statistic, or NumericalError where the caller gave none."""
+    if statistics is None or not statistics.full:
         raise NumericalError("this solve needs the full Hessian, and only a part was given")
+    if statistics.inputs is not None:
+        return statistics.inputs.T @ statistics.inputs
+    assert statistics.hessian is not None
     return statistics.hessian
 
 
@@ -125,7 +136,14 @@ def check_statistics(statistics: Statistics) -> None:
     if statistics.tokens < 1:
         raise NumericalError("the statistics hold no calibration tokens")
     diagonal = statistics.diagonal
-    if statistics.hessian is not None:
+    if statistics.inputs is not None:
+        if statistics.inputs.shape != (statistics.tokens, columns):
+            shape = tuple(statistics.inputs.shape)
+            raise NumericalError(
+                f"the inputs have shape {shape}, not ({statistics.tokens}, {columns})"
+            )
+        diagonal = diagonal_of(statistics)
+    elif statistics.hessian is not None:
         if statistics.hessian.shape != (columns, columns):
             shape = tuple(statistics.hessian.shape)
             raise NumericalError(f"the Hessian has shape {shape}, not ({columns}, {columns})")
@@ -148,19 +166,29 @@ def diagonal_of(statistics: Statistics | None) -> Tensor:
     """(C,) fp32 sum of x_j^2 from whichever statistic is there, or NumericalError."""
     if statistics is not None and statistics.hessian is not None:
         return statistics.hessian.diagonal()
+    if statistics is not None and statistics.inputs is not None:
+        return statistics.inputs.square().sum(dim=0)
     if statistics is None or statistics.diagonal is None:
         raise NumericalError("this solve needs the diagonal of the Hessian, and none was given")
     return statistics.diagonal
+
+
+def moments(statistics: Statistics, rows: slice) -> Tensor:
+    """Rows of the full statistic, (len(rows), C) fp32."""
+    if statistics.inputs is not None:
+        return statistics.inputs[:, rows].T @ statistics.inputs
+    return require_hessian(statistics)[rows]
 
 
 def scaled_hessian(
     statistics: Statistics | None, *, damping: float, shrinkage: float
 ) -> ScaledHessian:
     """Regularize and scale the full statistic. Raises NumericalError (see check_statistics)."""
-    require_hessian(statistics)
+    if statistics is None or not statistics.full:
+        require_hessian(statistics)
     assert statistics is not None
     check_statistics(statistics)
-    mean = statistics.hessian.diagonal().double() / statistics.tokens  # type: ignore[union-attr]
+    mean = diagonal_of(statistics).double() / statistics.tokens
     live = mean > 0
     ridge = damping * (mean.sum() / live.sum().clamp(min=1))
     diagonal = torch.where(live, mean + ridge, torch.ones_like(mean))
@@ -235,18 +263,21 @@ def estimate(statistics: Statistics) -> tuple[float, float]:
     1.1 % and 0.7 % above the best of a grid of 30 settings.
     Raises NumericalError (see check_statistics).
     """
-    hessian = require_hessian(statistics)
+    if not statistics.full:
+        require_hessian(statistics)
     check_statistics(statistics)
-    diagonal = hessian.diagonal()
+    diagonal = diagonal_of(statistics)
     live = diagonal > 0
     columns = int(live.sum())
     inverse = torch.where(live, diagonal.double().rsqrt(), torch.zeros_like(diagonal).double())
     inverse = inverse.float()
-    noise = torch.zeros((), dtype=torch.float64, device=hessian.device)
+    noise = torch.zeros((), dtype=torch.float64, device=diagonal.device)
     signal = torch.zeros_like(noise)
     for top in range(0, statistics.columns, _PANEL):
         rows = slice(top, top + _PANEL)
-        square = ((hessian[rows] * inverse[rows, None]) * inverse).square_().clamp_(max=1)
+        square = (
+            ((moments(statistics, rows) * inverse[rows, None]) * inverse).square_().clamp_(max=1)
+        )
         signal += square.sum(dtype=torch.float64)
         noise += square.neg_().add_(1).square_().sum(dtype=torch.float64)
     # The diagonal's r = 1 has no noise; a dead column's r = 0 would count as all noise.

@@ -42,7 +42,8 @@ class Statistics:
     """Second moments of the inputs x (C,) of a group of layers that share them.
 
     columns: C. tokens: number of x summed. sequences: calibration sequences they came from.
-    diagonal: (C,) fp32, sum of x_j^2. hessian: (C, C) fp32, sum of x x^T.
+    diagonal: (C,) fp32, sum of x_j^2. hessian: (C, C) fp32, sum of x x^T. inputs: (tokens, C) fp32,
+    the x themselves in place of the hessian, where they are fewer than C.
     """
 
     columns: int
@@ -50,6 +51,12 @@ class Statistics:
     sequences: int
     diagonal: Tensor | None = None
     hessian: Tensor | None = None
+    inputs: Tensor | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether all second moments are known, by a matrix or by the inputs."""
+        return self.hessian is not None or self.inputs is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +174,8 @@ class SolveReport:
     Objectives are L = tr(dW H dW^T) with the undamped mean Hessian, summed over ``rows``:
     ``objective_zero`` at W = 0, ``objective_before`` before refinement, ``objective`` at the end.
     ``relative_error`` is 100 * objective / objective_zero (0 where both are 0).
-    ``statistic`` names what stood for H: "full", "diagonal", or "none" (the identity).
+    ``statistic`` names what stood for H: "full", "diagonal", or "none" (the identity); ``tokens``
+    were seen by the layer: an expert sees its own.
     ``support_change``: share of the support that the last step (the last iteration, or the final
     projection) changed. ``deviations``: what was done other than asked, in words.
     """
@@ -180,6 +188,7 @@ class SolveReport:
     objective: float
     relative_error: float
     statistic: str
+    tokens: int
     iterations: int
     support_change: float
     refine: str

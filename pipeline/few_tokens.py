@@ -1,0 +1,87 @@
+"""An expert that few calibration tokens were sent to: by which rule it is pruned all the same.
+
+The second moment of n inputs has rank n, and is mostly noise where n is small: a method that
+trusts it fits the noise. Below a stated number of tokens the diagonal alone is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.experts import expert_of
+from pipeline.option import option, require
+from pipeline.solvers import SolverSettings, Statistics
+from pipeline.solvers.regularize import diagonal_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertOptions:
+    """The options of mixtures of experts. Raises `ConfigError` on a value out of range."""
+
+    expert_tokens: int = option(
+        16,
+        "mixtures of experts: fewest calibration tokens sent to an expert for --method to be used; "
+        "with fewer it is pruned by wanda, with none by the size of its weights, and listed",
+    )
+    calibrate_all_experts: bool = option(
+        False,
+        "mixtures of experts: take every expert's statistics of all tokens, not of those that it "
+        "is sent; the model's outputs stay the routed ones",
+    )
+
+    def __post_init__(self) -> None:
+        require(self, "expert_tokens", at_least=0)
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """What is solved in place of what was asked, and the words for the report."""
+
+    settings: SolverSettings
+    statistics: Statistics
+    note: str
+
+
+def least_tokens(block: nn.Module, layers: Iterable[str], asked: int) -> int:
+    """Tokens that layers of one input must have seen: `asked`, at least 1, of an expert's; or 0."""
+    return 0 if expert_of(block, next(iter(layers))) is None else max(asked, 1)
+
+
+def fallback(settings: SolverSettings, statistics: Statistics, least: int) -> Fallback | None:
+    """What an expert is pruned with that saw fewer than `least` tokens; None if it saw enough.
+
+    least: 0 for a layer that is no expert's. The other method is wanda (magnitude where that was
+    asked for) without refinement; where no token came at all, all inputs count alike, which keeps
+    the largest weights.
+    """
+    if statistics.tokens >= max(least, 1) or not least:
+        return None
+    asked, by_score = settings.method, ("magnitude", "wanda")
+    if asked in by_score and settings.refine == "none" and statistics.tokens:
+        return None
+    method = asked if asked in by_score else "wanda"
+    simple = SolverSettings(method=method, pattern=settings.pattern, refine="none").resolved()
+    if not statistics.tokens:
+        diagonal = torch.ones_like(diagonal_of(statistics))
+        alike = replace(statistics, tokens=1, sequences=1, diagonal=diagonal, hessian=None)
+        return Fallback(simple, alike, "largest weights kept: no calibration token")
+    own = replace(statistics, diagonal=diagonal_of(statistics).clone(), hessian=None)
+    asked += "" if settings.refine == "none" else f" with {settings.refine}"
+    note = f"{method} instead of {asked}: fewer than {least} calibration tokens"
+    return Fallback(simple, own, note)
+
+
+def few_tokens(layers: Iterable[Mapping[str, Any]], least: int) -> dict[str, int]:
+    """Name -> tokens of the experts' layers that saw fewer than `least`, of a job's results."""
+    return {
+        layer["name"]: layer["tokens"]
+        for layer in layers
+        if ".experts." in layer["name"]
+        and layer["statistic"] != "none"
+        and layer["tokens"] < max(least, 1)
+    }

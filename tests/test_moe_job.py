@@ -1,0 +1,282 @@
+"""Whole jobs on mixtures of experts: each expert pruned with its own tokens, all else as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.calibration import calibration_tokens, load_tokenizer
+from pipeline.executor import LocalExecutor
+from pipeline.solvers import SolverSettings, Statistics, solver_for
+from pipeline.solving import solve_group
+from pipeline.verify import verify
+from tests.jobs import SMALL, contents, fits, prune_here, tensors, write_text
+from tests.moe_models import (
+    EXPERTS,
+    FAMILIES,
+    FIRST_DENSE,
+    expert_matrices,
+    load,
+    save_moe,
+    stacked_experts,
+)
+
+# Enough text that every expert is above the threshold.
+JOB: dict[str, Any] = SMALL | {"nsamples": 16, "method": "sparsegpt"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """(source, output) of a job on a family's tiny model, made once."""
+    folder = tmp_path_factory.mktemp("moe")
+    found: dict[str, tuple[Path, Path]] = {}
+
+    def make(family: str) -> tuple[Path, Path]:
+        if family not in found:
+            source = save_moe(folder / family, family, weight_files=2)
+            output = folder / f"{family}-out"
+            prune_here(source, output, dataset=text(folder), **JOB)
+            found[family] = source, output
+        return found[family]
+
+    return make
+
+
+def text(folder: Path) -> str:
+    return str(write_text(folder / "text.txt"))
+
+
+def results(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "prox24.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_are_pruned_and_all_else_is_as_it_was(
+    made: Callable[[str], tuple[Path, Path]], family: str
+) -> None:
+    source, output = made(family)
+    before = dict(tensors(source))
+    experts = 0
+    for name, tensor in tensors(output):
+        stays = ("norm", "embed", "lm_head", ".gate.", "expert_gate", ".bias")
+        if any(part in name for part in stays):
+            assert torch.equal(tensor, before[name]), name
+        else:
+            assert fits(tensor, 2, 4), name
+            assert (tensor != 0).float().mean() > 0.49, name
+            experts += ".experts." in name
+    assert experts == 3 * EXPERTS * (2 - (family in FIRST_DENSE))
+    assert verify(output, source).problems == []
+    for module in stacked_experts(load(output)).values():
+        assert all(fits(matrix, 2, 4) for matrix in expert_matrices(module).values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_result_is_that_of_a_plain_loop_in_memory(
+    made: Callable[[str], tuple[Path, Path]], family: str
+) -> None:
+    source, output = made(family)
+    tokens = calibration_tokens(
+        load_tokenizer(source), text(source.parent), None, JOB["nsamples"], JOB["seqlen"], 0
+    )
+    expected, counts = prune_in_memory(load(source), tokens)
+    found = load(output)
+    alike = []
+    for name, parameter in found.named_parameters():
+        alike.append((torch.isclose(parameter, expected[name], rtol=1e-3, atol=1e-4)).float())
+    # A choice between two weights of nearly the same score may fall the other way.
+    assert torch.cat([a.flatten() for a in alike]).mean() > 0.999
+    said = {layer["name"]: layer["tokens"] for layer in results(output)["layers"]}
+    assert counts.items() <= said.items()
+    assert sum(counts.values()) == 2 * 3 * tokens.numel() * len(stacked_experts(found))
+
+
+@torch.no_grad()
+def prune_in_memory(model: nn.Module, tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The pruned parameters, and each expert's matrices' tokens, by the plainest means.
+
+    Every block's statistics are taken with the blocks before it pruned, itself dense.
+    """
+    solver = solver_for(SolverSettings(method="sparsegpt").resolved())
+    counts: dict[str, int] = {}
+    for number, block in enumerate(model.model.layers):
+        linears = {
+            path: module
+            for path, module in block.named_modules()
+            if isinstance(module, nn.Linear) and module.out_features > 1
+        }
+        experts = stacked_experts(block)
+        seen: dict[str, tuple[Any, ...]] = {}
+        handles = [
+            module.register_forward_pre_hook(_note(seen, path))
+            for path, module in (linears | experts).items()
+        ]
+        model(input_ids=tokens, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        jobs = [(module.weight, seen[path][0]) for path, module in linears.items()]
+        for path, module in experts.items():
+            for name, matrix, inputs in inputs_of(module, *seen[path]):
+                counts[f"model.layers.{number}.{path}.{name}"] = len(inputs)
+                jobs.append((matrix, inputs))
+        solved = [
+            solver.solve(weight.clone(), solver.prepare(statistics_of(inputs))).weight
+            for weight, inputs in jobs
+        ]
+        for (weight, _), pruned in zip(jobs, solved, strict=True):
+            weight.copy_(pruned)
+    return dict(model.named_parameters()), counts
+
+
+def _note(seen: dict[str, tuple[Any, ...]], path: str) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen[path] = args
+
+    return hook
+
+
+def inputs_of(
+    module: nn.Module, states: Tensor, chosen: Tensor, _: Tensor
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, matrix and the inputs of its expert's own tokens."""
+    matrices = expert_matrices(module)
+    for number in range(EXPERTS):
+        own = states[(chosen == number).any(dim=1)]
+        gate, up, down = (matrices[f"{number}.{kind}_proj"] for kind in ("gate", "up", "down"))
+        inner = module.act_fn(own @ gate.T) * (own @ up.T)
+        yield f"{number}.gate_proj", gate, own
+        yield f"{number}.up_proj", up, own
+        yield f"{number}.down_proj", down, inner
+
+
+def statistics_of(inputs: Tensor) -> Statistics:
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    return Statistics(
+        columns=rows.shape[1], tokens=len(rows), sequences=JOB["nsamples"], hessian=rows.T @ rows
+    )
+
+
+def test_what_transformers_saves_again_is_the_same(
+    made: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """Its own conversion back to the files' names and matrices gives the tensors written here."""
+    _, output = made("mixtral")
+    load(output).save_pretrained(tmp_path)
+    again = dict(tensors(tmp_path))
+    ours = dict(tensors(output))
+    assert again.keys() == ours.keys()
+    assert all(torch.equal(again[name], ours[name]) for name in ours)
+
+
+# -- few tokens, resume, workers ----------------------------------------------------------------
+
+
+def test_experts_with_few_tokens_are_pruned_by_wanda_and_listed(tmp_path: Path) -> None:
+    source = save_moe(tmp_path / "model", "qwen3_moe")
+    # 8 tokens choose two of four experts each.
+    options = JOB | {"nsamples": 2, "seqlen": 4, "expert_tokens": 5, "method": "prox_admm"}
+    result = prune_here(source, tmp_path / "out", dataset=text(tmp_path), **options)
+    layers = {layer["name"]: layer for layer in results(result.output)["layers"]}
+    few = results(result.output)["few_tokens"]
+    experts = {name: layer for name, layer in layers.items() if ".experts." in name}
+    assert few == {name: e["tokens"] for name, e in experts.items() if e["tokens"] < 5}
+    assert 0 < len(few) < len(experts)
+    for name, layer in experts.items():
+        assert layer["method"] == ("wanda" if name in few else "prox_admm")
+        notes = [note for note in layer["deviations"] if "calibration token" in note]
+        assert len(notes) == (name in few)
+    assert "Done other than asked" in (result.output / "README.md").read_text()
+    assert verify(result.output, source).problems == []
+
+
+def test_calibrating_all_experts_with_all_tokens(tmp_path: Path) -> None:
+    source = save_moe(tmp_path / "model", "qwen3_moe")
+    options = JOB | {"nsamples": 2, "seqlen": 8, "calibrate_all_experts": True, "workers": 2}
+    result = prune_here(source, tmp_path / "out", dataset=text(tmp_path), **options)
+    layers = results(result.output)["layers"]
+    assert {layer["tokens"] for layer in layers} == {16}
+    assert {layer["method"] for layer in layers if "self_attn" in layer["name"]} == {"sparsegpt"}
+    assert verify(result.output, source).problems == []
+
+
+def test_an_expert_without_a_token_keeps_its_largest_weights() -> None:
+    nothing = Statistics(
+        columns=8, tokens=0, sequences=0, diagonal=torch.zeros(8), hessian=torch.zeros(8, 8)
+    )
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    solved = solve_group({"w": weight}, nothing, SolverSettings().resolved(), None, 1)
+    pruned, report = solved["w"]
+    magnitude = solver_for(SolverSettings(method="magnitude", refine="none").resolved())
+    assert torch.equal(pruned, magnitude.solve(weight, magnitude.prepare(None)).weight)
+    assert report["tokens"] == 0
+    assert report["deviations"] == ["largest weights kept: no calibration token"]
+
+
+class Interrupted(Exception):
+    """Stands for a kill between two phases."""
+
+
+class StopsAt(LocalExecutor):
+    """Ends the job before the given number of a phase's calls."""
+
+    def __init__(self, world: int, phase: str, calls: int) -> None:
+        super().__init__(world, 1)
+        self._phase, self._left = phase, calls
+
+    def run(self, phase: str, arguments: Any) -> Any:
+        if phase == self._phase:
+            self._left -= 1
+            if self._left < 0:
+                raise Interrupted
+        return super().run(phase, arguments)
+
+
+@pytest.mark.parametrize(("phase", "calls"), [("solve", 1), ("advance", 0), ("write_output", 0)])
+def test_an_interrupted_job_ends_with_the_same_bytes(
+    tmp_path: Path, whole: Path, phase: str, calls: int
+) -> None:
+    """Two workers, Hessians in turns, halves compared: all that a block's experts go through."""
+    source, output = whole.parent / "model", tmp_path / "out"
+    options = RESUMED | {"dataset": text(tmp_path)}
+    with pytest.raises(Interrupted):
+        prune_here(source, output, executor=StopsAt(2, phase, calls), **options)
+    assert not output.exists()
+    prune_here(source, output, **options)
+    ours, theirs = contents(output), contents(whole)
+    assert ours == theirs
+    shutil.rmtree(output)
+
+
+RESUMED: dict[str, Any] = SMALL | {"workers": 2, "hessian_memory": 1e-5, "shrinkage": "auto"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a job that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    source = save_moe(folder / "model", "olmoe")
+    prune_here(source, folder / "out", dataset=text(folder), **RESUMED)
+    return folder / "out"
+
+
+def test_a_job_split_over_workers_is_the_same_but_for_rounding(tmp_path: Path, whole: Path) -> None:
+    source = whole.parent / "model"
+    alone = prune_here(
+        source, tmp_path / "out", dataset=text(tmp_path), **(RESUMED | {"workers": 1})
+    ).output
+    one, two = dict(tensors(alone)), dict(tensors(whole))
+    kept = torch.cat([((one[n] != 0) == (two[n] != 0)).flatten().float() for n in one])
+    assert kept.mean() > 0.99
+    ours, theirs = results(alone), results(whole)
+    for mine, other in zip(ours["layers"], theirs["layers"], strict=True):
+        if mine["block"] == 0:
+            assert mine["tokens"] == other["tokens"]
+            assert mine["objective"] == pytest.approx(other["objective"], rel=1e-2)

@@ -113,7 +113,12 @@ def _like_llama(
 FAMILIES: dict[str, Family] = {
     "llama": _like_llama("llama", "Llama 2"),
     "llama 3": _like_llama(
-        "llama", "Llama 3", rope_parameters=_LLAMA3, tie_word_embeddings=True, attention_bias=True
+        "llama",
+        "Llama 3",
+        quick=False,
+        rope_parameters=_LLAMA3,
+        tie_word_embeddings=True,
+        attention_bias=True,
     ),
     "mistral": _like_llama("mistral", "Mistral", sliding_window=8),
     "qwen2": _like_llama(
@@ -123,7 +128,7 @@ FAMILIES: dict[str, Family] = {
         max_window_layers=1,
         sliding_window=8,
     ),
-    "qwen3": _like_llama("qwen3", "Qwen3", head_dim=16),
+    "qwen3": _like_llama("qwen3", "Qwen3", quick=False, head_dim=16),
     "gemma2": _like_llama("gemma2", "Gemma 2", head_dim=16, query_pre_attn_scalar=16, **_WINDOWS),
     "gemma3": _like_llama(
         "gemma3_text", "Gemma 3", head_dim=16, query_pre_attn_scalar=16, **_WINDOWS
@@ -174,6 +179,7 @@ FAMILIES: dict[str, Family] = {
         {"new_decoder_architecture": True, "num_kv_heads": 2},
         _big("self_attention"),
         "transformer.h",
+        quick=False,
         common=_SIZE,
     ),
     "falcon, alibi": Family(
@@ -192,10 +198,11 @@ FAMILIES: dict[str, Family] = {
         _big("self_attention"),
         "transformer.h",
     ),
-    "olmo2": _like_llama("olmo2", "OLMo 2"),
+    "olmo2": _like_llama("olmo2", "OLMo 2", quick=False),
     "granite": _like_llama(
         "granite",
         "Granite",
+        quick=False,
         embedding_multiplier=2.0,
         residual_multiplier=0.5,
         attention_multiplier=0.4,

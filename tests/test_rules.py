@@ -241,6 +241,7 @@ def test_what_is_recorded(mixed: tuple[Path, Path]) -> None:
     assert summary["blocks"][1]["layers"]["mlp.down_proj"]["statistic"] == "diagonal"
 
 
+@pytest.mark.slow
 def test_the_report_says_why_layers_are_dense(mixed: tuple[Path, Path]) -> None:
     run_directory = mixed[1].parent / "output.run"
     assert run(["report", str(run_directory)]) == 0

@@ -42,6 +42,7 @@ class RecordedProgress:
             "block": None,
             "phase_started": now,
             "block_started": None,
+            "around_blocks": {},
             "failures": [],
             "note": None,
             "ended": None,
@@ -54,12 +55,15 @@ class RecordedProgress:
         self._write(title=title, blocks=blocks)
 
     def phase(self, name: str, block: int | None = None) -> None:
-        """Records the phase and when it began."""
+        """Records the phase and when it began, and how long the one before took if of no block."""
         self._inner.phase(name, block)
         now = time.time()
+        before, around = self._state["phase"], dict(self._state["around_blocks"])
+        if before is not None and self._state["block"] is None:
+            around[before] = around.get(before, 0.0) + now - self._state["phase_started"]
         if block is not None and self._state["block_started"] is None:
             self._state["block_started"] = now
-        self._write(phase=name, block=block, phase_started=now)
+        self._write(phase=name, block=block, phase_started=now, around_blocks=around)
 
     def block_done(self, block: int, relative_error: float | None) -> None:
         """Records when the next block began."""

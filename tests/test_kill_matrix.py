@@ -155,3 +155,10 @@ def test_the_old_output_is_there_until_the_new_one_is(rich: Matrix) -> None:
     around = ("after rename .*replaced", "before rename out$", "after rename out$")
     each(rich, around)
     each(rich, around, signal.SIGTERM)
+
+
+def test_killed_while_it_reports(rich: Matrix) -> None:
+    """The output is whole by then; the same command makes what is missing of the report."""
+    around = ("after replace .*report.parquet", "amid write .*report.html")
+    each(rich, around)
+    each(rich, around[1:], signal.SIGTERM)

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ import pipeline.job_report.write as write
 from cluster.command_line import run
 from pipeline.config import PruneConfig
 from pipeline.executor import LocalExecutor
+from pipeline.job import Outcome
 from pipeline.progress import Silent
 from pipeline.prune import PruneResult, prune
 from pipeline.solvers.pattern import Pattern
-from storage.errors import RunDirectoryError
+from storage.errors import RunDirectoryError, WorkerLostError
 from tests.jobs import SMALL, contents, prune_here, tensors, write_text
 from tests.tiny_models import save_tiny_model
 
@@ -84,7 +85,7 @@ class Page(HTMLParser):
             self.images.append(own["src"])
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += f"{data} "
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,8 @@ def test_the_page_tells_everything(whole: Path, page: Page) -> None:
         "8 × 32 tokens of text.txt",
         "2 workers on 1 host",
         "Nothing failed on the way.",
+        "beside them reading text",
+        "writing the model 0 s. ",
         "What to try next",
         "prox24 eval MODEL OUTPUT",  # its perplexity was not measured
         "prox_admm",
@@ -276,6 +279,27 @@ def test_other_jobs_have_reports_too(
     assert "prox24 eval MODEL OUTPUT" not in found.text
     if options["method"] == "magnitude":
         assert "would have kept 100.0 % of them too" in found.text
+
+
+class Losing(LocalExecutor):
+    """Loses its workers once, in the second block."""
+
+    lost = False
+
+    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+        if phase == "solve" and arguments[0][0] == 1 and not self.lost:
+            self.lost = True
+            raise WorkerLostError("worker 1 <b>is gone</b>")
+        return super().run(phase, arguments)
+
+
+def test_what_failed_on_the_way(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    result = prune_here(
+        tiny_model("llama"), tmp_path / "out", executor=Losing(1, 1), no_report=False
+    )
+    text = " ".join(Page(result.run_directory / "report" / "report.html").text.split())
+    assert "1 attempt failed on the way and the work was done again" in text
+    assert "block 1 WorkerLostError: worker 1 <b>is gone</b>" in text
 
 
 @pytest.fixture

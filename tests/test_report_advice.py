@@ -77,7 +77,8 @@ def test_errors_too_small_to_matter_are_let_be() -> None:
         ([1.0] * 7 + [100.0] * 1, [7]),
         ([1.0] * 6 + [100.0], []),  # too few to tell
         ([1.0] * 12 + [1.9], []),  # not even twice
-        ([1.0, 0.0] * 8 + [50.0, 90.0], [17, 16]),
+        ([1.0, 0.0] * 20 + [50.0, 90.0], [41, 40]),
+        ([1.0, 1.0, 1.0, 9.0] * 8, []),  # a quarter: no exceptions
         ([2.0**n for n in range(12)], []),  # widely spread, none apart
         ([], []),
     ],

@@ -16,6 +16,7 @@ _DEVIATIONS = 4.0
 _SMALLEST_SPREAD = math.log(1.2)
 _WORTH_A_LOOK = 1.0  # per cent
 _LIKE_NEEDED = 8
+_FEW = 0.1  # of the like: more than that are a kind of their own
 _SHOWN = 5
 # Fewer tokens than that for each input of a layer leave its Hessian noisy.
 _TOKENS_PER_COLUMN = 4
@@ -68,7 +69,8 @@ def outliers(values: Sequence[float]) -> list[int]:
     """Indices of positive values that lie far above the others, the largest first.
 
     Far: more than 4 scaled median absolute deviations of the logarithms, and more than twice the
-    median. None among fewer than 8 values, which have no spread to speak of.
+    median. None among fewer than 8 values, which have no spread to speak of, and none where more
+    than a tenth are that far: they are a kind of their own.
     """
     logs = [math.log(value) for value in values if value > 0]
     if len(logs) < _LIKE_NEEDED:
@@ -79,6 +81,8 @@ def outliers(values: Sequence[float]) -> list[int]:
         middle + _DEVIATIONS * max(spread, _SMALLEST_SPREAD / _DEVIATIONS), middle + math.log(2)
     )
     found = [n for n, value in enumerate(values) if value > 0 and math.log(value) > limit]
+    if len(found) > max(1.0, _FEW * len(logs)):
+        return []
     return sorted(found, key=lambda n: -values[n])
 
 

@@ -23,6 +23,7 @@ from pipeline.units import size
 from pipeline.version import VERSION
 
 _WORST = 20
+_WORKERS_SHOWN = 16
 _STATISTICS = {
     "full": "the calibration text's inputs to the layer, all correlations between them included",
     "diagonal": "the calibration text's inputs to the layer, each by itself",
@@ -38,6 +39,13 @@ _KINDS = {
     "io": "activations and results, read and written",
     "load": "weights, read from the source",
     "other": "waiting for the others or the driver, and dispatch",
+}
+# Phases of the job's last run that are of no block.
+_AROUND_BLOCKS = {
+    "read text": "reading text",
+    "start workers": "starting workers",
+    "check weights": "checking weights",
+    "write": "writing the model",
 }
 
 
@@ -109,7 +117,7 @@ def _result_in_words(facts: Facts) -> list[str]:
     before = "" if dense is None else f" The dense model's is {dense:.2f}."
     return [
         first,
-        f"Its perplexity on {measured['dataset']} is {measured['perplexity']:.2f} "
+        f"Its perplexity on {measured['dataset']} is {measured['perplexity']:,.2f} "
         f"({measured['tokens']:,} tokens; lower is better).{before}",
     ]
 
@@ -122,7 +130,8 @@ def _job_in_words(facts: Facts) -> str:
     trouble = (
         "Nothing failed on the way."
         if not failures
-        else f"{failures} attempts failed on the way and were made again; the result is the same."
+        else f"{_count(failures, 'attempt')} failed on the way and the work was done again; the "
+        "result is the same."
     )
     ranks = max((block["world"] for block in summary["blocks"]), default=0)
     return (
@@ -221,6 +230,11 @@ def _times(facts: Facts) -> dict[str, Any]:
         (_KINDS.get(kind, kind), f"{seconds:.1f}", f"{100 * seconds / wall:.1f}" if wall else "")
         for kind, seconds in summary["seconds"].items()
     ]
+    around = ", ".join(
+        f"{words} {_in_words(facts.status['around_blocks'][name])}"
+        for name, words in _AROUND_BLOCKS.items()
+        if name in facts.status.get("around_blocks", {})
+    )
     memory = summary["memory"]
     peaks = f"driver {size(memory['driver_rss_bytes'])}, worker {size(memory['worker_rss_bytes'])}"
     if memory["worker_device_bytes"]:
@@ -235,8 +249,8 @@ def _times(facts: Facts) -> dict[str, Any]:
         if all("phases" in block for block in blocks)
         else None,
         "time_words": (
-            f"All phases of the blocks took {_in_words(wall)}; reading text, starting workers, "
-            "checking and writing the model come on top. Of interrupted runs only what was "
+            f"All phases of the blocks took {_in_words(wall)}"
+            f"{f', beside them {around}' if around else ''}. Of interrupted runs only what was "
             f"committed is counted. Peak memory: {peaks}."
         ),
         "work_header": ["kind of work", "#seconds, mean of workers", "#% of all"],
@@ -256,6 +270,7 @@ def _workers(facts: Facts) -> dict[str, Any]:
         if spans
         else None,
         "worker_header": ["worker", "host", "process", "#blocks", "#busy, s", "#peak memory"],
+        "many_workers": len(workers) > _WORKERS_SHOWN,
         "worker_rows": [
             (w["rank"], w["host"], w["pid"], len(w["blocks"]),
              f"{sum(w['seconds'].values()):.1f}", size(w["peak_bytes"]))

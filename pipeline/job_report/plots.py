@@ -39,10 +39,10 @@ _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "grid.alpha": 0.3,
     "text.parse_math": False,
-    "figure.dpi": 100,
 }
 # More shapes than these are drawn as pixels: a figure of a large job stays small.
 _MOST_SHAPES = 3000
+_PIXELS_PER_INCH = 200
 _LONGEST_PAUSE = 60.0  # seconds
 _LANES_NAMED = 40
 
@@ -55,7 +55,7 @@ def _image(draw: Callable[[Figure], None], height: float) -> str:
         figure = Figure(figsize=(_WIDTH, height))
         draw(figure)
         raw = io.BytesIO()
-        figure.savefig(raw, format="svg", metadata={"Date": None})
+        figure.savefig(raw, format="svg", dpi=_PIXELS_PER_INCH, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(raw.getvalue()).decode("ascii")
 
 
@@ -253,7 +253,10 @@ def masks(layers: Sequence[Mapping[str, Any]], keep: int) -> str:
             at = [layer["block"] for layer in members]
             values = [100 * (layer["magnitude_share"] or 0.0) for layer in members]
             style = "-" if len(set(at)) == len(at) else ""
-            shares.plot(at, values, marker=".", linestyle=style, color=_colour(number))
+            shares.plot(
+                at, values, marker=".", linestyle=style, color=_colour(number),
+                rasterized=len(layers) > _MOST_SHAPES,
+            )  # fmt: skip
         shares.xaxis.set_major_locator(MaxNLocator(integer=True))
         shares.set_xlabel("block (colours as in the first figure)")
         shares.set_ylabel("% that magnitude keeps too")

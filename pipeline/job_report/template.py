@@ -77,7 +77,9 @@ class="number"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% else %}<p>When each was at work was not kept: the job was run by a version of prox24 that did \
 not.</p>
 {% endif %}
+{% if many_workers %}<details><summary>{{ worker_rows | length }} workers</summary>{% endif %}
 {{ table(worker_header, worker_rows) }}
+{% if many_workers %}</details>{% endif %}
 <h2 id="retries">Retries</h2>
 {% if failures %}{{ table(failure_header, failures) }}
 <p>The work that was lost was done again from what was committed; the result is the same.</p>

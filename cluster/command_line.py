@@ -27,7 +27,7 @@ from cluster.options import HelpFormatter, Parser, as_arguments, config_from, on
 from cluster.report import DESCRIPTION as report_description
 from cluster.report import add_arguments as add_report_arguments
 from cluster.report import report_command
-from cluster.source import resolve_model
+from cluster.source import Source, resolve_model
 from cluster.status import DESCRIPTION, add_arguments, show
 from cluster.sweep import DESCRIPTION as sweep_description
 from cluster.sweep import add_arguments as add_sweep_arguments
@@ -40,7 +40,7 @@ from pipeline.executor import Executor, LocalExecutor
 from pipeline.planning.options import PlanConfig
 from pipeline.progress import Progress
 from pipeline.speed.options import BenchConfig
-from storage.errors import Prox24Error, RunInterrupted
+from storage.errors import ConfigError, Prox24Error, RunInterrupted
 from storage.object_store import place
 
 _PRUNE_EPILOG = """\
@@ -242,6 +242,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     sources = [resolve_model(model) for model in options.models]
     console = Console()
     executor = make_executor(config, console)
+    if config.tasks is not None:
+        return _tasks(sources, config, executor, console)
     if len(sources) > 1:
         results = compare([source.folder for source in sources], config, executor, console)
         named = [
@@ -260,6 +262,19 @@ def _evaluate(options: argparse.Namespace) -> int:
             + provenance(measured)
         )
     return 0
+
+
+def _tasks(
+    sources: Sequence[Source],
+    config: EvalConfig,
+    make_executor: Callable[[], Executor],
+    console: Console,
+) -> int:
+    try:
+        from cluster.tasks import tasks_command
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--tasks needs lm-eval ({error}): pip install prox24[tasks]") from error
+    return tasks_command(sources, config, make_executor, console)
 
 
 def _solve(options: argparse.Namespace) -> int:

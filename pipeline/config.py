@@ -15,6 +15,7 @@ from pipeline.option import option, require
 from pipeline.rules import LayerOptions, LayerRules, parse_overrides
 from pipeline.solvers import SolverSettings
 from pipeline.solvers.types import AUTO, DEFAULT_REFINE_STEPS, ESTIMATE, Pattern
+from pipeline.task_options import TaskOptions
 from storage.errors import ConfigError
 
 Method = Literal["magnitude", "wanda", "sparsegpt", "prox", "prox_admm"]
@@ -353,7 +354,7 @@ class SolveConfig(SolverOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(RuntimeConfig):
+class EvalConfig(TaskOptions, RuntimeConfig):
     """Every option of `prox24 eval`. Raises `ConfigError` on a value out of range."""
 
     dataset: str = option(
@@ -369,14 +370,15 @@ class EvalConfig(RuntimeConfig):
         None, "commit, tag or branch of a hub data set; unset: its newest commit, which is stated"
     )
     seqlen: int = option(2048, "tokens of a sequence; perplexities of other lengths differ")
-    nsamples: int | None = option(None, "sequences to evaluate on; unset: the whole text")
+    nsamples: int | None = option(None, "sequences, or documents of a task; unset: the whole text")
     json: bool = option(False, "print one JSON object on standard output and nothing else there")
     scratch_dir: str | None = option(
         None, "folder for hidden states while it runs; unset: the system's temporary folder"
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        RuntimeConfig.__post_init__(self)
+        TaskOptions.__post_init__(self)
         require(self, "nsamples", at_least=1)
         require(self, "seqlen", at_least=2)  # a loss needs a next token
 

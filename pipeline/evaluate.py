@@ -191,15 +191,21 @@ class Evaluated:
         differences = [
             (own - other) / each for own, other in zip(self.losses, first.losses, strict=True)
         ]
-        count = len(differences)
-        spread = statistics.stdev(differences) / math.sqrt(count) if count > 1 else math.nan
+        mean, standard_error = mean_and_error(differences)
         return {
-            "loss_difference": statistics.fmean(differences),
-            "standard_error": spread,
+            "loss_difference": mean,
+            "standard_error": standard_error,
             "jensen_shannon": sum(d.jensen_shannon for d in distances) / predicted,
             "kullback_leibler": sum(d.kullback_leibler for d in distances) / predicted,
             "same_token": sum(d.same for d in distances) / predicted,
         }
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of some values and its standard error, which is NaN of one value."""
+    count = len(values)
+    spread = statistics.stdev(values) / math.sqrt(count) if count > 1 else math.nan
+    return statistics.fmean(values), spread
 
 
 def measure_perplexity(
@@ -223,7 +229,16 @@ def evaluated(
     prepared: Prepared, config: EvalConfig, executor: Executor, progress: Progress
 ) -> Iterator[Evaluated]:
     """Runs a model block by block, with the ranks of `executor` started anew for it."""
-    skeleton, tokens = prepared.skeleton, prepared.tokens
+    with started(prepared.skeleton, prepared.tokens, config, executor, progress) as (run, loop):
+        losses = [loss for outcome in loop.evaluate() for loss in outcome.value]
+        yield Evaluated(prepared, config, run, loop, losses)
+
+
+@contextlib.contextmanager
+def started(
+    skeleton: Skeleton, tokens: Tensor, config: EvalConfig, executor: Executor, progress: Progress
+) -> Iterator[tuple[RunDirectory, BlockLoop]]:
+    """A block loop over `tokens` (n, config.seqlen), in a run directory that is deleted again."""
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=config.scratch_dir) as scratch:
         run = RunDirectory(Path(scratch).absolute())
         stored = write_tokens(run.tokens(), tokens)
@@ -243,8 +258,7 @@ def evaluated(
                 max_attempts=3,
             )
             loop.start(_job(config, skeleton, run, len(tokens), stored.sha256, executor))
-            losses = [loss for outcome in loop.evaluate() for loss in outcome.value]
-            yield Evaluated(prepared, config, run, loop, losses)
+            yield run, loop
 
 
 def _job(

@@ -25,7 +25,7 @@ from pipeline.phase_times import PhaseTimes, add_phase
 from pipeline.progress import Progress
 from pipeline.repair import ACTIVATIONS_SCHEMA, CHOICES_SCHEMA, Repairs, read_inputs
 from pipeline.retry import AttemptHistory
-from pipeline.scoring import Reference
+from pipeline.scoring import Reference, Target
 from pipeline.scratch import kept_names
 from pipeline.solvers.types import SolveReport
 from storage.checkpoints import BlockRecord
@@ -163,6 +163,10 @@ class BlockLoop:
     def evaluate(self) -> list[Outcome]:
         """Runs the model as it is, block by block; each rank's losses, in rank order."""
         return self._at_the_end("losses")
+
+    def likelihoods(self, targets: Sequence[Sequence[Target]]) -> list[Outcome]:
+        """Each rank's likelihoods of its sequences' targets, in rank order."""
+        return self._at_the_end("likelihoods", targets)
 
     def compare(self, reference: Reference) -> list[Outcome]:
         """Each rank's distances from another model, in rank order; `evaluate` has run in both."""

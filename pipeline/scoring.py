@@ -1,4 +1,5 @@
-"""What a rank does with the last block's outputs: losses, and distances from another model."""
+"""What a rank does with the last block's outputs: losses, likelihoods of given tokens, distances
+from another model."""
 
 from __future__ import annotations
 
@@ -6,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from pipeline.capture import ModelEnds
 from pipeline.divergence import divergences
 from pipeline.forward import Forward
+from pipeline.job import Job
 from pipeline.model import open_skeleton
 from storage.arrow_store import open_activation_shard
 from storage.hashing import StoredFile
@@ -37,6 +40,70 @@ class SequenceDistance:
     jensen_shannon: float
     kullback_leibler: float
     same: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """Tokens to follow one another in a sequence, the first of them after `position`.
+
+    They are given apart from the sequence, which need not hold them.
+    """
+
+    position: int
+    tokens: tuple[int, ...]
+
+
+class Scoring:
+    """The phases of a rank that read the last block's outputs, stored as the inputs of `block`."""
+
+    job: Job
+    forward: Forward
+
+    def losses(self, block: int, shards: list[StoredFile]) -> list[float]:
+        """The losses of this rank's sequences: see `sequence_losses`."""
+        return sequence_losses(self.forward, block, shards)
+
+    def likelihoods(
+        self, block: int, shards: list[StoredFile], targets: Sequence[Sequence[Target]]
+    ) -> list[list[tuple[float, bool]]]:
+        """The likelihoods of this rank's targets: see `sequence_likelihoods`."""
+        return sequence_likelihoods(self.forward, block, shards, targets)
+
+    def distances(
+        self, block: int, shards: list[StoredFile], reference: Reference
+    ) -> list[SequenceDistance]:
+        """Distances of this rank's sequences from another model: see `sequence_distances`."""
+        trusted = self.job.trust_remote_code
+        return sequence_distances(self.forward, block, shards, reference, trusted)
+
+
+def sequence_likelihoods(
+    forward: Forward,
+    block: int,
+    shards: Sequence[StoredFile] | Mapping[int, StoredFile],
+    targets: Sequence[Sequence[Target]],
+) -> list[list[tuple[float, bool]]]:
+    """Log-likelihood (nats) of each target of each of this rank's sequences, in order, and whether
+    every token of it is the most likely one. `targets`: of all sequences, in order.
+    """
+    with forward.watch("load"):
+        ends = ModelEnds(forward.skeleton, forward.device, head=True)
+    found = []
+    for _, start, hidden_states in forward.own_batches(block, shards, batch_size=1):
+        tokens = forward.tokens()[start][None].to(forward.device)
+        own = []
+        with forward.watch("forward"):
+            logits = ends.logits(tokens, hidden_states)[0]
+            for target in targets[start]:
+                stop = target.position + len(target.tokens)
+                logarithms = nn.functional.log_softmax(
+                    logits[target.position : stop].float(), dim=-1
+                )
+                wanted = torch.tensor(target.tokens, device=forward.device)
+                likely = logarithms.gather(1, wanted[:, None]).double().sum()
+                own.append((float(likely), bool((logarithms.argmax(dim=-1) == wanted).all())))
+        found.append(own)
+    return found
 
 
 def sequence_losses(

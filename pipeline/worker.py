@@ -31,12 +31,7 @@ from pipeline.memory import explaining
 from pipeline.model import Skeleton, open_skeleton
 from pipeline.observe import BlockObserver
 from pipeline.saved_layers import save_layer, saved_layers
-from pipeline.scoring import (
-    Reference,
-    SequenceDistance,
-    sequence_distances,
-    sequence_losses,
-)
+from pipeline.scoring import Scoring
 from pipeline.solvers import SolverSettings, choose_regularization, solver_for
 from pipeline.solvers.types import AUTO
 from pipeline.solving import FEW_TO_CHOOSE, deal_rows, solve_group, split_groups
@@ -58,8 +53,9 @@ from storage.run_directory import RunDirectory
 from storage.uploads import Sending, write_files
 
 
-class BlockWorker:
-    """One rank. `perform` runs a phase by name; the phases are the public methods below it."""
+class BlockWorker(Scoring):
+    """One rank. `perform` runs a phase by name; the phases are the public methods below it, and
+    those of `Scoring`."""
 
     def __init__(self, job: Job, rank: int, world: int) -> None:
         make_deterministic(job.threads)
@@ -286,17 +282,6 @@ class BlockWorker:
         sending = Sending(self.run.uploads(), records, partial(require_owner, self.job.lock_file))
         with self.watch("io"):
             return write_files(self.skeleton.files, files, place(folder), replacement, sending)
-
-    def losses(self, block: int, shards: list[StoredFile]) -> list[float]:
-        """The losses of this rank's sequences: see `sequence_losses`."""
-        return sequence_losses(self.forward, block, shards)
-
-    def distances(
-        self, block: int, shards: list[StoredFile], reference: Reference
-    ) -> list[SequenceDistance]:
-        """Distances of this rank's sequences from another model: see `sequence_distances`."""
-        trusted = self.job.trust_remote_code
-        return sequence_distances(self.forward, block, shards, reference, trusted)
 
     def scratch(self, what: str, *arguments: Any) -> Any:
         """Does something with this node's scratch: a method of `pipeline.scratch.Scratch`."""

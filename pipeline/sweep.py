@@ -51,6 +51,10 @@ from storage.object_store import Place
 from storage.run_directory import SCRATCH_PREFIX, RunDirectory, differences
 
 SWEEP_SCHEMA = 1
+_LOCAL_NOTE = (
+    "With the local executor all runs are in one process, and peaks of memory are since its start: "
+    "a run's is its own only where it is above those before."
+)
 Executors = Callable[[RuntimeConfig], Callable[[], Executor]]
 
 
@@ -326,6 +330,8 @@ def _written(wanted: Sweep, lock: RunLock, *, plots: bool = False) -> tuple[Tabl
     path = wanted.folder / "dense.json"
     dense = read_json(path, SWEEP_SCHEMA) if path.exists() else {}
     table = with_dense(comparison(list(figures.values())), dense)
+    if any(config.executor == "local" for config in wanted.configs):
+        table = replace(table, notes=(*table.notes, _LOCAL_NOTE))
     files = write_table(wanted.folder, "sweep", table, lock.assert_held)
     if plots and done:
         drawn = panels(wanted.points, figures, dense)

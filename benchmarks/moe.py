@@ -121,7 +121,8 @@ def memory(folder: Path, text: Path, experts: int, limit: str | None) -> dict[st
     """Peak of one process that prunes a random model with so many experts."""
     model = folder / f"random-{experts}"
     if not model.exists():
-        tiny(experts, hidden_size=512, intermediate_size=512).save_pretrained(model)
+        wide = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 1}
+        tiny(experts, **wide).save_pretrained(model)
         byte_tokenizer().save_pretrained(model)
     output = folder / "memory-out"
     shutil.rmtree(output, ignore_errors=True)

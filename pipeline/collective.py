@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from pipeline.statistics import Sums
+from pipeline.statistics import Sums, stays_kept
 from storage.errors import WorkerLostError
 
 # Bytes exchanged at once: bounds the buffers to about three times this.
@@ -101,13 +101,26 @@ class Collective:
 
     def sum_statistics(self, own: Sums) -> Sums:
         """The sum of all ranks' sums of one group; `own`'s tensors are overwritten."""
-        counts = torch.tensor([own.tokens, own.sequences], dtype=torch.int64)
+        # A row for each rank: tokens, sequences, and whether it has kept its inputs.
+        counts = torch.zeros(self.world, 3, dtype=torch.int64)
+        counts[self.rank] = torch.tensor([own.tokens, own.sequences, own.inputs is not None])
         if self.backend == "nccl":
             counts = counts.to(torch.device("cuda"))
         try:
             dist.all_reduce(counts)  # integers: exact in any order
         except RuntimeError as error:
             raise WorkerLostError(f"rank {self.rank} lost a peer while summing: {error}") from error
+        counts = counts.cpu()
+        tokens, sequences, _ = counts.sum(dim=0).tolist()
+        if stays_kept(own.columns, tokens, counts[:, 2].bool().tolist()):
+            before = int(counts[: self.rank, 0].sum())
+            inputs = own.diagonal.new_zeros(tokens, own.columns, dtype=torch.float32)
+            inputs[before : before + own.tokens] = own.kept()
+            # Zeros are added to each row: the rows come out as they are, in rank order.
+            self.sum(inputs)
+            return dataclasses.replace(own, tokens=tokens, sequences=sequences, inputs=[inputs])
+        if own.inputs is not None:
+            own.spill()
         for tensor in own.tensors():
             self.sum(tensor)
-        return dataclasses.replace(own, tokens=int(counts[0]), sequences=int(counts[1]))
+        return dataclasses.replace(own, tokens=tokens, sequences=sequences)

@@ -68,9 +68,10 @@ def fallback(settings: SolverSettings, statistics: Statistics, least: int) -> Fa
     simple = SolverSettings(method=method, pattern=settings.pattern, refine="none").resolved()
     if not statistics.tokens:
         diagonal = torch.ones_like(diagonal_of(statistics))
-        alike = replace(statistics, tokens=1, sequences=1, diagonal=diagonal, hessian=None)
+        alike = Statistics(columns=statistics.columns, tokens=1, sequences=1, diagonal=diagonal)
         return Fallback(simple, alike, "largest weights kept: no calibration token")
-    own = replace(statistics, diagonal=diagonal_of(statistics).clone(), hessian=None)
+    diagonal = diagonal_of(statistics).clone()
+    own = replace(statistics, diagonal=diagonal, hessian=None, inputs=None)
     asked += "" if settings.refine == "none" else f" with {settings.refine}"
     note = f"{method} instead of {asked}: fewer than {least} calibration tokens"
     return Fallback(simple, own, note)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.capture import BlockCall, LayerGroup
@@ -15,6 +16,23 @@ from pipeline.statistics import FoldedSums, GroupAccumulator
 
 class _Observed(Exception):
     """Leaves the block's forward once the last group's input has been seen."""
+
+
+def accumulators(
+    module: nn.Module,
+    groups: Iterable[LayerGroup],
+    needs: Mapping[LayerGroup, str],
+    device: torch.device,
+    boundary: int | None,
+) -> dict[LayerGroup, GroupAccumulator]:
+    """Empty sums for groups of a block's layers; an expert's inputs are kept while they are few."""
+    return {
+        group: GroupAccumulator(
+            *(group.columns, needs[group], device, boundary),
+            keep=expert_of(module, group.name) is not None,
+        )
+        for group in groups
+    }
 
 
 class BlockObserver:

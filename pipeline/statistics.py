@@ -11,6 +11,7 @@ statistics, and all that follows from them, are those of the calibration, not of
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.solvers.regularize import joined
 from pipeline.solvers.types import Statistics
 
 # Dtypes whose products are exact in TF32's 10-bit mantissa, and so in its fp32 sums.
@@ -33,7 +35,9 @@ class Sums:
 
     columns: C. diagonal: (C,), empty where there is a matrix. matrix: of each of `panels`, the
     columns `start:stop` of the upper triangle, (stop, stop - start) in one flat tensor, panel
-    after panel; empty where the solver asks for the diagonal only.
+    after panel; empty where the solver asks for the diagonal only. inputs: in place of the matrix,
+    while they are fewer than C, an expert's inputs themselves, a tensor (n, C) for each batch in
+    order; None where there is a matrix.
     """
 
     columns: int
@@ -41,6 +45,7 @@ class Sums:
     sequences: int
     diagonal: Tensor
     matrix: Tensor
+    inputs: list[Tensor] | None = None
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """What is summed over ranks."""
@@ -49,12 +54,48 @@ class Sums:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.nbytes for tensor in self.tensors())
+        return sum(tensor.nbytes for tensor in (*self.tensors(), *(self.inputs or ())))
+
+    def add(self, x_TC: Tensor) -> None:
+        """Adds inputs (tokens, C) of any float dtype, all of them of one batch."""
+        self.tokens += x_TC.shape[0]
+        if self.inputs is not None:
+            self.inputs.append(x_TC.clone())
+            if self.tokens >= self.columns:
+                self.spill()
+        else:
+            self._multiply(x_TC)
+
+    def spill(self) -> None:
+        """Makes the matrix of inputs that were kept: the bytes that it would have had all along."""
+        kept, self.inputs = self.inputs or [], None
+        self.matrix = self.matrix.new_zeros(_matrix_entries(self.columns))
+        for x_TC in kept:
+            self._multiply(x_TC)
+
+    def kept(self) -> Tensor:
+        """The inputs that were kept, (tokens, C) fp32."""
+        parts = [x_TC.float() for x_TC in self.inputs or ()]
+        return torch.cat([self.diagonal.new_empty(0, self.columns, dtype=torch.float32), *parts])
+
+    def _multiply(self, x_TC: Tensor) -> None:
+        exact = x_TC.dtype in _EXACT_IN_TF32
+        x_TC = x_TC.to(torch.float32)
+        if not self.matrix.numel():
+            self.diagonal += x_TC.square().sum(dim=0)
+            return
+        with _tf32(exact and x_TC.is_cuda):
+            for (start, stop), panel in panels_of(self.matrix, self.columns):
+                # Columns start:stop of the upper triangle: the mirrored half is never computed.
+                _add_in_strips(panel, x_TC[:, :stop].T @ x_TC[:, start:stop])
 
     def statistics(self) -> Statistics:
         """The sums in fp32, the matrix whole."""
+        inputs = None if self.inputs is None else self.kept()
         hessian, diagonal = None, self.diagonal.float()
-        if self.matrix.numel():
+        if inputs is not None:
+            diagonal = inputs.square().sum(dim=0)
+        elif self.matrix.numel():
             hessian = self._whole()
             diagonal = hessian.diagonal().clone()
         return Statistics(
@@ -63,6 +104,7 @@ class Sums:
             sequences=self.sequences,
             diagonal=diagonal,
             hessian=hessian,
+            inputs=inputs,
         )
 
     def _whole(self) -> Tensor:
@@ -77,30 +119,23 @@ class Accumulator:
     """Adds up the inputs of one group of layers on `device`.
 
     `needs` is what the solver asks for: "diagonal" keeps a vector (C,), "full" a matrix of which
-    only the upper triangle of panels is summed. Products are fp32.
+    only the upper triangle of panels is summed. Products are fp32. keep: whether the inputs stand
+    for the matrix while they are fewer than C.
     """
 
-    def __init__(self, columns: int, needs: str, device: torch.device) -> None:
+    def __init__(self, columns: int, needs: str, device: torch.device, keep: bool = False) -> None:
         self.columns = columns
         full = needs == "full"
-        shapes = (0 if full else columns), (_matrix_entries(columns) if full else 0)
+        keep = keep and full
+        entries = _matrix_entries(columns) if full and not keep else 0
+        shapes = (0 if full else columns), entries
         diagonal, matrix = (torch.zeros(n, dtype=torch.float64, device=device) for n in shapes)
-        self.sums = Sums(columns, 0, 0, diagonal, matrix)
+        self.sums = Sums(columns, 0, 0, diagonal, matrix, [] if keep else None)
 
     def add(self, inputs: Tensor, sequences: int) -> None:
         """Adds `inputs` (..., C), any float dtype, that come from `sequences` sequences."""
-        x_TC, sums = inputs.reshape(-1, self.columns), self.sums
-        sums.tokens += x_TC.shape[0]
-        sums.sequences += sequences
-        exact = x_TC.dtype in _EXACT_IN_TF32
-        x_TC = x_TC.to(torch.float32)
-        if not sums.matrix.numel():
-            sums.diagonal += x_TC.square().sum(dim=0)
-            return
-        with _tf32(exact and x_TC.is_cuda):
-            for (start, stop), panel in panels_of(sums.matrix, self.columns):
-                # Columns start:stop of the upper triangle: the mirrored half is never computed.
-                _add_in_strips(panel, x_TC[:, :stop].T @ x_TC[:, start:stop])
+        self.sums.sequences += sequences
+        self.sums.add(inputs.reshape(-1, self.columns))
 
     def statistics(self) -> Statistics:
         """The sums so far."""
@@ -124,14 +159,19 @@ class GroupAccumulator:
     """A group's running sums: one `Accumulator`, or two for the halves of the sequences.
 
     `boundary` is the number of the first sequence of the second half; None for one sum. Which half
-    a sequence is in depends on its number alone, so not on the ranks.
+    a sequence is in depends on its number alone, so not on the ranks. `keep` as for `Accumulator`.
     """
 
     def __init__(
-        self, columns: int, needs: str, device: torch.device, boundary: int | None
+        self,
+        columns: int,
+        needs: str,
+        device: torch.device,
+        boundary: int | None,
+        keep: bool = False,
     ) -> None:
         folds = 1 if boundary is None else 2
-        self.folds = [Accumulator(columns, needs, device) for _ in range(folds)]
+        self.folds = [Accumulator(columns, needs, device, keep) for _ in range(folds)]
         self._columns, self._boundary = columns, boundary
         self._start, self._size, self._length = 0, 1, 1
 
@@ -169,18 +209,7 @@ def merged(folds: FoldedStatistics) -> Statistics | None:
     """The statistics of all sequences; None where none were kept."""
     if len(folds) < 2:
         return folds[0] if folds else None
-    first, second = folds
-    return Statistics(
-        columns=first.columns,
-        tokens=first.tokens + second.tokens,
-        sequences=first.sequences + second.sequences,
-        diagonal=_added(first.diagonal, second.diagonal),
-        hessian=_added(first.hessian, second.hessian),
-    )
-
-
-def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return None if one is None or other is None else one + other
+    return joined(*folds)
 
 
 def statistics_bytes(columns: int, needs: str) -> int:
@@ -210,17 +239,35 @@ def panels(columns: int) -> list[tuple[int, int]]:
 def add_in_rank_order(parts: Sequence[Sums]) -> Sums:
     """The sum of the ranks' sums, added in rank order; the parts are left as they are."""
     first = parts[0]
+    tokens = sum(part.tokens for part in parts)
+    parts = [dataclasses.replace(part) for part in parts]
+    if stays_kept(first.columns, tokens, [part.inputs is not None for part in parts]):
+        inputs = [x_TC for part in parts for x_TC in part.inputs or ()]
+        sequences = sum(part.sequences for part in parts)
+        return Sums(first.columns, tokens, sequences, *first.tensors(), inputs)
+    for part in parts:
+        if part.inputs is not None:
+            part.spill()
+    first = parts[0]
     diagonal, matrix = (tensor.clone() for tensor in first.tensors())
     for part in parts[1:]:
         diagonal += part.diagonal
         matrix += part.matrix
     return Sums(
         columns=first.columns,
-        tokens=sum(part.tokens for part in parts),
+        tokens=tokens,
         sequences=sum(part.sequences for part in parts),
         diagonal=diagonal,
         matrix=matrix,
     )
+
+
+def stays_kept(columns: int, tokens: int, kept: Sequence[bool]) -> bool:
+    """Whether the ranks' inputs are put together as they are, and not as products.
+
+    tokens: of all ranks; kept: of each rank, whether it has kept its own.
+    """
+    return all(kept) and tokens < columns
 
 
 @contextmanager

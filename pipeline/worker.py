@@ -29,7 +29,7 @@ from pipeline.manifest import expect_source
 from pipeline.measure import Stopwatch, peak_memory
 from pipeline.memory import explaining
 from pipeline.model import Skeleton, open_skeleton
-from pipeline.observe import BlockObserver
+from pipeline.observe import BlockObserver, accumulators
 from pipeline.saved_layers import save_layer, saved_layers
 from pipeline.scoring import Scoring
 from pipeline.solvers import SolverSettings, choose_regularization, solver_for
@@ -39,7 +39,6 @@ from pipeline.split import deal, turns
 from pipeline.statistics import (
     FoldedStatistics,
     FoldedSums,
-    GroupAccumulator,
     merged,
     statistics_bytes,
 )
@@ -322,10 +321,7 @@ class BlockWorker(Scoring):
         self._turn, self._observed = tuple(in_turns[turn]), Observed(groups, len(in_turns))
         # Two halves of the sequences, where a choice is made on the one for the other.
         boundary = self.job.nsamples // 2 if folds == 2 else None
-        sums = {
-            group: GroupAccumulator(group.columns, needs[group], self.device, boundary)
-            for group in self._turn
-        }
+        sums = accumulators(module, self._turn, needs, self.device, boundary)
         return BlockObserver(module, sums, partial(self.forward.call, block), self.watch)
 
     def _needs(self, block: int, group: LayerGroup) -> str:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import collective
 from pipeline.collective import Collective, host_meeting
-from pipeline.statistics import Sums, add_in_rank_order
+from pipeline.statistics import Accumulator, Sums, add_in_rank_order
 from storage.errors import WorkerLostError
 from tests.processes import CONTEXT
 
@@ -35,6 +35,19 @@ def own_sums(rank: int, columns: int, needs: str) -> Sums:
     full = needs == "full"
     diagonal, matrix = values(0 if full else columns), values(columns**2 if full else 0)
     return Sums(columns, 100 + rank, 1 + rank, diagonal, matrix)
+
+
+def kept_sums(rank: int, columns: int) -> Sums:
+    """What `rank` brings of an expert: `rank` inputs, in a batch each, kept as they are."""
+    found = Accumulator(columns, "full", torch.device("cpu"), keep=True)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(rank):
+        found.add(torch.randn(1, columns, generator=generator), 1)
+    return found.sums
+
+
+# Columns of experts whose three inputs, of all ranks, are kept (4) and are not (3).
+KEPT = (4, 3)
 
 
 def join(rank: int, ports: Any, timeout: float) -> Collective:
@@ -60,6 +73,11 @@ def sum_and_save(rank: int, ports: Any, folder: Path, chunk: int) -> None:
         tensors["sent"] = torch.tensor([group.sent])
         group.sent = 0
         save_file(tensors, folder / f"{needs}-{rank}.safetensors")
+    for columns in KEPT:
+        total = group.sum_statistics(kept_sums(rank, columns))
+        tensors = {"counts": torch.tensor([total.tokens, total.sequences]), "matrix": total.matrix}
+        tensors["inputs"] = total.kept()
+        save_file(tensors, folder / f"kept-{columns}-{rank}.safetensors")
     group.close()
 
 
@@ -112,6 +130,14 @@ def test_bytes_are_those_of_adding_in_rank_order(tmp_path: Path, start: Start, c
             assert size >= 8 * (columns**2 if needs == "full" else columns)
             least = 2 * (WORLD - 1) * size // WORLD
             assert least <= int(found["sent"]) <= least + 16 * WORLD * chunks
+    for columns in KEPT:
+        expected = add_in_rank_order([kept_sums(rank, columns) for rank in range(WORLD)])
+        assert (expected.inputs is not None) == (columns == 4)
+        for rank in range(WORLD):
+            found = load_file(tmp_path / f"kept-{columns}-{rank}.safetensors")
+            assert found["counts"].tolist() == [3, 3]
+            assert torch.equal(found["inputs"], expected.kept())
+            assert torch.equal(found["matrix"], expected.matrix)
 
 
 @pytest.mark.parametrize("victim", [0, 2])

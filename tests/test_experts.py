@@ -254,7 +254,7 @@ def test_the_expert_of_a_layer() -> None:
 
 def statistics(count: int) -> Statistics:
     inputs = torch.randn(count, 8, generator=torch.Generator().manual_seed(0))
-    return Statistics(columns=8, tokens=count, sequences=min(count, 1), hessian=inputs.T @ inputs)
+    return Statistics(columns=8, tokens=count, sequences=min(count, 1), inputs=inputs)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +280,7 @@ def test_the_rule_for_few_tokens(
         assert found.settings.method in ("wanda", "magnitude")
         assert found.settings.refine == "none"
         assert found.statistics.hessian is None
+        assert found.statistics.inputs is None
         assert found.statistics.diagonal is not None
         assert bool((found.statistics.diagonal > 0).all())
 

@@ -155,3 +155,45 @@ def test_statistics_do_not_depend_on_who_summed_what(columns: int, needs: str) -
 def test_what_is_held_is_what_is_planned() -> None:
     for columns, needs in ((32, "full"), (600, "full"), (600, "diagonal")):
         assert Accumulator(columns, needs, CPU).sums.nbytes == statistics_bytes(columns, needs)
+
+
+@pytest.mark.parametrize("batches", [[3, 5], [3, 5, 20], [40], [31], [32], []])
+def test_an_experts_inputs_stand_for_the_matrix_while_they_are_few(batches: list[int]) -> None:
+    """Fewer than C: they are kept. From then on the matrix is that of one summed all along."""
+    generator = torch.Generator().manual_seed(0)
+    plain, kept = (Accumulator(32, "full", CPU, keep) for keep in (False, True))
+    for size in batches:
+        inputs = torch.randn(size, 32, generator=generator)
+        plain.add(inputs, 1)
+        kept.add(inputs, 1)
+    expected, found = plain.statistics(), kept.statistics()
+    assert (found.tokens, found.sequences) == (expected.tokens, expected.sequences)
+    if sum(batches) < 32:
+        assert found.hessian is None
+        assert found.inputs is not None
+        assert found.inputs.shape == (sum(batches), 32)
+        assert kept.sums.nbytes == 4 * 32 * sum(batches)
+        assert torch.allclose(found.inputs.T @ found.inputs, expected.hessian, atol=1e-4)
+        kept.sums.spill()
+        found = kept.statistics()
+    assert found.inputs is None
+    assert torch.equal(found.hessian, expected.hessian)
+
+
+@pytest.mark.parametrize("sizes", [(3, 4, 5), (10, 0, 21), (10, 12, 10), (40, 1, 2), (0, 0, 0)])
+def test_ranks_inputs_are_put_together_or_summed(sizes: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ranks = [(Accumulator(32, "full", CPU), Accumulator(32, "full", CPU, True)) for _ in sizes]
+    for size, both in zip(sizes, ranks, strict=True):
+        inputs = torch.randn(size, 32, generator=generator)
+        for accumulator in both if size else ():
+            accumulator.add(inputs, 1)
+    expected = add_in_rank_order([plain.sums for plain, _ in ranks]).statistics()
+    total = add_in_rank_order([kept.sums for _, kept in ranks])
+    assert (total.inputs is not None) == (sum(sizes) < 32)
+    if total.inputs is not None:
+        assert torch.equal(total.kept(), torch.cat([kept.sums.kept() for _, kept in ranks]))
+        total.spill()
+    found = total.statistics()
+    assert torch.allclose(found.hessian, expected.hessian, rtol=1e-6, atol=1e-6)
+    assert (found.tokens, found.sequences) == (expected.tokens, expected.sequences)

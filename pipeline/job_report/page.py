@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from pipeline.job_report.advice import advise
-from pipeline.job_report.facts import Facts, distinct, kind_table, share
+from pipeline.job_report.facts import Facts, kind_table, share
 from pipeline.job_report.plots import (
     error_by_depth,
     error_by_kind,
@@ -18,6 +18,7 @@ from pipeline.job_report.plots import (
     workers_timeline,
 )
 from pipeline.job_report.template import TEMPLATE
+from pipeline.solvers.pattern import Pattern
 from pipeline.units import size
 from pipeline.version import VERSION
 
@@ -83,8 +84,7 @@ def _skipped(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _title(facts: Facts) -> str:
-    patterns = " and ".join(distinct(facts.layers, "pattern"))
-    return f"{facts.results['source']}, pruned to {patterns}"
+    return f"{facts.results['source']}, pruned to {facts.solver['pattern']}"
 
 
 def _figure(image: str, caption: str) -> dict[str, str]:
@@ -93,16 +93,20 @@ def _figure(image: str, caption: str) -> dict[str, str]:
 
 def _result_in_words(facts: Facts) -> list[str]:
     """What came out, for someone who knows neither the job nor the method."""
-    layers = facts.layers
+    layers, pattern = facts.layers, str(facts.solver["pattern"])
     weights = sum(layer["rows"] * layer["columns"] for layer in layers)
     errors = [float(layer["relative_error"]) for layer in layers]
-    zeros = " or ".join(map(_zeros, distinct(layers, "pattern")))
-    methods = " and ".join(distinct(layers, "method"))
+    kind, _, part = pattern.partition(":")
+    zeros = (
+        f"{100 * float(part):g} % of the weights in each layer are now zero"
+        if kind == "unstructured"
+        else f"of every {part} neighbouring weights at most {kind} are not zero"
+    )
     worst = max(layers, key=lambda layer: float(layer["relative_error"]))
     first = (
         f"{len(layers)} linear layers in {len(facts.summary['blocks'])} blocks, with {weights:,} "
-        f"weights, were pruned by {methods}: {zeros}. Everything else in the model is unchanged. "
-        "On the calibration text the outputs of the pruned layers change "
+        f"weights, were pruned by the method {facts.solver['method']}: {zeros}. Everything else in "
+        "the model is unchanged. On the calibration text the outputs of the pruned layers change "
         f"by {median(errors):.2g} % of their energy (the median layer), and by {max(errors):.2g} % "
         f"in the worst, {worst['name']}."
     )
@@ -116,13 +120,6 @@ def _result_in_words(facts: Facts) -> list[str]:
         f"Its perplexity on {measured['dataset']} is {measured['perplexity']:,.2f} "
         f"({measured['tokens']:,} tokens; lower is better).{before}",
     ]
-
-
-def _zeros(pattern: str) -> str:
-    kind, _, part = pattern.partition(":")
-    if kind == "unstructured":
-        return f"{100 * float(part):g} % of the weights in each layer are now zero"
-    return f"of every {part} neighbouring weights at most {kind} are not zero"
 
 
 def _job_in_words(facts: Facts) -> str:
@@ -208,10 +205,11 @@ def _mask(facts: Facts) -> dict[str, Any]:
     kept = sum(layer["kept"] for layer in layers)
     weights = sum(layer["weights"] for layer in layers)
     too = sum(layer["magnitude_too"] for layer in layers)
+    pattern = Pattern.parse(str(facts.solver["pattern"]))
     groups = any(layer["groups"] for layer in layers)
     return {
         "mask": _figure(
-            masks(layers),
+            masks(layers, pattern.keep if groups else 0),
             "Left: the share of the kept weights that magnitude would have kept too."
             + (" Right: which positions the groups keep (■)." if groups else ""),
         ),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.solvers.objective import objective
 from pipeline.solvers.prox_admm import ProxAdmmSolver
-from pipeline.solvers.regularize import estimate
+from pipeline.solvers.regularize import estimate, joined
 from pipeline.solvers.types import SolverSettings, Statistics, percentage
 from pipeline.solvers.wanda import WandaSolver
 
@@ -87,7 +87,7 @@ def choose_regularization(
     best = min(trials, key=lambda trial: trial.relative_error)
     if best is trials[0]:
         return RegularizationChoice(0.0, 1.0, tuple(trials))
-    damping, shrinkage = estimate(_sum(halves))
+    damping, shrinkage = estimate(joined(*halves))
     return RegularizationChoice(
         best.damping_factor * damping, min(best.shrinkage_factor * shrinkage, 1.0), tuple(trials)
     )
@@ -121,18 +121,4 @@ def _trial_settings(settings: SolverSettings, damping: float, shrinkage: float) 
         admm_first_iterations=_TRIAL_ITERATIONS,
         admm_rho=1.0,
         admm_lambda_growth=(end / settings.admm_lambda) ** (1 / _TRIAL_ITERATIONS),
-    )
-
-
-def _sum(halves: tuple[Statistics, Statistics]) -> Statistics:
-    """The whole of two halves. One C x C beside them."""
-    first, second = halves
-    return replace(
-        first,
-        tokens=first.tokens + second.tokens,
-        sequences=first.sequences + second.sequences,
-        diagonal=None,
-        hessian=None
-        if first.hessian is None or second.hessian is None
-        else first.hessian + second.hessian,
     )

@@ -173,6 +173,26 @@ def diagonal_of(statistics: Statistics | None) -> Tensor:
     return statistics.diagonal
 
 
+def joined(first: Statistics, second: Statistics) -> Statistics:
+    """The statistics of two sets of sequences together: one C x C beside theirs, if any."""
+    tokens = first.tokens + second.tokens
+    hessian = diagonal = inputs = None
+    if first.inputs is not None and second.inputs is not None and tokens < first.columns:
+        inputs = torch.cat([first.inputs, second.inputs])
+    elif first.full and second.full:
+        hessian = require_hessian(first) + require_hessian(second)
+    if first.diagonal is not None and second.diagonal is not None:
+        diagonal = first.diagonal + second.diagonal
+    return Statistics(
+        columns=first.columns,
+        tokens=tokens,
+        sequences=first.sequences + second.sequences,
+        diagonal=diagonal,
+        hessian=hessian,
+        inputs=inputs,
+    )
+
+
 def moments(statistics: Statistics, rows: slice) -> Tensor:
     """Rows of the full statistic, (len(rows), C) fp32."""
     if statistics.inputs is not None:

@@ -281,6 +281,17 @@ def test_other_jobs_have_reports_too(
         assert "would have kept 100.0 % of them too" in found.text
 
 
+def test_layers_with_patterns_and_methods_of_their_own(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One kind has another pattern than the rest, and one has two."""
+    overrides = "*.o_proj=wanda,4:8; *.0.mlp.up_proj=4:8"
+    result = prune_here(tiny_model("llama"), tmp_path / "out", override=overrides, no_report=False)
+    text = " ".join(Page(result.run_directory / "report" / "report.html").text.split())
+    assert "pruned to 2:4 and 4:8" in text
+    assert "were pruned by prox_admm and wanda: of every 4 neighbouring weights at most 2" in text
+
+
 class Losing(LocalExecutor):
     """Loses its workers once, in the second block."""
 

@@ -27,6 +27,7 @@ def layer(block: int, kind: str = "mlp.up_proj", error: float = 2.0, **more: Any
         "columns": 64,
         "relative_error": error,
         "method": "prox_admm",
+        "pattern": "2:4",
         "statistic": "full",
         "support_change": 0.0,
         "deviations": [],
@@ -127,11 +128,15 @@ def test_layers_of_a_kind_together() -> None:
     (row,) = table
     assert (row["count"], row["median"], row["worst"], row["worst_block"]) == (3, 2.0, 6.0, 6)
     assert row["magnitude_share"] == 0.5
-    assert row["groups"] == {"0011": 1536, "1100": 1536}
+    assert (row["pattern"], row["groups"]) == ("2:4", {"0011": 1536, "1100": 1536})
+    other = layer(7, pattern="4:8", groups={"11110000": 512})
+    (row,) = kind_table([layer(1), other])
+    assert (row["pattern"], row["groups"], row["magnitude_share"]) == (None, {}, 0.5)
 
 
 def test_rows_of_blocks_whose_masks_were_not_counted() -> None:
     entry = {"name": "a.0.fc1", "block": 0, "layer": "fc1", "shape": [2, 4], "relative_error": 1.0}
+    entry |= {"pattern": "2:4"}
     (row,) = layer_rows({"blocks": [{"block": 0}]}, {"layers": [entry]})
     assert (row["rows"], row["columns"], row["kept"], row["magnitude_share"]) == (2, 4, None, None)
     assert kind_table([row])[0]["magnitude_share"] is None

@@ -74,6 +74,11 @@ def share(part: int | None, whole: int | None) -> float | None:
     return None if part is None or not whole else part / whole
 
 
+def distinct(layers: Iterable[Mapping[str, Any]], key: str) -> list[Any]:
+    """The values that the layers have under `key`, each once, in model order."""
+    return list(dict.fromkeys(layer[key] for layer in layers))
+
+
 def by_kind(layers: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """The layers of each kind, both in model order."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
@@ -86,12 +91,14 @@ def kind_table(layers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Per kind of layer: how many, shapes, median and worst relative error, and the mask's shares.
 
     Errors in per cent. `magnitude_share` is of all kept weights of the kind together, None where
-    it is not known of each layer.
+    it is not known of each layer. `pattern` and `groups` are None and empty where the layers of
+    the kind have several patterns (`--override`).
     """
     table = []
     for kind, members in by_kind(layers).items():
         worst = max(members, key=lambda layer: float(layer["relative_error"]))
         known = all(layer["kept"] is not None for layer in members)
+        patterns = distinct(members, "pattern")
         table.append(
             {
                 "kind": kind,
@@ -104,7 +111,10 @@ def kind_table(layers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     sum(layer["magnitude_too"] for layer in members) if known else None,
                     sum(layer["kept"] for layer in members) if known else None,
                 ),
-                "groups": merged_groups(layer["groups"] for layer in members) if known else {},
+                "pattern": patterns[0] if len(patterns) == 1 else None,
+                "groups": merged_groups(layer["groups"] for layer in members)
+                if known and len(patterns) == 1
+                else {},
             }
         )
     return table

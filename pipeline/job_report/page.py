@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from pipeline.job_report.advice import advise
-from pipeline.job_report.facts import Facts, kind_table, share
+from pipeline.job_report.facts import Facts, distinct, kind_table, share
 from pipeline.job_report.plots import (
     error_by_depth,
     error_by_kind,
@@ -18,7 +18,6 @@ from pipeline.job_report.plots import (
     workers_timeline,
 )
 from pipeline.job_report.template import TEMPLATE
-from pipeline.solvers.pattern import Pattern
 from pipeline.units import size
 from pipeline.version import VERSION
 
@@ -84,7 +83,8 @@ def _skipped(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _title(facts: Facts) -> str:
-    return f"{facts.results['source']}, pruned to {facts.solver['pattern']}"
+    patterns = " and ".join(distinct(facts.layers, "pattern"))
+    return f"{facts.results['source']}, pruned to {patterns}"
 
 
 def _figure(image: str, caption: str) -> dict[str, str]:
@@ -93,20 +93,16 @@ def _figure(image: str, caption: str) -> dict[str, str]:
 
 def _result_in_words(facts: Facts) -> list[str]:
     """What came out, for someone who knows neither the job nor the method."""
-    layers, pattern = facts.layers, str(facts.solver["pattern"])
+    layers = facts.layers
     weights = sum(layer["rows"] * layer["columns"] for layer in layers)
     errors = [float(layer["relative_error"]) for layer in layers]
-    kind, _, part = pattern.partition(":")
-    zeros = (
-        f"{100 * float(part):g} % of the weights in each layer are now zero"
-        if kind == "unstructured"
-        else f"of every {part} neighbouring weights at most {kind} are not zero"
-    )
+    zeros = " or ".join(map(_zeros, distinct(layers, "pattern")))
+    methods = " and ".join(distinct(layers, "method"))
     worst = max(layers, key=lambda layer: float(layer["relative_error"]))
     first = (
         f"{len(layers)} linear layers in {len(facts.summary['blocks'])} blocks, with {weights:,} "
-        f"weights, were pruned by the method {facts.solver['method']}: {zeros}. Everything else in "
-        "the model is unchanged. On the calibration text the outputs of the pruned layers change "
+        f"weights, were pruned by {methods}: {zeros}. Everything else in the model is unchanged. "
+        "On the calibration text the outputs of the pruned layers change "
         f"by {median(errors):.2g} % of their energy (the median layer), and by {max(errors):.2g} % "
         f"in the worst, {worst['name']}."
     )
@@ -120,6 +116,13 @@ def _result_in_words(facts: Facts) -> list[str]:
         f"Its perplexity on {measured['dataset']} is {measured['perplexity']:,.2f} "
         f"({measured['tokens']:,} tokens; lower is better).{before}",
     ]
+
+
+def _zeros(pattern: str) -> str:
+    kind, _, part = pattern.partition(":")
+    if kind == "unstructured":
+        return f"{100 * float(part):g} % of the weights in each layer are now zero"
+    return f"of every {part} neighbouring weights at most {kind} are not zero"
 
 
 def _job_in_words(facts: Facts) -> str:
@@ -205,11 +208,10 @@ def _mask(facts: Facts) -> dict[str, Any]:
     kept = sum(layer["kept"] for layer in layers)
     weights = sum(layer["weights"] for layer in layers)
     too = sum(layer["magnitude_too"] for layer in layers)
-    pattern = Pattern.parse(str(facts.solver["pattern"]))
     groups = any(layer["groups"] for layer in layers)
     return {
         "mask": _figure(
-            masks(layers, pattern.keep if groups else 0),
+            masks(layers),
             "Left: the share of the kept weights that magnitude would have kept too."
             + (" Right: which positions the groups keep (■)." if groups else ""),
         ),

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 from pipeline.job_report.facts import by_kind, kind_table, positions_kept, without_pauses
+from pipeline.solvers.pattern import Pattern
 from pipeline.units import duration
 
 # Okabe and Ito's colours, which the colour-blind tell apart, and more for models of many kinds.
@@ -239,15 +240,15 @@ def _bars(
     return bars
 
 
-def masks(layers: Sequence[Mapping[str, Any]], keep: int) -> str:
+def masks(layers: Sequence[Mapping[str, Any]]) -> str:
     """Left: the share of kept weights that magnitude would keep too. Right: positions in groups.
 
-    keep: N of an N:M pattern; 0 for an unstructured one, which has no groups.
+    The right one is of the kinds of layers that have groups: unstructured ones have none.
     """
-    table = kind_table(layers)
+    table = [entry for entry in kind_table(layers) if entry["groups"]]
 
     def draw(figure: Figure) -> None:
-        wide = 0.44 if keep else 0.9
+        wide = 0.44 if table else 0.9
         shares = figure.add_axes((0.07, 0.14, wide - 0.07, 0.78))
         for number, (_, members) in enumerate(by_kind(layers).items()):
             at = [layer["block"] for layer in members]
@@ -260,14 +261,17 @@ def masks(layers: Sequence[Mapping[str, Any]], keep: int) -> str:
         shares.xaxis.set_major_locator(MaxNLocator(integer=True))
         shares.set_xlabel("block (colours as in the first figure)")
         shares.set_ylabel("% that magnitude keeps too")
-        if keep:
-            _positions(figure.add_axes((0.62, 0.14, 0.24, 0.78)), table, keep)
+        if table:
+            _positions(figure.add_axes((0.62, 0.14, 0.24, 0.78)), table)
 
     return _image(draw, max(3.6, 0.9 + 0.32 * len(table)))
 
 
-def _positions(axes: Axes, table: Sequence[Mapping[str, Any]], keep: int) -> None:
-    shares = [positions_kept(entry["groups"], keep) for entry in table]
+def _positions(axes: Axes, table: Sequence[Mapping[str, Any]]) -> None:
+    keeps = [Pattern.parse(entry["pattern"]).keep for entry in table]
+    shares = [
+        positions_kept(entry["groups"], keep) for entry, keep in zip(table, keeps, strict=True)
+    ]
     names = list(dict.fromkeys(name for own in shares for name in own))
     left = [0.0] * len(table)
     for number, name in enumerate(names):

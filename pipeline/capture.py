@@ -107,7 +107,12 @@ class ModelEnds:
                 if index == 0:
                     first.append(hidden_states)
                 elif getattr(hidden_states, "shape", None) != first[0].shape:
-                    raise _WrongReturn
+                    raise _WrongReturn("a block is not called with what the one before returns")
+                elif hidden_states is not first[0] and not torch.equal(hidden_states, first[0]):
+                    raise ModelError(
+                        f"{type(self.model).__name__} changes the hidden states between blocks "
+                        f"{index - 1} and {index}; this architecture is not supported"
+                    )
                 calls.append(BlockCall(rest, keywords))
                 if index == len(self.blocks) - 1:
                     raise _Captured

@@ -150,3 +150,33 @@ def test_arguments_that_depend_on_the_tokens_are_refused(tmp_path: Path) -> None
     ends = ModelEnds(open_skeleton(tmp_path, dtype=None, trust_remote_code=False), CPU, head=False)
     with pytest.raises(ModelError, match="block 0 of TokenForCausalLM .* depend on the tokens"):
         ends.calls(tokens(2))
+
+
+class BetweenConfig(LlamaConfig):
+    model_type = "prox24-test-between"
+
+
+class BetweenForCausalLM(LlamaForCausalLM):
+    """Does something to the hidden states between two blocks, which no block's call shows."""
+
+    config_class = BetweenConfig
+
+    def __init__(self, config: BetweenConfig) -> None:
+        super().__init__(config)
+        self.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
+
+
+def test_what_is_done_between_blocks_is_refused(tmp_path: Path) -> None:
+    AutoConfig.register(BetweenConfig.model_type, BetweenConfig, exist_ok=True)
+    AutoModelForCausalLM.register(BetweenConfig, BetweenForCausalLM, exist_ok=True)
+    config = BetweenConfig(
+        vocab_size=260,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    BetweenForCausalLM(config).save_pretrained(tmp_path)
+    ends = ModelEnds(open_skeleton(tmp_path, dtype=None, trust_remote_code=False), CPU, head=False)
+    with pytest.raises(ModelError, match="BetweenForCausalLM changes .* between blocks 0 and 1"):
+        ends.calls(tokens(2))

@@ -147,9 +147,16 @@ def test_runs_of_batch_sizes() -> None:
     assert batch_ranges(sizes, sizes) == "1-16"
 
 
-@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@pytest.mark.parametrize(
+    ("architecture", "layers"),
+    # Those of a block; of GPT-2 Conv1D, of Mixtral three of each of eight experts.
+    [("llama", 7), ("opt", 6), ("gpt2", 4), ("mixtral", 4 + 3 * 8)],
+)
 def test_a_whole_model(
-    tiny_model: TinyModel, capsys: pytest.CaptureFixture[str], architecture: str
+    tiny_model: TinyModel,
+    capsys: pytest.CaptureFixture[str],
+    architecture: str,
+    layers: int,
 ) -> None:
     """Blocks run with compressed weights; the two take twice as long as one, then the head."""
     model = tiny_model(architecture, blocks=2)
@@ -171,7 +178,6 @@ def test_a_whole_model(
         tokens = load["sequences"] * load["seqlen"]
         assert load["dense_tokens_per_second"] == pytest.approx(tokens / 3)
         assert load["sparse_tokens_per_second"] == pytest.approx(tokens / 3)
-    layers = {"llama": 7, "opt": 6}[architecture]
     assert len(compressed) == len(found["products"]) + 4 * layers
     # A block that does not fit is said, not tried.
     config = BenchConfig(batch_sizes="4", dtype="bfloat16", seqlen=8)

@@ -14,7 +14,7 @@ from pipeline.solvers import Pattern
 from pipeline.speed.machine import Machine
 from storage.errors import NumericalError, first_line
 
-_PATTERN = Pattern.parse("2:4")
+PATTERN = Pattern.parse("2:4")
 # Both kernels sum in fp32 and round once, in another order: a few units of the last place of the
 # largest output.
 _TOLERATED_ROUNDINGS = 8
@@ -150,7 +150,7 @@ def random_weight(rows: int, columns: int, dtype: torch.dtype, device: torch.dev
     """A Gaussian weight (rows, columns) that obeys 2:4. What is in it does not change its time."""
     generator = torch.Generator(device).manual_seed(rows * columns)
     weight = torch.randn(rows, columns, dtype=dtype, device=device, generator=generator)
-    return weight.mul_(columns**-0.5).masked_fill_(~_PATTERN.keep_mask(weight.abs()), 0)
+    return weight.mul_(columns**-0.5).masked_fill_(~PATTERN.keep_mask(weight.abs()), 0)
 
 
 def check_product(dense: Tensor, sparse: Tensor, where: str) -> None:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pipeline.capture import BlockCall
+from pipeline.linears import linear_layers
 from pipeline.planning.shape import ModelShape
 from pipeline.planning.source import example_block
 from pipeline.speed.machine import Machine
-from pipeline.speed.products import random_weight
+from pipeline.speed.products import PATTERN, random_weight
 from storage.errors import first_line
 from storage.object_store import Place
 
@@ -122,10 +123,22 @@ def _block(
     )
     call, hidden = BlockCall(arguments, keywords), hidden.to(machine.device)
     dense = machine.seconds(lambda: call.run(block, hidden))
-    for group in shape.kinds[kind].groups:
-        for name, rows, columns in group.layers:
-            module = block.get_submodule(name)
-            if isinstance(module, nn.Linear):
-                weight = random_weight(rows, columns, module.weight.dtype, machine.device)
-                module.weight = nn.Parameter(machine.compress(weight), requires_grad=False)
+    compress_layers(block, machine)
     return dense, machine.seconds(lambda: call.run(block, hidden))
+
+
+def compress_layers(block: nn.Module, machine: Machine) -> None:
+    """Gives every layer of a block that is pruned, each expert's too, a compressed 2:4 weight.
+
+    A layer becomes an nn.Linear whatever it was: others multiply by a transposed weight, which has
+    no such product.
+    """
+    for name, (rows, columns) in linear_layers(block).items():
+        if columns % PATTERN.group:
+            continue  # stays dense in a job, too
+        module = block.get_submodule(name)
+        weight = random_weight(rows, columns, module.weight.dtype, machine.device)  # type: ignore[arg-type]
+        linear = nn.Linear(columns, rows, bias=False, device="meta")
+        linear.weight = nn.Parameter(machine.compress(weight), requires_grad=False)
+        linear.bias = module.bias  # type: ignore[assignment]
+        block.set_submodule(name, linear)

@@ -53,5 +53,7 @@ def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
 def unsupported_parameters(block: nn.Module) -> list[str]:
     """Matrices of a block that are no linear layer's weight, and would stay dense unseen."""
     dense = routers(block)
-    known = {id(m.weight) for m in block.modules() if is_linear(m) or id(m) in dense}
+    # A router may be a module around others, without a weight of its own.
+    of_linears = (m for m in block.modules() if is_linear(m) or id(m) in dense)
+    known = {id(getattr(m, "weight", None)) for m in of_linears}
     return [name for name, p in block.named_parameters() if p.dim() >= 2 and id(p) not in known]

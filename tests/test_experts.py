@@ -8,14 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.capture import BlockCall, ModelEnds, find_groups, linear_layers
+from pipeline.capture import BlockCall, ModelEnds, find_groups
 from pipeline.config import PruneConfig
 from pipeline.experts import Experts, expert_of, send_every_token, unstack_experts
 from pipeline.few_tokens import fallback, few_tokens
 from pipeline.keep_mask import KeepMask, masks_of
 from pipeline.layers import select_layers
+from pipeline.linears import linear_layers, unsupported_parameters
 from pipeline.measure import Stopwatch
 from pipeline.model import open_skeleton
 from pipeline.observe import BlockObserver
@@ -93,6 +94,31 @@ def test_routers_are_no_layers(models: dict[str, Path], family: str) -> None:
     assert ("mlp.shared_expert.up_proj" in layers) == (family == "qwen2_moe")
     assert not [name for name in layers if name.endswith("gate")]
     assert select_layers(skeleton, PruneConfig().layer_rules()).skipped == {}
+
+
+def test_a_router_may_be_a_module_around_others(tmp_path: Path) -> None:
+    """Afmoe's has no weight of its own, but a linear layer inside: that stays dense too."""
+    config = AutoConfig.for_model(
+        "afmoe",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_dense_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    skeleton = open_skeleton(tmp_path, dtype=None, trust_remote_code=False)
+    assert unsupported_parameters(skeleton.blocks[1]) == []
+    layers = linear_layers(skeleton.blocks[1])
+    assert "mlp.experts.3.gate_proj" in layers
+    assert not any("router" in name for name in layers)
 
 
 def test_a_missing_expert_is_named(models: dict[str, Path], tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ def expert_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str
     """Weight of each expert's layer -> its name in the weight files.
 
     `model` has `Experts` in place of stacked ones; `stored` are the names in the weight files.
-    Raises `ModelError` where an expert's matrix is not one whole tensor of the files.
+    Raises `ModelError` where an expert's matrix is not one whole tensor of the files, which says in
+    what layout they are.
     """
     experts = {path: m for path, m in model.named_modules() if isinstance(m, Experts)}
     if not experts:
@@ -55,6 +56,11 @@ def expert_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str
         )
         if target in stacked and pattern is not None:
             parts.setdefault(target, []).append((key, pattern))
+        elif target in stacked:
+            raise ModelError(
+                f"the weight files hold {key}, all experts in one tensor; prox24 prunes experts "
+                "that are stored as a tensor for each matrix, as the model was published"
+            )
     for target, sources in parts.items():
         path, _, name = target.rpartition(".")
         converter = copy.deepcopy(by_pattern[sources[0][1]])

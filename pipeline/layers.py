@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pipeline.config import PruneConfig
-from pipeline.linears import linear_layers, unsupported_parameters
+from pipeline.linears import linear_layers, unsupported_parameters, unsupported_reason
 from pipeline.model import Skeleton, check_seqlen
 from pipeline.rules import Choice, LayerRules
 from pipeline.solvers import SolverSettings, solver_for
@@ -71,8 +71,8 @@ def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
         hidden = unsupported_parameters(module)
         if hidden:
             raise ModelError(
-                f"{prefix}{hidden[0]} is a weight matrix outside linear layers, which prox24 "
-                f"cannot prune; {type(skeleton.model).__name__} is not supported"
+                f"{prefix}{unsupported_reason(module, hidden)}; "
+                f"{type(skeleton.model).__name__} is not supported"
             )
         for name, choice in choices_of(skeleton, block, rules).items():
             if choice.reason is None:

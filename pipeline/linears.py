@@ -6,6 +6,7 @@ writing to the source's weight files and modules knows that a Conv1D holds (C, R
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
@@ -57,3 +58,14 @@ def unsupported_parameters(block: nn.Module) -> list[str]:
     of_linears = (m for m in block.modules() if is_linear(m) or id(m) in dense)
     known = {id(getattr(m, "weight", None)) for m in of_linears}
     return [name for name, p in block.named_parameters() if p.dim() >= 2 and id(p) not in known]
+
+
+def unsupported_reason(block: nn.Module, names: Sequence[str]) -> str:
+    """Why the parameters `names` of a block, its `unsupported_parameters`, cannot be pruned."""
+    for name in names:
+        if block.get_parameter(name).dim() == 3:
+            return (
+                f"{name} is a stack of experts in a layout that prox24 cannot prune (transposed, "
+                "with biases, or computed for all tokens at once)"
+            )
+    return f"{names[0]} is a weight matrix outside linear layers, which prox24 cannot prune"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.capture import BlockCall, ModelEnds
 from pipeline.experts import Experts, expert_of
 from pipeline.layers import check_rules, layers_to_prune
-from pipeline.linears import unsupported_parameters
+from pipeline.linears import unsupported_parameters, unsupported_reason
 from pipeline.model import FORWARD_DTYPES, Skeleton
 from pipeline.planning.profile import (
     META,
@@ -236,11 +236,7 @@ def _block_shape(
     """A block's shape, and why it cannot be pruned, if so."""
     block = block.to(META)
     hidden = unsupported_parameters(block)
-    reason = None
-    if hidden:
-        reason = (
-            f"{hidden[0]} is a weight matrix outside linear layers, which prox24 cannot prune yet"
-        )
+    reason = unsupported_reason(block, hidden) if hidden else None
     experts = _stub_experts(block, config, layers)
     layers = {n: s for n, s in layers.items() if expert_of(block, n) is None}
     found = find_groups_on_meta(block, call, hidden_states, layers) if layers else ()

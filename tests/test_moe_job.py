@@ -239,7 +239,10 @@ class StopsAt(LocalExecutor):
         return super().run(phase, arguments)
 
 
-@pytest.mark.parametrize(("phase", "calls"), [("solve", 1), ("advance", 0), ("write_output", 0)])
+@pytest.mark.parametrize(
+    ("phase", "calls"),
+    [("solve", 1), ("advance", 0), pytest.param("write_output", 0, marks=pytest.mark.slow)],
+)
 def test_an_interrupted_job_ends_with_the_same_bytes(
     tmp_path: Path, whole: Path, phase: str, calls: int
 ) -> None:

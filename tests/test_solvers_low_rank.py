@@ -76,12 +76,11 @@ def test_a_real_layer_with_few_tokens(shared: Path) -> None:
     case = golden(shared, "block5_self_attn_k_proj")
     inputs = case["inputs"].reshape(-1, case["inputs"].shape[-1])[:200].float()
     weight = case["weight"].float()
-    for method in ("prox_admm", "prox"):
-        solver = solver_for(SolverSettings(method=method).resolved())
-        full, few = (solver.solve(weight, solver.prepare(s)).report for s in both(inputs))
-        # Supports that hang by a rounding: the matrix of reordered inputs differs by 2e-4 as well.
-        assert few.objective == pytest.approx(full.objective, rel=5e-4)
-        assert few.objective == pytest.approx(full.objective, abs=2e-6 * full.objective_zero)
+    solver = solver_for(SolverSettings(method="prox_admm").resolved())
+    full, few = (solver.solve(weight, solver.prepare(s)).report for s in both(inputs))
+    # Supports that hang by a rounding: the matrix of reordered inputs differs by 2e-4 as well.
+    assert few.objective == pytest.approx(full.objective, rel=5e-4)
+    assert few.objective == pytest.approx(full.objective, abs=2e-6 * full.objective_zero)
 
 
 def test_conjugate_gradients_from_inputs_find_the_same_minimum() -> None:

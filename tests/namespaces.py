@@ -8,6 +8,7 @@ this machine's name, which may well resolve to 127.0.0.1.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -27,6 +28,7 @@ from tests.ray_jobs import STORE_BYTES
 
 PORT = 6379
 NETWORK = "10.77.24"
+_NUMBERS = itertools.count()
 # A host that is cut off is given up after some four seconds, not after half a minute.
 HEALTH = {
     "health_check_initial_delay_ms": 0,
@@ -40,7 +42,8 @@ AUTOSCALING = {
     "max_workers": 4,
     "upscaling_speed": 1.0,
     "idle_timeout_minutes": 1,
-    "provider": {"type": "fake_multinode"},
+    # Its nodes start Ray themselves: no one logs in to set them up.
+    "provider": {"type": "fake_multinode", "disable_node_updaters": True},
     "auth": {},
     "head_node_type": "ray.head.default",
     "available_node_types": {
@@ -106,7 +109,8 @@ class Network:
     def __init__(self, folder: Path, hosts: int) -> None:
         """Raises `OSError` where namespaces may not be made. `folder`: for Ray's files; short."""
         self.folder = folder
-        self.hub = f"prox24-{os.getpid()}"
+        # Several at a time in one process each have a hub of their own.
+        self.hub = f"prox24-{os.getpid()}-{next(_NUMBERS)}"
         self.hosts: list[Host] = []
         # As the documentation has it for clusters; what the user's shell says of Ray is left out.
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}

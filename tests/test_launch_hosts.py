@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -48,7 +49,8 @@ def run(made: Network, host: Host, repository: Path, *arguments: str, **more: st
     """`hosts.sh` on a host, in whose home there is nothing."""
     home = made.folder / host.link
     home.mkdir(exist_ok=True)
-    environment = {k: v for k, v in made.environment.items() if k != "RAY_AUTH_TOKEN"}
+    ours = made.environment_of(sys.executable)  # its `ray` and `prox24` are the ones to be tried
+    environment = {k: v for k, v in ours.items() if k != "RAY_AUTH_TOKEN"}
     done = subprocess.run(
         host.command(repository / "cluster" / "launch" / "hosts.sh", *arguments),
         env=environment

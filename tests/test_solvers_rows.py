@@ -74,12 +74,12 @@ def test_methods_that_compare_rows_say_so(method: str, pattern: str) -> None:
 def test_prox_admm_inverts_twice_for_the_whole_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from pipeline.solvers import prox_admm
+    from pipeline.solvers import low_rank
 
     inverted = []
-    invert = prox_admm.invert_
+    invert = low_rank.invert_
     monkeypatch.setattr(
-        prox_admm, "invert_", lambda matrix: inverted.append(matrix.shape) or invert(matrix)
+        low_rank, "invert_", lambda matrix: inverted.append(matrix.shape) or invert(matrix)
     )
     weight, inputs = layer(rows=30, columns=32)
     solver = solver_for(SolverSettings(method="prox_admm"))

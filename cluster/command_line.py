@@ -58,6 +58,21 @@ _BENCH_EPILOG = """\
 Reads the config, no weights. Exit status 3: there is no GPU here that multiplies 2:4 weights."""
 
 
+# Commands without a job's options: name, help, description, what adds their arguments.
+_PLAIN_COMMANDS: tuple[tuple[str, str, str, Callable[[Any], None]], ...] = (
+    ("status", "show how far a job is, from its run directory", DESCRIPTION, add_arguments),
+    ("report", "make a finished job's report again", report_description, add_report_arguments),
+    ("verify", "hold a pruned model against its source", verify_description, add_verify_arguments),
+    (
+        "compare",
+        "compare finished jobs by their run directories",
+        compare_description,
+        add_compare_arguments,
+    ),
+    ("sweep", "prune with many settings, and compare them", sweep_description, add_sweep_arguments),
+)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
@@ -81,31 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=".safetensors file with `weight` (R, C) and `inputs` (sequences, tokens, C), or with "
         "`hessian` (C, C), the sum of x xᵀ over the `tokens` that its metadata states",
     )
-    status = commands.add_parser(
-        "status", help="show how far a job is, from its run directory", description=DESCRIPTION,
-        allow_abbrev=False, dataclass_types=[],
-    )  # fmt: skip
-    add_arguments(status)
-    report = commands.add_parser(
-        "report", help="make a finished job's report again", description=report_description,
-        allow_abbrev=False, dataclass_types=[],
-    )  # fmt: skip
-    add_report_arguments(report)
-    verify = commands.add_parser(
-        "verify", help="hold a pruned model against its source",
-        description=verify_description, allow_abbrev=False, dataclass_types=[],
-    )  # fmt: skip
-    add_verify_arguments(verify)
-    compare = commands.add_parser(
-        "compare", help="compare finished jobs by their run directories",
-        description=compare_description, allow_abbrev=False, dataclass_types=[],
-    )  # fmt: skip
-    add_compare_arguments(compare)
-    sweep = commands.add_parser(
-        "sweep", help="prune with many settings, and compare them",
-        description=sweep_description, allow_abbrev=False, dataclass_types=[],
-    )  # fmt: skip
-    add_sweep_arguments(sweep)
+    _add_plain_commands(commands)
     plan = _command(commands, "plan", PlanConfig, "say what pruning MODEL will take")
     plan.epilog = _PLAN_EPILOG
     plan.add_argument("model", metavar="MODEL", help=f"{_MODEL}, or a config.json alone")
@@ -119,6 +110,15 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--folder", default="demo", help="where models and texts go (default: demo)")
     demo.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _add_plain_commands(commands: Any) -> None:
+    for name, help, description, add in _PLAIN_COMMANDS:
+        add(
+            commands.add_parser(
+                name, help=help, description=description, allow_abbrev=False, dataclass_types=[]
+            )
+        )
 
 
 def _command(commands: Any, name: str, config: type[Any], help: str) -> Parser:

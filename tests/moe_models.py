@@ -11,6 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from tests.tiny_models import VOCABULARY, byte_tokenizer, split_weight_file
 
 HIDDEN, INNER, EXPERTS = 32, 16, 4
+LATENT_ATTENTION = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
 # What each family's config calls the numbers of its experts.
 _OWN: dict[str, dict[str, object]] = {
     "mixtral": {"num_local_experts": EXPERTS, "intermediate_size": INNER},
@@ -30,12 +38,7 @@ _OWN: dict[str, dict[str, object]] = {
         "moe_intermediate_size": INNER,
         "n_shared_experts": 2,
         "first_k_dense_replace": 1,
-        "kv_lora_rank": 16,
-        "q_lora_rank": 24,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "num_key_value_heads": 4,
+        **LATENT_ATTENTION,
         "n_group": 1,
         "topk_group": 1,
         "topk_method": "greedy",
@@ -45,12 +48,7 @@ _OWN: dict[str, dict[str, object]] = {
         "moe_intermediate_size": INNER,
         "n_shared_experts": 1,
         "first_k_dense_replace": 1,
-        "kv_lora_rank": 16,
-        "q_lora_rank": 24,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "num_key_value_heads": 4,
+        **LATENT_ATTENTION,
         "n_group": 2,
         "topk_group": 1,
     },

@@ -123,6 +123,23 @@ def test_no_hook_is_left_behind() -> None:
     assert not any(module._forward_pre_hooks for module in block.modules())
 
 
+def ends_of(
+    config_class: type[LlamaConfig], model_class: type[LlamaForCausalLM], folder: Path
+) -> ModelEnds:
+    """The ends of a tiny model of a class that transformers does not have."""
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    config = config_class(
+        vocab_size=260,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    model_class(config).save_pretrained(folder)
+    return ModelEnds(open_skeleton(folder, dtype=None, trust_remote_code=False), CPU, head=False)
+
+
 class TokenConfig(LlamaConfig):
     model_type = "prox24-test-tokens"
 
@@ -137,17 +154,7 @@ class TokenForCausalLM(LlamaForCausalLM):
 
 
 def test_arguments_that_depend_on_the_tokens_are_refused(tmp_path: Path) -> None:
-    AutoConfig.register(TokenConfig.model_type, TokenConfig, exist_ok=True)
-    AutoModelForCausalLM.register(TokenConfig, TokenForCausalLM, exist_ok=True)
-    config = TokenConfig(
-        vocab_size=260,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-    TokenForCausalLM(config).save_pretrained(tmp_path)
-    ends = ModelEnds(open_skeleton(tmp_path, dtype=None, trust_remote_code=False), CPU, head=False)
+    ends = ends_of(TokenConfig, TokenForCausalLM, tmp_path)
     with pytest.raises(ModelError, match="block 0 of TokenForCausalLM .* depend on the tokens"):
         ends.calls(tokens(2))
 
@@ -167,16 +174,6 @@ class BetweenForCausalLM(LlamaForCausalLM):
 
 
 def test_what_is_done_between_blocks_is_refused(tmp_path: Path) -> None:
-    AutoConfig.register(BetweenConfig.model_type, BetweenConfig, exist_ok=True)
-    AutoModelForCausalLM.register(BetweenConfig, BetweenForCausalLM, exist_ok=True)
-    config = BetweenConfig(
-        vocab_size=260,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-    BetweenForCausalLM(config).save_pretrained(tmp_path)
-    ends = ModelEnds(open_skeleton(tmp_path, dtype=None, trust_remote_code=False), CPU, head=False)
+    ends = ends_of(BetweenConfig, BetweenForCausalLM, tmp_path)
     with pytest.raises(ModelError, match="BetweenForCausalLM changes .* between blocks 0 and 1"):
         ends.calls(tokens(2))

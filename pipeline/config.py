@@ -21,7 +21,7 @@ from storage.errors import ConfigError
 Method = Literal["magnitude", "wanda", "sparsegpt", "prox", "prox_admm"]
 
 # Fields that say where or how a job runs, not what it computes: a resumed job may change them.
-# (Another number of workers or threads changes the order of floating-point sums, no more.)
+# (Another number of threads changes the order of floating-point sums, no more; workers nothing.)
 PLACEMENT_FIELDS = frozenset(
     {
         "run_dir",

@@ -11,7 +11,7 @@ tokens                cut from the text again, if that gives the same bytes
 run.json              written again by the driver that has read it; a new driver cannot know it
 a shards' record      the block's inputs are made again
 
-The same number of workers of the same kind gives equal bytes. Where they differ, the redone block's
+Workers of the same kind, however many, give equal bytes. Where they differ, the redone block's
 record replaces the old one and says so; later blocks are kept, though they were calibrated with
 inputs that differ in the last digits.
 """

@@ -101,6 +101,7 @@ def test_a_node_that_comes_back(source: Source, nodes: Nodes, tmp_path: Path) ->
     assert any("a node is lost" in note for note in job.progress.notes)
 
 
+@pytest.mark.slow  # the decision is in test_shared_folders, real hosts in test_namespaces
 def test_a_node_that_does_not_see_the_run_directory(
     source: Source, nodes: Nodes, tmp_path: Path
 ) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import io
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import rich.box
-import rich.console
 from rich.table import Table
 
 from cluster.source import config_source
+from cluster.terminal import as_text, bar, plain_table, shows_bars, terminal
 from pipeline.speed.published import A100, PUBLISHED_BATCHES
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from pipeline.speed.whole import ModelSpeed
 
 NO_GPU = 3
-_WIDTH = 80
 _COLUMNS_BESIDE = 6
 
 
@@ -58,15 +56,16 @@ def bench_command(model: str, config: BenchConfig, machine: Machine | None = Non
             )
             return NO_GPU
         machine = this_gpu(config.repeats)
-    tell = _teller()
-    measured = measure_products(
-        products, config.batches(), forward_dtype(config.dtype), machine,
-        lambda product: tell(f"{product.title} {product.rows} x {product.columns}"),
-    )  # fmt: skip
-    speeds = measure_model(
-        source.folder, shape, workloads(config.seqlen), config.dtype, trusted, machine,
-        lambda load: tell(f"whole model, {load.sequences} x {load.seqlen} tokens"),
-    )  # fmt: skip
+    loads = workloads(config.seqlen)
+    with _teller(len(products) + len(loads)) as tell:
+        measured = measure_products(
+            products, config.batches(), forward_dtype(config.dtype), machine,
+            lambda product: tell(f"{product.title} {product.rows} x {product.columns}"),
+        )  # fmt: skip
+        speeds = measure_model(
+            source.folder, shape, loads, config.dtype, trusted, machine,
+            lambda load: tell(f"model, {load.sequences} x {load.seqlen}"),
+        )  # fmt: skip
     heading = f"{source.name} on {machine.name}, {config.dtype}"
     if config.json:
         print(json.dumps(as_json(heading, measured, speeds)))
@@ -75,15 +74,20 @@ def bench_command(model: str, config: BenchConfig, machine: Machine | None = Non
     return 0
 
 
-def _teller() -> Callable[[str], None]:
-    """Says on a terminal what is being measured, on one line that is written over."""
-    terminal = rich.console.Console(stderr=True, highlight=False)
+@contextlib.contextmanager
+def _teller(total: int) -> Iterator[Callable[[str], None]]:
+    """Says on a terminal what is being measured, of `total` measurements, and the time left."""
+    console = terminal()
+    if not shows_bars(console):
+        yield lambda what: None
+        return
+    with bar(console, "{task.completed:.0f}/{task.total:.0f}") as progress:
+        task = progress.add_task("measuring", total=total, completed=-1, error="")
 
-    def tell(what: str) -> None:
-        if terminal.is_terminal:
-            terminal.print(f"{'measuring ' + what:<79.79}", end="\r", markup=False)
+        def tell(what: str) -> None:
+            progress.update(task, advance=1, description=what)
 
-    return tell
+        yield tell
 
 
 def as_json(
@@ -119,32 +123,24 @@ def _rate(speed: ModelSpeed, seconds: float) -> float | None:
 
 def bench_text(heading: str, measured: Sequence[Measured], speeds: Sequence[ModelSpeed]) -> str:
     """The tables, and where 2:4 is slower, as text of at most 80 columns."""
-    console = rich.console.Console(
-        file=io.StringIO(), width=_WIDTH, highlight=False, markup=False, color_system=None
+    starts = range(0, len(measured), _COLUMNS_BESIDE)
+    return as_text(
+        [
+            heading,
+            "Time of the dense product over that of the 2:4 one: below 1, 2:4 is SLOWER.\n",
+            _beside_published(measured),
+            *(_by_batch(measured[start : start + _COLUMNS_BESIDE]) for start in starts),
+            _whole(speeds),
+            *verdict(measured, speeds),
+        ]
     )
-    console.print(heading)
-    console.print("Time of the dense product over that of the 2:4 one: below 1, 2:4 is SLOWER.\n")
-    console.print(_beside_published(measured))
-    for start in range(0, len(measured), _COLUMNS_BESIDE):
-        console.print(_by_batch(measured[start : start + _COLUMNS_BESIDE]))
-    console.print(_whole(speeds))
-    for line in verdict(measured, speeds):
-        console.print(line)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left", overflow="fold")
-    return table
 
 
 def _beside_published(measured: Sequence[Measured]) -> Table:
     """In the layout of the published table: three batch sizes in a cell."""
     batches = " / ".join(map(str, PUBLISHED_BATCHES))
-    table = _table(f"Batch {batches}", "layer", "out x in", "this GPU", "A100, published")
+    columns = ("layer", "out x in", "this GPU", "A100, published")
+    table = plain_table(columns, f"Batch {batches}", fold=True)
     for each in measured:
         product = each.product
         own = {timed.batch: f"{timed.speedup:.2f}" for timed in each.times}
@@ -160,7 +156,7 @@ def _beside_published(measured: Sequence[Measured]) -> Table:
 
 def _by_batch(measured: Sequence[Measured]) -> Table:
     sizes = [f"{each.product.rows} x {each.product.columns}" for each in measured]
-    table = _table("By batch size", "batch", *sizes)
+    table = plain_table(("batch", *sizes), "By batch size", fold=True)
     own = [{timed.batch: timed.speedup for timed in each.times} for each in measured]
     for batch in sorted({batch for column in own for batch in column}):
         cells = (f"{column[batch]:.2f}" if batch in column else "-" for column in own)
@@ -169,7 +165,8 @@ def _by_batch(measured: Sequence[Measured]) -> Table:
 
 
 def _whole(speeds: Sequence[ModelSpeed]) -> Table:
-    table = _table("Whole model, tokens per second", "tokens", "dense", "2:4", "2:4 over dense")
+    columns = ("tokens", "dense", "2:4", "2:4 over dense")
+    table = plain_table(columns, "Whole model, tokens per second")
     for speed in speeds:
         load = speed.workload
         name = f"{load.sequences} x {load.seqlen}"

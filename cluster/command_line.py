@@ -58,6 +58,11 @@ _BENCH_EPILOG = """\
 Reads the config, no weights. Exit status 3: there is no GPU here that multiplies 2:4 weights."""
 
 
+_DEMO = (
+    "Prune SmolLM2-135M-Instruct on a Ray of its own, by magnitude and by prox_admm, and compare "
+    "perplexities. The model comes as a Python package, so that a package index is all it needs."
+)
+
 # Commands without a job's options: name, help, description, what adds their arguments.
 _PLAIN_COMMANDS: tuple[tuple[str, str, str, Callable[[Any], None]], ...] = (
     ("status", "show how far a job is, from its run directory", DESCRIPTION, add_arguments),
@@ -78,7 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prox24", description="Prunes causal language models of any size to 2:4 sparsity."
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(
+        dest="command", required=True, parser_class=Parser, metavar="COMMAND", title="commands"
+    )
     prune = _command(commands, "prune", PruneConfig, "prune MODEL into the new folder OUTPUT")
     prune.epilog = _PRUNE_EPILOG
     prune.add_argument("model", metavar="MODEL", help=_MODEL)
@@ -104,21 +111,21 @@ def make_parser() -> argparse.ArgumentParser:
     bench.epilog = _BENCH_EPILOG
     bench.add_argument("model", metavar="MODEL", help=f"{_MODEL}, or a config.json alone")
     demo = commands.add_parser(
-        "demo", help="prune a small real model on this machine", allow_abbrev=False,
-        dataclass_types=[],
+        "demo", help="prune a small real model on this machine", description=_DEMO,
+        allow_abbrev=False, dataclass_types=[], formatter_class=HelpFormatter,
     )  # fmt: skip
-    demo.add_argument("--folder", default="demo", help="where models and texts go (default: demo)")
+    demo.add_argument("--folder", default="demo", help="where models and texts go")
     demo.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def _add_plain_commands(commands: Any) -> None:
     for name, help, description, add in _PLAIN_COMMANDS:
-        add(
-            commands.add_parser(
-                name, help=help, description=description, allow_abbrev=False, dataclass_types=[]
-            )
-        )
+        parser = commands.add_parser(
+            name, help=help, description=description, allow_abbrev=False, dataclass_types=[],
+            formatter_class=HelpFormatter,
+        )  # fmt: skip
+        add(parser)
 
 
 def _command(commands: Any, name: str, config: type[Any], help: str) -> Parser:
@@ -250,7 +257,9 @@ def _evaluate(options: argparse.Namespace) -> int:
             {"model": source.name, **result}
             for source, result in zip(sources, results, strict=True)
         ]
-        print(json.dumps({"models": named}) if config.json else comparison_table(named))
+        print(
+            json.dumps({"models": named}) if config.json else comparison_table(named).rstrip("\n")
+        )
         return 0
     measured = evaluate(sources[0].folder, config, executor, console)
     if config.json:
@@ -285,7 +294,7 @@ def _solve(options: argparse.Namespace) -> int:
     if config.json:
         print(json.dumps(results))
     else:
-        print(solve_table(results))
+        print(solve_table(results), end="")
     return 0
 
 
@@ -320,6 +329,8 @@ def _set_up_logging(verbose: bool) -> None:
         format="%(asctime)s %(name)s %(levelname)s %(message)s",
     )
     if not verbose:
+        # Read when `datasets` is imported, which only texts of the hub need.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import rich.box
-import rich.console
-import rich.table
-
+from cluster.terminal import WIDTH, as_text, plain_table
 from pipeline.tables import Column, Table, known_rows
 
 DESCRIPTION = (
     "Compare finished jobs by their run directories alone: the settings that differ, perplexity "
     "where it was measured, errors by kind of layer, time and memory."
 )
-_WIDTH = 80
 _LONGEST_NAME = 30
 
 
@@ -55,30 +51,23 @@ def table_text(table: Table, only: str | None = None) -> str:
 
     `only`: the one part that is wanted, without notes.
     """
-    console = rich.console.Console(
-        file=io.StringIO(), width=_WIDTH, highlight=False, markup=False, color_system=None
-    )
+    parts: list[Any] = []
     # Long names are told once, and then stand for by numbers.
     names = table.rows
     if max(map(len, names)) > _LONGEST_NAME:
         for number, name in enumerate(names, start=1):
-            console.print(f"{number}  {name}", soft_wrap=True)
+            parts.append(f"{number}  {name}")
         names = tuple(str(number) for number in range(1, len(names) + 1))
     for part, columns in table.parts().items():
         if only not in (None, part):
             continue
-        console.print(f"\n{part}")
-        for beside in _beside(columns, len(names), _WIDTH - max(map(len, ("run", *names)))):
-            shown = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-            shown.add_column("run", no_wrap=True)
-            for column in beside:
-                shown.add_column(column.title, justify="right", overflow="fold")
+        parts.append(f"\n{part}")
+        for beside in _beside(columns, len(names), WIDTH - max(map(len, ("run", *names)))):
+            shown = plain_table(("run", *(column.title for column in beside)), fold=True)
             for row in known_rows(columns):
                 shown.add_row(names[row], *(column.shown(row) for column in beside))
-            console.print(shown)
-    for note in table.notes if only is None else ():
-        console.print(note)
-    return str(console.file.getvalue())  # type: ignore[attr-defined]
+            parts.append(shown)
+    return as_text([*parts, *(table.notes if only is None else ())])
 
 
 def _beside(columns: Sequence[Column], rows: int, room: int) -> list[list[Column]]:

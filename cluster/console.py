@@ -1,13 +1,13 @@
-"""What people see: a live bar on a terminal, one line per block elsewhere. All on stderr."""
+"""What people see: a live bar on a terminal, lines elsewhere. All on stderr."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING, Any
 
-import rich.console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
+from cluster.terminal import as_text, bar, labelled, plain_table, shows_bars, terminal
 from pipeline.config import PruneConfig
 from pipeline.units import duration, size
 
@@ -16,85 +16,106 @@ if TYPE_CHECKING:
 
 SENT = "statistics_sent_bytes"
 _SHOWN_KINDS = 3
+_EVALUATING = "evaluating"
+# Lines of an evaluation, without a bar: no more than one in so many seconds.
+_BETWEEN_LINES = 10.0
+# Phases of no block that may take minutes, in words: where no bar names them, a line does.
+_ALONE = {
+    "read text": "reading the text",
+    "check weights": "checking the weights",
+    "make prompts": "making the prompts",
+    "write": "writing the model",
+}
 
 
 class Console:
     """The `Progress` of the block loop, drawn for people."""
 
     def __init__(self) -> None:
-        self.console = rich.console.Console(stderr=True, highlight=False)
+        self.console = terminal()
         self._bar: Progress | None = None
         self._task: Any = None
         self._title, self._blocks = "", 0
-        self._started = self._block_started = time.monotonic()
+        self._started = self._block_started = self._told = time.monotonic()
         self._fresh, self._in_blocks = 0, False
 
     def settings(self, model: str, output: str, config: PruneConfig) -> None:
-        """What is about to be done, in two lines."""
+        """What is about to be done."""
         solver = config.solver_settings(config.method)
-        self.print(
-            f"{model} -> {output}: {config.method} {config.pattern}, damping "
-            f"{solver.damping:g}, shrinkage {solver.shrinkage}, refine {solver.refine}"
-        )
-        self.print(
-            f"calibration: {config.nsamples} x {config.seqlen} tokens of {config.dataset}, "
-            f"seed {config.seed}; executor {config.executor}"
-        )
+        rows = [
+            ("model", model),
+            ("output", output),
+            (
+                "method",
+                f"{config.method} {config.pattern}, damping {solver.damping:g}, "
+                f"shrinkage {solver.shrinkage}, refine {solver.refine}",
+            ),
+            (
+                "calibration",
+                f"{config.nsamples} x {config.seqlen} tokens of {config.dataset}, "
+                f"seed {config.seed}",
+            ),
+            ("executor", config.executor),
+        ]
+        self.console.print(labelled(rows))
 
     def print(self, message: str) -> None:
-        """One line, unwrapped."""
+        """One line, unwrapped: a path or a command in it can be copied."""
         self.console.print(message, soft_wrap=True, markup=False)
 
     def begin(self, title: str, blocks: int, done: int) -> None:
-        """Starts the bar."""
+        """Starts the bar, or starts it over."""
         self._title, self._blocks = title, blocks
-        self._started = self._block_started = time.monotonic()
+        self._started = self._block_started = self._told = time.monotonic()
         self._fresh, self._in_blocks = 0, False
         if done:
             self.print(f"{done} of {blocks} blocks are already done; going on from there")
-        if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                TimeElapsedColumn(),
-                TextColumn("eta"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[error]}"),
-                console=self.console,
-            )
+        if self._bar is not None:
+            self._bar.reset(self._task, total=blocks, completed=done, description=title, error="")
+        elif shows_bars(self.console):
+            self._bar = bar(self.console, "{task.completed:.0f}/{task.total:.0f}")
             self._task = self._bar.add_task(title, total=blocks, completed=done, error="")
             self._bar.start()
 
     def phase(self, name: str, block: int | None = None) -> None:
-        """Names the phase in the bar."""
+        """Names the phase in the bar; without one, those that may take long on a line."""
         if block is not None and not self._in_blocks:
             # Starting workers and checking weights is not a block's time.
             self._in_blocks = True
             self._started = self._block_started = time.monotonic()
         if self._bar is not None:
             where = name if block is None else f"block {block} {name}"
-            self._bar.update(self._task, description=f"{where:<20}")
-        if name == "propagate" and self._title == "evaluating" and block is not None:
-            self._advance(block + 1, "")
+            self._bar.update(self._task, description=where)
+        elif block is None and name in _ALONE:
+            self.print(_ALONE[name])
+        if self._title == _EVALUATING and self._in_blocks and name != "embed":
+            # What follows the last block is of none.
+            self._evaluating(self._blocks if block is None else block)
+
+    def _evaluating(self, done: int) -> None:
+        """Of an evaluation only the beginnings of blocks are told."""
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+        elif done and now - self._told >= _BETWEEN_LINES:
+            left = (self._blocks - done) * (now - self._started) / done
+            self.print(f"{_EVALUATING}: block {done}/{self._blocks} done  eta {duration(left)}")
+            self._told = now
 
     def block_done(self, block: int, relative_error: float | None) -> None:
         """Moves the bar, or prints the block's line."""
         error = "" if relative_error is None else f"error {relative_error:.3f}%"
         self._fresh += 1
-        self._advance(block + 1, error)
-        if self._bar is None:
-            now = time.monotonic()
-            left = (self._blocks - block - 1) * (now - self._started) / self._fresh
-            self.print(
-                f"block {block + 1}/{self._blocks} done in {now - self._block_started:.1f} s  "
-                f"{error}  eta {duration(left)}"
-            )
-            self._block_started = now
-
-    def _advance(self, completed: int, error: str) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=completed, error=error)
+            self._bar.update(self._task, completed=block + 1, error=error)
+            return
+        now = time.monotonic()
+        left = (self._blocks - block - 1) * (now - self._started) / self._fresh
+        self.print(
+            f"block {block + 1}/{self._blocks} done in {now - self._block_started:.1f} s  "
+            f"{error}  eta {duration(left)}"
+        )
+        self._block_started = now
 
     def attempt_failed(self, what: str, attempt: int, attempts: int, reason: str) -> None:
         """One line above the bar."""
@@ -116,35 +137,39 @@ class Console:
         self.print(f"wrote {result.output}")
         if not summary:
             return
-        parts = ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in summary["seconds"].items())
-        memory = summary["memory"]
-        self.print(f"seconds: {summary['wall']:.1f} in all; {parts}")
-        self.print(
-            f"peak memory: driver {memory['driver_rss_bytes'] / 2**20:.0f} MiB, "
-            f"worker {memory['worker_rss_bytes'] / 2**20:.0f} MiB"
-        )
-        for line in who_did_what(summary):
-            self.print(line)
+        kinds = sorted(summary["seconds"].items(), key=lambda item: -item[1])
+        parts = ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in kinds if seconds >= 0.05)
+        peaks = {
+            who: f"{who} {summary['memory'][f'{who}_rss_bytes'] / 2**20:.0f} MiB"
+            for who in ("driver", "worker")
+        }
+        rows = [
+            ("time", f"{summary['wall']:.1f} s in all" + (f"; {parts}" if parts else "")),
+            ("peak memory", ", ".join(peaks.values())),
+            *who_did_what(summary),
+        ]
+        self.console.print(labelled(rows))
         page = result.run_directory / "report" / "report.html"
         if page.exists():
             self.print(f"report: {page}")
 
 
-def who_did_what(summary: dict[str, Any]) -> list[str]:
-    """One line per worker process of a job, and one per failure on the way."""
+def who_did_what(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """A label and what it says: of each worker process of a job, and each failure on the way."""
     lines = []
     for worker in summary["workers"]:
         seconds = sorted(worker["seconds"].items(), key=lambda item: -item[1])
         parts = ", ".join(f"{kind} {value:.1f} s" for kind, value in seconds[:_SHOWN_KINDS])
         counts = worker["counts"]
         wrote = sum(n for name, n in counts.items() if name.endswith("_written_bytes"))
-        lines.append(
-            f"worker {worker['rank']} on {worker['host']} (process {worker['pid']}): "
-            f"{ranges(worker['blocks'])}; {parts}; sent {size(counts.get(SENT, 0))}, "
-            f"wrote {size(wrote)}, peak {worker['peak_bytes'] / 2**20:.0f} MiB"
+        what = (
+            f"on {worker['host']} (process {worker['pid']}): {ranges(worker['blocks'])}; {parts}; "
+            f"sent {size(counts.get(SENT, 0))}, wrote {size(wrote)}, "
+            f"peak {worker['peak_bytes'] / 2**20:.0f} MiB"
         )
+        lines.append((f"worker {worker['rank']}", what))
     for block in summary["blocks"]:
-        lines += [f"block {block['block']} was retried: {why}" for why in block["failures"]]
+        lines += [("retried", f"block {block['block']}: {why}") for why in block["failures"]]
     return lines
 
 
@@ -161,41 +186,50 @@ def ranges(blocks: list[int]) -> str:
 
 
 def solve_table(results: dict[str, dict[str, Any]]) -> str:
-    """`prox24 solve`'s results, one line per method."""
-    lines = [f"{'method':<12}{'relative error':>15}{'seconds':>10}{'iterations':>12}{'MiB':>8}"]
+    """`prox24 solve`'s results as text, a line per method; what was done otherwise, below."""
+    table = plain_table(("method", "relative error", "seconds", "iterations", "MiB"))
     for method, figures in results.items():
-        lines.append(
-            f"{method:<12}{figures['relative_error']:>14.4f}%{figures['seconds']:>10.2f}"
-            f"{figures['report']['iterations']:>12}{figures['peak_memory_bytes'] / 2**20:>8.0f}"
+        table.add_row(
+            method,
+            f"{figures['relative_error']:.4f} %",
+            f"{figures['seconds']:.2f}",
+            str(figures["report"]["iterations"]),
+            f"{figures['peak_memory_bytes'] / 2**20:.0f}",
         )
-        lines += [f"  {text}" for text in figures["report"]["deviations"]]
-    return "\n".join(lines)
+    notes = [
+        f"{method}: {text}"
+        for method, figures in results.items()
+        for text in figures["report"]["deviations"]
+    ]
+    return as_text([table, *notes])
 
 
 def comparison_table(results: list[dict[str, Any]]) -> str:
-    """`prox24 eval`'s results for several models, a line each and at most 80 columns."""
+    """`prox24 eval`'s results for several models as text of at most 80 columns."""
     first = results[0]
-    width = 80 - 11 - 19 - 9 - 9 - 9
-    lines = [
-        f"{first['dataset']}, {first['nsamples']} x {first['seqlen']} tokens; differences from "
-        f"{first['model']}",
-        f"{'model':<{width}}{'perplexity':>11}{'loss':>19}{'JS':>9}{'KL':>9}{'top-1':>9}",
-    ]
+    table = plain_table(("model", "perplexity", "loss", "JS", "KL", "top-1"))
     for result in results:
-        # The end of a path says more than its beginning.
-        name = str(result["model"])
-        name = name if len(name) < width else f"..{name[len(name) - width + 3 :]}"
-        line = f"{name:<{width}}{result['perplexity']:>11.4f}"
+        cells = [str(result["model"]), f"{result['perplexity']:.4f}"]
         if against := result.get("against_first"):
-            loss = f"{against['loss_difference']:+.4f} ± {against['standard_error']:.4f}"
-            line += (
-                f"{loss:>19}{against['jensen_shannon']:>9.4f}{against['kullback_leibler']:>9.4f}"
-                f"{100 * against['same_token']:>7.2f} %"
-            )
-        lines.append(line)
-    lines.append("loss, JS and KL in nats a token; loss with its paired standard error")
-    lines.append(provenance(first))
-    return "\n".join(lines)
+            error = against["standard_error"]
+            spread = "" if error is None else f" ± {error:.4f}"
+            cells += [
+                f"{against['loss_difference']:+.4f}{spread}",
+                f"{against['jensen_shannon']:.4f}",
+                f"{against['kullback_leibler']:.4f}",
+                f"{100 * against['same_token']:.2f} %",
+            ]
+        table.add_row(*cells)
+    return as_text(
+        [
+            f"{first['dataset']}, {first['nsamples']} x {first['seqlen']} tokens; differences from "
+            f"{first['model']}",
+            table,
+            "Loss, JS and KL in nats a token; the loss with the standard error of its mean "
+            f"difference over the {first['nsamples']} sequences, paired.",
+            provenance(first),
+        ]
+    )
 
 
 def provenance(result: dict[str, Any]) -> str:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import rich.box
-import rich.console
-import rich.table
-
 from cluster.console import Console
+from cluster.terminal import as_text, plain_table
 from pipeline.config import EvalConfig, Method, PruneConfig, RuntimeConfig
 from pipeline.demo_model import demo_model, demo_texts
 from pipeline.evaluate import evaluate
@@ -78,9 +74,9 @@ def _clear(output: Path) -> None:
 def _table(rows: list[tuple[str, float, Path, float]], seconds: float) -> None:
     from pipeline.sparsity import zero_share
 
-    table = rich.table.Table(title="SmolLM2-135M-Instruct, 2:4", box=rich.box.SIMPLE)
-    for column in ("model", "perplexity", "zeros in the linears", "time"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table = plain_table(
+        ("model", "perplexity", "zeros in the linears", "time"), "SmolLM2-135M-Instruct, 2:4"
+    )
     for name, value, folder, took in rows:
         table.add_row(
             name,
@@ -88,17 +84,12 @@ def _table(rows: list[tuple[str, float, Path, float]], seconds: float) -> None:
             f"{100 * zero_share(folder):.1f} %",
             duration(took) if took else "",
         )
-    console = rich.console.Console(file=sys.stdout, highlight=False)
-    console.print(table)
-    console.print(
-        f"Whole demo: {duration(seconds)}. Calibrated on {_CALIBRATION_SEQUENCES} x "
-        f"{_SEQLEN} tokens of Python's language reference, evaluated on its "
-        "held-out last fifth.\nSo little text, of one kind, is for show: real pruning takes "
-        "128 x 2048 tokens or more of C4.\n",
-        soft_wrap=True,
+    words = (
+        f"Whole demo: {duration(seconds)}. Calibrated on {_CALIBRATION_SEQUENCES} x {_SEQLEN} "
+        "tokens of Python's language reference, evaluated on its held-out last fifth. So little "
+        "text, of one kind, is for show: real pruning takes 128 x 2048 tokens or more of C4.\n"
     )
-    console.print(f"The pruned model: {rows[-1][2].absolute()}", soft_wrap=True)
-    console.print(
-        "Prune your own:   prox24 prune MODEL OUTPUT --dataset TEXT --nsamples 128 --seqlen 2048",
-        soft_wrap=True,
-    )
+    print(as_text([table, words]))
+    print(f"The pruned model: {rows[-1][2].absolute()}")
+    print("Prune your own:")
+    print("  prox24 prune MODEL OUTPUT --dataset TEXT --nsamples 128 --seqlen 2048")

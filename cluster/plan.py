@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rich.box
-import rich.console
 from rich.table import Table
 
 from cluster.source import config_source
+from cluster.terminal import as_text
 from pipeline.planning.plan import Plan, scaling, size_text
 from pipeline.units import duration
 
 if TYPE_CHECKING:
     from pipeline.planning.options import PlanConfig
-
-_WIDTH = 80
 
 
 def plan_command(model: str, config: PlanConfig) -> int:
@@ -55,31 +52,24 @@ def plan_command(model: str, config: PlanConfig) -> int:
 
 def plan_text(plan: Plan) -> str:
     """The tables, as text."""
-    console = rich.console.Console(
-        file=io.StringIO(), width=_WIDTH, highlight=False, color_system=None
+    return as_text(
+        [
+            *_heading(plan),
+            _phases(plan),
+            _volumes(plan),
+            _blocks(plan),
+            _needs(plan),
+            "",
+            _scaling(plan),
+            *_closing(plan),
+        ]
     )
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=False)
-
-    for line in _heading(plan):
-        say(line)
-    console.print(_phases(plan))
-    console.print(_volumes(plan))
-    console.print(_blocks(plan))
-    console.print(_needs(plan))
-    console.print(_scaling(plan))
-    for line in _closing(plan):
-        say(line)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
 def _heading(plan: Plan) -> list[str]:
     job, shape = plan.job, plan.job.shape
-    where = (
-        f"{job.workers} x {job.rates.name}" if job.rates.on_gpu else f"{job.workers} CPU workers"
-    )
+    cpu = "1 CPU worker" if job.workers == 1 else f"{job.workers} CPU workers"
+    where = f"{job.workers} x {job.rates.name}" if job.rates.on_gpu else cpu
     nodes = f" on {job.nodes} nodes" if job.nodes > 1 else ""
     source = "measured rates" if job.rates.measured else "data sheets and stated efficiencies"
     lines = [

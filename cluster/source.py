@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.terminal import shows_bars, terminal
 from storage.errors import ModelError
 from storage.object_store import Place, is_uri, place
 from storage.other_formats import refuse_other_formats
@@ -42,13 +45,29 @@ def resolve_model(model: str) -> Source:
     from huggingface_hub import snapshot_download
 
     try:
-        downloaded = snapshot_download(model, allow_patterns=_WANTED)
+        with _shown(model):
+            downloaded = snapshot_download(model, allow_patterns=_WANTED)
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"{model} is neither a local folder nor a model that the hub gives ({first})"
         ) from error
     return Source(Path(downloaded), model)
+
+
+@contextlib.contextmanager
+def _shown(model: str) -> Iterator[None]:
+    """Says that the hub is asked, and on a terminal shows its client's bars: it may take hours."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+
+    console = terminal()
+    console.print(f"fetching {model} from the hub, once: it keeps a copy here", markup=False)
+    if shows_bars(console):
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        disable_progress_bars()
 
 
 def config_source(model: str) -> Source:

@@ -12,17 +12,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import rich.console
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cluster.terminal import labelled, terminal
 from pipeline.status import find_run_directory, read_status
 from pipeline.units import duration, size
 from storage.errors import Prox24Error
 
 DESCRIPTION = "Show how far a job is, from its run directory alone; nothing is changed."
-_WIDTH = 80
 _SHOWN_ATTEMPTS = 5
 _SHOWN_BLOCKS = 8
 _ENDED = ("dead", "interrupted", "failed", "stopped")
@@ -63,14 +62,7 @@ def show(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(status))
         return 0
-    console = rich.console.Console(highlight=False)
-    console.width = min(console.width, _WIDTH)
-    table = Table.grid(padding=(0, 2), expand=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in _lines(status):
-        table.add_row(name, Text(value) if isinstance(value, str) else value)
-    console.print(table)
+    terminal(stderr=False).print(labelled(_lines(status)))
     return 0
 
 

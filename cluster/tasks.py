@@ -6,23 +6,25 @@ everywhere here. Imported only where --tasks is given.
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lm_eval
+import lm_eval.api.task
 import rich.box
-import rich.console
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate as run_tasks
 from lm_eval.tasks import TaskManager
 from rich.table import Table
 
 from cluster.source import Source
+from cluster.terminal import as_text
 from pipeline.calibration import load_tokenizer
 from pipeline.config import EvalConfig
 from pipeline.executor import Executor
@@ -36,7 +38,6 @@ from storage.errors import ConfigError, DataError, InputError, first_line
 # Of the examples before a question: lm-eval's own.
 _FEWSHOT_SEED = 1234
 _ANSWERED = ("multiple_choice", "loglikelihood")
-_WIDTH = 80
 
 
 class BlockwiseModel(TemplateLM):  # type: ignore[misc]
@@ -202,15 +203,29 @@ def _metrics(
         load_tokenizer(skeleton.files.folder, config.trust_remote_code),
         lambda requests: log_likelihoods(requests, skeleton, config, executor, progress),
     )
+    progress.phase("make prompts")
     try:
-        results = run_tasks(
-            model, tasks, limit=config.nsamples, bootstrap_iters=0, log_samples=True
-        )
+        with _without_its_bar():
+            results = run_tasks(
+                model, tasks, limit=config.nsamples, bootstrap_iters=0, log_samples=True
+            )
     except (ValueError, KeyError) as error:
         if isinstance(error, InputError):
             raise
         raise ConfigError(f"--tasks {config.tasks}: lm-eval: {first_line(error)}") from error
     return task_metrics(results)
+
+
+@contextlib.contextmanager
+def _without_its_bar() -> Iterator[None]:
+    """lm-eval draws a bar while it makes prompts, terminal or not, and has no option against it."""
+    module = lm_eval.api.task
+    drawn = module.tqdm
+    module.tqdm = partial(drawn, disable=True)
+    try:
+        yield
+    finally:
+        module.tqdm = drawn
 
 
 def _as_json(
@@ -257,9 +272,6 @@ def tasks_command(
 
 def tasks_text(found: dict[str, Any]) -> str:
     """What `evaluate_tasks` returns as a table of at most 80 columns."""
-    console = rich.console.Console(
-        file=io.StringIO(), width=_WIDTH, highlight=False, markup=False, color_system=None
-    )
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     for title in ("task", "metric", "model"):
         table.add_column(title, overflow="fold")
@@ -280,12 +292,14 @@ def tasks_text(found: dict[str, Any]) -> str:
                     if against
                     else "",
                 )
-    console.print(table)
     shots = ", ".join(f"{task} {count}" for task, count in found["num_fewshot"].items())
-    console.print(f"lm-eval {found['lm_eval']}; examples before each question: {shots}.")
-    console.print("With standard errors; differences are from the first model, paired by document.")
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+    return as_text(
+        [
+            table,
+            f"lm-eval {found['lm_eval']}; examples before each question: {shots}.",
+            "With standard errors; differences are from the first model, paired by document.",
+        ]
+    )
 
 
 def _with_error(value: float, error: float | None, sign: str) -> str:

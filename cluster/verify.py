@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import io
 import json
 import sys
 from typing import TYPE_CHECKING
 
-import rich.box
-import rich.console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-
 from cluster.source import resolve_model
+from cluster.terminal import as_text, bar, plain_table, shows_bars, terminal
+from pipeline.units import size
 
 if TYPE_CHECKING:
     from pipeline.verify import Verification
@@ -23,7 +20,6 @@ DESCRIPTION = (
     "Hold a pruned model against its source: every pruned layer obeys its pattern, nothing else "
     "differs by a byte, hashes and shapes are as stated. Exit status 1 where something is wrong."
 )
-_WIDTH = 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,15 +42,21 @@ def verify_command(options: argparse.Namespace) -> int:
     from pipeline.verify import verify
 
     source = resolve_model(options.source)
-    terminal = rich.console.Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as progress:
-        task = progress.add_task("verifying", total=None)
+    console = terminal()
+    shown = shows_bars(console)
+    with bar(console, "{task.fields[read]}") if shown else contextlib.nullcontext() as progress:
+        task = progress.add_task("verifying", total=None, read="", error="") if progress else None
+
+        def advance(file: str, done: int, total: int) -> None:
+            if progress is not None and task is not None:
+                read = f"{size(done)} of {size(total)}"
+                progress.update(task, completed=done, total=total, read=read)
+
         found = verify(
             resolve_model(options.output).folder,
             source.folder,
             trust_remote_code=options.trust_remote_code,
-            advance=lambda file, done, total: progress.update(task, completed=done, total=total),
+            advance=advance,
         )
     if options.json:
         print(json.dumps({"sound": not found.problems, **dataclasses.asdict(found)}))
@@ -67,25 +69,20 @@ def verify_command(options: argparse.Namespace) -> int:
 
 def verification_text(found: Verification) -> str:
     """The table of layers and a summary, as text of at most 80 columns."""
-    console = rich.console.Console(
-        file=io.StringIO(), width=_WIDTH, highlight=False, color_system=None
-    )
-    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    for title in ("shape", "pattern", "zeros"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = plain_table(("layer", "shape", "pattern", "zeros"))
     for layer in found.layers:
         shape = " x ".join(map(str, layer.shape))
         wrong = "" if layer.holds else " !"
         table.add_row(layer.name, shape, layer.pattern, f"{100 * layer.zeros:.3f} %{wrong}")
-    console.print(table)
     holding = sum(layer.holds for layer in found.layers)
-    speed = found.seconds / max(found.bytes / 1e9, 1e-9)
+    # Of little, the time is that of opening files.
+    speed = f" ({found.seconds / (found.bytes / 1e9):.1f} s per GB)" if found.bytes > 1e8 else ""
     count = len(found.problems)
     verdict = "sound" if not count else f"{count} problem" + ("s" if count > 1 else "")
-    console.print(
-        f"{holding} of {len(found.layers)} pruned layers hold their pattern; "
-        f"{found.bytes / 1e9:.2f} GB read in {found.seconds:.1f} s ({speed:.1f} s per GB): "
-        f"{verdict}"
+    return as_text(
+        [
+            table,
+            f"{holding} of {len(found.layers)} pruned layers hold their pattern; "
+            f"{size(found.bytes)} read in {found.seconds:.1f} s{speed}: {verdict}",
+        ]
     )
-    return str(console.file.getvalue())  # type: ignore[attr-defined]

@@ -72,9 +72,9 @@ def compare(
 
     Each result has what `measure_perplexity` returns; those after the first also `against_first`:
     `loss_difference` and its `standard_error` (nats a token, paired by sequence: mean and standard
-    error over the sequences), `jensen_shannon` and `kullback_leibler` (means over the predicted
-    tokens, in nats; KL of this model from the first) and `same_token` (the share, 0 to 1, of
-    predicted tokens whose most likely value is the same).
+    error over the sequences, None where there is one), `jensen_shannon` and `kullback_leibler`
+    (means over the predicted tokens, in nats; KL of this model from the first) and `same_token`
+    (the share, 0 to 1, of predicted tokens whose most likely value is the same).
 
     Raises an `InputError` for bad input before any compute, models with other tokenizers included.
     """
@@ -174,7 +174,7 @@ class Evaluated:
             "dtype": str(skeleton.dtype).removeprefix("torch."),
         }
 
-    def against(self, first: Evaluated) -> dict[str, float]:
+    def against(self, first: Evaluated) -> dict[str, float | None]:
         """The paired comparison that `compare` returns."""
         skeleton, block = first.prepared.skeleton, len(first.prepared.skeleton.blocks)
         reference = Reference(
@@ -194,7 +194,7 @@ class Evaluated:
         mean, standard_error = mean_and_error(differences)
         return {
             "loss_difference": mean,
-            "standard_error": standard_error,
+            "standard_error": standard_error if math.isfinite(standard_error) else None,
             "jensen_shannon": sum(d.jensen_shannon for d in distances) / predicted,
             "kullback_leibler": sum(d.kullback_leibler for d in distances) / predicted,
             "same_token": sum(d.same for d in distances) / predicted,

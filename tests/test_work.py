@@ -39,9 +39,11 @@ def test_a_job_says_who_did_what(tiny_model: TinyModel, tmp_path: Path) -> None:
         assert worker["seconds"]["solve"] > 0
     lines = who_did_what(summary)
     assert len(lines) == 2
-    assert lines[1].startswith("worker 1 on ")
-    assert "blocks 0-2;" in lines[1]
-    assert "solve" in lines[1]
+    label, told = lines[1]
+    assert label == "worker 1"
+    assert told.startswith("on ")
+    assert "blocks 0-2;" in told
+    assert "solve" in told
 
 
 def test_workers_that_were_replaced_are_told_apart() -> None:

@@ -1,0 +1,86 @@
+"""The one look of all that is printed: 80 columns, plain tables, labelled lines, one kind of bar.
+
+Colours and bars are for terminals that can show them; rich honours NO_COLOR by itself.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import rich.box
+import rich.console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+WIDTH = 80
+_BAR = 20
+
+
+def terminal(stderr: bool = True) -> rich.console.Console:
+    """A console of at most 80 columns, on standard error or output."""
+    console = rich.console.Console(stderr=stderr, highlight=False)
+    console.width = min(console.width, WIDTH)
+    return console
+
+
+def shows_bars(console: rich.console.Console) -> bool:
+    """Whether a line can be drawn over: not in a file or pipe, nor where TERM is `dumb`."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def bar(console: rich.console.Console, counted: str) -> Progress:
+    """A bar on one line: what is done, how much of it, time gone, time left, and `error`.
+
+    counted: how the amount is written, as a template of `task`. Tasks need the field `error`.
+    """
+    return Progress(
+        TextColumn("{task.description:<20}", markup=False),
+        BarColumn(bar_width=_BAR),
+        TextColumn(counted),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[error]}", markup=False),
+        console=console,
+    )
+
+
+def labelled(rows: Iterable[tuple[str, Any]]) -> Table:
+    """Lines of a label and a text (or anything else that rich draws) beside it."""
+    table = Table.grid(padding=(0, 2), expand=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value) if isinstance(value, str) else value)
+    return table
+
+
+def plain_table(columns: Sequence[str], title: str | None = None, *, fold: bool = False) -> Table:
+    """An empty table: the first column to the left and folded where it must, the others right.
+
+    fold: whether the others may be folded too, which else are never cut.
+    """
+    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        right = index > 0
+        table.add_column(
+            name,
+            justify="right" if right else "left",
+            no_wrap=right and not fold,
+            overflow="fold",
+        )
+    return table
+
+
+def as_text(parts: Iterable[Any]) -> str:
+    """Texts and tables as plain text of at most 80 columns, a line end after each."""
+    console = rich.console.Console(
+        file=io.StringIO(), width=WIDTH, highlight=False, markup=False, color_system=None
+    )
+    for part in parts:
+        console.print(part)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())

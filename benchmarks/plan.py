@@ -16,10 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pipeline import solving
 from pipeline.planning import job as planning
 from pipeline.planning import phases
 from pipeline.planning.job import PlannedJob
 from pipeline.planning.options import PlanConfig, planned_job
+from pipeline.planning.parts import merge
 from pipeline.planning.plan import Plan, size_text
 from pipeline.planning.rates import gpu_rates
 from pipeline.planning.shape import ModelShape, read_shape
@@ -109,7 +111,7 @@ def parts_of_a_block(shape: ModelShape) -> str:
     for gpus in GPUS:
         plan = Plan(planned_job(shape, PlanConfig(gpus=gpus)))
         for phase in plan.blocks[-2].phases:
-            for part in phases.merge(phase.parts):
+            for part in merge(phase.parts):
                 own = names.setdefault(f"{phase.name}: {part.what} ({part.limit})", {})
                 own[gpus] = part.seconds
     kept = {n: s for n, s in names.items() if max(s.values()) >= 0.1}
@@ -129,7 +131,7 @@ class _SharedInverse(phases.PhaseModel):
             cost = solve_cost(settings, columns)
             return replace(cost, fixed=cost.fixed / self.job.workers)
 
-        planning.solve_cost = shared
+        solving.solve_cost = shared
         planning._deal.cache_clear()
 
     def _group(self, group, rows):  # type: ignore[no-untyped-def]
@@ -157,7 +159,7 @@ def what_if(shapes: dict[str, ModelShape]) -> str:
             return Plan(replace(job, rates=replace(gpu_rates("H100"), **rates))).seconds
         finally:
             module.PhaseModel = plain  # type: ignore[misc]
-            planning.solve_cost = solve_cost
+            solving.solve_cost = solve_cost
             planning._deal.cache_clear()
 
     class Unhashed(plain):  # type: ignore[misc, valid-type]
@@ -215,6 +217,7 @@ def assumptions() -> str:
 def main() -> None:
     shapes = {name: shape_of(name) for name in MODELS}
     goal = Plan(planned_job(shapes["Llama-3.1-70B"], PlanConfig(gpus=8))).seconds
+    mixture = Plan(planned_job(shapes["Qwen3-235B-A22B"], PlanConfig(gpus=8)))
     verdict = "is met" if goal < GOAL_SECONDS else "is NOT met"
     text = TEMPLATE.format(
         overview=overview(shapes),
@@ -223,6 +226,8 @@ def main() -> None:
         four=parts_of_a_block(shapes["Llama-3.1-405B"]),
         what_if=what_if(shapes),
         assumptions=assumptions(),
+        share=f"{8 * 128 * 2048 // 128:,} tokens",
+        uneven=size_text(next(n.needs for n in mixture.needs() if n.what == "device memory")),
     )
     (Path(__file__).parent / "plan.md").write_text(text, encoding="utf-8")
 
@@ -239,8 +244,10 @@ has been made.**
 
 Llama-3.1-70B, prox_admm, 8 GPUs: {goal}.
 
-In Qwen3-235B-A22B each expert's matrices are layers of their own, with a Hessian for each input,
-and see 8 of 128 of the tokens (an even share; real routing is uneven).
+In Qwen3-235B-A22B each expert's matrices are layers of their own and are taken to see 8 of 128 of
+the tokens, an even share: {share}. Real routing is uneven, which changes what experts hold:
+the GPU peak is {uneven} at most (prox_admm, 8 GPUs). A turn of groups is bounded by half of the
+GPU's memory as if each expert in it held a whole matrix.
 
 ## Where a block's time goes (prox_admm)
 

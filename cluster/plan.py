@@ -78,9 +78,29 @@ def _heading(plan: Plan) -> list[str]:
         f"{job.settings.method} {job.settings.pattern}, {job.nsamples} x {job.seqlen} tokens, "
         f"{where}{nodes} ({source})",
     ]
+    if job.routes:
+        lines.append(_experts(plan))
     if shape.unsupported:
         lines.append(f"NOT YET PRUNABLE: {shape.unsupported}")
     return lines
+
+
+def _experts(plan: Plan) -> str:
+    """What is assumed of routing, and what it comes to."""
+    job = plan.job
+    found = {g for kind in job.shape.kinds for g in kind.groups if g.active}
+    group = max(found, key=lambda g: (g.experts, g.columns))
+    kept = sorted({g.columns for g in found if job.inputs(g) is not None}, reverse=True)
+    how = ""
+    if any(job.solved_with(g) != job.settings_of(g) for g in found):
+        how = f", fewer than --expert-tokens {job.expert_tokens}: pruned by wanda"
+    elif kept:
+        how = f", kept in place of Hessians of {' and '.join(map(str, kept))} columns"
+    return (
+        f"Experts: routing is taken as even, {job.tokens(group):,.0f} of "
+        f"{job.nsamples * job.seqlen:,} tokens for each of {group.experts}{how}. Needs hold for "
+        "any routing."
+    )
 
 
 def _count(value: int) -> str:

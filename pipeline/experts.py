@@ -93,8 +93,7 @@ class Experts(nn.Module):
         """
         final = torch.zeros_like(hidden_states)
         for number, expert in enumerate(self):
-            # In order of the tokens, each at most once: the sum below depends on no order of rows.
-            tokens, position = torch.where(top_k_index == number)
+            tokens, position = self.routed(top_k_index, number)
             if self.every_token:
                 output = expert(hidden_states, self.activation)[tokens]
             else:
@@ -104,6 +103,14 @@ class Experts(nn.Module):
             weighted = output * top_k_weights[tokens, position, None]
             final.index_add_(0, tokens, weighted.to(final.dtype))
         return final
+
+    def routed(self, top_k_index: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Which tokens an expert gets, and which of their choices it is: (n,) int64 each.
+
+        In order of the tokens, each at most once: a sum over them depends on no order of rows.
+        """
+        tokens, position = torch.where(top_k_index == number)
+        return tokens, position
 
 
 def is_stacked(module: nn.Module) -> bool:

@@ -52,20 +52,31 @@ def least_tokens(block: nn.Module, layers: Iterable[str], asked: int) -> int:
     return 0 if expert_of(block, next(iter(layers))) is None else max(asked, 1)
 
 
+def simpler_settings(settings: SolverSettings, tokens: float, least: int) -> SolverSettings | None:
+    """What an expert of `tokens` tokens is pruned with where those are fewer than `least`.
+
+    None where it is as asked. Otherwise wanda (magnitude where that was asked for) without
+    refinement.
+    """
+    if tokens >= max(least, 1) or not least:
+        return None
+    by_score = settings.method in ("magnitude", "wanda")
+    if by_score and settings.refine == "none" and tokens:
+        return None
+    method = settings.method if by_score else "wanda"
+    return SolverSettings(method=method, pattern=settings.pattern, refine="none").resolved()
+
+
 def fallback(settings: SolverSettings, statistics: Statistics, least: int) -> Fallback | None:
     """What an expert is pruned with that saw fewer than `least` tokens; None if it saw enough.
 
-    least: 0 for a layer that is no expert's. The other method is wanda (magnitude where that was
-    asked for) without refinement; where no token came at all, all inputs count alike, which keeps
-    the largest weights.
+    least: 0 for a layer that is no expert's. Where no token came at all, all inputs count alike,
+    which keeps the largest weights.
     """
-    if statistics.tokens >= max(least, 1) or not least:
+    simple = simpler_settings(settings, statistics.tokens, least)
+    if simple is None:
         return None
-    asked, by_score = settings.method, ("magnitude", "wanda")
-    if asked in by_score and settings.refine == "none" and statistics.tokens:
-        return None
-    method = asked if asked in by_score else "wanda"
-    simple = SolverSettings(method=method, pattern=settings.pattern, refine="none").resolved()
+    asked, method = settings.method, simple.method
     if not statistics.tokens:
         diagonal = torch.ones_like(diagonal_of(statistics))
         alike = Statistics(columns=statistics.columns, tokens=1, sequences=1, diagonal=diagonal)

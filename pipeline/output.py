@@ -32,7 +32,7 @@ from storage.commit import make_directory, sha256_bytes, write_new_file
 from storage.errors import OutputError
 from storage.hashing import StoredFile
 from storage.lock import RunLock
-from storage.object_store import ObjectFolder, Place, location
+from storage.object_store import ObjectFolder, Place, lies_in, location, resolved
 from storage.output import copy_side_files, publish_output, read_side_files, recover_output
 from storage.run_directory import RunDirectory
 from storage.uploads import PROBE, Guard, Uploads, require_writable
@@ -55,6 +55,18 @@ def finished_output(output: Place, job: dict[str, Any]) -> dict[str, Any] | None
     if isinstance(results, dict) and results.get("job") == json.loads(json.dumps(job)):
         return results
     return None
+
+
+def check_apart(source: Place, output: Place, run: Path) -> None:
+    """Raises `OutputError` where writing one of the three folders would harm another."""
+    source, output, run = resolved(source), resolved(output), run.resolve()
+    if lies_in(source, output):
+        raise OutputError(f"{output} holds the source model; choose another OUTPUT")
+    if lies_in(run, output) or lies_in(output, run) or lies_in(source, run):
+        raise OutputError(
+            f"{run} cannot be the run directory of a job from {source} to {output}: one would lie "
+            "in the other; choose another --run-dir"
+        )
 
 
 def check_output(output: Place, run: RunDirectory, overwrite: bool) -> None:

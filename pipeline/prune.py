@@ -26,7 +26,14 @@ from pipeline.manifest import (
     write_manifest,
 )
 from pipeline.model import Skeleton, open_skeleton
-from pipeline.output import check_output, finished_output, forget_uploads, recover, write_output
+from pipeline.output import (
+    check_apart,
+    check_output,
+    finished_output,
+    forget_uploads,
+    recover,
+    write_output,
+)
 from pipeline.planning.fit import check_memory
 from pipeline.progress import Progress
 from pipeline.recorded_progress import recorded
@@ -43,13 +50,12 @@ from storage.checkpoints import BlockRecord
 from storage.errors import (
     ConfigError,
     CorruptFileError,
-    OutputError,
     ResourceError,
     RunDirectoryError,
 )
 from storage.hashing import StoredFile
 from storage.lock import RunLock
-from storage.object_store import ObjectFolder, Place, absolute, lies_in, location, resolved
+from storage.object_store import ObjectFolder, Place, absolute, location
 from storage.run_directory import RunDirectory
 
 ExecutorFactory = Callable[[], Executor]
@@ -99,7 +105,7 @@ def prune(
     skeleton = open_skeleton(source, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     selection = check_settings(skeleton, config)
     run = RunDirectory(run_directory_of(output, config))
-    _check_apart(source, output, run.path)
+    check_apart(source, output, run.path)
     name = source_name or source.name
     with (
         _locked(run, progress) as lock,
@@ -149,18 +155,6 @@ def _forced(config: PruneConfig, progress: Progress) -> Iterator[None]:
         progress.note(f"--force: {error}")
 
 
-def _check_apart(source: Place, output: Place, run: Path) -> None:
-    """Raises `OutputError` where writing one of the three folders would harm another."""
-    source, output, run = resolved(source), resolved(output), run.resolve()
-    if lies_in(source, output):
-        raise OutputError(f"{output} holds the source model; choose another OUTPUT")
-    if lies_in(run, output) or lies_in(output, run) or lies_in(source, run):
-        raise OutputError(
-            f"{run} cannot be the run directory of a job from {source} to {output}: one would lie "
-            "in the other; choose another --run-dir"
-        )
-
-
 @contextlib.contextmanager
 def _locked(run: RunDirectory, progress: Progress) -> Iterator[RunLock]:
     """The run directory's lock; leaves no new run directory behind when a check fails.
@@ -207,6 +201,7 @@ def _start(
     output: Place,
     cut: CutTokens,
 ) -> BlockLoop:
+    """The loop over the blocks, its workers ready."""
     rules = config.layer_rules()
     every = rules.all_settings()
     layers = [layers_to_prune(skeleton, block, rules) for block in range(len(skeleton.blocks))]
@@ -233,30 +228,41 @@ def _start(
         mend_tokens=partial(mend_tokens, run, lock, skeleton, config, tokens, progress, cut),
         scratch=config.scratch_dir is not None,
     )
-    loop.start(
-        Job(
-            source=location(skeleton.files.place),
-            run_directory=str(run.path),
-            tokens_sha256=tokens.sha256,
-            rules=rules,
-            nsamples=config.nsamples,
-            seqlen=config.seqlen,
-            batch_size=config.batch_size,
-            dtype=config.dtype,
-            device=config.device,
-            threads=executor.threads,
-            trust_remote_code=config.trust_remote_code,
-            save_layers=config.save_layers,
-            lock_file=str(lock.path),
-            scratch=scratch_folder(run, config.scratch_dir, lock.assert_held),
-            source_identity=skeleton.files.identity(),
-            shared=folders_of(run, output),
-            interface=config.network_interface,
-            expert_tokens=config.expert_tokens,
-            all_experts=config.calibrate_all_experts,
-        )
-    )
+    loop.start(_job(run, lock, skeleton, config, executor.threads, tokens, output))
     return loop
+
+
+def _job(
+    run: RunDirectory,
+    lock: RunLock,
+    skeleton: Skeleton,
+    config: PruneConfig,
+    threads: int,
+    tokens: StoredFile,
+    output: Place,
+) -> Job:
+    """What the workers are told of the job."""
+    return Job(
+        source=location(skeleton.files.place),
+        run_directory=str(run.path),
+        tokens_sha256=tokens.sha256,
+        rules=config.layer_rules(),
+        nsamples=config.nsamples,
+        seqlen=config.seqlen,
+        batch_size=config.batch_size,
+        dtype=config.dtype,
+        device=config.device,
+        threads=threads,
+        trust_remote_code=config.trust_remote_code,
+        save_layers=config.save_layers,
+        lock_file=str(lock.path),
+        scratch=scratch_folder(run, config.scratch_dir, lock.assert_held),
+        source_identity=skeleton.files.identity(),
+        shared=folders_of(run, output),
+        interface=config.network_interface,
+        expert_tokens=config.expert_tokens,
+        all_experts=config.calibrate_all_experts,
+    )
 
 
 def _check_scratch(loop: BlockLoop, skeleton: Skeleton, config: PruneConfig) -> None:

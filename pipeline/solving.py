@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from pipeline.solvers.types import ESTIMATE, Pattern, percentage
 from pipeline.split import GroupRows, row_ranges, whole_layers
 
 # All experts of a block may share their input; the layers of a dense block have fewer rows.
-_MOST_ROWS = 16
+MOST_ROWS = 16
 
 FEW_TO_CHOOSE = {
     "shrinkage": ESTIMATE,
@@ -34,13 +34,24 @@ def split_groups(
 
     In the order of each part's first layer.
     """
-    parted = []
-    for group in groups:
+    return tuple(
+        LayerGroup(names, group.columns, group.calls)
+        for group in groups
+        for names in parted([group.layers], settings)
+    )
+
+
+def parted(
+    groups: Iterable[tuple[str, ...]], settings: Mapping[str, SolverSettings]
+) -> list[tuple[str, ...]]:
+    """Groups of layers' names, each parted by the layers' settings."""
+    found: list[tuple[str, ...]] = []
+    for names in groups:
         parts: dict[SolverSettings, list[str]] = {}
-        for layer in group.layers:
+        for layer in names:
             parts.setdefault(settings[layer], []).append(layer)
-        parted += [LayerGroup(tuple(names), group.columns, group.calls) for names in parts.values()]
-    return tuple(parted)
+        found += map(tuple, parts.values())
+    return found
 
 
 def deal_rows(
@@ -104,14 +115,14 @@ def solve_group(
 
 
 def in_parts(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Row slices (rows, C) in parts of at most _MOST_ROWS times C rows, or of one slice.
+    """Row slices (rows, C) in parts of at most MOST_ROWS times C rows, or of one slice.
 
     What is derived of the statistics is derived again for each part; rows take memory all at once.
     """
     parts: list[dict[str, Tensor]] = []
     rows = 0
     for layer, weight in weights.items():
-        if not parts or rows + len(weight) > _MOST_ROWS * weight.shape[1]:
+        if not parts or rows + len(weight) > MOST_ROWS * weight.shape[1]:
             parts.append({})
             rows = 0
         parts[-1][layer] = weight

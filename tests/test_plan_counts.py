@@ -159,12 +159,11 @@ def test_bytes_of_a_sum_over_ranks() -> None:
     assert 4 * 1024**2 < full < 4.1 * 1024**2
     summed = summed_bytes(settings, 1024)
     assert summed == Accumulator(1024, "full", torch.device("meta")).sums.nbytes
-    assert reduced_bytes(settings, 1024, 1) == 0
-    assert reduced_bytes(settings, 1024, 4) == pytest.approx(1.5 * summed)
+    assert reduced_bytes(summed, 1) == 0
+    assert reduced_bytes(summed, 4) == pytest.approx(1.5 * summed)
     assert statistic_bytes(SolverSettings(method="wanda").resolved(), 1024) == 4 * 1024
     assert statistic_bytes(SolverSettings(method="magnitude").resolved(), 1024) == 0
-    halves = SolverSettings(shrinkage="auto").resolved()
-    assert statistic_bytes(halves, 1024) == 2 * full
+    assert statistic_bytes(settings, 1024, folds=2) == 2 * full
 
 
 # -- a real job's bytes --------------------------------------------------------------------------
@@ -262,8 +261,8 @@ def test_experts_are_layers_with_their_share_of_the_tokens(tmp_path: Path) -> No
     )  # fmt: skip
     shape = read_shape(path, seqlen=SEQLEN)
     assert shape.unsupported is None
-    experts = [group for group in shape.kinds[0].groups if group.count == 8]
-    assert [([shape for _, *shape in g.layers], g.share) for g in experts] == [
+    experts = [group for group in shape.kinds[0].groups if group.experts]
+    assert [([shape for _, *shape in g.layers], g.share) for g in experts] == 8 * [
         ([[16, 32], [16, 32]], 0.25),
         ([[32, 16]], 0.25),
     ]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -136,15 +137,17 @@ def _forward(
     found: dict[str, float] = {}
     tokens = size * length
     seconds, flops, summed, adding = 0.0, 0.0, 0.0, 0.0
-    for group in kind.groups:
-        inputs = torch.randn(tokens, group.columns).to(dtype)
+    for group, count in Counter(kind.groups).items():
+        seen = max(1, round(tokens * group.share))
+        inputs = torch.randn(seen, group.columns).to(dtype)
         for _, rows, columns in group.layers:
             weight = torch.randn(rows, columns).to(dtype)
-            seconds += _seconds(lambda: nn.functional.linear(inputs, weight), clock)  # noqa: B023
-            flops += 2.0 * tokens * rows * columns
+            one = _seconds(lambda: nn.functional.linear(inputs, weight), clock)  # noqa: B023
+            seconds += count * one
+            flops += count * 2.0 * seen * rows * columns
         total = Accumulator(group.columns, "full", torch.device("cpu"))
-        adding += _seconds(lambda: total.add(inputs, 1), clock, 2)  # noqa: B023
-        summed += hessian_flops(tokens, group.columns)
+        adding += count * _seconds(lambda: total.add(inputs, 1), clock, 2)  # noqa: B023
+        summed += count * hessian_flops(seen, group.columns)
     found[shape.dtype] = flops / seconds
     found["statistics"] = summed / adding
     if length == shape.seqlen:

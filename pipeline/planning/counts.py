@@ -7,10 +7,10 @@ R: rows of a rank, C: columns of a group.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.solvers import METHODS, SolverSettings, auto_blocksize, solver_for
-from pipeline.solvers.types import AUTO
+from pipeline.solvers.types import ESTIMATE
 from pipeline.statistics import panels, statistics_bytes
 
 _ROW_TILE = 16
@@ -26,15 +26,16 @@ class SolveCounts:
     """One group's solve on one rank.
 
     products: number of fp32 products (R, C) x (C, C), wide: of objectives, each
-    `objective_share` of a product in float64. other: further
+    `objective_share` of a product in float64; no whole numbers where n inputs stand for the matrix,
+    and a product is two with (C, n). other: further
     fp32 operations of products on rows. inverse: operations of fp32 inverses, factor: of the
     float64 factor, both the same on every rank. steps: iterations that touch all of the rows.
     moved: bytes of passes over C x C and over rows outside the iterations. operators: kernels
     started.
     """
 
-    products: int = 0
-    wide: int = 0
+    products: float = 0
+    wide: float = 0
     other: float = 0.0
     inverse: float = 0.0
     factor: float = 0.0
@@ -62,13 +63,22 @@ def padded(rows: int) -> int:
 
 
 def solve_counts(
-    settings: SolverSettings, rows: int, columns: int, itemsize: int, device: str
+    settings: SolverSettings,
+    rows: int,
+    columns: int,
+    itemsize: int,
+    device: str,
+    inputs: float | None = None,
 ) -> SolveCounts:
     """One group's solve of `rows` rows, `itemsize` bytes an element stored, on `device` (a torch
-    device type). Settings are resolved here."""
+    device type). inputs: how many of them stand for the Hessian, if so. Settings are resolved here.
+    """
     settings = settings.resolved()
     if not rows:
         return SolveCounts()
+    if inputs is not None and solver_for(settings).needs == "full":
+        whole = solve_counts(settings, rows, columns, itemsize, device)
+        return _of_inputs(whole, settings, rows, columns, inputs)
     counts = _BY_METHOD[settings.method](settings, rows, columns, device)
     full = solver_for(settings).needs == "full"
     refine = settings.refine_steps or 0 if settings.refine != "none" else 0
@@ -101,6 +111,30 @@ def solve_counts(
         steps=steps,
         moved=moved,
         operators=operators,
+    )
+
+
+def _of_inputs(
+    whole: SolveCounts, settings: SolverSettings, rows: int, columns: int, inputs: float
+) -> SolveCounts:
+    """The counts of a solve with a Hessian, if it is solved from `inputs` inputs (Woodbury)."""
+    narrow = 2 * inputs / columns
+    other, inverse, moved = whole.other, 0.0, whole.moved
+    if settings.shrinkage == ESTIMATE or settings.method == "sparsegpt":
+        other += 2.0 * inputs * columns**2  # all entries of H are made once
+    if settings.method == "prox_admm":
+        inverses = whole.inverse / (2.0 * float(columns) ** 3)
+        inverse = inverses * (3.0 * inputs**2 * columns + inputs**3 / 3)
+    if settings.method == "prox":
+        moved -= 4.0 * _POWER_STEPS * columns**2 * (1 - narrow)
+    return replace(
+        whole,
+        products=narrow * whole.products,
+        # One product with (C, n).
+        wide=whole.wide * (inputs / columns) / objective_share(columns),
+        other=other,
+        inverse=inverse,
+        moved=moved,
     )
 
 
@@ -154,29 +188,24 @@ _BY_METHOD = {
 assert _BY_METHOD.keys() == METHODS.keys()
 
 
-def statistic_bytes(settings: SolverSettings, columns: int) -> int:
-    """Bytes of one group's statistics on one rank: one sum, or one for each half."""
+def statistic_bytes(settings: SolverSettings, columns: int, folds: int = 1) -> int:
+    """Bytes of one group's statistics on one rank: one sum, or one for each half (folds 2)."""
     needs = solver_for(settings).needs
     if needs == "none":
         return 0
-    folds = 2 if settings.shrinkage == AUTO else 1
     return folds * 4 * (columns * columns + 2 * columns if needs == "full" else columns)
 
 
-def summed_bytes(settings: SolverSettings, columns: int) -> int:
+def summed_bytes(settings: SolverSettings, columns: int, folds: int = 1) -> int:
     """Bytes of one group's running sums on one rank, of which the statistics are made."""
     needs = solver_for(settings).needs
-    if needs == "none":
-        return 0
-    return (2 if settings.shrinkage == AUTO else 1) * statistics_bytes(columns, needs)
+    return 0 if needs == "none" else folds * statistics_bytes(columns, needs)
 
 
-def reduced_bytes(settings: SolverSettings, columns: int, world: int) -> float:
-    """Bytes that one rank sends to sum one group's statistics: its slices to the others, then its
-    sum to the others. As many are received."""
-    if world < 2:
-        return 0.0
-    return 2.0 * (world - 1) / world * summed_bytes(settings, columns)
+def reduced_bytes(size: float, world: int) -> float:
+    """Bytes that one rank sends to sum `size` bytes over the ranks: its slices to the others, then
+    its sum to the others. As many are received."""
+    return 2.0 * (world - 1) / world * size
 
 
 def store_bytes(nsamples: int, seqlen: int, hidden: int, itemsize: int) -> int:

@@ -11,7 +11,7 @@ from pipeline.layers import layers_to_prune
 from pipeline.model import Skeleton
 from pipeline.planning.job import PlannedJob
 from pipeline.planning.memory import sums_held
-from pipeline.planning.phases import Phase
+from pipeline.planning.parts import Phase
 from pipeline.planning.plan import Plan, remedies, size_text
 from pipeline.planning.rates import cpu_rates, gpu_rates
 from pipeline.planning.shape import read_shape
@@ -27,7 +27,8 @@ def check_memory(
 
     Only tensors count that are certainly held at once: neither what a process takes by itself,
     which it has taken already, nor what an allocator wastes. So a job that is refused cannot end
-    well, and one that is not may still be close. Raises `ResourceError` with the plan's advice.
+    well, and one that is not may still be close; of experts, whose tokens are not known yet, even
+    shares count. Raises `ResourceError` with the plan's advice.
     """
     if _surely_fits(skeleton, config, rooms):
         return
@@ -120,7 +121,7 @@ def _planned(skeleton: Skeleton, config: PruneConfig, rooms: Sequence[Room]) -> 
         skeleton.files.place,
         seqlen=config.seqlen,
         rules=config.layer_rules(),
-        needs=solver_for(settings).needs,
+        all_experts=config.calibrate_all_experts,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
     )
@@ -138,4 +139,5 @@ def _planned(skeleton: Skeleton, config: PruneConfig, rooms: Sequence[Room]) -> 
         device_memory=total,
         in_process=config.executor == "local",
         hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
+        expert_tokens=config.expert_tokens,
     )

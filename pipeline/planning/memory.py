@@ -6,13 +6,15 @@ On a GPU the tensors lie in the device's memory, on a CPU in the process's. The 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
-from pipeline.planning.counts import padded, statistic_bytes, summed_bytes
+from pipeline.planning.counts import padded
 from pipeline.planning.job import PlannedJob
 from pipeline.planning.shape import BlockShape, GroupShape
-from pipeline.solvers import solver_for
+from pipeline.solvers import SolverSettings, solver_for
 from pipeline.solvers.types import AUTO
+from pipeline.solving import MOST_ROWS
 from pipeline.statistics import panels
 
 # What numba and its compiler take in a process that runs the proximal operator on a CPU, as seen.
@@ -25,6 +27,7 @@ _CHUNK_BYTES = 1 << 28
 _BUFFERS = 3
 _INVERSE_PANEL = 512
 _OBJECTIVE_ROWS = 2048
+_ENTRY_PANEL = 256
 # Matrices of the rows' size, fp32, that a method holds at most, besides C x C.
 _ROWS_HELD = {"prox_admm": 9, "prox": 7, "sparsegpt": 5, "wanda": 7, "magnitude": 6}
 _ROWS_HELD_REFINING = 9
@@ -42,8 +45,8 @@ class Held:
 
 def compiler_bytes(job: PlannedJob) -> float:
     """What a CPU worker's process takes for compiled kernels."""
-    uses = job.settings.method in ("prox", "prox_admm") and not job.rates.on_gpu
-    return float(_NUMBA_BYTES) if uses else 0.0
+    uses = any(settings.method in ("prox", "prox_admm") for settings in job.every)
+    return float(_NUMBA_BYTES) if uses and not job.rates.on_gpu else 0.0
 
 
 def kept_by_allocator(held: float) -> float:
@@ -51,28 +54,29 @@ def kept_by_allocator(held: float) -> float:
     return min(held, float(_KEPT_BYTES))
 
 
-def statistics_held(job: PlannedJob, block: BlockShape) -> float:
-    """Bytes of a block's statistics on one rank."""
-    return float(sum(g.count * statistic_bytes(job.settings, g.columns) for g in block.groups))
-
-
 def sums_held(job: PlannedJob, block: BlockShape) -> float:
     """Bytes of a block's running sums on one rank, and of the product that is added to them."""
-    widest = max((g.columns for g in block.groups), default=0) if job.needs == "full" else 0
+    widest = max((g.columns for g in block.groups if multiplies(job, g)), default=0)
     product = 4.0 * max((stop * (stop - start) for start, stop in panels(widest)), default=0)
-    return product + sum(g.count * summed_bytes(job.settings, g.columns) for g in block.groups)
+    return product + job.sums(block.groups)
+
+
+def multiplies(job: PlannedJob, group: GroupShape) -> bool:
+    """Whether products of a group's inputs are summed as they come."""
+    full = solver_for(job.settings_of(group)).needs == "full"
+    return full and not (group.kept and job.own_tokens(group) / job.folds < group.columns)
 
 
 def phase_memory(job: PlannedJob, block: BlockShape, before: BlockShape | None) -> dict[str, Held]:
-    """Peaks of a block's phases: name -> bytes. `before`: the block before it, None for block 0."""
+    """Peaks of a pruned block's phases: name -> bytes. `before`: the block before it, None for
+    block 0."""
     if not job.calibrates:
         return {"solve": _solve(job, block)}
     size = job.shape.forward_itemsize
     sums = sums_held(job, block)
     batch = job.largest_batch
     hidden = float(batch * job.seqlen * job.shape.hidden * size)
-    largest = max((r * c for g in block.groups for _, r, c in g.layers), default=0)
-    staged = float(largest * job.shape.itemsize)
+    staged = staged_bytes(job, block)
     weights = float(block.parameters * size)
     found = {}
     observed = hidden + batch * block.observed.live
@@ -85,19 +89,36 @@ def phase_memory(job: PlannedJob, block: BlockShape, before: BlockShape | None) 
         forward = max(hidden + batch * before.full.live, hidden + observed)
         found["advance"] = Held(both + sums + forward, staged + 2 * hidden)
     found["reduce"] = _reduce(job, block)
-    if job.settings.shrinkage == AUTO:
+    if job.folds > 1:
         found["choose"] = _choose(job, block)
     found["solve"] = _solve(job, block)
     return found
 
 
+def staged_bytes(job: PlannedJob, block: BlockShape) -> float:
+    """The largest of a block's layers, as it passes the host's memory."""
+    largest = max((r * c for g in block.groups for _, r, c in g.layers), default=0)
+    return float(largest * job.shape.itemsize)
+
+
+def propagate_memory(job: PlannedJob, before: BlockShape) -> Held:
+    """A block alone on its way to the next one's inputs, pruned or dense."""
+    size = job.shape.forward_itemsize
+    hidden = float(job.largest_batch * job.seqlen * job.shape.hidden * size)
+    weights = float(before.parameters * size)
+    live = job.largest_batch * before.full.live
+    return Held(weights + hidden + live, staged_bytes(job, before) + 2 * hidden)
+
+
 def _reduce(job: PlannedJob, block: BlockShape) -> Held:
     """Group by group, statistics are made of sums; sums over ranks go through buffers."""
-    sums = [summed_bytes(job.settings, g.columns) for g in block.groups]
-    widest = max((statistic_bytes(job.settings, g.columns) for g in block.groups), default=0)
-    held = max(sums_held(job, block), statistics_held(job, block)) + widest
+    each = set(block.groups)
+    # A rank's few inputs become a matrix where those of all ranks are not few.
+    widest = max((job.statistics([g]) + job.counted([g]) * g.kept for g in each), default=0.0)
+    held = max(sums_held(job, block), job.statistics(block.groups)) + widest
     if job.workers > 1 and not job.in_process:
-        held += (_BUFFERS + 2 / job.workers) * min(_CHUNK_BYTES, max(sums, default=0))
+        sums = max((job.counted([group]) for group in each), default=0.0)
+        held += (_BUFFERS + 2 / job.workers) * min(_CHUNK_BYTES, sums)
     return Held(held)
 
 
@@ -116,7 +137,12 @@ def _solve(job: PlannedJob, block: BlockShape) -> Held:
     """
     itemsize, worst = job.shape.itemsize, Held(0.0)
     ahead = float(block.parameters * job.shape.forward_itemsize) if job.calibrates else 0.0
-    everything = statistics_held(job, block)
+    everything = job.statistics(block.groups)
+    # Of alike groups each its share: where routing is uneven, which one holds what is not known.
+    each = {
+        group: job.statistics([group] * count) / count
+        for group, count in Counter(block.groups).items()
+    }
     for own in job.deal(block):
         left, done = everything, 0.0
         for group, rows in own:
@@ -127,7 +153,7 @@ def _solve(job: PlannedJob, block: BlockShape) -> Held:
                 if total + on_host > worst.device + worst.host:
                     worst = Held(total, on_host)
                 done += slices
-            left -= statistic_bytes(job.settings, group.columns)
+            left -= each[group]
     return worst
 
 
@@ -136,30 +162,60 @@ def _choose(job: PlannedJob, block: BlockShape) -> Held:
     worst = max(
         (
             solve_held(job, group, sum(r for _, r, _ in group.layers)) + 4.0 * group.columns**2
-            for group in block.groups
+            for group in set(block.groups)
         ),
         default=0.0,
     )
-    return Held(statistics_held(job, block) + worst)
+    return Held(job.statistics(block.groups) + worst)
 
 
 def solve_held(job: PlannedJob, group: GroupShape, rows: int) -> float:
     """Bytes that one group's solve of `rows` rows holds besides the statistics."""
     if not rows:
         return 0.0
-    settings, columns = job.settings, float(group.columns)
+    settings, columns = job.solved_with(group), float(group.columns)
     full = solver_for(settings).needs == "full"
-    square = columns * columns
+    rows = min(rows, rows_at_once(group))
     entries = padded(rows) * columns
     held = _ROWS_HELD[settings.method]
-    matrices = {"prox_admm": 4.0, "prox": 4.0, "sparsegpt": 8.0}.get(settings.method, 0.0) * square
-    if settings.method == "prox_admm":
-        matrices += 8.0 * columns * min(_INVERSE_PANEL, columns)
+    inputs = job.inputs(group)
+    if inputs is None or not full:
+        matrices = _matrices(settings, columns)
+    else:
+        matrices = _of_inputs(settings, columns, inputs, rows)
     if settings.refine != "none":
         held = max(held, _ROWS_HELD_REFINING)
     if not solver_for(settings).separable:
         held += _ROWS_HELD_SORTING
     if settings.shrinkage == AUTO:
-        matrices += 4.0 * square  # both halves summed
+        matrices += 4.0 * columns * columns  # both halves summed
     change = 16.0 * min(rows, _OBJECTIVE_ROWS) * columns if full else 0.0
     return matrices + entries * (4.0 * held + job.shape.itemsize) + change
+
+
+def rows_at_once(group: GroupShape) -> int:
+    """Rows of a group that a solve takes at most at once: see `pipeline.solving.in_parts`."""
+    each = max(rows for _, rows, _ in group.layers)
+    return max(each, MOST_ROWS * group.columns // each * each)
+
+
+def _matrices(settings: SolverSettings, columns: float) -> float:
+    """Bytes that a method derives of a Hessian."""
+    square = columns * columns
+    matrices = {"prox_admm": 4.0, "prox": 4.0, "sparsegpt": 8.0}.get(settings.method, 0.0) * square
+    if settings.method == "prox_admm":
+        matrices += 8.0 * columns * min(_INVERSE_PANEL, columns)
+    return matrices
+
+
+def _of_inputs(settings: SolverSettings, columns: float, inputs: float, rows: int) -> float:
+    """Bytes that a method derives of inputs (n, C) in place of a Hessian."""
+    if settings.method == "sparsegpt":
+        return 12.0 * columns * columns  # the Hessian is made of them, in fp32 and float64
+    products = 4.0 * inputs * padded(rows)
+    # Entries of H are looked at in panels; objectives are in float64.
+    looked = max(12.0 * _ENTRY_PANEL * columns, 8.0 * inputs * columns)
+    if settings.method != "prox_admm":
+        return products + looked
+    # Inputs scaled, and once more times a diagonal; a factor of an inverse, and the one before.
+    return products + max(looked, 16.0 * inputs * columns + 8.0 * inputs * inputs)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config import ModelOptions
+from pipeline.few_tokens import ExpertOptions
 from pipeline.option import option, require
 from pipeline.planning.job import PlannedJob
 from pipeline.planning.machine import available_memory
 from pipeline.planning.rates import GPUS, Rates, cpu_rates, gpu_rates, load_rates, with_threads
 from pipeline.planning.shape import ModelShape, read_shape
-from pipeline.solvers import solver_for
 from storage.errors import ConfigError
 from storage.object_store import Place
 
@@ -24,7 +24,7 @@ _GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(ModelOptions):
+class PlanConfig(ModelOptions, ExpertOptions):
     """Every option of `prox24 plan`. Raises `ConfigError` on a value out of range."""
 
     nsamples: int = option(128, "calibration sequences")
@@ -73,7 +73,8 @@ class PlanConfig(ModelOptions):
     debug: bool = option(False, "show the traceback of an error")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ModelOptions.__post_init__(self)
+        ExpertOptions.__post_init__(self)
         for name in ("nsamples", "batch_size", "gpus", "nodes", "workers", "threads"):
             require(self, name, at_least=1)
         require(self, "seqlen", at_least=2)
@@ -97,12 +98,11 @@ def size_of(text: str, name: str) -> float:
 
 def planned_shape(model: Place, config: PlanConfig) -> ModelShape:
     """The shape of the model, read for these options."""
-    settings = config.solver_settings(config.method)
     return read_shape(
         model,
         seqlen=config.seqlen,
         rules=config.layer_rules(),
-        needs=solver_for(settings).needs,
+        all_experts=config.calibrate_all_experts,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
     )
@@ -137,6 +137,7 @@ def planned_job(shape: ModelShape, config: PlanConfig, rates: Rates | None = Non
         disk=size_of(config.disk, "disk") if config.disk else free,
         in_process=config.executor == "local",
         hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
+        expert_tokens=config.expert_tokens,
     )
 
 

@@ -8,59 +8,40 @@ piece. Where every core computes, hashing and copying take time from it and hide
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from pipeline.planning.counts import (
     hessian_flops,
     objective_share,
     reduced_bytes,
     solve_counts,
-    summed_bytes,
 )
 from pipeline.planning.job import PlannedJob
-from pipeline.planning.memory import Held, embed_memory, phase_memory
+from pipeline.planning.memory import (
+    Held,
+    embed_memory,
+    multiplies,
+    phase_memory,
+    propagate_memory,
+    rows_at_once,
+)
+from pipeline.planning.parts import (
+    BANDWIDTH,
+    COMPUTE,
+    DISK,
+    HASH,
+    HOST,
+    LATENCY,
+    NETWORK,
+    Part,
+    Phase,
+    merge,
+)
 from pipeline.planning.profile import ForwardProfile
 from pipeline.planning.shape import BlockShape, GroupShape
+from pipeline.solvers import solver_for
 
-COMPUTE, BANDWIDTH, LATENCY = "compute", "bandwidth", "latency"
-DISK, HASH, NETWORK, HOST = "disk", "hashing", "network", "host copy"
 # Trials of `--shrinkage auto` take about a quarter of the solve they choose for.
 _CHOICE_SHARE = 0.25
-
-
-@dataclass(frozen=True)
-class Part:
-    """Seconds of one kind of work, and what sets its pace."""
-
-    what: str
-    limit: str
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """One phase: its parts, its peak memory (bytes of a worker's device and of its host process),
-    and what all ranks together read, write and send, in bytes."""
-
-    name: str
-    parts: tuple[Part, ...]
-    held: Held = field(default_factory=lambda: Held(0.0))
-    read: float = 0.0
-    written: float = 0.0
-    sent: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Wall seconds."""
-        return sum(part.seconds for part in self.parts)
-
-    @property
-    def limit(self) -> str:
-        """What takes most of the phase."""
-        totals: dict[str, float] = {}
-        for part in self.parts:
-            totals[part.limit] = totals.get(part.limit, 0.0) + part.seconds
-        return max(totals, key=lambda limit: totals[limit]) if totals else LATENCY
 
 
 class PhaseModel:
@@ -69,6 +50,9 @@ class PhaseModel:
     def __init__(self, job: PlannedJob) -> None:
         self.job, self.rates, self.shape = job, job.rates, job.shape
         self._dispatch = Part("dispatch", LATENCY, job.rates.dispatch)
+        plain = job.rates.on_gpu and self.shape.dtype == "float32"
+        # That of the statistics' products.
+        self._precision = "float32" if plain else "statistics"
 
     # -- once -----------------------------------------------------------------------------------
 
@@ -129,8 +113,14 @@ class PhaseModel:
     def block(
         self, block: BlockShape, before: BlockShape | None, after: BlockShape | None
     ) -> list[Phase]:
-        """A block's phases in order; `before`, `after`: its neighbours, None at the ends."""
+        """A block's phases in order; `before`, `after`: its neighbours, None at the ends.
+
+        One that stays dense has none but what makes its inputs.
+        """
         phases: list[Phase] = []
+        if not block.groups:
+            passes = before is not None and self.job.calibrates
+            return [self._propagate(before)] if passes and before is not None else []
         turns = self.job.turns(block)
         for number, own in enumerate(turns):
             memory = phase_memory(self.job, own, before if not number else None)
@@ -166,15 +156,28 @@ class PhaseModel:
 
     def _advance(self, block: BlockShape, before: BlockShape, held: Held) -> Phase:
         """The block before, pruned, and this one, dense, on the same batches."""
-        weights = float(before.parameters * self.shape.itemsize)
+        # Weights that no solve before has read ahead.
+        own = 0.0 if before.groups else float(block.parameters * self.shape.itemsize)
+        observed = [*self._forward(block.observed, "dense forward"), *self._hessian(block)]
+        return self._pass("advance", before, observed, own, held)
+
+    def _propagate(self, before: BlockShape) -> Phase:
+        """The block before, pruned or not, on its way to a block that stays dense."""
+        return self._pass("propagate", before, [], 0.0, propagate_memory(self.job, before))
+
+    def _pass(
+        self, name: str, before: BlockShape, observed: list[Part], more: float, held: Held
+    ) -> Phase:
+        """Every batch through the block before, and what is `observed` behind it.
+
+        more: bytes of further weights.
+        """
+        weights = more + float(before.parameters * self.shape.itemsize)
         slices = float(before.pruned * self.shape.itemsize)
         read, store = self._store_read()
         written, size = self._store_written()
-        computed = [
-            *self._forward(before.full, "pruned forward"),
-            *self._forward(block.observed, "dense forward"),
-            *self._hessian(block),
-        ]
+        ran = "pruned forward" if before.groups else "forward of a block that stays dense"
+        computed = [*self._forward(before.full, ran), *observed]
         parts = (
             *self._load(weights + slices),
             Part("verify slices", HASH, slices / self.rates.hash),
@@ -183,7 +186,7 @@ class PhaseModel:
             self._dispatch,
         )
         return Phase(
-            name="advance",
+            name=name,
             parts=parts,
             held=held,
             read=store + self.job.nodes * (weights + slices),
@@ -205,16 +208,23 @@ class PhaseModel:
 
     def _reduce(self, block: BlockShape, held: Held) -> Phase:
         job, rates = self.job, self.rates
-        own = sum(
-            g.count * reduced_bytes(job.settings, g.columns, job.workers) for g in block.groups
-        )
+        added, products = 0.0, 0.0
+        for group in block.groups:
+            inputs = job.inputs(group)
+            full = solver_for(job.settings_of(group)).needs == "full"
+            # Inputs that are few in all are put together as they are, in fp32.
+            kept = inputs is not None and full
+            added += 4.0 * (inputs or 0) * group.columns if kept else job.counted([group])
+            if full and not kept and not multiplies(job, group):
+                products += hessian_flops(job.own_tokens(group), group.columns)
+        own = reduced_bytes(added, job.workers)
         # What leaves the node goes over its network, the rest over the link inside.
         outside = (job.workers - job.per_node) / max(job.workers - 1, 1) if job.nodes > 1 else 0.0
-        added = sum(g.count * summed_bytes(job.settings, g.columns) for g in block.groups)
         parts = (
             Part("between nodes", NETWORK, own * outside / rates.network),
             Part("inside a node", NETWORK, own * (1 - outside) / rates.link),
             Part("add", BANDWIDTH, 8.0 * added / rates.memory if rates.on_gpu else 0.0),
+            Part("Hessian", COMPUTE, products / rates.product(self._precision)),
             self._dispatch,
         )
         return Phase(name="reduce", parts=parts, held=held, sent=own * job.workers)
@@ -224,7 +234,7 @@ class PhaseModel:
         worst = max(
             (
                 sum(p.seconds for p in self._group(g, sum(r for _, r, _ in g.layers)))
-                for g in block.groups
+                for g in set(block.groups)
             ),
             default=0.0,
         )
@@ -267,8 +277,16 @@ class PhaseModel:
     def _group(self, group: GroupShape, rows: int) -> list[Part]:
         """One group's solve: what is done for the rows, and what every rank does alike."""
         rates, columns = self.rates, group.columns
+        most = rows_at_once(group)
+        if rows > most:
+            # What is derived of the statistics is derived again for each part of the rows.
+            pieces = [most] * (rows // most) + ([rows % most] if rows % most else [])
+            return list(merge(part for piece in pieces for part in self._group(group, piece)))
         device = "cuda" if rates.on_gpu else "cpu"
-        counts = solve_counts(self.job.settings, rows, columns, self.shape.itemsize, device)
+        counts = solve_counts(
+            *(self.job.solved_with(group), rows, columns, self.shape.itemsize, device),
+            inputs=self.job.inputs(group),
+        )
         entries = float(rows) * columns
         one = 2.0 * entries * columns
         square, share = float(columns) * columns, objective_share(columns)
@@ -286,7 +304,7 @@ class PhaseModel:
         ]
         return parts
 
-    def _product(self, what: str, count: int, flops: float, moved: float, precision: str) -> Part:
+    def _product(self, what: str, count: float, flops: float, moved: float, precision: str) -> Part:
         """Products as fast as the slower of arithmetic and memory; on a CPU caches hold them."""
         compute = count * flops / self.rates.product(precision)
         memory = count * moved / self.rates.memory if self.rates.on_gpu else 0.0
@@ -311,22 +329,19 @@ class PhaseModel:
 
     def _hessian(self, block: BlockShape) -> list[Part]:
         job, rates = self.job, self.rates
-        sequences, batches, _ = job.busiest
-        tokens = float(sequences * job.seqlen)
-        plain = rates.on_gpu and self.shape.dtype == "float32"
+        batches = job.busiest[1]
         flops, moved = 0.0, 0.0
         for group in block.groups:
-            seen = group.count * group.share * tokens
+            seen = job.own_tokens(group)
             moved += seen * group.columns * (self.shape.forward_itemsize + 4)
-            if job.needs == "full":
-                flops += group.count * hessian_flops(group.share * tokens, group.columns)
+            if multiplies(job, group):
+                flops += hessian_flops(seen, group.columns)
                 # The product written and read, float64 sums read and written: of a triangle.
-                moved += group.count * batches * 13.5 * group.columns**2 if rates.on_gpu else 0.0
-            else:
+                moved += batches * 13.5 * group.columns**2 if rates.on_gpu else 0.0
+            elif solver_for(job.settings_of(group)).needs != "full":
                 moved += 12.0 * seen * group.columns
-        precision = "float32" if plain else "statistics"
         return [
-            Part("Hessian", COMPUTE, flops / rates.product(precision)),
+            Part("Hessian", COMPUTE, flops / rates.product(self._precision)),
             Part("Hessian: copies", BANDWIDTH, moved / rates.memory),
         ]
 
@@ -366,12 +381,3 @@ class PhaseModel:
 
 def _sum(parts: Iterable[Part]) -> float:
     return sum(part.seconds for part in parts)
-
-
-def merge(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """Parts of the same name and limit as one."""
-    totals: dict[tuple[str, str], float] = {}
-    for part in parts:
-        key = (part.what, part.limit)
-        totals[key] = totals.get(key, 0.0) + part.seconds
-    return tuple(Part(what, limit, seconds) for (what, limit), seconds in totals.items())

@@ -10,7 +10,8 @@ from typing import Any
 from pipeline.planning.counts import store_bytes
 from pipeline.planning.job import PlannedJob
 from pipeline.planning.memory import compiler_bytes, kept_by_allocator, sums_held
-from pipeline.planning.phases import Phase, PhaseModel
+from pipeline.planning.parts import Phase
+from pipeline.planning.phases import PhaseModel
 
 PLAN_SCHEMA = 1
 # What an allocator on a GPU leaves unused between tensors.
@@ -151,7 +152,12 @@ class Plan:
         return sum(count * phase.sent for _, count, phase in self.phases())
 
     def needs(self) -> tuple[Need, ...]:
-        """Device memory, host memory of the fullest node, and disk, each at its highest."""
+        """Device memory, host memory of the fullest node, and disk, each at its highest.
+
+        Where experts hold what they are sent, the most that any routing can make them hold.
+        """
+        if self.job.routes and not self.job.uneven:
+            return Plan(replace(self.job, uneven=True)).needs()
         job, found = self.job, []
         all_phases = list(self.phases())
         if job.rates.on_gpu:
@@ -189,11 +195,14 @@ def _blocks(job: PlannedJob, model: PhaseModel) -> Iterator[BlockPlan]:
     cache: dict[tuple[int | None, ...], tuple[Phase, ...]] = {}
     start, current = 0, tuple[int | None, ...]()
     kinds = (None, *shape.blocks, None)
-    for block, key in enumerate(zip(kinds[1:-1], kinds[:-2], kinds[2:], strict=True)):
+    # What comes after the last block that is pruned is never run.
+    last = max(block for block, kind in enumerate(shape.blocks) if shape.kinds[kind].groups)
+    for block, near in enumerate(zip(kinds[1:-1], kinds[:-2], kinds[2:], strict=True)):
+        key = (*near, int(block <= last))
         if key not in cache:
-            own, before, after = (None if k is None else shape.kinds[k] for k in key)
+            own, before, after = (None if k is None else shape.kinds[k] for k in near)
             assert own is not None
-            cache[key] = tuple(model.block(own, before, after))
+            cache[key] = tuple(model.block(own, before, after)) if block <= last else ()
         if current and key != current:
             yield BlockPlan(start, block - 1, cache[current])
             start = block
@@ -221,7 +230,7 @@ def _variants(job: PlannedJob, what: str) -> Iterator[tuple[list[str], list[Plan
     if what != "disk":
         sizes = _halves(job.batch_size)
         yield [f"--batch-size {n}" for n in sizes], [replace(job, batch_size=n) for n in sizes]
-        held = max(sums_held(job, kind) for kind in job.shape.kinds)
+        held = max(job.counted(kind.groups) for kind in job.shape.kinds)
         limits = [f"{held / 2**k / 1e9:.2g}" for k in range(1, 5)] if held > 1e8 else []
         yield (
             [f"--hessian-memory {n}" for n in limits],

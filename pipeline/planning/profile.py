@@ -162,14 +162,12 @@ def profile_forward(
     block: nn.Module,
     call: BlockCall,
     hidden_states: Tensor,
-    observed: Iterable[str] | None = None,
-    *,
-    needs: str = "full",
+    observed: Mapping[str, str] | None = None,
 ) -> ForwardProfile:
     """Counts one forward of `hidden_states` (1, seqlen, hidden) on meta.
 
-    observed: the first layer of every group, for a forward as `BlockObserver` runs it: the input of
-    each is turned to fp32, and the forward ends at the last one. needs: what is summed of it.
+    observed: the first layer of every group -> what is summed of its input, for a forward as
+    `BlockObserver` runs it: each input is turned to fp32, and the forward ends at the last one.
     """
     counter, attention = _Counter(), _Attention()
     counter.known(block.parameters())
@@ -177,7 +175,7 @@ def profile_forward(
     counter.known([hidden_states])
     tensors = tree_leaves((call.arguments, call.keywords))
     counter.known(tensor for tensor in tensors if isinstance(tensor, Tensor))
-    left = list(observed or ())
+    left = observed or {}
     total = len(left)
     seen: list[str] = []
 
@@ -185,7 +183,7 @@ def profile_forward(
         def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             moved, operators = counter.moved, counter.operators
             copy = (args[0] if args else kwargs["input"]).to(torch.float32)
-            if needs == "diagonal":
+            if left[layer] != "full":
                 copy.square()
             del copy
             counter.moved, counter.operators = moved, operators

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.capture import BlockCall, ModelEnds
-from pipeline.experts import Experts, expert_of
-from pipeline.layers import check_rules, layers_to_prune
-from pipeline.linears import unsupported_parameters, unsupported_reason
+from pipeline.experts import Experts, expert_of, send_every_token
+from pipeline.layers import check_rules, settings_of
+from pipeline.linears import linear_layers, unsupported_parameters, unsupported_reason
 from pipeline.model import FORWARD_DTYPES, Skeleton
+from pipeline.planning.experts import route_evenly, stub_others, with_others
 from pipeline.planning.profile import (
     META,
     ForwardProfile,
@@ -25,7 +26,8 @@ from pipeline.planning.profile import (
 )
 from pipeline.planning.source import HollowSkeleton, open_source
 from pipeline.rules import LayerRules
-from pipeline.solvers import SolverSettings
+from pipeline.solvers import SolverSettings, solver_for
+from pipeline.solving import parted
 from pipeline.text_stack import ties_embeddings
 from storage.errors import ModelError
 from storage.object_store import Place
@@ -38,19 +40,29 @@ ASSUMED_FILE_BYTES = 5 * 10**9
 class GroupShape:
     """Layers that share an input, as (name, R, C), and `columns`, their C.
 
-    count: how many groups are alike (experts); share: of the tokens, which reach each of them.
+    override: their settings, where those are not the job's. kept: whether inputs fewer than C are
+    kept in place of a matrix, as an expert's are. experts: of how many experts it is one, of which
+    each token is sent to `active`; 0 where every token comes.
     """
 
     layers: tuple[tuple[str, int, int], ...]
     columns: int
-    count: int = 1
-    share: float = 1.0
+    override: SolverSettings | None = None
+    kept: bool = False
+    experts: int = 0
+    active: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of the tokens, which come: of an expert its even share."""
+        return self.active / self.experts if self.experts else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:
-    """One kind of block. parameters: elements of all its weights. full, observed: a sequence's
-    forward, whole and as far as statistics are taken."""
+    """One kind of block. groups: in the order of their layers, none where it stays dense, and
+    experts' groups that are alike as often as there are such. parameters: elements of all its
+    weights. full, observed: a sequence's forward, whole and as far as statistics are taken."""
 
     groups: tuple[GroupShape, ...]
     parameters: int
@@ -60,7 +72,7 @@ class BlockShape:
     @property
     def pruned(self) -> int:
         """Elements of the layers that are pruned."""
-        return sum(g.count * r * c for g in self.groups for _, r, c in g.layers)
+        return sum(r * c for g in self.groups for _, r, c in g.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +123,14 @@ def read_shape(
     *,
     seqlen: int,
     rules: LayerRules | None = None,
-    needs: str = "full",
+    all_experts: bool = False,
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> ModelShape:
     """The shape of a model folder, or of a model known by its config.json alone.
 
     seqlen: tokens of a calibration sequence, which attention depends on. rules: which layers are
-    pruned; None: all.
+    pruned, and how; None: all. all_experts: whether every expert's statistics are of all tokens.
     Raises `ModelError` and `ConfigError` as `open_skeleton` does, and for blocks that do not run
     on the meta device.
     """
@@ -130,7 +142,7 @@ def read_shape(
         itemsize=source.itemsize,
         seqlen=seqlen,
         rules=rules or LayerRules(settings=SolverSettings()),
-        needs=needs,
+        all_experts=all_experts,
     )
 
 
@@ -143,7 +155,7 @@ def shape_of(
     itemsize: int,
     seqlen: int,
     rules: LayerRules,
-    needs: str,
+    all_experts: bool,
 ) -> ModelShape:
     """The shape of a model whose skeleton is there; the skeleton's model is used up."""
     hollow = HollowSkeleton(skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype)
@@ -159,13 +171,15 @@ def shape_of(
     reason = None
     check_rules(hollow, rules)
     for index, (block, call) in enumerate(zip(hollow.blocks, calls, strict=True)):
-        layers = layers_to_prune(hollow, index, rules)
+        settings = settings_of(hollow, index, rules)
         sizes = tuple(p.shape for p in block.parameters())
-        key = (str(block), _signature(call), sizes, tuple(layers))
+        key = (str(block), _signature(call), sizes, tuple(settings.items()))
         if key not in kinds:
             kinds[key] = len(shapes)
             config = hollow.model.config.get_text_config()
-            kind, why = _block_shape(block, on_meta(call), hidden_states, layers, needs, config)
+            kind, why = _block_shape(
+                *(block, on_meta(call), hidden_states, settings, rules, all_experts, config)
+            )
             shapes.append(kind)
             reason = reason or why
         blocks.append(kinds[key])
@@ -229,100 +243,65 @@ def _block_shape(
     block: nn.Module,
     call: BlockCall,
     hidden_states: Tensor,
-    layers: dict[str, tuple[int, int]],
-    needs: str,
+    settings: dict[str, SolverSettings],
+    rules: LayerRules,
+    all_experts: bool,
     config: object,
 ) -> tuple[BlockShape, str | None]:
-    """A block's shape, and why it cannot be pruned, if so."""
+    """A block's shape, and why it cannot be pruned, if so. settings: of the layers to prune."""
     block = block.to(META)
     hidden = unsupported_parameters(block)
     reason = unsupported_reason(block, hidden) if hidden else None
-    experts = _stub_experts(block, config, layers)
-    layers = {n: s for n, s in layers.items() if expert_of(block, n) is None}
-    found = find_groups_on_meta(block, call, hidden_states, layers) if layers else ()
-    groups = [
-        GroupShape(
-            layers=tuple((name, *layers[name]) for name in names), columns=layers[names[0]][1]
-        )
-        for names in found
-    ]
-    parameters = sum(p.numel() for p in block.parameters())
-    full = profile_forward(block, call, hidden_states)
+    active = route_evenly(block)
+    others = stub_others(block, config) if hidden else []
+    full = with_others(profile_forward(block, call, hidden_states), others, hidden_states.shape[1])
+    if all_experts:
+        send_every_token(block)
+    found = find_groups_on_meta(block, call, hidden_states, settings) if settings else ()
+    layers = linear_layers(block)
+    groups, needs = [], {}
+    for names in parted(found, settings):
+        own = settings[names[0]]
+        shapes = tuple((name, *layers[name]) for name in names)
+        override = None if own == rules.settings else own
+        group = GroupShape(layers=shapes, columns=shapes[0][2], override=override)
+        groups.append(_of_expert(group, block, active, all_experts))
+        needs[names[0]] = solver_for(own).needs
     observed = full
-    if groups and not experts:
-        firsts = [group.layers[0][0] for group in groups]
-        observed = profile_forward(block, call, hidden_states, firsts, needs=needs)
-    if experts:
-        groups, full = _with_experts(groups, full, experts, hidden_states.shape[1])
-        observed = full
-    shape = BlockShape(groups=tuple(groups), parameters=parameters, full=full, observed=observed)
+    if groups and not others:
+        observed = profile_forward(block, call, hidden_states, needs)
+    for stacked, count, each in others:
+        alike = GroupShape(layers=stacked, columns=stacked[0][2], kept=True, experts=count)
+        groups += [replace(alike, active=each)] * count
+    parameters = sum(p.numel() for p in block.parameters())
+    shape = BlockShape(
+        groups=_named_alike(groups), parameters=parameters, full=full, observed=observed
+    )
     return shape, reason
 
 
-def _expert_count(config: object) -> int:
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return next((int(n) for name in names if (n := getattr(config, name, None))), 0)
+def _of_expert(
+    group: GroupShape, block: nn.Module, active: dict[str, int], all_experts: bool
+) -> GroupShape:
+    """The group with what is known of the expert that it belongs to, if it does."""
+    name = group.layers[0][0]
+    if expert_of(block, name) is None:
+        return group
+    if all_experts:
+        return replace(group, kept=True)
+    path = next(path for path in active if name.startswith(f"{path}."))
+    module = block.get_submodule(path)
+    assert isinstance(module, Experts)
+    return replace(group, kept=True, experts=module.count, active=active[path])
 
 
-def _stub_experts(
-    block: nn.Module, config: object, layers: dict[str, tuple[int, int]]
-) -> list[GroupShape]:
-    """Modules that hold experts are made to hand their input through: which token goes where is
-    not known without data. Returns the experts' groups of layers, of those in `layers`.
-
-    An even share of the tokens is assumed, `num_experts_per_tok` of all experts.
-    """
-    active = int(getattr(config, "num_experts_per_tok", 0) or 1)
-    stacked = _expert_count(config)
+def _named_alike(groups: list[GroupShape]) -> tuple[GroupShape, ...]:
+    """Experts' groups of the same shapes under the names of the first of them, so that they are
+    one value."""
+    first: dict[tuple[object, ...], GroupShape] = {}
     found = []
-    for path, module in block.named_modules():
-        if isinstance(module, Experts):
-            count = module.count
-            first = [(n, *s) for n, s in layers.items() if n.startswith(f"{path}.0.")]
-        else:
-            # In a layout that is not pruned, but counted.
-            count = stacked
-            first = [
-                (f"{path}.{name}", int(p.shape[1]), int(p.shape[2]))
-                for name, p in module.named_parameters(recurse=False)
-                if p.dim() == 3 and p.shape[0] == stacked
-            ]
-        if not first:
-            continue
-        module.forward = lambda hidden_states, *_, **__: torch.zeros_like(hidden_states)
-        last = [layer for layer in first if "down_proj" in layer[0]]
-        for group in ([layer for layer in first if layer not in last], last):
-            if group:
-                found.append(
-                    GroupShape(
-                        layers=tuple(group),
-                        columns=group[0][2],
-                        count=count,
-                        share=active / count,
-                    )
-                )
-    return found
-
-
-def _with_experts(
-    groups: list[GroupShape], full: ForwardProfile, experts: list[GroupShape], seqlen: int
-) -> tuple[list[GroupShape], ForwardProfile]:
-    """Each expert's matrices as layers of their own, with its share of the tokens.
-
-    The elementwise work of an expert is counted as reading and writing its input and output.
-    """
-    products, moved, live, operators = full.products, full.moved, 0.0, full.operators
-    for group in experts:
-        tokens = seqlen * group.share * group.count
-        rows = sum(rows for _, rows, _ in group.layers)
-        products += 2.0 * tokens * rows * group.columns
-        moved += 4.0 * tokens * (rows + group.columns)
-        live = max(live, 4 * tokens * (rows + group.columns))
-        operators += 4 * group.count
-    return [*groups, *experts], replace(
-        full,
-        products=products,
-        moved=moved,
-        live=full.live + int(live),
-        operators=operators,
-    )
+    for group in groups:
+        shapes = tuple((rows, columns) for _, rows, columns in group.layers)
+        key = (shapes, group.override, group.experts, group.active)
+        found.append(first.setdefault(key, group) if group.kept else group)
+    return tuple(found)

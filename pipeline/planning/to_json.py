@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pipeline.planning.phases import Phase
+from pipeline.planning.parts import Phase
 from pipeline.planning.plan import PLAN_SCHEMA, Plan, scaling
 
 
@@ -34,6 +34,7 @@ def plan_to_json(plan: Plan, *, scaled: bool = True) -> dict[str, Any]:
             "seqlen": job.seqlen,
             "batch_size": job.batch_size,
         },
+        "experts": _experts(plan),
         "machine": {
             "workers": job.workers,
             "nodes": job.nodes,
@@ -67,6 +68,23 @@ def plan_to_json(plan: Plan, *, scaled: bool = True) -> dict[str, Any]:
         if scaled
         else [],
     }
+
+
+def _experts(plan: Plan) -> list[dict[str, Any]]:
+    """What even routing sends each kind of expert's group; `needs` holds for any routing."""
+    found = dict.fromkeys(g for kind in plan.job.shape.kinds for g in kind.groups if g.active)
+    return [
+        {
+            "layers": [name for name, _, _ in group.layers],
+            "experts": group.experts,
+            "experts_per_token": group.active,
+            "tokens_each": plan.job.tokens(group),
+            "columns": group.columns,
+            "inputs_kept": plan.job.inputs(group) is not None,
+            "method": plan.job.solved_with(group).method,
+        }
+        for group in found
+    ]
 
 
 def _phase(plan: Plan, phase: Phase) -> dict[str, Any]:

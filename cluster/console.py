@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from cluster.terminal import as_text, bar, labelled, plain_table, shows_bars, terminal
+from cluster.terminal import as_text, bar, plain_table, print_labelled, shows_bars, terminal
 from pipeline.config import PruneConfig
 from pipeline.units import duration, size
 
@@ -57,7 +57,7 @@ class Console:
             ),
             ("executor", config.executor),
         ]
-        self.console.print(labelled(rows))
+        print_labelled(self.console, rows)
 
     def print(self, message: str) -> None:
         """One line, unwrapped: a path or a command in it can be copied."""
@@ -148,7 +148,7 @@ class Console:
             ("peak memory", ", ".join(peaks.values())),
             *who_did_what(summary),
         ]
-        self.console.print(labelled(rows))
+        print_labelled(self.console, rows)
         page = result.run_directory / "report" / "report.html"
         if page.exists():
             self.print(f"report: {page}")

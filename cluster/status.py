@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.terminal import labelled, terminal
+from cluster.terminal import print_labelled, terminal
 from pipeline.status import find_run_directory, read_status
 from pipeline.units import duration, size
 from storage.errors import Prox24Error
@@ -62,7 +62,7 @@ def show(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(status))
         return 0
-    terminal(stderr=False).print(labelled(_lines(status)))
+    print_labelled(terminal(stderr=False), _lines(status))
     return 0
 
 

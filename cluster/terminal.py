@@ -48,14 +48,17 @@ def bar(console: rich.console.Console, counted: str) -> Progress:
     )
 
 
-def labelled(rows: Iterable[tuple[str, Any]]) -> Table:
+def print_labelled(console: rich.console.Console, rows: Iterable[tuple[str, Any]]) -> None:
     """Lines of a label and a text (or anything else that rich draws) beside it."""
     table = Table.grid(padding=(0, 2), expand=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, Text(value) if isinstance(value, str) else value)
-    return table
+    if console.is_terminal:
+        console.print(table)
+    else:  # in a file no line should end in blanks, with which rich fills its tables
+        console.print(as_text([table]), end="", markup=False, soft_wrap=True)
 
 
 def plain_table(columns: Sequence[str], title: str | None = None, *, fold: bool = False) -> Table:

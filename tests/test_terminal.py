@@ -108,6 +108,7 @@ def test_every_command(
         assert [line for line in wide if not re.fullmatch(r"(wrote|report:) \S+", line)] == []
         if kind == "file":
             assert "\x1b" not in shown.out + shown.err, arguments[0]
+            assert not re.search(r" $", shown.out + shown.err, re.MULTILINE), arguments[0]
         else:
             assert shown.err.rfind(SHOW) >= shown.err.rfind(HIDE), arguments[0]
             assert not COLOUR.search(shown.out) or arguments[0] == "status"

@@ -29,10 +29,12 @@ logger = logging.getLogger(__name__)
 class Whereabouts:
     """The process of a rank: Ray's node id, host name and address; process id, start (unix time).
 
-    Host names may be alike; `address` is the one by which the ranks reach this one.
+    Host names may be alike; `address` is the one by which the ranks reach this one, `node_address`
+    the one by which Ray knows the node.
     """
 
     node: str
+    node_address: str
     host: str
     address: str
     pid: int
@@ -54,6 +56,7 @@ class RankActor:
         self._endpoint = choose_endpoint(address, own_interfaces(), self.job.interface)
         return Whereabouts(
             node=ray.get_runtime_context().get_node_id(),
+            node_address=address,
             host=socket.gethostname(),
             address=self._endpoint.address,
             pid=os.getpid(),

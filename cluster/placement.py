@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cluster.homes import Home, at_home
 from storage.errors import ResourceError
 
 # Of how many nodes a message tells one by one.
@@ -150,32 +152,42 @@ def node_rooms(
     ]
 
 
-def pack(placement: Placement, rooms: Sequence[NodeRoom]) -> list[str] | None:
+def pack(
+    placement: Placement, rooms: Sequence[NodeRoom], homes: Sequence[Home] = ()
+) -> list[str] | None:
     """The node (by id) of each rank, on as few nodes as possible; None without room for all.
 
-    The roomiest nodes are filled, but the last taken is the smallest that holds the rest: larger
-    ones stay whole for others. Ranks of one node follow each other.
+    homes: where each rank was before, if known; whoever finds room there goes back. For the others
+    the nodes that take part already are filled, then the roomiest, but the last taken is the
+    smallest that holds the rest: larger ones stay whole for others. Ranks of one node that have no
+    home follow each other.
     """
+    slots = [room for room in rooms for _ in range(room.holds(placement))]
+    back = at_home(homes[: placement.workers], [(room.id, room.address) for room in slots])
+    chosen = {rank: slots[slot].id for rank, slot in back.items()}
+    taken = Counter(chosen.values())
+    left = {room.id: room.holds(placement) - taken[room.id] for room in rooms}
 
     def spare(room: NodeRoom) -> tuple[float, str]:
         """Of nodes that serve alike, those without GPUs come first where none are asked for."""
         return (0.0 if placement.gpus else room.total.get("GPU", 0.0), room.id)
 
-    left, chosen = placement.workers, list[str]()
-    open_rooms = [room for room in rooms if room.holds(placement)]
-    while left:
+    open_rooms = [room for room in rooms if left[room.id]]
+    others = [rank for rank in range(placement.workers) if rank not in chosen]
+    while others:
         if not open_rooms:
             return None
-        enough = [room for room in open_rooms if room.holds(placement) >= left]
-        if enough:
-            room = min(enough, key=lambda room: (room.holds(placement), *spare(room)))
+        here = [room for room in open_rooms if room.id in taken]
+        enough = [room for room in open_rooms if left[room.id] >= len(others)]
+        if enough and not here:
+            room = min(enough, key=lambda room: (left[room.id], *spare(room)))
         else:
-            room = min(open_rooms, key=lambda room: (-room.holds(placement), *spare(room)))
+            room = min(here or open_rooms, key=lambda room: (-left[room.id], *spare(room)))
         open_rooms.remove(room)
-        taken = min(left, room.holds(placement))
-        chosen += [room.id] * taken
-        left -= taken
-    return chosen
+        for rank in others[: left[room.id]]:
+            chosen[rank] = room.id
+        others = others[left[room.id] :]
+    return [chosen[rank] for rank in range(placement.workers)]
 
 
 def shortage(placement: Placement, rooms: Sequence[NodeRoom]) -> str:

@@ -18,6 +18,7 @@ from actors.network import choose_backend, require_reachable
 from actors.worker import RankActor, Whereabouts
 from cluster.connection import connect
 from cluster.failures import is_of_the_worker, translate
+from cluster.homes import Home, spread
 from cluster.placement import Placement, choose_placement, placement_after_loss
 from cluster.reservation import Reservation, growth_requested, reserve
 from cluster.sight import require_sight
@@ -80,6 +81,8 @@ class RayExecutor:
         self._job: Job | None = None
         self._ranks: list[_Rank | None] = []
         self._reserved: Reservation | None = None
+        # The nodes whose scratch the ranks wrote to.
+        self._homes: list[Home] = []
         # Whether all ranks have once been there: before that no node was lost.
         self._ran = False
 
@@ -91,7 +94,7 @@ class RayExecutor:
     def start(self, job: Job) -> None:
         """Places the actors, builds their ranks, and joins them in a collective."""
         self._stop_actors()
-        self._job = job
+        self._job, self._homes = job, list(job.homes)
         self._restart()
 
     def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
@@ -135,6 +138,7 @@ class RayExecutor:
                 "address": r.where.address,
                 "pid": r.where.pid,
                 "node": r.where.node,
+                "node_address": r.where.node_address,
             }
             for r in self._ranks
             if r is not None and r.where is not None
@@ -152,7 +156,9 @@ class RayExecutor:
         if self._ran:
             self.placement = self._room()
         self._ranks = [None] * self.world
-        self._reserved = reserve(self.placement, self._config.placement_timeout, self._note)
+        homes = spread(self._homes, self.world)
+        timeout = self._config.placement_timeout
+        self._reserved = reserve(self.placement, timeout, self._note, homes)
         try:
             self._fill()
         except _NodeLost as error:
@@ -207,6 +213,8 @@ class RayExecutor:
         for rank in self._collect(joining, "start", timeout):
             self._known(rank).joined = True
         self._ran = True
+        if self._job is not None and self._job.scratch is not None:
+            self._homes = [(own["node"], own["node_address"]) for own in self.workers()]
 
     def _look(self, missing: Sequence[int]) -> dict[int, Any]:
         """Learns where the new ranks are and what they see; returns their calls of `build`."""
@@ -231,7 +239,8 @@ class RayExecutor:
             "max_restarts": 0,
             "max_task_retries": 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=self._held().group, placement_group_bundle_index=rank
+                placement_group=self._held().group,
+                placement_group_bundle_index=self._held().bundles[rank],
             ),
         }
         return ray.remote(RankActor).options(**options).remote(self._job, rank, self.world)

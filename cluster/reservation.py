@@ -18,6 +18,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
+from cluster.homes import Home, at_home, bundles_at_home
 from cluster.placement import NodeRoom, Placement, node_rooms, pack, shortage
 from storage.errors import ResourceError
 
@@ -32,40 +33,47 @@ _NOTICE_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Reservation:
-    """A placement group with a bundle per rank, and the ids of the nodes that hold them."""
+    """A placement group; by rank, the id of its node and its bundle in the group."""
 
     group: Any
     nodes: tuple[str, ...]
+    bundles: tuple[int, ...]
 
     def release(self) -> None:
         """Gives the room back; what still runs there ends."""
         remove_placement_group(self.group)
 
 
-def reserve(placement: Placement, timeout: float, note: Callable[[str], None]) -> Reservation:
+def reserve(
+    placement: Placement,
+    timeout: float,
+    note: Callable[[str], None],
+    homes: Sequence[Home] = (),
+) -> Reservation:
     """Room for every rank, on as few nodes as possible, waited for `timeout` seconds at most.
 
+    homes: the node that each rank had before, which it gets again where there is room (see `pack`).
     While there is none, a pending placement group says so to Ray: an autoscaler adds nodes for it,
     and it is served when others let go. `note` is told, once, what is free and what is missing.
     Raises `ResourceError` with the same when the time is over.
     """
-    nodes = pack(placement, free_rooms())
+    nodes = pack(placement, free_rooms(), homes)
     if nodes is not None:
-        found = _placed(_group(placement, nodes), _QUICK_SECONDS)
+        found = _placed(_group(placement, nodes), _QUICK_SECONDS, homes)
         if found is not None:
             return found
 
     def waiting() -> None:
         note(f"{shortage(placement, free_rooms())}; waiting {timeout:g} s (--placement-timeout)")
 
-    found = _placed(_group(placement, None), timeout, waiting)
+    found = _placed(_group(placement, None), timeout, homes, waiting)
     if found is None:
         raise ResourceError(
             f"{shortage(placement, free_rooms())}; the cluster made no room in {timeout:g} s "
             "(--placement-timeout): lower --workers, --threads or --gpus-per-worker, or let other "
             "jobs end"
         )
-    return _packed_better(placement, found)
+    return _packed_better(placement, found, homes)
 
 
 @contextlib.contextmanager
@@ -107,7 +115,7 @@ def _group(placement: Placement, nodes: Sequence[str] | None) -> Any:
 
 
 def _placed(
-    group: Any, timeout: float, waiting: Callable[[], None] = lambda: None
+    group: Any, timeout: float, homes: Sequence[Home], waiting: Callable[[], None] = lambda: None
 ) -> Reservation | None:
     """The group once Ray has placed it; None, and no group any more, if it does not in time.
 
@@ -124,15 +132,28 @@ def _placed(
             told = True
             waiting()
     nodes = placement_group_table(group)["bundles_to_node_id"]
-    return Reservation(group, tuple(nodes[index] for index in sorted(nodes)))
+    addresses = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes()}
+    places = [(nodes[index], addresses.get(nodes[index], "")) for index in sorted(nodes)]
+    bundles = bundles_at_home(homes, places)
+    return Reservation(group, tuple(places[bundle][0] for bundle in bundles), tuple(bundles))
 
 
-def _packed_better(placement: Placement, found: Reservation) -> Reservation:
-    """`found`, or one on fewer nodes where there is room for it beside `found`."""
-    nodes = pack(placement, free_rooms())
-    if nodes is None or len(set(nodes)) >= len(set(found.nodes)):
+def _packed_better(placement: Placement, found: Reservation, homes: Sequence[Home]) -> Reservation:
+    """`found`, or one with more ranks at home, or as many and on fewer nodes, where there is room
+    for it beside `found`."""
+    rooms = free_rooms()
+    nodes = pack(placement, rooms, homes)
+    if nodes is None:
         return found
-    better = _placed(_group(placement, nodes), _QUICK_SECONDS)
+    addresses = {room.id: room.address for room in rooms}
+
+    def value(chosen: Sequence[str]) -> tuple[int, int]:
+        places = [(node, addresses.get(node, "")) for node in chosen]
+        return len(at_home(homes, places)), -len(set(chosen))
+
+    if value(nodes) <= value(found.nodes):
+        return found
+    better = _placed(_group(placement, nodes), _QUICK_SECONDS, homes)
     if better is None:
         return found
     found.release()

@@ -19,9 +19,10 @@ class Job:
     file. `save_layers` is a pattern of layer names whose weight and Hessian are saved, or None.
     `trace`: whether outcomes tell what was done when. `lock_file`: the driver's hold on the run
     directory. `scratch`: the job's folder on each node's own scratch, for activation shards, or
-    None. `shared`: folders that must be the same on every node, and `source_identity` (see
-    `ModelFiles`) that of the model. `interface`: the network interface that ranks talk through, or
-    None for the one of the address by which Ray knows their node. `expert_tokens`: see
+    None; `homes`: the node of each rank that wrote there, as Ray's id and address, "" for unknown.
+    `shared`: folders that must be the same on every node, and `source_identity` (see `ModelFiles`)
+    that of the model. `interface`: the network interface that ranks talk through, or None for the
+    one of the address by which Ray knows their node. `expert_tokens`: see
     `pipeline.few_tokens`. `all_experts`: whether every expert's statistics are of every token.
     """
 
@@ -40,6 +41,7 @@ class Job:
     trace: bool = False
     lock_file: str | None = None
     scratch: str | None = None
+    homes: tuple[tuple[str, str], ...] = ()
     source_identity: str | None = None
     shared: tuple[SharedFolder, ...] = ()
     interface: str | None = None

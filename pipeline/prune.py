@@ -38,7 +38,7 @@ from pipeline.planning.fit import check_memory
 from pipeline.progress import Progress
 from pipeline.recorded_progress import recorded
 from pipeline.report import read_summary, summarize, write_summary
-from pipeline.scratch import check_scratch_room, scratch_folder
+from pipeline.scratch import check_scratch_room, scratch_folder, written_by
 from pipeline.sight import folders_of
 from pipeline.solvers import solver_for
 from pipeline.solvers.types import AUTO
@@ -257,6 +257,7 @@ def _job(
         save_layers=config.save_layers,
         lock_file=str(lock.path),
         scratch=scratch_folder(run, config.scratch_dir, lock.assert_held),
+        homes=() if config.scratch_dir is None else written_by(run),
         source_identity=skeleton.files.identity(),
         shared=folders_of(run, output),
         interface=config.network_interface,

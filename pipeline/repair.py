@@ -187,6 +187,8 @@ class Repairs:
             payload = read_json(path, ACTIVATIONS_SCHEMA)
             for index, file in replaced.items():
                 payload["shards"][index] = file.to_json()
+            # Now every rank sees its own.
+            payload["workers"] = loop.executor.workers()
             replace_json(path, payload, guard=guard)
         others = [i for i, file in replaced.items() if file.sha256 != shards[i].sha256]
         if others:

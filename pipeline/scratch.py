@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.repair import read_inputs
+from pipeline.repair import ACTIVATIONS_SCHEMA, read_inputs
 from storage.commit import make_directory, read_json, replace_json
 from storage.errors import InputError, ResourceError
 from storage.hashing import StoredFile
@@ -93,6 +93,26 @@ def kept_names(run: RunDirectory) -> dict[int, list[str]]:
         with contextlib.suppress(InputError):
             kept[block] = [file.name for file in read_inputs(run.activation_record(block))]
     return kept
+
+
+def written_by(run: RunDirectory) -> tuple[tuple[str, str], ...]:
+    """The node of each rank that wrote the newest activations, as Ray's id and address.
+
+    "" stands for what the record does not say; empty where there is no record that can be read.
+    """
+    for block in reversed(run.committed_activations()):
+        with contextlib.suppress(InputError):
+            record = read_json(run.activation_record(block), ACTIVATIONS_SCHEMA)
+            workers = record.get("workers")
+            if isinstance(workers, list) and all(isinstance(own, dict) for own in workers):
+                return tuple(
+                    (_text(own.get("node")), _text(own.get("node_address"))) for own in workers
+                )
+    return ()
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _token(run: RunDirectory) -> str | None:

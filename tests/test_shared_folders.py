@@ -101,7 +101,9 @@ def test_a_folder_that_the_driver_itself_may_not_write_to(
 
 
 def where(node: str, address: str) -> Whereabouts:
-    return Whereabouts(node=node, host="vm", address=address, pid=1, started=0.0)
+    return Whereabouts(
+        node=node, node_address=address, host="vm", address=address, pid=1, started=0.0
+    )
 
 
 def test_every_blind_node_is_named_once(folder: SharedFolder) -> None:

@@ -97,10 +97,10 @@ class Console:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
-        elif done and now - self._told >= _BETWEEN_LINES:
+        elif done > self._fresh and now - self._told >= _BETWEEN_LINES:
             left = (self._blocks - done) * (now - self._started) / done
             self.print(f"{_EVALUATING}: block {done}/{self._blocks} done  eta {duration(left)}")
-            self._told = now
+            self._told, self._fresh = now, done
 
     def block_done(self, block: int, relative_error: float | None) -> None:
         """Moves the bar, or prints the block's line."""

@@ -15,15 +15,21 @@ _WIDEST_GROUP = 8  # of which each of the 2^M possible sets of positions is coun
 
 
 @torch.no_grad()
-def mask_counts(pruned: Tensor, dense: Tensor, pattern: Pattern) -> dict[str, Any]:
-    """Counts in rows of a layer, as JSON; those of disjoint rows add up (`merge_mask_counts`).
+def mask_counts(
+    pruned: Tensor, dense: Tensor, pattern: Pattern, moments: Tensor | None = None
+) -> dict[str, Any]:
+    """Counts in rows of a layer, for `merge_mask_counts`, to which those of disjoint rows go.
 
-    pruned, dense: (rows, C) of any float dtype. `weights`: all; `kept`: not zero in `pruned`;
-    `magnitude_too`: of these, what `Pattern.keep_mask` of |dense| keeps; `groups`: for N:M with M
-    up to 8, how many groups keep which positions, as "1010" (the first and the third of four).
+    pruned, dense: (rows, C) of any float dtype. moments: (C,) sums of the squared inputs, or None.
+    `weights`: all; `kept`: not zero in `pruned`; `magnitude_too`: of these, what
+    `Pattern.keep_mask` of |dense| keeps; `groups`: for N:M with M up to 8, how many groups keep
+    which positions, as "1010" (the first and the third of four). `by_column`: int64 (C,) on the
+    CPU, how many rows keep each input. `along_norm`: the sum of these times the standardized
+    logarithm of the inputs' norms, None without `moments`.
     """
     rows, columns = pruned.shape
     counts = torch.zeros(2, dtype=torch.int64, device=pruned.device)
+    by_column = torch.zeros(columns, dtype=torch.int64, device=pruned.device)
     width = pattern.group if pattern.group <= _WIDEST_GROUP else 0
     groups = torch.zeros(1 << width, dtype=torch.int64, device=pruned.device)
     bits = 1 << torch.arange(width, device=pruned.device)
@@ -32,16 +38,35 @@ def mask_counts(pruned: Tensor, dense: Tensor, pattern: Pattern) -> dict[str, An
         kept = pruned[start : start + step] != 0
         magnitude = pattern.keep_mask(dense[start : start + step].abs())
         counts += torch.stack((kept.sum(), (kept & magnitude).sum()))
+        by_column += kept.sum(dim=0)
         if width:
             codes = (kept.reshape(-1, width) * bits).sum(dim=1)
             groups += torch.bincount(codes, minlength=len(groups))
-    both, found = counts.tolist(), groups.tolist()
+    both, found, by_column = counts.tolist(), groups.tolist(), by_column.cpu()
+    along = None if moments is None else float(by_column.double() @ _standardized(moments.cpu()))
     return {
         "weights": pruned.numel(),
         "kept": both[0],
         "magnitude_too": both[1],
         "groups": {_positions(code, width): n for code, n in enumerate(found) if n},
+        "by_column": by_column,
+        "along_norm": along,
     }
+
+
+def _standardized(moments: Tensor) -> Tensor:
+    """Logarithms of sums of squares (C,) with mean 0 and variance 1, float64; 0 if all are alike.
+
+    An input that is always 0 counts as the smallest that is not.
+    """
+    values = moments.double()
+    positive = values[values > 0]
+    if not len(positive):
+        return torch.zeros_like(values)
+    logs = values.clamp(min=float(positive.min())).log()
+    logs -= logs.mean()
+    spread = logs.square().mean().sqrt()
+    return logs / spread if spread > 0 else torch.zeros_like(logs)
 
 
 def _positions(code: int, width: int) -> str:
@@ -49,10 +74,44 @@ def _positions(code: int, width: int) -> str:
 
 
 def merge_mask_counts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The counts of disjoint parts together."""
+    """A layer's counts from those of disjoint row slices that together are all its rows, as JSON.
+
+    `weights`, `kept`, `magnitude_too` and `groups` as in `mask_counts`; `columns`: see
+    `column_pattern`.
+    """
+    by_column = torch.stack([part["by_column"] for part in parts]).sum(dim=0)
+    along = [part["along_norm"] for part in parts]
+    total = {key: sum(part[key] for part in parts) for key in ("weights", "kept", "magnitude_too")}
+    rows = total["weights"] // max(len(by_column), 1)
     return {
-        **{key: sum(part[key] for part in parts) for key in ("weights", "kept", "magnitude_too")},
+        **total,
         "groups": merged_groups(part["groups"] for part in parts),
+        "columns": column_pattern(by_column, rows, None if None in along else sum(along)),
+    }
+
+
+def column_pattern(by_column: Tensor, rows: int, along_norm: float | None) -> dict[str, Any]:
+    """Whether a mask prefers some inputs: how many of them it keeps much more or less often.
+
+    by_column: int64 (C,), how many of the `rows` keep each input. `count`: C; `never`: inputs that
+    no row keeps, which the layer no longer sees; `rarely`, `often`: those kept less than half and
+    more than one and a half times as often as the mean (at 2:4: by less than a quarter and more
+    than three quarters of the rows; `never` is part of `rarely`). `norm_correlation`: Pearson's,
+    of how often an input is kept and the logarithm of its norm; None where that is not known or
+    either is the same for all.
+    """
+    often = by_column.double()
+    mean = float(often.mean()) if len(often) else 0.0
+    spread = float((often - mean).square().mean().sqrt()) if len(often) else 0.0
+    correlation = None
+    if along_norm is not None and spread > 0:
+        correlation = min(1.0, max(-1.0, along_norm / len(often) / spread))
+    return {
+        "count": len(often),
+        "never": int((by_column == 0).sum()) if rows else 0,
+        "rarely": int((often < mean / 2).sum()),
+        "often": int((often > 1.5 * mean).sum()),
+        "norm_correlation": correlation,
     }
 
 

@@ -14,6 +14,7 @@ from pipeline.mask import mask_counts
 from pipeline.solvers import Solution, SolverSettings, Statistics, objective, solver_for
 from pipeline.solvers.cost import solve_cost
 from pipeline.solvers.objective import total_of_rows
+from pipeline.solvers.regularize import diagonal_of
 from pipeline.solvers.types import ESTIMATE, Pattern, percentage
 from pipeline.split import GroupRows, row_ranges, whole_layers
 
@@ -148,4 +149,6 @@ def _as_stored(
         report = dataclasses.replace(
             report, objective=lost, relative_error=percentage(lost, report.objective_zero)
         )
-    return stored.cpu(), {**report.to_json(), "mask": mask_counts(stored, weight, pattern)}
+    moments = None if statistics is None else diagonal_of(statistics)
+    mask = mask_counts(stored, weight, pattern, moments)
+    return stored.cpu(), {**report.to_json(), "mask": mask}

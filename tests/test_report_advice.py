@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.job_report.advice import Advice, advise, outliers
 from pipeline.job_report.facts import (
+    input_table,
     kind_table,
     layer_rows,
     positions_kept,
@@ -34,6 +35,10 @@ def layer(block: int, kind: str = "mlp.up_proj", error: float = 2.0, **more: Any
         "kept": 2048,
         "magnitude_too": 1024,
         "groups": {"1100": 512, "0011": 512},
+        "inputs_never": 0,
+        "inputs_rarely": 1,
+        "inputs_often": 2,
+        "norm_correlation": 0.5,
         **more,
     }
 
@@ -134,12 +139,26 @@ def test_layers_of_a_kind_together() -> None:
     assert (row["pattern"], row["groups"], row["magnitude_share"]) == (None, {}, 0.5)
 
 
+def test_inputs_of_a_kind_together() -> None:
+    layers = [layer(0), layer(1, norm_correlation=0.9), layer(2, norm_correlation=None)]
+    old = layer(0, "self_attn.k_proj", inputs_never=None)
+    assert input_table([*layers, old]) == [
+        {
+            "kind": "mlp.up_proj", "inputs": 192, "never": 0, "rarely": 3, "often": 6,
+            "correlation": 0.7,
+        }
+    ]  # fmt: skip
+    (row,) = input_table([layer(0, norm_correlation=None)])
+    assert row["correlation"] is None
+
+
 def test_rows_of_blocks_whose_masks_were_not_counted() -> None:
     entry = {"name": "a.0.fc1", "block": 0, "layer": "fc1", "shape": [2, 4], "relative_error": 1.0}
     entry |= {"pattern": "2:4"}
     (row,) = layer_rows({"blocks": [{"block": 0}]}, {"layers": [entry]})
     assert (row["rows"], row["columns"], row["kept"], row["magnitude_share"]) == (2, 4, None, None)
     assert kind_table([row])[0]["magnitude_share"] is None
+    assert input_table([row]) == []
 
 
 def test_positions() -> None:

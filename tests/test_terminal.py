@@ -161,7 +161,9 @@ def test_an_evaluation_without_a_terminal_says_how_far_it_is(
     for block in range(6):
         console.phase("propagate", block)
         now += 6
-    console.phase("losses")
+    for phase in ("losses", "distances"):
+        console.phase(phase)
+        now += 60
     console.end()
     assert err.getvalue().splitlines() == [
         "evaluating: block 2/6 done  eta 0:24",

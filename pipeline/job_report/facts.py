@@ -48,7 +48,8 @@ def layer_rows(summary: Mapping[str, Any], results: Mapping[str, Any]) -> list[d
     name with every number replaced by `*`. Of its mask (None where an older version made the block
     and counted nothing) `weights`, `kept`, `magnitude_too` and `groups` as in
     `pipeline.mask.mask_counts`, and `magnitude_share`: the share of the kept weights, 0 to 1, that
-    magnitude would also have kept.
+    magnitude would also have kept. Of its inputs (None in the same way) `inputs_never`,
+    `inputs_rarely`, `inputs_often` and `norm_correlation` as in `pipeline.mask.column_pattern`.
     """
     masks = {block["block"]: block.get("masks", {}) for block in summary["blocks"]}
     rows = []
@@ -56,6 +57,7 @@ def layer_rows(summary: Mapping[str, Any], results: Mapping[str, Any]) -> list[d
         fields = {key: value for key, value in entry.items() if key != "shape"}
         mask = masks.get(entry["block"], {}).get(entry["layer"], {})
         counts = {key: mask.get(key) for key in ("weights", "kept", "magnitude_too", "groups")}
+        columns = mask.get("columns", {})
         rows.append(
             {
                 **fields,
@@ -64,6 +66,8 @@ def layer_rows(summary: Mapping[str, Any], results: Mapping[str, Any]) -> list[d
                 "columns": entry["shape"][1],
                 **counts,
                 "magnitude_share": share(counts["magnitude_too"], counts["kept"]),
+                **{f"inputs_{key}": columns.get(key) for key in ("never", "rarely", "often")},
+                "norm_correlation": columns.get("norm_correlation"),
             }
         )
     return rows
@@ -115,6 +119,32 @@ def kind_table(layers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "groups": merged_groups(layer["groups"] for layer in members)
                 if known and len(patterns) == 1
                 else {},
+            }
+        )
+    return table
+
+
+def input_table(layers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per kind of layer whose masks' inputs were counted: which it prefers.
+
+    `inputs`: of all its layers together; `never`, `rarely`, `often`: how many of these, as in
+    `pipeline.mask.column_pattern`. `correlation`: the median layer's, None where none is known.
+    """
+    table = []
+    for kind, members in by_kind(layers).items():
+        if any(layer["inputs_never"] is None for layer in members):
+            continue
+        known = [layer["norm_correlation"] for layer in members]
+        known = [value for value in known if value is not None]
+        table.append(
+            {
+                "kind": kind,
+                "inputs": sum(layer["columns"] for layer in members),
+                **{
+                    name: sum(layer[f"inputs_{name}"] for layer in members)
+                    for name in ("never", "rarely", "often")
+                },
+                "correlation": median(known) if known else None,
             }
         )
     return table

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from pipeline.job_report.advice import advise
-from pipeline.job_report.facts import Facts, distinct, kind_table, share
+from pipeline.job_report.facts import Facts, distinct, input_table, kind_table, share
 from pipeline.job_report.plots import (
     error_by_depth,
     error_by_kind,
@@ -39,6 +39,7 @@ _KINDS = {
     "load": "weights, read from the source",
     "other": "waiting for the others or the driver, and dispatch",
 }
+_OF_INPUTS = ("never", "rarely", "often")
 # Phases of the job's last run that are of no block.
 _AROUND_BLOCKS = {
     "read text": "reading text",
@@ -204,7 +205,7 @@ def _error(value: float) -> str:
 def _mask(facts: Facts) -> dict[str, Any]:
     layers = facts.layers
     if any(layer["kept"] is None for layer in layers):
-        return {"mask": None, "mask_words": ""}
+        return {"mask": None, "mask_words": "", "input_rows": [], "input_header": []}
     kept = sum(layer["kept"] for layer in layers)
     weights = sum(layer["weights"] for layer in layers)
     too = sum(layer["magnitude_too"] for layer in layers)
@@ -215,13 +216,21 @@ def _mask(facts: Facts) -> dict[str, Any]:
             "Left: the share of the kept weights that magnitude would have kept too."
             + (" Right: which positions the groups keep (■)." if groups else ""),
         ),
+        "input_header": [
+            "kind of layer", "#inputs", "#never kept", "#rarely", "#often", "#with their norm",
+        ],
+        "input_rows": [
+            (row["kind"], f"{row['inputs']:,}", *(f"{row[name]:,}" for name in _OF_INPUTS),
+             "" if row["correlation"] is None else f"{row['correlation']:+.2f}")
+            for row in input_table(layers)
+        ],
         "mask_words": (
             f"{kept:,} of {weights:,} weights ({100 * (share(kept, weights) or 0):.2f} %) are not "
             "zero. Choosing by magnitude alone would have kept "
             f"{100 * (share(too, kept) or 0):.1f} % of them too: the lower, the more the method "
             "departs from magnitude. Within a group no position should be much preferred."
         ),
-    }
+    }  # fmt: skip
 
 
 def _times(facts: Facts) -> dict[str, Any]:

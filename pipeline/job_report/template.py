@@ -27,6 +27,7 @@ code { font-size: .88em; }
 dt { font-weight: 600; margin-top: .6rem; }
 dd { margin: 0 0 0 1.2rem; }
 summary { cursor: pointer; }
+.option { white-space: nowrap; }
 </style>
 </head>
 <body>
@@ -40,6 +41,10 @@ class="number"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody>
 </table>
 {%- endmacro %}
+{%- macro words(text) %}
+{%- for word in text.split(' ') %}{% if word.startswith('--') %}<span class="option">{{ word }}\
+</span>{% else %}{{ word }}{% endif %} {% endfor %}
+{%- endmacro %}
 {%- macro plot(figure) %}
 <figure><img src="{{ figure.image }}" alt="{{ figure.caption }}">
 <figcaption>{{ figure.caption }}</figcaption></figure>
@@ -49,7 +54,8 @@ class="number"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 <h2 id="next">What to try next</h2>
 {% if advice %}<dl>
-{% for item in advice %}<dt>{{ item.subject }}</dt><dd>{{ item.finding }} {{ item.remedy }}</dd>
+{% for item in advice %}<dt>{{ item.subject }}</dt>\
+<dd>{{ words(item.finding) }}{{ words(item.remedy) }}</dd>
 {% endfor %}</dl>
 {% else %}<p>No layer, block or setting stands out.</p>
 {% endif %}
@@ -64,6 +70,13 @@ class="number"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 <h2 id="mask">The mask</h2>
 {% if mask %}<p>{{ mask_words }}</p>
 {{ plot(mask) }}
+{% if input_rows %}<p>Columns of the weights: the inputs that the mask favours or drops in many \
+rows at once. Never kept: by no row, so that the layer no longer sees this input. Rarely and \
+often: by less than half and by more than one and a half times the mean share of the rows. With \
+their norm: the correlation of how often an input is kept and the logarithm of its norm on the \
+calibration text, in the median layer. Near +1 the mask follows the size of the inputs, near 0 it \
+does not.</p>
+{{ table(input_header, input_rows) }}{% endif %}
 {% else %}<p>Not counted: at least one block was made by a version of prox24 that did not.</p>
 {% endif %}
 <h2 id="time">Time and memory</h2>

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from pipeline.experts import stacked_weights
+from pipeline.experts import holds_transposed, stacked_weights
 from pipeline.linears import as_held, is_linear
 from pipeline.solvers import Pattern
 
@@ -23,8 +24,8 @@ def masks_of(model: nn.Module, pattern: str = "2:4") -> dict[str, Tensor]:
     """
     wanted = Pattern.parse(pattern)
     masks = {}
-    for name, module, held in _matrices(model):
-        weight = as_held(module, held.detach())
+    for name, held, turn in _matrices(model):
+        weight = turn(held.detach())
         rows = weight.reshape(-1, weight.shape[-1])
         fits = not wanted.structured or rows.shape[1] % wanted.group == 0
         if fits and wanted.holds(rows):
@@ -32,13 +33,23 @@ def masks_of(model: nn.Module, pattern: str = "2:4") -> dict[str, Tensor]:
     return masks
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """Name, module and parameter of all that may be pruned: linears, and stacked experts."""
+def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor, Callable[[Tensor], Tensor]]]:
+    """Name and parameter of all that may be pruned, linears and stacked experts, and what turns it
+    into (..., R, C), or such a one into the parameter's layout."""
     for path, module in model.named_modules():
         if is_linear(module):
-            yield path, module, module.weight
-        for name, parameter in stacked_weights(module).items():
-            yield f"{path}.{name}", module, parameter
+            yield path, module.weight, partial(as_held, module)
+        for name in stacked_weights(module):
+            turn = _transposed if holds_transposed(module) else _as_it_is
+            yield f"{path}.{name}", module.get_parameter(name), turn
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    return weight.mT
+
+
+def _as_it_is(weight: Tensor) -> Tensor:
+    return weight
 
 
 class KeepMask(TrainerCallback):  # type: ignore[misc]
@@ -55,10 +66,10 @@ class KeepMask(TrainerCallback):  # type: ignore[misc]
         if not self._masks:
             raise ValueError(f"no linear of this model obeys {pattern}: it is not pruned")
         self._weights = {}
-        for name, module, weight in _matrices(model):
+        for name, weight, turn in _matrices(model):
             if name in self._masks:
                 self._weights[name] = weight
-                self._masks[name] = as_held(module, self._masks[name])
+                self._masks[name] = turn(self._masks[name])
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

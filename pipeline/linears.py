@@ -65,7 +65,7 @@ def unsupported_reason(block: nn.Module, names: Sequence[str]) -> str:
     for name in names:
         if block.get_parameter(name).dim() == 3:
             return (
-                f"{name} is a stack of experts in a layout that prox24 cannot prune (transposed, "
-                "with biases, or computed for all tokens at once)"
+                f"{name} has three dimensions (a stack of experts, or a convolution) and is "
+                "computed in a way that prox24 cannot take apart"
             )
     return f"{names[0]} is a weight matrix outside linear layers, which prox24 cannot prune"

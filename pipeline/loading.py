@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.background import Background
+from pipeline.linears import as_held
 from pipeline.measure import Stopwatch
 from pipeline.model import Skeleton
 from storage.checkpoints import BlockRecord, read_layer, verify_record
@@ -51,8 +52,9 @@ class BlockLoader:
                 verify_record(directory, record)
                 for layer in record.layers:
                     weight = read_layer(directory, record, layer, verify=False)
-                    weight = self.skeleton.as_stored(block, layer, weight)
-                    module.get_submodule(layer).weight = nn.Parameter(
+                    linear = module.get_submodule(layer)
+                    weight = as_held(linear, weight).contiguous()
+                    linear.weight = nn.Parameter(
                         weight.to(device=self.device, dtype=self.skeleton.dtype),
                         requires_grad=False,
                     )
@@ -61,8 +63,8 @@ class BlockLoader:
     def _counted(self, block: int, module: nn.Module) -> nn.Module:
         """`module`, after its tensors' stored bytes have been counted as read."""
         prefix = self.skeleton.block_prefix(block)
-        for tensor in module.state_dict():
-            if (name := self.skeleton.tensor_name(prefix + tensor)) is not None:
-                entry = self.skeleton.files.tensors[name]
-                self.watch.count("weights_read_bytes", entry.end - entry.start)
+        # All experts may be one tensor.
+        names = {self.skeleton.tensor_name(prefix + tensor) for tensor in module.state_dict()}
+        for entry in (self.skeleton.files.tensors[name] for name in names if name is not None):
+            self.watch.count("weights_read_bytes", entry.end - entry.start)
         return module

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pipeline.expert_names import expert_names
+from pipeline.expert_names import expert_names, stored_together
 from pipeline.experts import unstack_experts
 from pipeline.linears import as_held, is_linear, is_transposed
 from pipeline.model_config import build, load_config, rehearse
+from pipeline.parts import Part
 from pipeline.stored_names import renamed_tensors
 from pipeline.text_stack import decoder_path, outside_text, ties_embeddings
 from storage.errors import ConfigError, ModelError
@@ -39,7 +40,7 @@ class Skeleton:
 
     `blocks_path` is the module path of the block list (`model.layers`), `dtype` the dtype of the
     forward passes, `renamed` has the tensors whose names in the weight files differ (see
-    `renamed_tensors` and `expert_names`).
+    `renamed_tensors` and `expert_names`), `parts` those that are a part of a stored tensor.
     """
 
     model: PreTrainedModel
@@ -47,6 +48,7 @@ class Skeleton:
     blocks_path: str
     dtype: torch.dtype
     renamed: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -59,9 +61,12 @@ class Skeleton:
     def tensor_name(self, name: str) -> str | None:
         """The name in the weight files of the model's parameter `name`; None if there is none.
 
-        Some checkpoints were saved from the model without its head, so that their names lack the
-        base model's prefix (or have it where the class has none).
+        Of an expert's, which is a part of a tensor, that tensor's. Some checkpoints were saved from
+        the model without its head, so that their names lack the base model's prefix (or have it
+        where the class has none).
         """
+        if name in self.parts:
+            return self.parts[name].tensor
         prefix = self.model.base_model_prefix + "."
         name = self.renamed.get(name, name)
         for candidate in (name, name.removeprefix(prefix), prefix + name):
@@ -76,19 +81,41 @@ class Skeleton:
             raise ModelError(f"{self.files.place}: block {block} lacks {layer}.weight")
         return name
 
+    def part(self, block: int, layer: str) -> Part | None:
+        """Which part of a stored tensor a block's linear `layer` is; None where it is all of it."""
+        return self.parts.get(f"{self.block_prefix(block)}{layer}.weight")
+
+    def stored_bytes(self, block: int, layer: str) -> int:
+        """Bytes that a block's linear `layer` takes in the weight files."""
+        entry = self.files.tensors[self.weight_name(block, layer)]
+        return (entry.end - entry.start) // (entry.shape[0] if self.part(block, layer) else 1)
+
+    def stored_transposed(self, block: int, layer: str) -> bool:
+        """Whether a block's linear `layer` (R, C) is stored as (C, R)."""
+        part = self.part(block, layer)
+        module = self.blocks[block].get_submodule(layer)
+        return is_transposed(module) if part is None else part.transposed
+
     def read_weight(self, block: int, layer: str, rows: tuple[int, int] | None = None) -> Tensor:
         """A block's linear `layer` (R, C), or rows start:stop of it, on the CPU, as stored.
 
-        Errors as `ModelFiles.read`. Of a layer that is stored transposed all is read.
+        Errors as `ModelFiles.read`. Of a layer that is stored transposed, or is a part of a stored
+        tensor, all is read.
         """
-        name, module = self.weight_name(block, layer), self.blocks[block].get_submodule(layer)
-        if not is_transposed(module):
+        name, part = self.weight_name(block, layer), self.part(block, layer)
+        if part is None and not self.stored_transposed(block, layer):
             return self.files.read(name, rows=rows)
-        weight = as_held(module, self.files.read(name))
+        weight = part.read(self.files) if part is not None else self.files.read(name).T
         return (weight if rows is None else weight[slice(*rows)]).contiguous()
 
     def as_stored(self, block: int, layer: str, weight: Tensor) -> Tensor:
-        """A linear layer's weight (R, C) in the layout of its weight file."""
+        """A linear layer's weight (R, C) in the layout of its weight file.
+
+        Of a part of a stored tensor it is that part, with the first dimension, of 1.
+        """
+        part = self.part(block, layer)
+        if part is not None:
+            return part.as_stored(weight)
         return as_held(self.blocks[block].get_submodule(layer), weight).contiguous()
 
     def block_prefix(self, block: int) -> str:
@@ -143,13 +170,20 @@ class Skeleton:
                     persistent = name not in owner._non_persistent_buffers_set
                     owner.register_buffer(name, buffer.to(device), persistent=persistent)
 
-    def _read(self, parameter: str, name: str, shape: torch.Size, device: torch.device) -> Tensor:
-        if self.files.tensors[name].shape != tuple(shape):
+    def check_shape(self, parameter: str, name: str, shape: torch.Size) -> None:
+        """Raises `ModelError` where the stored tensor `name` is not of the parameter's shape."""
+        stored, part = self.files.tensors[name].shape, self.parts.get(parameter)
+        if (stored if part is None else part.shape(stored)) != tuple(shape):
+            whose = "it" if part is None else parameter
             raise ModelError(
-                f"{name} has shape {list(self.files.tensors[name].shape)} in the weight files, but "
-                f"{self.files.source.where('config.json')} makes it {list(shape)}"
+                f"{name} has shape {list(stored)} in the weight files, but "
+                f"{self.files.source.where('config.json')} makes {whose} {list(shape)}"
             )
-        value = self.files.read(name)
+
+    def _read(self, parameter: str, name: str, shape: torch.Size, device: torch.device) -> Tensor:
+        self.check_shape(parameter, name, shape)
+        part = self.parts.get(parameter)
+        value = self.files.read(name) if part is None else part.read(self.files)
         if not value.is_floating_point():
             return value.to(device)
         return value.to(device=device, dtype=self._forward_dtype_of(parameter))
@@ -185,10 +219,11 @@ def open_skeleton(place: Place, *, dtype: str | None, trust_remote_code: bool) -
 
 def _take_apart(model: PreTrainedModel, files: ModelFiles, dtype: torch.dtype) -> Skeleton:
     model.eval()
-    unstack_experts(model)
+    unstack_experts(model, stored_together(model, files.tensors))
     blocks = find_blocks(model, files.place)
-    renamed = renamed_tensors(model, files.tensors) | expert_names(model, files.tensors)
-    skeleton = Skeleton(model, files, blocks, dtype, renamed)
+    experts = expert_names(model, files.tensors)
+    renamed = renamed_tensors(model, files.tensors) | experts.whole
+    skeleton = Skeleton(model, files, blocks, dtype, renamed, experts.parts)
     _check_tensors(skeleton)
     return skeleton
 
@@ -259,12 +294,8 @@ def _check_tensors(skeleton: Skeleton) -> None:
         if stored is None:
             if name not in tied:
                 missing.append(name)
-        elif skeleton.files.tensors[stored].shape != tuple(parameter.shape):
-            raise ModelError(
-                f"{stored} has shape {list(skeleton.files.tensors[stored].shape)} in the weight "
-                f"files, but {skeleton.files.source.where('config.json')} makes it "
-                f"{list(parameter.shape)}"
-            )
+        else:
+            skeleton.check_shape(name, stored, parameter.shape)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(

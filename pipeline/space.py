@@ -77,11 +77,11 @@ def _checkpoint_bytes(skeleton: Skeleton, config: PruneConfig) -> int:
     for block in range(len(skeleton.blocks)):
         size = 0
         for layer, (_, columns) in layers_to_prune(skeleton, block, rules).items():
-            entry = skeleton.files.tensors[skeleton.weight_name(block, layer)]
-            size += entry.end - entry.start
+            stored = skeleton.stored_bytes(block, layer)
+            size += stored
             name = f"{skeleton.block_prefix(block)}{layer}"
             if config.save_layers and fnmatch.fnmatchcase(name, config.save_layers):
-                saved += entry.end - entry.start + 4 * columns * columns
+                saved += stored + 4 * columns * columns
         blocks.append(size)
     return sum(blocks) + max(blocks) + saved
 

@@ -138,6 +138,20 @@ def _text(value: object) -> str:
     return value
 
 
+@dataclass(frozen=True)
+class _Pruned:
+    """A pruned layer: its name, its pattern, and whether it is stored as (C, R)."""
+
+    name: str
+    pattern: Pattern
+    transposed: bool
+
+    @property
+    def multiple(self) -> int:
+        """Stored rows that must be seen together: a group's, if it is stored transposed."""
+        return self.pattern.group if self.transposed and self.pattern.structured else 1
+
+
 class _Check:
     """One verification; `found` is what it has come to."""
 
@@ -153,8 +167,10 @@ class _Check:
         self._results, self._advance = results, advance
         self._hashes = {f["name"]: f["sha256"] for f in results["weight_files"]}
         self._total = sum(self._output.size(file) for file in self._output.files)
-        # Of each pruned tensor: the layer's name, its pattern, and whether it is stored as (C, R).
-        self._patterns: dict[str, tuple[str, Pattern, bool]] = {}
+        # By the name of a stored tensor, and by the number of the expert where it holds all of a
+        # block's (otherwise 0), what is pruned.
+        self._pruned: dict[str, dict[int, _Pruned]] = {}
+        self._stacks = {part.tensor for part in skeleton.parts.values()}
         self._open: dict[str, Readable] = {}
 
     def __enter__(self) -> _Check:
@@ -179,12 +195,14 @@ class _Check:
                 self._problem(f"{what} {name} is not in the source")
         for layer in self._results["layers"]:
             weight = self._skeleton.tensor_name(f"{layer['name']}.weight")
+            part = self._skeleton.parts.get(f"{layer['name']}.weight")
             if weight is None:
                 self._problem(f"{layer['name']}: {RESULT_FILE} names it, but it has no weight")
-            else:
-                module = self._skeleton.model.get_submodule(layer["name"])
-                pattern = Pattern.parse(layer["pattern"])
-                self._patterns[weight] = (layer["name"], pattern, is_transposed(module))
+                continue
+            module = self._skeleton.model.get_submodule(layer["name"])
+            transposed = is_transposed(module) if part is None else part.transposed
+            pruned = _Pruned(layer["name"], Pattern.parse(layer["pattern"]), transposed)
+            self._pruned.setdefault(weight, {})[0 if part is None else part.index] = pruned
         named = {
             layer["name"]: str(Pattern.parse(layer["pattern"])) for layer in self._results["layers"]
         }
@@ -225,47 +243,66 @@ class _Check:
                 self._problem(f"{file}: its header is not the source's")
             own = (entry for entry in self._output.tensors.values() if entry.file == file)
             for entry in sorted(own, key=lambda entry: entry.start):
-                self._tensor(entry, _pieces(stream, entry, where, digest, self._multiple(entry)))
-                self.found.bytes += entry.end - entry.start
-                self._advance(file, self.found.bytes, self._total)
+                for one, theirs, pruned in self._cut(entry):
+                    multiple = 1 if pruned is None else pruned.multiple
+                    self._tensor(one, theirs, pruned, _pieces(stream, one, where, digest, multiple))
+                    self.found.bytes += one.end - one.start
+                    self._advance(file, self.found.bytes, self._total)
         if self._hashes.get(file, digest.hexdigest()) != digest.hexdigest():
             self._problem(f"{file}: its hash is not the one in {RESULT_FILE}")
 
-    def _multiple(self, entry: TensorEntry) -> int:
-        """Rows of a stored tensor that must be seen together: a group's, if stored transposed."""
-        _, pattern, transposed = self._patterns.get(entry.name, ("", None, False))
-        return pattern.group if pattern is not None and transposed and pattern.structured else 1
+    def _cut(
+        self, entry: TensorEntry
+    ) -> Iterator[tuple[TensorEntry, TensorEntry | None, _Pruned | None]]:
+        """A tensor, or each expert of a stack, with the source's and what it is pruned to."""
+        theirs, pruned = self._theirs(entry), self._pruned.get(entry.name, {})
+        if entry.name not in self._stacks:
+            yield entry, theirs, pruned.get(0)
+            return
+        for number in range(entry.shape[0]):
+            other = None if theirs is None else _expert(theirs, number)
+            yield _expert(entry, number), other, pruned.get(number)
 
-    def _tensor(self, entry: TensorEntry, pieces: Iterator[tuple[int, torch.Tensor]]) -> None:
-        dtype = torch_dtype(entry.dtype)
-        name, pattern, transposed = self._patterns.get(entry.name, (entry.name, None, False))
+    def _theirs(self, entry: TensorEntry) -> TensorEntry | None:
+        """The source's tensor of that name; None where it is not like this one."""
         theirs = self._source.tensors.get(entry.name)
-        if theirs is not None and (theirs.shape, theirs.dtype) != (entry.shape, entry.dtype):
-            self._problem(
-                f"{entry.name}: {entry.dtype} {entry.shape}, in the source {theirs.dtype} "
-                f"{theirs.shape}"
-            )
-            theirs = None
+        if theirs is None or (theirs.shape, theirs.dtype) == (entry.shape, entry.dtype):
+            return theirs
+        self._problem(
+            f"{entry.name}: {entry.dtype} {entry.shape}, in the source {theirs.dtype} "
+            f"{theirs.shape}"
+        )
+        return None
+
+    def _tensor(
+        self,
+        entry: TensorEntry,
+        theirs: TensorEntry | None,
+        pruned: _Pruned | None,
+        pieces: Iterator[tuple[int, torch.Tensor]],
+    ) -> None:
+        """A tensor, or an expert of a stack, against its pattern or against the source's."""
+        dtype = torch_dtype(entry.dtype)
         zeros, whole, finite, same = 0, True, True, True
         for at, raw in pieces:
             values = raw.view(dtype)
             if dtype.is_floating_point:
                 wide = values if dtype.itemsize > 1 else values.float()
                 finite &= bool(torch.isfinite(wide).all())
-            if pattern is not None:
+            if pruned is not None:
                 rows = values.reshape(-1, entry.shape[-1])
-                rows = rows.T if transposed else rows
+                rows = rows.T if pruned.transposed else rows
                 zeros += int((rows == 0).sum())
-                whole &= not pattern.structured or pattern.holds(rows)
+                whole &= not pruned.pattern.structured or pruned.pattern.holds(rows)
             elif theirs is not None:
                 same &= torch.equal(raw, self._range(theirs, at, len(raw)))
         if not finite:
             self._problem(f"{entry.name}: holds NaN or Inf")
         if not same:
             self._problem(f"{entry.name}: not pruned, but not the source's either")
-        if pattern is not None:
-            shape = entry.shape[::-1] if transposed else entry.shape
-            self._layer(name, shape, pattern, zeros, whole)
+        if pruned is not None:
+            shape = entry.shape[::-1] if pruned.transposed else entry.shape
+            self._layer(pruned.name, shape, pruned.pattern, zeros, whole)
 
     def _layer(
         self, name: str, shape: tuple[int, ...], pattern: Pattern, zeros: int, whole: bool
@@ -295,6 +332,14 @@ class _Check:
         for stream in self._open.values():
             stream.close()
         self._open.clear()
+
+
+def _expert(entry: TensorEntry, number: int) -> TensorEntry:
+    """One expert of a stored stack of them, as a tensor of its own."""
+    size = (entry.end - entry.start) // entry.shape[0]
+    start = entry.start + number * size
+    name, shape = f"{entry.name}[{number}]", entry.shape[1:]
+    return dataclasses.replace(entry, name=name, shape=shape, start=start, end=start + size)
 
 
 def _pieces(

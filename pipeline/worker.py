@@ -7,7 +7,7 @@ one thing: the statistics between `calibrate` and `solve`. A lost rank therefore
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from pipeline.measure import Stopwatch, peak_memory
 from pipeline.memory import explaining
 from pipeline.model import Skeleton, open_skeleton
 from pipeline.observe import BlockObserver, accumulators
+from pipeline.replacements import Replacements
 from pipeline.saved_layers import save_layer, saved_layers
 from pipeline.scoring import Scoring
 from pipeline.solvers import SolverSettings, choose_regularization, solver_for
@@ -42,7 +43,7 @@ from pipeline.statistics import (
     merged,
     statistics_bytes,
 )
-from storage.checkpoints import BlockRecord, RowSlice, read_layer, verify_record, write_row_slices
+from storage.checkpoints import BlockRecord, RowSlice, write_row_slices
 from storage.errors import ModelError, NumericalError
 from storage.hashing import StoredFile
 from storage.lock import require_owner
@@ -260,24 +261,7 @@ class BlockWorker(Scoring):
         self, files: list[str], records: list[BlockRecord], folder: str
     ) -> list[StoredFile]:
         """Rewrites source weight files into `folder`, a path or URI, with the pruned tensors."""
-        owners = {
-            self.skeleton.weight_name(record.block, layer): (record, layer)
-            for record in records
-            for layer in record.layers
-        }
-        verified: set[int] = set()
-
-        def replacement(name: str) -> Iterable[Tensor] | None:
-            if name not in owners:
-                return None
-            record, layer = owners[name]
-            directory = self.run.checkpoints(record.block)
-            if record.block not in verified:
-                verify_record(directory, record)
-                verified.add(record.block)
-            weight = read_layer(directory, record, layer, verify=False)
-            return [self.skeleton.as_stored(record.block, layer, weight)]
-
+        replacement = Replacements(self.skeleton, self.run, records)
         sending = Sending(self.run.uploads(), records, partial(require_owner, self.job.lock_file))
         with self.watch("io"):
             return write_files(self.skeleton.files, files, place(folder), replacement, sending)

@@ -172,16 +172,32 @@ class ModelFiles:
             # A whole tensor is always compared. Its rows, read again for the solve, are those that
             # the calibration compared unless someone wrote to the file.
             compared = name in self.expected and (rows is None or self._seen.get(name) != state)
-            whole = (entry.start, entry.end) if compared else (start, end)
-            raw = torch.empty(whole[1] - whole[0], dtype=torch.uint8)
-            file.seek(whole[0])
-            read_into(file, raw, f"{self.source.where(entry.file)}: tensor {name}")
+            raw = self._bytes(file, entry, start, end, compared)
         if compared:
-            self.check(entry, hashlib.sha256(raw.numpy().data))
             self._seen[name] = state
-        if whole != (start, end):
-            raw = raw[start - whole[0] : end - whole[0]].clone()  # lets go of the other rows
         return raw.view(torch_dtype(entry.dtype)).reshape(shape)
+
+    def _bytes(
+        self, file: Readable, entry: TensorEntry, start: int, end: int, compared: bool
+    ) -> torch.Tensor:
+        """Bytes start:end of a file, (n,) uint8; compared: after all of the tensor was hashed.
+
+        What is hashed but not asked for is held a CHUNK_BYTES at a time.
+        """
+        what = f"{self.source.where(entry.file)}: tensor {entry.name}"
+        raw = torch.empty(end - start, dtype=torch.uint8)
+        if not compared:
+            file.seek(start)
+            read_into(file, raw, what)
+            return raw
+        digest = hashlib.sha256()
+        file.seek(entry.start)
+        for at, to in (*_chunks(entry.start, start), (start, end), *_chunks(end, entry.end)):
+            part = raw if (at, to) == (start, end) else torch.empty(to - at, dtype=torch.uint8)
+            read_into(file, part, what)
+            digest.update(part.numpy().data)
+        self.check(entry, digest)
+        return raw
 
     def check(self, entry: TensorEntry, digest: Digest) -> None:
         """Raise CorruptFileError if the bytes in `digest` are not the expected ones of a tensor."""
@@ -222,6 +238,11 @@ class ModelFiles:
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
         return digest.hexdigest()
+
+
+def _chunks(start: int, end: int) -> list[tuple[int, int]]:
+    """Bytes start:end in ranges of at most CHUNK_BYTES."""
+    return [(at, min(at + CHUNK_BYTES, end)) for at in range(start, end, CHUNK_BYTES)]
 
 
 def size_of(file: Readable) -> int:

@@ -14,6 +14,8 @@ from typing import Any
 from storage.errors import ModelError
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Configs of transformers that turn quantized weights into ordinary numbers on loading.
+_DEQUANTIZES = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 _PLAIN_NAME = re.compile(r"[\w.\- /]+")
 
 
@@ -69,11 +71,11 @@ def refuse_quantized(config: Mapping[str, Any], where: str) -> None:
     if isinstance(sizes, list) and all(type(size) is int and 0 < size < 2**31 for size in sizes):
         blocks = f" in blocks of {' x '.join(map(str, sizes[:2]))}"
     remedy = "take the checkpoint that was not quantized"
-    if method == "fp8":
+    if method in _DEQUANTIZES:
         remedy += (
-            ", or make one in bfloat16: M.from_pretrained(OLD, quantization_config="
-            "FineGrainedFP8Config(dequantize=True)).save_pretrained(NEW), M being transformers' "
-            "AutoModelForCausalLM"
+            ", or make one in bfloat16: M.from_pretrained(OLD, dtype='bfloat16', "
+            f"quantization_config={_DEQUANTIZES[method]}(dequantize=True)).save_pretrained(NEW), M "
+            "being transformers' AutoModelForCausalLM"
         )
     raise ModelError(
         f"{where}: the weights are quantized ({method}{blocks}): a stored value means nothing "

@@ -51,6 +51,25 @@ def prune_here(
     return prune(model, output, config, make, Silent())
 
 
+class Interrupted(Exception):
+    """Stands for a kill between two phases."""
+
+
+class StopsAt(LocalExecutor):
+    """Ends the job before the given number of a phase's calls."""
+
+    def __init__(self, world: int, phase: str, calls: int) -> None:
+        super().__init__(world, 1)
+        self._phase, self._left = phase, calls
+
+    def run(self, phase: str, arguments: Any) -> Any:
+        if phase == self._phase:
+            self._left -= 1
+            if self._left < 0:
+                raise Interrupted
+        return super().run(phase, arguments)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Relative path -> bytes of every file below `folder`."""
     return {

@@ -53,13 +53,38 @@ _OWN: dict[str, dict[str, object]] = {
         "topk_group": 1,
     },
 }
+# Of these a block's experts are one stored tensor for each projection.
+_TOGETHER: dict[str, dict[str, object]] = {
+    # Transposed, gate and up interleaved, biases; a window in the first block.
+    "gpt_oss": {
+        "num_local_experts": EXPERTS,
+        "intermediate_size": INNER,
+        "head_dim": 8,
+        "sliding_window": 8,
+    },
+    # Transposed, inputs scaled by the router; a dense block, chunks of attention, and no rotary
+    # embedding in the second.
+    "llama4_text": {
+        "num_local_experts": EXPERTS,
+        "intermediate_size": INNER,
+        "intermediate_size_mlp": 48,
+        "head_dim": 8,
+        "moe_layers": [1],
+        "no_rope_layers": [1, 0],
+        "attention_chunk_size": 8,
+    },
+    "aria_text": {"moe_num_experts": EXPERTS, "moe_topk": 2, "intermediate_size": INNER},
+    # As transformers computes them, under other names.
+    "granitemoe": {"num_local_experts": EXPERTS, "intermediate_size": INNER},
+}
 FAMILIES = tuple(_OWN)
+STACKED = tuple(_TOGETHER)
 # Their first block has no experts.
-FIRST_DENSE = ("qwen2_moe", "deepseek_v2", "deepseek_v3")
+FIRST_DENSE = ("qwen2_moe", "deepseek_v2", "deepseek_v3", "llama4_text")
 
 
 def moe_config(family: str, **overrides: object) -> PreTrainedConfig:
-    """The configuration of a tiny mixture of experts of one of FAMILIES, two blocks."""
+    """The configuration of a tiny mixture of experts of FAMILIES or STACKED, two blocks."""
     common: dict[str, object] = {
         "vocab_size": VOCABULARY,
         "hidden_size": HIDDEN,
@@ -74,7 +99,7 @@ def moe_config(family: str, **overrides: object) -> PreTrainedConfig:
         "eos_token_id": 257,
         "pad_token_id": 258,
     }
-    return AutoConfig.for_model(family, **(common | _OWN[family] | overrides))
+    return AutoConfig.for_model(family, **(common | (_OWN | _TOGETHER)[family] | overrides))
 
 
 def save_moe(
@@ -88,22 +113,26 @@ def save_moe(
     """Saves a tiny model under the names that its family's checkpoints have, with a tokenizer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(moe_config(family, **config))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-                elif "embed" not in name:
-                    # Louder than the initialization, so that experts and router tell.
-                    parameter.copy_(0.2 * torch.randn_like(parameter))
-            for name, buffer in model.named_buffers():
-                if name.endswith("e_score_correction_bias"):
-                    buffer.copy_(0.1 * torch.randn_like(buffer))
+        model = loud(AutoModelForCausalLM.from_config(moe_config(family, **config)))
     model.to(dtype).save_pretrained(folder)
     if weight_files > 1:
         split_weight_file(folder, weight_files)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def loud(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with random weights that are larger than its initialization: the router tells."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        elif "embed" not in name:
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.1 * torch.randn_like(buffer))
+    return model
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -123,9 +152,18 @@ def stacked_experts(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def expert_matrices(module: nn.Module) -> dict[str, Tensor]:
-    """`3.gate_proj` -> a view (R, C) of each expert's part of the stacked parameters."""
+def expert_matrices(module: nn.Module, *, together: bool = False) -> dict[str, Tensor]:
+    """`3.gate_proj` -> a view (R, C) of each expert's part of the stacked parameters.
+
+    together: gate and up as one, of those that are stored so.
+    """
     found = {}
+    if together:
+        for name in ("gate_up_proj", "down_proj"):
+            held = module.get_parameter(name)
+            matrices = held.mT if getattr(module, "is_transposed", True) else held
+            found |= {f"{number}.{name}": matrix for number, matrix in enumerate(matrices)}
+        return found
     for number, (first, last) in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
         gate, up = first.chunk(2)
         found |= {f"{number}.gate_proj": gate, f"{number}.up_proj": up, f"{number}.down_proj": last}

@@ -16,7 +16,7 @@ from pipeline.experts import Experts, expert_of, send_every_token, unstack_exper
 from pipeline.few_tokens import fallback, few_tokens
 from pipeline.keep_mask import KeepMask, masks_of
 from pipeline.layers import select_layers
-from pipeline.linears import linear_layers, unsupported_parameters, unsupported_reason
+from pipeline.linears import linear_layers, unsupported_parameters
 from pipeline.measure import Stopwatch
 from pipeline.model import open_skeleton
 from pipeline.observe import BlockObserver
@@ -129,28 +129,6 @@ def test_a_missing_expert_is_named(models: dict[str, Path], tmp_path: Path) -> N
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.experts\.gate_up_proj.*hold 7 of them"):
         open_skeleton(folder, dtype=None, trust_remote_code=False)
-
-
-def test_experts_that_are_stored_in_one_tensor_are_refused(tmp_path: Path) -> None:
-    model = load(save_moe(tmp_path / "model", "qwen3_moe"))
-    folder = save_moe(tmp_path / "stacked", "qwen3_moe")
-    model.save_pretrained(folder, save_original_format=False)
-    with pytest.raises(ModelError, match=r"hold model\.layers\.0\.mlp\.experts\.\w+, all experts"):
-        open_skeleton(folder, dtype=None, trust_remote_code=False)
-
-
-@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
-def test_experts_in_another_layout_are_refused_with_the_reason(family: str) -> None:
-    """Transposed, with biases, gate and up interleaved; or computed for all tokens at once."""
-    small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 32}
-    config = AutoConfig.for_model(family, **small, num_local_experts=2, head_dim=8)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    unstack_experts(model)
-    block = model.model.layers[0]
-    reason = unsupported_reason(block, unsupported_parameters(block))
-    assert "a stack of experts in a layout that prox24 cannot prune" in reason
-    assert "experts" in reason
 
 
 def test_what_the_class_keeps_in_float32_stays_in_float32(tmp_path: Path) -> None:

@@ -115,6 +115,17 @@ def test_fp8_in_blocks(tiny_model: TinyModel) -> None:
         assert part in message
 
 
+def test_mxfp4(tiny_model: TinyModel) -> None:
+    """gpt-oss as it is published."""
+    folder = tiny_model()
+    config = json.loads((folder / "config.json").read_text())
+    quantized = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
+    message = refusal(folder)
+    for part in ("quantized (mxfp4)", "Mxfp4Config(dequantize=True)", "save_pretrained(NEW)"):
+        assert part in message
+
+
 def test_8_bits_that_the_config_does_not_speak_of(tiny_model: TinyModel) -> None:
     folder = tiny_model()
     quantize(folder)

@@ -190,24 +190,22 @@ def test_no_decoder_blocks_of_linears(tmp_path: Path) -> None:
 
 
 def test_weights_outside_linears(tmp_path: Path) -> None:
-    """gpt-oss's experts are stacked, transposed and interleaved: they would stay dense unseen."""
+    """JetMoE's experts are stacked in modules of their own: they would stay dense unseen."""
     config = AutoConfig.for_model(
-        "gpt_oss",
+        "jetmoe",
         vocab_size=64,
         hidden_size=16,
         intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        num_hidden_layers=1,
         num_key_value_heads=2,
+        kv_channels=8,
         num_local_experts=2,
     )
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(tmp_path)
-    tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    skeleton = open_model(tmp_path)
-    with pytest.raises(ModelError, match="a stack of experts in a layout.*GptOssForCausalLM"):
-        select_layers(skeleton, rules())
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match="three dimensions .a stack of experts.*cannot take.*JetMoe"
+    ):
+        select_layers(open_model(tmp_path), rules())
 
 
 def test_no_architectures(tiny_model: TinyModel) -> None:

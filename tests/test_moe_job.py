@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from pipeline.calibration import calibration_tokens, load_tokenizer
-from pipeline.executor import LocalExecutor
 from pipeline.solvers import SolverSettings, Statistics, solver_for
 from pipeline.solving import solve_group
 from pipeline.verify import verify
-from tests.jobs import SMALL, contents, fits, prune_here, tensors, write_text
+from tests.jobs import (
+    SMALL,
+    Interrupted,
+    StopsAt,
+    contents,
+    fits,
+    prune_here,
+    tensors,
+    write_text,
+)
 from tests.moe_models import (
     EXPERTS,
     FAMILIES,
@@ -27,6 +34,7 @@ from tests.moe_models import (
     save_moe,
     stacked_experts,
 )
+from tests.plain_experts import prune_experts_in_memory
 
 # Enough text that every expert is above the threshold.
 JOB: dict[str, Any] = SMALL | {"nsamples": 16, "method": "sparsegpt"}
@@ -87,7 +95,7 @@ def test_the_result_is_that_of_a_plain_loop_in_memory(
     tokens = calibration_tokens(
         load_tokenizer(source), text(source.parent), None, JOB["nsamples"], JOB["seqlen"], 0
     )
-    expected, counts = prune_in_memory(load(source), tokens)
+    expected, counts = prune_experts_in_memory(load(source), tokens)
     found = load(output)
     alike = []
     for name, parameter in found.named_parameters():
@@ -97,71 +105,6 @@ def test_the_result_is_that_of_a_plain_loop_in_memory(
     said = {layer["name"]: layer["tokens"] for layer in results(output)["layers"]}
     assert counts.items() <= said.items()
     assert sum(counts.values()) == 2 * 3 * tokens.numel() * len(stacked_experts(found))
-
-
-@torch.no_grad()
-def prune_in_memory(model: nn.Module, tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The pruned parameters, and each expert's matrices' tokens, by the plainest means.
-
-    Every block's statistics are taken with the blocks before it pruned, itself dense.
-    """
-    solver = solver_for(SolverSettings(method="sparsegpt").resolved())
-    counts: dict[str, int] = {}
-    for number, block in enumerate(model.model.layers):
-        linears = {
-            path: module
-            for path, module in block.named_modules()
-            if isinstance(module, nn.Linear) and module.out_features > 1
-        }
-        experts = stacked_experts(block)
-        seen: dict[str, tuple[Any, ...]] = {}
-        handles = [
-            module.register_forward_pre_hook(_note(seen, path))
-            for path, module in (linears | experts).items()
-        ]
-        model(input_ids=tokens, use_cache=False)
-        for handle in handles:
-            handle.remove()
-        jobs = [(module.weight, seen[path][0]) for path, module in linears.items()]
-        for path, module in experts.items():
-            for name, matrix, inputs in inputs_of(module, *seen[path]):
-                counts[f"model.layers.{number}.{path}.{name}"] = len(inputs)
-                jobs.append((matrix, inputs))
-        solved = [
-            solver.solve(weight.clone(), solver.prepare(statistics_of(inputs))).weight
-            for weight, inputs in jobs
-        ]
-        for (weight, _), pruned in zip(jobs, solved, strict=True):
-            weight.copy_(pruned)
-    return dict(model.named_parameters()), counts
-
-
-def _note(seen: dict[str, tuple[Any, ...]], path: str) -> Callable[..., None]:
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen[path] = args
-
-    return hook
-
-
-def inputs_of(
-    module: nn.Module, states: Tensor, chosen: Tensor, _: Tensor
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, matrix and the inputs of its expert's own tokens."""
-    matrices = expert_matrices(module)
-    for number in range(EXPERTS):
-        own = states[(chosen == number).any(dim=1)]
-        gate, up, down = (matrices[f"{number}.{kind}_proj"] for kind in ("gate", "up", "down"))
-        inner = module.act_fn(own @ gate.T) * (own @ up.T)
-        yield f"{number}.gate_proj", gate, own
-        yield f"{number}.up_proj", up, own
-        yield f"{number}.down_proj", down, inner
-
-
-def statistics_of(inputs: Tensor) -> Statistics:
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    return Statistics(
-        columns=rows.shape[1], tokens=len(rows), sequences=JOB["nsamples"], hessian=rows.T @ rows
-    )
 
 
 def test_what_transformers_saves_again_is_the_same(
@@ -218,25 +161,6 @@ def test_an_expert_without_a_token_keeps_its_largest_weights() -> None:
     assert torch.equal(pruned, magnitude.solve(weight, magnitude.prepare(None)).weight)
     assert report["tokens"] == 0
     assert report["deviations"] == ["largest weights kept: no calibration token"]
-
-
-class Interrupted(Exception):
-    """Stands for a kill between two phases."""
-
-
-class StopsAt(LocalExecutor):
-    """Ends the job before the given number of a phase's calls."""
-
-    def __init__(self, world: int, phase: str, calls: int) -> None:
-        super().__init__(world, 1)
-        self._phase, self._left = phase, calls
-
-    def run(self, phase: str, arguments: Any) -> Any:
-        if phase == self._phase:
-            self._left -= 1
-            if self._left < 0:
-                raise Interrupted
-        return super().run(phase, arguments)
 
 
 @pytest.mark.parametrize(

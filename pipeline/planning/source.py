@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.capture import BlockCall, ModelEnds
+from pipeline.expert_names import stored_together
 from pipeline.experts import unstack_experts
 from pipeline.model import FORWARD_DTYPES, Skeleton, find_blocks, open_skeleton
 from pipeline.model_config import build, load_config_alone, rehearse
@@ -65,7 +66,7 @@ def open_source(model: Place, dtype: str | None, trust_remote_code: bool) -> Pla
     if not trust_remote_code:
         rehearse(config, path, forward)
     built = build(config, path, forward, trust_remote_code)
-    unstack_experts(built)
+    unstack_experts(built, stored_together(built, None))
     nothing = ModelFiles(LocalFolder(path.parent), (), {}, {}, None)
     skeleton = Skeleton(built.eval(), nothing, find_blocks(built, path), forward)
     name = path.parent.name if path.name == "config.json" else path.stem

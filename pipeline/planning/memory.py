@@ -67,11 +67,13 @@ def multiplies(job: PlannedJob, group: GroupShape) -> bool:
     return full and not (group.kept and job.own_tokens(group) / job.folds < group.columns)
 
 
-def phase_memory(job: PlannedJob, block: BlockShape, before: BlockShape | None) -> dict[str, Held]:
-    """Peaks of a pruned block's phases: name -> bytes. `before`: the block before it, None for
-    block 0."""
+def phase_memory(
+    job: PlannedJob, block: BlockShape, before: BlockShape | None, after: BlockShape | None
+) -> dict[str, Held]:
+    """Peaks of a pruned block's phases: name -> bytes. `before`, `after`: its neighbours, None at
+    the ends, and `before` in every turn but the first."""
     if not job.calibrates:
-        return {"solve": _solve(job, block)}
+        return {"solve": _solve(job, block, None)}
     size = job.shape.forward_itemsize
     sums = sums_held(job, block)
     batch = job.largest_batch
@@ -91,7 +93,7 @@ def phase_memory(job: PlannedJob, block: BlockShape, before: BlockShape | None) 
     found["reduce"] = _reduce(job, block)
     if job.folds > 1:
         found["choose"] = _choose(job, block)
-    found["solve"] = _solve(job, block)
+    found["solve"] = _solve(job, block, after)
     return found
 
 
@@ -130,13 +132,13 @@ def embed_memory(job: PlannedJob) -> Held:
     return Held(float(job.shape.ends * size + 2 * hidden), table)
 
 
-def _solve(job: PlannedJob, block: BlockShape) -> Held:
+def _solve(job: PlannedJob, block: BlockShape, after: BlockShape | None) -> Held:
     """The largest group's solve on any rank: groups are solved in turn, statistics dropped after.
 
-    Meanwhile the next block's weights are read into the host's memory.
+    Meanwhile the weights of the block after it, if there is one, are read into the host's memory.
     """
     itemsize, worst = job.shape.itemsize, Held(0.0)
-    ahead = float(block.parameters * job.shape.forward_itemsize) if job.calibrates else 0.0
+    ahead = ahead_bytes(job, after)
     everything = job.statistics(block.groups)
     # Of alike groups each its share: where routing is uneven, which one holds what is not known.
     each = {
@@ -155,6 +157,11 @@ def _solve(job: PlannedJob, block: BlockShape) -> Held:
                 done += slices
             left -= each[group]
     return worst
+
+
+def ahead_bytes(job: PlannedJob, after: BlockShape | None) -> float:
+    """What is read of the next block's weights while one is solved, and kept until it is used."""
+    return 0.0 if after is None else float(after.parameters * job.shape.forward_itemsize)
 
 
 def _choose(job: PlannedJob, block: BlockShape) -> Held:

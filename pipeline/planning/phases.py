@@ -18,6 +18,7 @@ from pipeline.planning.counts import (
 from pipeline.planning.job import PlannedJob
 from pipeline.planning.memory import (
     Held,
+    ahead_bytes,
     embed_memory,
     multiplies,
     phase_memory,
@@ -123,10 +124,12 @@ class PhaseModel:
             return [self._propagate(before)] if passes and before is not None else []
         turns = self.job.turns(block)
         for number, own in enumerate(turns):
-            memory = phase_memory(self.job, own, before if not number else None)
+            memory = phase_memory(self.job, own, before if not number else None, after)
             last = after if number + 1 == len(turns) else None
             if self.job.calibrates and (number or before is None):
-                phases.append(self._calibrate(own, memory["calibrate"]))
+                held = memory["calibrate"]
+                ahead = ahead_bytes(self.job, after) if number else 0.0
+                phases.append(self._calibrate(own, Held(held.device, held.host + ahead)))
             elif self.job.calibrates and before is not None:
                 phases.append(self._advance(own, before, memory["advance"]))
             if "reduce" in memory:

@@ -5,7 +5,8 @@ They may not stand in the URI, which ends up in logs and records. A URI may say 
 
     s3://bucket/folder?endpoint_override=minio.internal:9000&scheme=http&region=eu-west-1
 
-AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL count for `s3://` too. What fails for a moment is tried
+AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL count for `s3://` too, STORAGE_EMULATOR_HOST for `gs://`;
+a `gs://` by http is a stand-in, which is sent no credentials. What fails for a moment is tried
 again by the store's own client, with growing pauses; what still fails then is a ResourceError.
 """
 
@@ -17,6 +18,7 @@ import functools
 import io
 import os
 import re
+import socket
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,11 +45,17 @@ PARALLEL = 8
 """Requests at a time for one file; with PART_BYTES the bound on what is in memory."""
 
 _SCHEMES = ("s3", "gs")
+_ADDRESSES = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "gs": ("STORAGE_EMULATOR_HOST",),
+}
 _OPTIONS = ("endpoint_override", "scheme", "region")
 _URI = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _TRIES = 8
 _CONNECT_SECONDS, _SILENT_SECONDS = 10.0, 60.0
 _GS_TRY_SECONDS = 120.0
+_GS_CREDENTIALS = ".config/gcloud/application_default_credentials.json"
+_GS_METADATA = "metadata.google.internal"
 
 
 @dataclass(frozen=True)
@@ -184,7 +192,9 @@ class ObjectFolder:
             raise
 
     def _filesystem(self) -> Any:
-        return _filesystem(self.scheme, self.path.partition("/")[0], self.options, _environment())
+        return _filesystem(
+            self.scheme, self.path.partition("/")[0], self.options, _environment(self.scheme)
+        )
 
 
 def _abandon(stream: Any) -> None:
@@ -245,9 +255,25 @@ def reaching(what: ObjectFolder) -> Iterator[None]:
         ) from error
 
 
-def _environment() -> str:
-    """The address that AWS's own tools take from the environment."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+def _environment(scheme: str) -> str:
+    """The address that the store's own tools take from the environment."""
+    given = (os.environ.get(name) for name in _ADDRESSES[scheme])
+    return next((address for address in given if address), "")
+
+
+def _require_google_credentials(bucket: str) -> None:
+    """ResourceError where there is nowhere to get them from, which the client tries for minutes."""
+    file = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    if file or (Path.home() / _GS_CREDENTIALS).exists():
+        return
+    try:
+        socket.getaddrinfo(os.environ.get("GCE_METADATA_ROOT") or _GS_METADATA, 80)
+    except OSError as error:
+        raise ResourceError(
+            f"gs://{bucket}: found no credentials (none in GOOGLE_APPLICATION_CREDENTIALS, in "
+            f"~/{_GS_CREDENTIALS}, or of this machine); run 'gcloud auth application-default "
+            "login', or name a key file in the variable"
+        ) from error
 
 
 @functools.lru_cache(maxsize=32)
@@ -255,7 +281,7 @@ def _filesystem(
     scheme: str, bucket: str, options: tuple[tuple[str, str], ...], environment: str
 ) -> Any:
     given = dict(options)
-    address = given.get("endpoint_override", environment if scheme == "s3" else "")
+    address = given.get("endpoint_override", environment)
     protocol, _, host = address.rpartition("://")
     common = {
         "scheme": given.get("scheme") or protocol or "https",
@@ -263,7 +289,11 @@ def _filesystem(
     }
     if scheme == "gs":
         patience = timedelta(seconds=_GS_TRY_SECONDS)
-        return pyarrow.fs.GcsFileSystem(**common, retry_time_limit=patience)
+        # Credentials are for who can be believed to be the store, and not to be read on the way.
+        open_to_all = common["scheme"] == "http"
+        if not open_to_all:
+            _require_google_credentials(bucket)
+        return pyarrow.fs.GcsFileSystem(**common, anonymous=open_to_all, retry_time_limit=patience)
     region = given.get("region") or os.environ.get("AWS_REGION")
     region = region or os.environ.get("AWS_DEFAULT_REGION")
     if region is None and not host:

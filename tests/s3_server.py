@@ -48,21 +48,34 @@ class S3Server:
 @contextlib.contextmanager
 def s3_server(folder: Path) -> Iterator[S3Server]:
     """A server that ends with the block."""
-    told = folder / "s3-port"
-    with open(folder / "s3-log", "wb") as log:
+    with serving("tests.s3_server", folder) as (port, log):
+        yield S3Server(port, log)
+
+
+@contextlib.contextmanager
+def serving(module: str, folder: Path) -> Iterator[tuple[int, Path]]:
+    """A module's server in a process of its own: its port, and its log, a line a request."""
+    told, kept = folder / "port", folder / "log"
+    with open(kept, "wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.s3_server", str(told)], stdout=log, stderr=log
+            [sys.executable, "-m", module, str(told)], stdout=log, stderr=log
         )
     try:
         deadline = time.monotonic() + PATIENCE
         while not told.exists():
-            assert process.poll() is None, (folder / "s3-log").read_text()
+            assert process.poll() is None, kept.read_text()
             assert time.monotonic() < deadline, "the server does not listen"
             time.sleep(0.02)
-        yield S3Server(int(told.read_text()), folder / "s3-log")
+        yield int(told.read_text()), kept
     finally:
         process.kill()
         process.wait()
+
+
+def tell(port: int, told: str) -> None:
+    """Says on which port this process listens."""
+    Path(f"{told}.new").write_text(str(port))
+    os.replace(f"{told}.new", told)
 
 
 class Flaky:
@@ -90,8 +103,7 @@ def main(told: str) -> None:
 
     application = Flaky(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, application, threaded=True)
-    Path(f"{told}.new").write_text(str(server.port))
-    os.replace(f"{told}.new", told)
+    tell(server.port, told)
     server.serve_forever()
 
 

@@ -14,6 +14,7 @@ import pytest
 from cluster.command_line import run
 from storage.errors import OutputError
 from storage.object_store import ObjectFolder
+from tests.google_server import GoogleServer
 from tests.injection import Injection
 from tests.jobs import contents, prune_here, write_text
 from tests.processes import Driver
@@ -25,13 +26,15 @@ from tests.tiny_models import save_tiny_model
 class Bench:
     """A model on a disk and in a store, and what it becomes on a disk."""
 
-    def __init__(self, folder: Path, server: S3Server) -> None:
+    def __init__(self, folder: Path, server: S3Server | GoogleServer) -> None:
         self.folder, self.server = folder, server
+        self.source = f"{server.bucket('source')}/tiny"
         self.model = save_tiny_model(folder / "tiny", weight_files=3)
         (self.model / "README.md").write_text("---\nlicense: mit\n---\n")
         self.text = write_text(folder / "text.txt", 4096)
         self.options: dict[str, Any] = {"method": "wanda", "dataset": str(self.text)}
         self.number = 0
+        put(self.model, ObjectFolder.parse(self.source))
 
     def store(self) -> ObjectFolder:
         """A bucket's folder of one test."""
@@ -49,7 +52,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory, s3: S3Server) -> Iterator[Be
         for name, value in s3.environment.items():
             patch.setenv(name, value)
         bench = Bench(tmp_path_factory.mktemp("jobs"), s3)
-        put(bench.model, ObjectFolder.parse(f"{s3.bucket('source')}/tiny"))
         yield bench
 
 
@@ -58,9 +60,6 @@ def expected(bench: Bench) -> dict[str, bytes]:
     """The output on a disk."""
     output = bench.folder / "expected"
     return without_source(contents(prune_here(bench.model, output, **bench.options).output))
-
-
-SOURCE = "s3://source/tiny"
 
 
 def without_source(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -77,7 +76,15 @@ def objects(where: ObjectFolder) -> dict[str, bytes]:
 
 def command(bench: Bench, output: ObjectFolder, run_directory: Path, *more: str) -> list[str]:
     return [
-        *("prune", SOURCE, str(output), "--run-dir", str(run_directory), "--executor", "local"),
+        *(
+            "prune",
+            bench.source,
+            str(output),
+            "--run-dir",
+            str(run_directory),
+            "--executor",
+            "local",
+        ),
         *("--method", "wanda", "--dataset", str(bench.text), "--nsamples", "8"),
         *("--seqlen", "32", "--batch-size", "2", "--threads", "1", *more),
     ]
@@ -91,7 +98,7 @@ def test_from_store_to_store_gives_the_bytes_of_disks(
     assert run(arguments) == 0
     assert without_source(objects(output)) == expected
     results = json.loads(output.read("prox24.json", 1 << 20) or b"")
-    assert results["source"] == SOURCE
+    assert results["source"] == bench.source
     puts = re.findall(rf'"PUT /{output.path}/(\S+)', bench.log())
     assert puts[-1].startswith("prox24.json")
     said = b"".join(contents(tmp_path / "run").values())
@@ -121,8 +128,8 @@ def test_an_output_is_replaced_only_if_asked(
 def test_what_an_output_in_a_store_needs(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = ObjectFolder.parse(SOURCE)
-    assert run(["prune", SOURCE, "s3://source/out", "--executor", "local"]) == 2
+    source = ObjectFolder.parse(bench.source)
+    assert run(["prune", bench.source, "s3://source/out", "--executor", "local"]) == 2
     assert "--run-dir" in capsys.readouterr().err
     with pytest.raises(OutputError, match="holds the source"):
         prune_here(source, source, run_dir=str(tmp_path / "run"), **bench.options)
@@ -171,17 +178,17 @@ def test_a_stored_model_is_evaluated_and_planned(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = []
-    for model in (SOURCE, str(bench.model)):
+    for model in (bench.source, str(bench.model)):
         measure = ["eval", model, "--dataset", str(bench.text), "--seqlen", "64", "--nsamples", "2"]
         assert run([*measure, "--executor", "local", "--json"]) == 0
         figures.append(json.loads(capsys.readouterr().out)["perplexity"])
     assert figures[0] == figures[1]
     begun = len(bench.log())
     plans = []
-    for model in (SOURCE, str(bench.model)):
+    for model in (bench.source, str(bench.model)):
         run(["plan", model, "--seqlen", "64", "--nsamples", "2", "--json"])
         plans.append(json.loads(capsys.readouterr().out))
-    assert plans[0]["model"].pop("name") == SOURCE
+    assert plans[0]["model"].pop("name") == bench.source
     assert plans[1]["model"].pop("name") == bench.model.name
     assert plans[0]["model"] == plans[1]["model"]
     read = re.findall(r'"GET /source/tiny/model-\S+ HTTP/1.1" (\d+)', bench.log()[begun:])

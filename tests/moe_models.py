@@ -135,6 +135,11 @@ def loud(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def token_ids(count: int = 2, seqlen: int = 24) -> Tensor:
+    """Random tokens (count, seqlen), the same ones each time."""
+    return torch.randint(0, VOCABULARY - 4, (count, seqlen), generator=torch.Generator())
+
+
 def load(folder: Path) -> PreTrainedModel:
     """The whole model, its experts computed one after another."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

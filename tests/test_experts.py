@@ -34,6 +34,7 @@ from tests.moe_models import (
     moe_config,
     save_moe,
     stacked_experts,
+    token_ids,
 )
 from tests.tiny_models import VOCABULARY
 
@@ -46,10 +47,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: save_moe(folder / family, family) for family in FAMILIES}
 
 
-def tokens(count: int = 2, seqlen: int = 24) -> Tensor:
-    return torch.randint(0, VOCABULARY - 4, (count, seqlen), generator=torch.Generator())
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_blocks_compute_what_the_whole_model_does(models: dict[str, Path], family: str) -> None:
@@ -57,7 +54,7 @@ def test_blocks_compute_what_the_whole_model_does(models: dict[str, Path], famil
     skeleton = open_skeleton(models[family], dtype=None, trust_remote_code=False)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     ends = ModelEnds(skeleton, CPU, head=True)
-    ids = tokens()
+    ids = token_ids()
     hidden = ends.embed(ids)
     for number, call in enumerate(ends.calls(ids)):
         hidden = call.run(skeleton.load_block(number, CPU), hidden)

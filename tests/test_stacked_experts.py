@@ -33,6 +33,7 @@ from tests.moe_models import (
     loud,
     save_moe,
     stacked_experts,
+    token_ids,
 )
 from tests.tiny_models import VOCABULARY
 
@@ -43,10 +44,6 @@ CPU = torch.device("cpu")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("experts")
     return {family: save_moe(folder / family, family) for family in STACKED}
-
-
-def tokens(count: int = 2, seqlen: int = 24) -> Tensor:
-    return torch.randint(0, VOCABULARY - 4, (count, seqlen), generator=torch.Generator())
 
 
 def blockwise(folder: Path, ids: Tensor, *, every_token: bool = False) -> Tensor:
@@ -66,7 +63,7 @@ def blockwise(folder: Path, ids: Tensor, *, every_token: bool = False) -> Tensor
 @torch.no_grad()
 def test_blocks_compute_what_the_whole_model_does(models: dict[str, Path], family: str) -> None:
     """This is what fails where an installed transformers computes a family otherwise."""
-    ids = tokens()
+    ids = token_ids()
     expected = load(models[family])(input_ids=ids, use_cache=False).logits
     found = blockwise(models[family], ids)
     assert torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
@@ -127,7 +124,7 @@ def test_a_plan_counts_the_experts_of_a_stack(models: dict[str, Path], family: s
 def test_a_family_that_is_published_apart_may_be_stored_together(tmp_path: Path) -> None:
     folder = save_moe(tmp_path / "model", "qwen3_moe")
     model = load(folder)
-    ids = tokens()
+    ids = token_ids()
     expected = model(input_ids=ids, use_cache=False).logits
     model.save_pretrained(folder, save_original_format=False)
     assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(folder / "model.safetensors")

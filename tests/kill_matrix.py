@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,21 +25,27 @@ from tests.tiny_models import save_tiny_model
 OPTIONS = ("--nsamples=4", "--seqlen=16", "--batch-size=2", "--threads=1", "--workers=2")
 
 
+def save_dense(folder: Path) -> Path:
+    """The plain job's model."""
+    return save_tiny_model(folder, blocks=2, hidden=16, intermediate=32, weight_files=2)
+
+
 @dataclass
 class Matrix:
     """The job, what it leaves when nothing disturbs it, and the points that it passes.
 
     more: options beyond, or instead of, OPTIONS. old: files of a folder where the output goes.
+    save: makes the model, of two blocks in two weight files.
     """
 
     folder: Path
     more: Sequence[str] = ("--executor=local", "--no-report")
     old: dict[str, bytes] = field(default_factory=dict)
+    save: Callable[[Path], Path] = save_dense
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
-        self.model = self.folder / "model"
-        save_tiny_model(self.model, blocks=2, hidden=16, intermediate=32, weight_files=2)
+        self.model = self.save(self.folder / "model")
         self.text = write_text(self.folder / "text.txt", 2048)
         names = self.folder / "points"
         whole = Case(self)

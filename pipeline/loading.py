@@ -45,12 +45,14 @@ class BlockLoader:
         Raises `CorruptFileError` where a file that the record names is damaged.
         """
         with self.watch("load"):
-            module = self._counted(block, self.skeleton.load_block(block, self.device))
+            layers = () if record is None else record.layers
+            module = self.skeleton.load_block(block, self.device, without=layers)
+            self._counted(block, module)
             if record is not None:
                 self.watch.count("slices_read_bytes", sum(stored.bytes for stored in record.files))
                 directory = self.run.checkpoints(block)
                 verify_record(directory, record)
-                for layer in record.layers:
+                for layer in layers:
                     weight = read_layer(directory, record, layer, verify=False)
                     linear = module.get_submodule(layer)
                     weight = as_held(linear, weight).contiguous()
@@ -63,8 +65,16 @@ class BlockLoader:
     def _counted(self, block: int, module: nn.Module) -> nn.Module:
         """`module`, after its tensors' stored bytes have been counted as read."""
         prefix = self.skeleton.block_prefix(block)
-        # All experts may be one tensor.
-        names = {self.skeleton.tensor_name(prefix + tensor) for tensor in module.state_dict()}
-        for entry in (self.skeleton.files.tensors[name] for name in names if name is not None):
-            self.watch.count("weights_read_bytes", entry.end - entry.start)
+        read: dict[tuple[str, int | None], int] = {}
+        for tensor, value in module.state_dict(keep_vars=True).items():
+            name = self.skeleton.tensor_name(prefix + tensor)
+            if name is None or value.is_meta:
+                continue
+            entry = self.skeleton.files.tensors[name]
+            size, part = entry.end - entry.start, self.skeleton.parts.get(prefix + tensor)
+            if part is None:
+                read[name, None] = size
+            else:  # all experts are one tensor
+                read[name, part.index] = size // entry.shape[0]
+        self.watch.count("weights_read_bytes", sum(read.values()))
         return module

@@ -8,7 +8,7 @@ read tensor by tensor from the source's weight files.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,14 +122,18 @@ class Skeleton:
         """Module path of one block, with the trailing dot."""
         return f"{self.blocks_path}.{block}."
 
-    def load_block(self, block: int, device: torch.device) -> nn.Module:
+    def load_block(
+        self, block: int, device: torch.device, without: Iterable[str] = ()
+    ) -> nn.Module:
         """One block with its weights, on `device`, floating tensors in the forward dtype.
 
-        Only this block's tensors are read. Raises `ModelError` for a tensor that is missing.
+        Only this block's tensors are read, and not the weights of its linears `without`, which stay
+        on the meta device. Raises `ModelError` for a tensor that is missing.
         """
-        module = copy.deepcopy(self.blocks[block])
-        self._load(module, self.block_prefix(block), device)
-        _require_loaded(module, self.block_prefix(block), self.files.place)
+        module, prefix = copy.deepcopy(self.blocks[block]), self.block_prefix(block)
+        skip = {id(module.get_parameter(f"{layer}.weight")) for layer in without}
+        self._load(module, prefix, device, skip)
+        _require_loaded(module, prefix, self.files.place, skip)
         return module.eval()
 
     def load_ends(self, device: torch.device, *, head: bool) -> PreTrainedModel:

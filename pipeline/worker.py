@@ -150,11 +150,19 @@ class BlockWorker(Scoring):
         return self._turn
 
     def choose(self, block: int) -> dict[str, dict[str, Any]]:
-        """Regularization of the groups dealt to this rank, as JSON: group -> solver settings."""
+        """Regularization of the groups dealt to this rank, as JSON: group -> solver settings.
+
+        An empty entry for a group whose own method (`--override`) has nothing to choose.
+        """
         cost = {group.name: float(group.columns) ** 3 for group in self._turn}
         owners = deal(list(cost), cost, self.world)
-        choices, module = {}, self.skeleton.blocks[block]
+        choices: dict[str, dict[str, Any]] = {}
+        module = self.skeleton.blocks[block]
         for group in (group for group in self._turn if owners[group.name] == self.rank):
+            settings = self._settings(block)[group.name]
+            if settings.shrinkage != AUTO or solver_for(settings).needs != "full":
+                choices[group.name] = {}
+                continue
             first, second = self.statistics[group.name]
             least = least_tokens(module, group.layers, self.job.expert_tokens)
             if min(first.tokens, second.tokens) < least:
@@ -162,7 +170,6 @@ class BlockWorker(Scoring):
                 continue
             weights = {layer: self._read_weight(block, layer) for layer in group.layers}
             with self.watch("choose"):
-                settings = self._settings(block)[group.name]
                 choice = choose_regularization(weights, (first, second), settings)
             choices[group.name] = choice.to_json()
         return choices
@@ -189,7 +196,7 @@ class BlockWorker(Scoring):
             folds = self.statistics.pop(group.name, ())
             if not mine:
                 continue
-            choice = choices[group.name] if choices is not None else None
+            choice = choices.get(group.name) if choices is not None else None
             began = time.perf_counter()
             solved = self._solve_group(block, mine, folds, choice)
             costs[group.name] = {

@@ -262,6 +262,9 @@ def test_many_rows_of_one_input_are_solved_in_parts() -> None:
     for name, weight in weights.items():
         alone = solve_group({name: weight}, statistics(40), settings, None)
         assert torch.equal(alone[name][0], together[name][0])
+        counts = [solved[name][1].pop("mask") for solved in (alone, together)]
+        assert torch.equal(*(own.pop("by_column") for own in counts))
+        assert counts[0] == counts[1]
         assert alone[name][1] == together[name][1]
 
 

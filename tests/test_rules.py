@@ -293,6 +293,27 @@ def test_a_job_on_several_workers_goes_on_after_dense_blocks(
     assert contents(Path(str(whole))) == contents(Path(str(again)))
 
 
+def test_where_something_is_chosen_overrides_choose_nothing(
+    mixed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """--shrinkage auto is the job's method's: others have no full Hessian to choose on."""
+    override = "*.down_proj=wanda;*.o_proj=magnitude;*.k_proj=sparsegpt"
+    options = MIXED | {"method": "prox_admm", "shrinkage": "auto", "override": override}
+    text = str(mixed[1].parent / "text.txt")
+    jobs = [
+        prune_here(mixed[0], tmp_path / str(workers), workers=workers, dataset=text, **options)
+        for workers in (1, 2)
+    ]
+    layers = jobs[0].summary["blocks"][1]["layers"]
+    assert layers["mlp.down_proj"]["statistic"] == "diagonal"
+    chosen = json.loads((jobs[0].run_directory / "choices" / "block-001.json").read_text())
+    shrinkages = {name: own.get("shrinkage") for name, own in chosen["groups"].items()}
+    assert shrinkages["mlp.down_proj"] is None
+    assert isinstance(shrinkages["mlp.gate_proj"], float)
+    one, two = (contents(job.output) for job in jobs)
+    assert one == two
+
+
 def test_the_plan_counts_what_is_pruned(mixed: tuple[Path, Path]) -> None:
     source, _ = mixed
     rules = ModelOptions(**MIXED).layer_rules()

@@ -92,6 +92,9 @@ def verify(
     with check:
         for file in skeleton.files.files:
             check.weight_file(file)
+    # In the model's order, not that of the files.
+    order = {layer["name"]: number for number, layer in enumerate(results["layers"])}
+    check.found.layers.sort(key=lambda layer: order.get(layer.name, len(order)))
     check.found.seconds = time.perf_counter() - began
     return check.found
 

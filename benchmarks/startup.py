@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0")
+os.environ.update(HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
@@ -31,6 +31,7 @@ from storage.commit import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+os.environ["PATH"] = f"{BIN}:{os.environ['PATH']}"  # whose Python a submitted job runs
 ADDRESS = "127.0.0.1:6399"
 DASHBOARD = "127.0.0.1:8299"
 
@@ -40,8 +41,9 @@ def cluster() -> Iterator[None]:
     """Ray with two CPUs on this machine."""
     dashboard = ["--include-dashboard=true", f"--dashboard-port={DASHBOARD.rpartition(':')[2]}"]
     port = ADDRESS.rpartition(":")[2]
-    start = ["start", "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2"]
+    start = ["start", "--head", f"--port={port}", "--num-cpus=2"]
     log = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([BIN / "ray", "get-auth-token", "--generate"], check=True, **log)  # type: ignore[call-overload]
     subprocess.run([BIN / "ray", *start, *dashboard], check=True, **log)  # type: ignore[call-overload]
     try:
         yield

@@ -144,7 +144,7 @@ class Console:
             for who in ("driver", "worker")
         }
         rows = [
-            ("time", f"{summary['wall']:.1f} s in all" + (f"; {parts}" if parts else "")),
+            ("time", f"{summary['wall']:.1f} s of committed work" + (f"; {parts}" if parts else "")),
             ("peak memory", ", ".join(peaks.values())),
             *who_did_what(summary),
         ]

@@ -143,8 +143,9 @@ class Console:
             who: f"{who} {summary['memory'][f'{who}_rss_bytes'] / 2**20:.0f} MiB"
             for who in ("driver", "worker")
         }
+        time_taken = f"{summary['wall']:.1f} s of committed work"
         rows = [
-            ("time", f"{summary['wall']:.1f} s of committed work" + (f"; {parts}" if parts else "")),
+            ("time", f"{time_taken}; {parts}" if parts else time_taken),
             ("peak memory", ", ".join(peaks.values())),
             *who_did_what(summary),
         ]

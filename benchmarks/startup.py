@@ -5,6 +5,7 @@
 Starts Ray on this machine once (its nodes are warm then, its workers are not), and begins a job on
 it as often as asked, by `prox24 prune --ray-address` or with --submit by `ray job submit` from this
 checkout (which needs `ray[default]`). Each job is stopped when its status names the first block.
+Afterwards `ray stop` ends every Ray of this machine, so it refuses to run beside another.
 "before the status": the interpreter, imports, the connection, and for a submitted job Ray's own
 agent, upload and supervisor. The other parts are the job's own, from its status.
 """
@@ -38,7 +39,9 @@ DASHBOARD = "127.0.0.1:8299"
 
 @contextmanager
 def cluster() -> Iterator[None]:
-    """Ray with two CPUs on this machine."""
+    """Ray with two CPUs on this machine, the only one here."""
+    if any(process.info["name"] == "gcs_server" for process in psutil.process_iter(["name"])):
+        sys.exit("startup.py: a Ray runs on this machine already, and would be stopped with its own")
     dashboard = ["--include-dashboard=true", f"--dashboard-port={DASHBOARD.rpartition(':')[2]}"]
     port = ADDRESS.rpartition(":")[2]
     start = ["start", "--head", f"--port={port}", "--num-cpus=2"]

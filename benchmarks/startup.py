@@ -41,7 +41,7 @@ DASHBOARD = "127.0.0.1:8299"
 def cluster() -> Iterator[None]:
     """Ray with two CPUs on this machine, the only one here."""
     if any(process.info["name"] == "gcs_server" for process in psutil.process_iter(["name"])):
-        sys.exit("startup.py: a Ray runs on this machine already, and would be stopped with its own")
+        sys.exit("a Ray runs on this machine already, and would be stopped with this one")
     dashboard = ["--include-dashboard=true", f"--dashboard-port={DASHBOARD.rpartition(':')[2]}"]
     port = ADDRESS.rpartition(":")[2]
     start = ["start", "--head", f"--port={port}", "--num-cpus=2"]

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,10 +17,16 @@ from storage.errors import ResourceError
 from storage.model_files import ModelFiles, fingerprint_weight_file
 from storage.object_store import ObjectFolder
 from tests.google_server import google_server
-from tests.injection import Injection
 from tests.jobs import contents, prune_here
-from tests.processes import Driver
-from tests.test_object_store_job import Bench, command, objects, without_source
+from tests.test_object_store import ends_after_a_failed_upload
+from tests.test_object_store_job import (
+    Bench,
+    changes_nothing,
+    command,
+    killed_at_the_second_file,
+    objects,
+    without_source,
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,25 +73,7 @@ def test_an_object_is_read_in_ranges(bench: Bench, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_process_ends_after_an_upload_that_failed(bench: Bench) -> None:
-    bucket = bench.store()
-    program = (
-        "import sys\n"
-        "from storage.object_store import ObjectFolder\n"
-        "with ObjectFolder.parse(sys.argv[1]).upload('x') as writer:\n"
-        "    writer.write(bytes(30 << 20))\n"  # parts of it are in the store by then
-        "    raise ZeroDivisionError\n"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", program, bucket.uri],
-        env={**os.environ, **bench.server.environment},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1] == "ZeroDivisionError"
-    assert bucket.files() == {}
+    ends_after_a_failed_upload(bench.store(), bench.server.environment)
 
 
 def test_a_model_is_read_as_from_a_disk(bench: Bench) -> None:
@@ -111,12 +95,7 @@ def test_killed_while_it_sends_it_goes_on_from_store_to_store(
 ) -> None:
     output = bench.store() / "out"
     arguments = command(bench, output, tmp_path / "run")
-    # The second weight file is in the store, and not recorded yet.
-    at = Injection(tmp_path, r"before replace .*uploads/model-00002", signal.SIGKILL)
-    environment = bench.server.environment
-    driver = Driver(arguments, tmp_path / "killed", environment, injection=at)
-    assert driver.wait() == -signal.SIGKILL, driver.errors()
-    assert sorted(output.files()) == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2)]
+    killed_at_the_second_file(bench, arguments, output, tmp_path)
     begun = len(bench.log())
     assert run(arguments) == 0
     assert without_source(objects(output)) == expected
@@ -127,10 +106,7 @@ def test_killed_while_it_sends_it_goes_on_from_store_to_store(
     assert [n for n in sent if n.startswith("model-00001")] == []
     assert {n[:11] for n in sent if n.endswith(".safetensors")} == {"model-00002", "model-00003"}
     assert sent[-1] == "prox24.json"
-    # The same command, when all is done: nothing is computed or written.
-    state = {name: output.state(name) for name in output.files()}
-    assert run(arguments) == 0
-    assert {name: output.state(name) for name in output.files()} == state
+    changes_nothing(arguments, output)
 
 
 def test_no_credentials_are_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

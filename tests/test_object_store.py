@@ -110,17 +110,18 @@ def test_an_upload_that_fails_leaves_no_object(bucket: ObjectFolder) -> None:
     assert bucket.files() == {}
 
 
-def test_a_process_ends_after_an_upload_that_failed(bucket: ObjectFolder, s3: S3Server) -> None:
+def ends_after_a_failed_upload(bucket: ObjectFolder, environment: dict[str, str]) -> None:
+    """A process whose upload fails midway ends with its own error, and leaves no object."""
     program = (
         "import sys\n"
         "from storage.object_store import ObjectFolder\n"
         "with ObjectFolder.parse(sys.argv[1]).upload('x') as writer:\n"
-        "    writer.write(bytes(30 << 20))\n"
+        "    writer.write(bytes(30 << 20))\n"  # parts of it are in the store by then
         "    raise ZeroDivisionError\n"
     )
     ended = subprocess.run(
         [sys.executable, "-c", program, bucket.uri],
-        env={**os.environ, **s3.environment},
+        env={**os.environ, **environment},
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
@@ -129,6 +130,10 @@ def test_a_process_ends_after_an_upload_that_failed(bucket: ObjectFolder, s3: S3
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == "ZeroDivisionError"
     assert bucket.files() == {}
+
+
+def test_a_process_ends_after_an_upload_that_failed(bucket: ObjectFolder, s3: S3Server) -> None:
+    ends_after_a_failed_upload(bucket, s3.environment)
 
 
 def test_what_the_store_refuses_is_one_line(bucket: ObjectFolder) -> None:

@@ -90,6 +90,23 @@ def command(bench: Bench, output: ObjectFolder, run_directory: Path, *more: str)
     ]
 
 
+def killed_at_the_second_file(
+    bench: Bench, arguments: list[str], output: ObjectFolder, folder: Path
+) -> None:
+    """A job's end by SIGKILL: its second weight file is in the store, and not recorded yet."""
+    at = Injection(folder, r"before replace .*uploads/model-00002", signal.SIGKILL)
+    driver = Driver(arguments, folder / "killed", bench.server.environment, injection=at)
+    assert driver.wait() == -signal.SIGKILL, driver.errors()
+    assert sorted(output.files()) == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2)]
+
+
+def changes_nothing(arguments: list[str], output: ObjectFolder) -> None:
+    """The same command, when all is done: nothing is computed or written."""
+    state = {name: output.state(name) for name in output.files()}
+    assert run(arguments) == 0
+    assert {name: output.state(name) for name in output.files()} == state
+
+
 def test_from_store_to_store_gives_the_bytes_of_disks(
     bench: Bench, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -104,10 +121,7 @@ def test_from_store_to_store_gives_the_bytes_of_disks(
     said = b"".join(contents(tmp_path / "run").values())
     assert CREDENTIALS["AWS_SECRET_ACCESS_KEY"].encode() not in said
     assert not (tmp_path / "run" / "uploads").exists()
-    # The same command, when all is done: nothing is computed or written.
-    state = {name: output.state(name) for name in output.files()}
-    assert run(arguments) == 0
-    assert {name: output.state(name) for name in output.files()} == state
+    changes_nothing(arguments, output)
 
 
 def test_an_output_is_replaced_only_if_asked(
@@ -144,14 +158,9 @@ def test_killed_while_it_sends_it_goes_on_with_what_is_missing(
 ) -> None:
     output = bench.store() / "out"
     arguments = command(bench, output, tmp_path / "run")
-    # The second weight file is in the store, and not recorded yet.
-    at = Injection(tmp_path, r"before replace .*uploads/model-00002", signal.SIGKILL)
-    environment = bench.server.environment
-    driver = Driver(arguments, tmp_path / "killed", environment, injection=at)
-    assert driver.wait() == -signal.SIGKILL, driver.errors()
-    assert sorted(output.files()) == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2)]
+    killed_at_the_second_file(bench, arguments, output, tmp_path)
     begun = len(bench.log())
-    resumed = Driver(arguments, tmp_path / "resumed", environment)
+    resumed = Driver(arguments, tmp_path / "resumed", bench.server.environment)
     assert resumed.wait() == 0, resumed.errors()
     assert without_source(objects(output)) == expected
     sent = re.findall(r'"(?:PUT|POST) /\S*out/(model-\d+)', bench.log()[begun:])

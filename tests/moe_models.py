@@ -1,13 +1,16 @@
-"""Tiny random mixtures of experts of several families, and their plain prune in memory."""
+"""Tiny random mixtures of experts of several families, and jobs on them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from tests.jobs import prune_here, write_text
 from tests.tiny_models import VOCABULARY, byte_tokenizer, split_weight_file
 
 HIDDEN, INNER, EXPERTS = 32, 16, 4
@@ -173,3 +176,18 @@ def expert_matrices(module: nn.Module, *, together: bool = False) -> dict[str, T
         gate, up = first.chunk(2)
         found |= {f"{number}.gate_proj": gate, f"{number}.up_proj": up, f"{number}.down_proj": last}
     return found
+
+
+def made_once(folder: Path, job: dict[str, Any]) -> Callable[[str], tuple[Path, Path]]:
+    """Family -> (source, output) of a job with the options `job` on its tiny model, made once."""
+    found: dict[str, tuple[Path, Path]] = {}
+
+    def make(family: str) -> tuple[Path, Path]:
+        if family not in found:
+            source = save_moe(folder / family, family, weight_files=2)
+            output = folder / f"{family}-out"
+            prune_here(source, output, dataset=str(write_text(folder / "text.txt")), **job)
+            found[family] = source, output
+        return found[family]
+
+    return make

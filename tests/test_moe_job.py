@@ -31,6 +31,7 @@ from tests.moe_models import (
     FIRST_DENSE,
     expert_matrices,
     load,
+    made_once,
     save_moe,
     stacked_experts,
 )
@@ -43,18 +44,7 @@ JOB: dict[str, Any] = SMALL | {"nsamples": 16, "method": "sparsegpt"}
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
     """(source, output) of a job on a family's tiny model, made once."""
-    folder = tmp_path_factory.mktemp("moe")
-    found: dict[str, tuple[Path, Path]] = {}
-
-    def make(family: str) -> tuple[Path, Path]:
-        if family not in found:
-            source = save_moe(folder / family, family, weight_files=2)
-            output = folder / f"{family}-out"
-            prune_here(source, output, dataset=text(folder), **JOB)
-            found[family] = source, output
-        return found[family]
-
-    return make
+    return made_once(tmp_path_factory.mktemp("moe"), JOB)
 
 
 def text(folder: Path) -> str:

@@ -31,8 +31,8 @@ from tests.moe_models import (
     expert_matrices,
     load,
     loud,
+    made_once,
     moe_config,
-    save_moe,
     stacked_experts,
 )
 from tests.plain_experts import prune_experts_in_memory
@@ -47,18 +47,7 @@ Made = Callable[[str], tuple[Path, Path]]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """(source, output) of a job on a family's tiny model, made once."""
-    folder = tmp_path_factory.mktemp("stacked")
-    found: dict[str, tuple[Path, Path]] = {}
-
-    def make(family: str) -> tuple[Path, Path]:
-        if family not in found:
-            source = save_moe(folder / family, family, weight_files=2)
-            output = folder / f"{family}-out"
-            prune_here(source, output, dataset=str(write_text(folder / "text.txt")), **JOB)
-            found[family] = source, output
-        return found[family]
-
-    return make
+    return made_once(tmp_path_factory.mktemp("stacked"), JOB)
 
 
 def results(output: Path) -> dict[str, Any]:

@@ -20,10 +20,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pipeline.config.solver import SolverSettings
 from pipeline.measure import device_peak, host_peak, reset_peaks
-from pipeline.solvers import SolverSettings, Statistics, relative_error, solver_for
-from pipeline.solvers.factor import invert_
-from pipeline.solvers.prox import prox_operator
+from pipeline.solvers.kernels.cholesky import invert_
+from pipeline.solvers.kernels.prox_operator import prox_operator
+from pipeline.solvers.objective import relative_error
+from pipeline.solvers.registry import solver_for
+from pipeline.solvers.types import Statistics
 from pipeline.statistics import Accumulator
 
 

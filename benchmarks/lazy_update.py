@@ -26,7 +26,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.solvers import SolverSettings, Statistics, auto_blocksize, solver_for
+from pipeline.config.solver import SolverSettings
+from pipeline.solvers.methods.sparsegpt import auto_blocksize
+from pipeline.solvers.registry import solver_for
+from pipeline.solvers.types import Statistics
 
 GROUP = 4
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks import peak
 from benchmarks.perplexity import split_text
-from pipeline.config import EvalConfig
+from pipeline.config.evaluate import EvalConfig
 from pipeline.evaluate import evaluate
 from pipeline.executor import LocalExecutor
 from pipeline.progress import Silent

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline import solving
+from pipeline.config.solver import SolverSettings
 from pipeline.planning import job as planning
 from pipeline.planning import phases
 from pipeline.planning.job import PlannedJob
@@ -25,8 +26,8 @@ from pipeline.planning.parts import merge
 from pipeline.planning.plan import Plan, size_text
 from pipeline.planning.rates import gpu_rates
 from pipeline.planning.shape import ModelShape, read_shape
-from pipeline.solvers.cost import SolveCost, solve_cost
-from pipeline.solvers.types import SolverSettings
+from pipeline.solvers.cost import SolveCost
+from pipeline.solvers.registry import solve_cost
 
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,

@@ -25,8 +25,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.solvers import SolverSettings, Statistics, solver_for
-from pipeline.solvers.factor import invert_
+from pipeline.config.solver import SolverSettings
+from pipeline.solvers.kernels.cholesky import invert_
+from pipeline.solvers.registry import solver_for
+from pipeline.solvers.types import Statistics
 
 
 def clock(device: torch.device) -> float:

@@ -27,14 +27,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pipeline.config.solver import SolverSettings
 from pipeline.measure import device_peak, host_peak, reset_peaks
-from pipeline.solvers import (
-    SolverSettings,
-    Statistics,
-    choose_regularization,
-    relative_error,
-    solver_for,
-)
+from pipeline.solvers.auto_shrinkage import choose_regularization
+from pipeline.solvers.objective import relative_error
+from pipeline.solvers.registry import solver_for
+from pipeline.solvers.types import Statistics
 
 ROOT = Path(__file__).resolve().parent.parent
 # Label -> settings. Damping 0.01 without shrinkage is what the papers use.

@@ -32,7 +32,9 @@ def plain(model_folder: Path, tokens_file: Path, method: str, threads: int) -> d
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pipeline.solvers import SolverSettings, Statistics, solver_for
+    from pipeline.config.solver import SolverSettings
+    from pipeline.solvers.registry import solver_for
+    from pipeline.solvers.types import Statistics
     from storage.arrow_store import read_tokens
 
     torch.set_num_threads(threads)

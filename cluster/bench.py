@@ -30,7 +30,7 @@ def bench_command(model: str, config: BenchConfig, machine: Machine | None = Non
 
     machine: where to measure; None for this machine's GPU.
     """
-    from pipeline.config import ModelOptions
+    from pipeline.config.prune import ModelOptions
     from pipeline.planning.shape import read_shape
     from pipeline.speed.machine import missing_gpu, this_gpu
     from pipeline.speed.products import forward_dtype, measure_products, products_of

@@ -23,7 +23,15 @@ from cluster.compare import DESCRIPTION as compare_description
 from cluster.compare import add_arguments as add_compare_arguments
 from cluster.compare import compare_command
 from cluster.console import Console, comparison_table, provenance, solve_table
-from cluster.options import HelpFormatter, Parser, as_arguments, config_from, one_line, read_yaml
+from cluster.options import (
+    HelpFormatter,
+    Parser,
+    add_options,
+    as_arguments,
+    config_from,
+    one_line,
+    read_yaml,
+)
 from cluster.report import DESCRIPTION as report_description
 from cluster.report import add_arguments as add_report_arguments
 from cluster.report import report_command
@@ -35,7 +43,10 @@ from cluster.sweep import sweep_command
 from cluster.verify import DESCRIPTION as verify_description
 from cluster.verify import add_arguments as add_verify_arguments
 from cluster.verify import verify_command
-from pipeline.config import EvalConfig, PruneConfig, RuntimeConfig, SolveConfig
+from pipeline.config.evaluate import EvalConfig
+from pipeline.config.prune import PruneConfig
+from pipeline.config.runtime import RuntimeConfig
+from pipeline.config.solve import SolveConfig
 from pipeline.executor import Executor, LocalExecutor
 from pipeline.planning.options import PlanConfig
 from pipeline.progress import Progress
@@ -112,7 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("model", metavar="MODEL", help=f"{_MODEL}, or a config.json alone")
     demo = commands.add_parser(
         "demo", help="prune a small real model on this machine", description=_DEMO,
-        allow_abbrev=False, dataclass_types=[], formatter_class=HelpFormatter,
+        allow_abbrev=False, formatter_class=HelpFormatter,
     )  # fmt: skip
     demo.add_argument("--folder", default="demo", help="where models and texts go")
     demo.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -122,7 +133,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_plain_commands(commands: Any) -> None:
     for name, help, description, add in _PLAIN_COMMANDS:
         parser = commands.add_parser(
-            name, help=help, description=description, allow_abbrev=False, dataclass_types=[],
+            name, help=help, description=description, allow_abbrev=False,
             formatter_class=HelpFormatter,
         )  # fmt: skip
         add(parser)
@@ -133,10 +144,10 @@ def _command(commands: Any, name: str, config: type[Any], help: str) -> Parser:
         name,
         help=help,
         description=help[0].upper() + help[1:] + ".",
-        dataclass_types=config,
         allow_abbrev=False,
         formatter_class=HelpFormatter,
     )
+    add_options(parser, config)
     parser.add_argument(
         "--config", help="YAML file with any of these options; the command line wins over it"
     )

@@ -21,7 +21,7 @@ import cluster
 import pipeline
 import storage
 from cluster.security import require_guarded_dashboard
-from pipeline.config import RuntimeConfig
+from pipeline.config.runtime import RuntimeConfig
 from storage.errors import ResourceError, first_line
 
 # How long a cluster may take to accept a connection.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import Progress
 
 from cluster.terminal import as_text, bar, plain_table, print_labelled, shows_bars, terminal
-from pipeline.config import PruneConfig
+from pipeline.config.prune import PruneConfig
 from pipeline.units import duration, size
 
 if TYPE_CHECKING:

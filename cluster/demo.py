@@ -9,7 +9,9 @@ from typing import Any
 
 from cluster.console import Console
 from cluster.terminal import as_text, plain_table
-from pipeline.config import EvalConfig, Method, PruneConfig, RuntimeConfig
+from pipeline.config.evaluate import EvalConfig
+from pipeline.config.prune import PruneConfig
+from pipeline.config.runtime import RuntimeConfig
 from pipeline.demo_model import demo_model, demo_texts
 from pipeline.evaluate import evaluate
 from pipeline.prune import prune
@@ -44,8 +46,7 @@ def demo(folder: Path) -> int:
         return float(evaluate(model, config, executor(config), console)["perplexity"])
 
     rows = [("dense", perplexity(source), source, 0.0)]
-    methods: tuple[Method, ...] = ("magnitude", "prox_admm")
-    for method in methods:
+    for method in ("magnitude", "prox_admm"):
         output = folder / f"SmolLM2-135M-Instruct-{method}-2-4"
         _clear(output)
         console.print(f"pruning with {method}")

@@ -1,6 +1,7 @@
 """Options as users write them, on the command line or in YAML, and the parser that they share.
 
-transformers' HfArgumentParser makes the options from the dataclasses, so that each exists once.
+Options are made from the config classes, so that each exists once. transformers' parser would do
+most of it, but importing it takes longer than a command line may.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
+from pipeline.config.fields import Declaration, declaration
 from storage.errors import ConfigError
 
 # What a plain YAML scalar may be besides a string.
@@ -30,25 +32,50 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-class Parser(HfArgumentParser):
-    """HfArgumentParser with one spelling per option, plain flags, and one-line complaints."""
-
-    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """Drops the spelling with underscores; makes an option that is False by default a flag."""
-        names = tuple(n for n in names if "_" not in n or not n.startswith("--"))
-        if options.get("const") is True and options.get("default") is False:
-            options = {"action": "store_true", "help": options["help"]}
-        if names == ("--workers",):
-            options["type"] = number_or_auto
-        if names == ("--override",):
-            options["action"] = _Joined
-        action: argparse.Action = super().add_argument(*names, **options)
-        return action
+class Parser(argparse.ArgumentParser):
+    """A parser with options of a config class, and one-line complaints."""
 
     def error(self, message: str) -> NoReturn:
         """Prints the complaint and exits with 2."""
         print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
+
+
+def add_options(parser: argparse.ArgumentParser, config: type[Any]) -> None:
+    """Adds an option to `parser` for every field of the dataclass that is declared as one."""
+    hints = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        declared = declaration(field)
+        if declared is not None:
+            names = f"--{field.name.replace('_', '-')}"
+            parser.add_argument(names, **_argument(field, declared, hints[field.name]))
+
+
+def _argument(
+    field: dataclasses.Field[Any], declared: Declaration, annotation: Any
+) -> dict[str, Any]:
+    """What argparse is told of a field; its type is that of the annotation beside None."""
+    # argparse interpolates percent signs in help texts.
+    found: dict[str, Any] = {"help": declared.help_text().replace("%", "%%")}
+    kinds = [kind for kind in _alternatives(annotation) if kind is not type(None)]
+    if kinds == [bool]:
+        return found | {"action": "store_true"}
+    found["default"] = field.default
+    if field.name == "workers":
+        return found | {"type": number_or_auto}
+    if field.name == "override":
+        return found | {"action": _Joined}
+    if declared.choices is not None:
+        return found | {"choices": declared.choices()}
+    if get_origin(kinds[0]) is Literal:
+        return found | {"choices": get_args(kinds[0])}
+    # Words beside numbers are told apart by the config.
+    return found | {"type": str if str in kinds else kinds[0]}
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    union = get_origin(annotation) in (Union, types.UnionType)
+    return get_args(annotation) if union else (annotation,)
 
 
 class _Joined(argparse.Action):

@@ -22,7 +22,7 @@ from cluster.homes import Home, spread
 from cluster.placement import Placement, choose_placement, placement_after_loss
 from cluster.reservation import Reservation, growth_requested, reserve
 from cluster.sight import require_sight
-from pipeline.config import RuntimeConfig
+from pipeline.config.runtime import RuntimeConfig
 from pipeline.job import Job, Outcome
 from storage.errors import Prox24Error, ResourceError, WorkerLostError
 from storage.shared_folders import marked

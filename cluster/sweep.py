@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from cluster.compare import table_text
 from cluster.console import Console
-from cluster.options import Parser, as_arguments, config_from, read_yaml
+from cluster.options import Parser, add_options, as_arguments, config_from, read_yaml
 from cluster.source import resolve_model
-from pipeline.config import EvalConfig, PruneConfig, RuntimeConfig
+from pipeline.config.evaluate import EvalConfig
+from pipeline.config.prune import PruneConfig
+from pipeline.config.runtime import RuntimeConfig
 from pipeline.executor import Executor
 from pipeline.sweep_plan import SweepPlan, read_plan
 from storage.errors import ConfigError
@@ -30,7 +32,7 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prox24 sweep`."""
-    parser.add_argument("--config", required=True, help="YAML file of the sweep: see the README")
+    parser.add_argument("--config", required=True, help="YAML file of the sweep: see docs/sweeps.md")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--verbose", action="store_true", help="show debug messages")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -93,7 +95,8 @@ class _FileParser(Parser):
 
 def _parsed(kind: type[Any], options: Mapping[str, Any], where: str) -> Any:
     """The config of options as written, converted and checked as on the command line."""
-    parser = _FileParser(kind, prog=where, allow_abbrev=False, add_help=False)
+    parser = _FileParser(prog=where, allow_abbrev=False, add_help=False)
+    add_options(parser, kind)
     try:
         return config_from(parser.parse_args(as_arguments(options, where)), kind)
     except ConfigError as error:

@@ -26,7 +26,7 @@ from rich.table import Table
 from cluster.source import Source
 from cluster.terminal import as_text
 from pipeline.calibration import load_tokenizer
-from pipeline.config import EvalConfig
+from pipeline.config.evaluate import EvalConfig
 from pipeline.executor import Executor
 from pipeline.likelihood import log_likelihoods
 from pipeline.model import Skeleton, open_skeleton

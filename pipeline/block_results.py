@@ -14,8 +14,7 @@ from typing import Any
 
 from pipeline.job import SolvedSlices
 from pipeline.mask import merge_mask_counts
-from pipeline.solvers import merge_reports
-from pipeline.solvers.types import SolveReport
+from pipeline.solvers.types import SolveReport, merge_reports
 from storage.checkpoints import BlockRecord, LayerRecord, LayerSlice, read_block_record
 from storage.errors import CorruptFileError
 

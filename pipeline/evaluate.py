@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.calibration import describe_tokenizer, evaluation_tokens, load_tokenizer
-from pipeline.config import EvalConfig
+from pipeline.config.evaluate import EvalConfig
 from pipeline.documents import hub_revision
 from pipeline.executor import Executor
 from pipeline.job import Job

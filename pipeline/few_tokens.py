@@ -13,29 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.config.solver import SolverSettings
 from pipeline.experts import expert_of
-from pipeline.option import option, require
-from pipeline.solvers import SolverSettings, Statistics
-from pipeline.solvers.regularize import diagonal_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertOptions:
-    """The options of mixtures of experts. Raises `ConfigError` on a value out of range."""
-
-    expert_tokens: int = option(
-        16,
-        "mixtures of experts: fewest calibration tokens sent to an expert for --method to be used; "
-        "with fewer it is pruned by wanda, with none by the size of its weights, and listed",
-    )
-    calibrate_all_experts: bool = option(
-        False,
-        "mixtures of experts: take every expert's statistics of all tokens, not of those that it "
-        "is sent; the model's outputs stay the routed ones",
-    )
-
-    def __post_init__(self) -> None:
-        require(self, "expert_tokens", at_least=0)
+from pipeline.solvers.hessian import diagonal_of
+from pipeline.solvers.registry import solver_class
+from pipeline.solvers.types import Statistics
 
 
 @dataclass(frozen=True)
@@ -60,7 +42,7 @@ def simpler_settings(settings: SolverSettings, tokens: float, least: int) -> Sol
     """
     if tokens >= max(least, 1) or not least:
         return None
-    by_score = settings.method in ("magnitude", "wanda")
+    by_score = solver_class(settings.method).by_score
     if by_score and settings.refine == "none" and tokens:
         return None
     method = settings.method if by_score else "wanda"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.capture import LayerGroup
-from pipeline.rules import LayerRules
+from pipeline.config.layers import LayerRules
 from storage.hashing import StoredFile
 from storage.shared_folders import SharedFolder
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from pipeline.config.pattern import Pattern
 from pipeline.experts import holds_transposed, stacked_weights
 from pipeline.linears import as_held, is_linear
-from pipeline.solvers import Pattern
+from pipeline.solvers.masks import holds
 
 
 def masks_of(model: nn.Module, pattern: str = "2:4") -> dict[str, Tensor]:
@@ -28,7 +29,7 @@ def masks_of(model: nn.Module, pattern: str = "2:4") -> dict[str, Tensor]:
         weight = turn(held.detach())
         rows = weight.reshape(-1, weight.shape[-1])
         fits = not wanted.structured or rows.shape[1] % wanted.group == 0
-        if fits and wanted.holds(rows):
+        if fits and holds(wanted, rows):
             masks[name] = weight != 0
     return masks
 

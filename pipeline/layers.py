@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pipeline.config import PruneConfig
+from pipeline.config.layers import Choice, LayerRules
+from pipeline.config.prune import PruneConfig
+from pipeline.config.solver import SolverSettings
 from pipeline.linears import linear_layers, unsupported_parameters, unsupported_reason
 from pipeline.model import Skeleton, check_seqlen
-from pipeline.rules import Choice, LayerRules
-from pipeline.solvers import SolverSettings, solver_for
+from pipeline.solvers.registry import solver_for
 from storage.errors import ModelError
 
 

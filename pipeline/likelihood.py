@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pipeline.config import EvalConfig
+from pipeline.config.evaluate import EvalConfig
 from pipeline.evaluate import started
 from pipeline.executor import Executor
 from pipeline.model import Skeleton, check_tokens

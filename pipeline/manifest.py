@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import PruneConfig
+from pipeline.config.prune import PruneConfig
 from pipeline.documents import is_local
 from pipeline.model import Skeleton
 from pipeline.version import VERSION

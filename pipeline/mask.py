@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.solvers.pattern import Pattern
+from pipeline.config.pattern import Pattern
+from pipeline.solvers.masks import keep_mask
 
 _CHUNK_WEIGHTS = 1 << 20  # looked at at once: little memory beside a solve's
 _WIDEST_GROUP = 8  # of which each of the 2^M possible sets of positions is counted
@@ -36,7 +37,7 @@ def mask_counts(
     step = max(1, _CHUNK_WEIGHTS // max(columns, 1))
     for start in range(0, rows, step):
         kept = pruned[start : start + step] != 0
-        magnitude = pattern.keep_mask(dense[start : start + step].abs())
+        magnitude = keep_mask(pattern, dense[start : start + step].abs())
         counts += torch.stack((kept.sum(), (kept & magnitude).sum()))
         by_column += kept.sum(dim=0)
         if width:

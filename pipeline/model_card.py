@@ -13,6 +13,9 @@ from typing import Any
 
 import yaml
 
+from pipeline.config.methods import METHODS
+from pipeline.solvers.registry import solver_class
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _WORST = 5
@@ -134,7 +137,8 @@ def _pattern_in_words(pattern: str) -> str:
 
 
 def _settings_table(settings: Mapping[str, Any]) -> str:
-    unused = set() if settings["method"] == "sparsegpt" else {"blocksize"}
+    others = set(METHODS) - {settings["method"]}
+    unused = {name for other in others for name in solver_class(other).own_settings}
     if settings.get("refine") == "none":
         unused.add("refine_steps")
     unused |= {key for key in ("dense_first", "dense_last") if not settings.get(key)}

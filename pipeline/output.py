@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.config import PruneConfig
+from pipeline.config.prune import PruneConfig
 from pipeline.few_tokens import few_tokens
 from pipeline.loop import STAMP_DIGITS, block_error
 from pipeline.model import Skeleton

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import PruneConfig
+from pipeline.config.prune import PruneConfig
+from pipeline.config.solver import AUTO
 from pipeline.evaluate import measure_perplexity, prepare
 from pipeline.evaluation_file import write_evaluation
 from pipeline.executor import Executor
@@ -40,8 +41,7 @@ from pipeline.recorded_progress import recorded
 from pipeline.report import read_summary, summarize, write_summary
 from pipeline.scratch import check_scratch_room, scratch_folder, written_by
 from pipeline.sight import folders_of
-from pipeline.solvers import solver_for
-from pipeline.solvers.types import AUTO
+from pipeline.solvers.registry import solver_for
 from pipeline.space import activation_bytes, check_job_space
 from pipeline.split import deal
 from pipeline.tokens_file import CutTokens, committed_tokens, cut_tokens, mend_tokens

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from pipeline.job import Job
-from pipeline.solvers.regularize import require_hessian
+from pipeline.solvers.hessian import require_hessian
 from pipeline.statistics import FoldedStatistics, merged
 from storage.layer_files import write_layer_file
 from storage.lock import require_owner

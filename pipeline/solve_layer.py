@@ -5,23 +5,21 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.config import Method, SolveConfig
+from pipeline.config.methods import method_names
+from pipeline.config.pattern import Pattern
+from pipeline.config.solve import SolveConfig
+from pipeline.config.solver import AUTO, SolverSettings
 from pipeline.device import choose_device, make_deterministic
 from pipeline.measure import device_peak, host_peak, reset_peaks
-from pipeline.solvers import (
-    Pattern,
-    SolverSettings,
-    Statistics,
-    choose_regularization,
-    relative_error,
-    solver_for,
-)
-from pipeline.solvers.types import AUTO
+from pipeline.solvers.auto_shrinkage import choose_regularization
+from pipeline.solvers.objective import relative_error
+from pipeline.solvers.registry import solver_for
+from pipeline.solvers.types import Statistics
 from pipeline.statistics import Accumulator, merged
 from storage.commit import replace_file
 from storage.errors import ConfigError, DataError, NumericalError
@@ -61,14 +59,22 @@ def solve_layer(path: Path, config: SolveConfig) -> dict[str, dict[str, Any]]:
 
 def methods_of(config: SolveConfig) -> list[str]:
     """The methods to run; `all` leaves out those that do not know the pattern."""
-    known = list(get_args(Method))
+    known = method_names()
     if config.methods == "all":
-        return known if config.pattern == "2:4" else [name for name in known if name != "prox"]
+        return [name for name in known if _knows_pattern(config, name)]
     names = [name.strip() for name in config.methods.split(",")]
     for name in names:
         if name not in known:
             raise ConfigError(f"--methods {name} is not one of {', '.join(known)}")
     return names
+
+
+def _knows_pattern(config: SolveConfig, method: str) -> bool:
+    try:
+        solver_for(config.solver_settings(method))
+    except ConfigError:
+        return False
+    return True
 
 
 def _solve(

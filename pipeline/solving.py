@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.capture import LayerGroup
+from pipeline.config.pattern import Pattern
+from pipeline.config.solver import ESTIMATE, SolverSettings
 from pipeline.few_tokens import fallback
 from pipeline.mask import mask_counts
-from pipeline.solvers import Solution, SolverSettings, Statistics, objective, solver_for
-from pipeline.solvers.cost import solve_cost
-from pipeline.solvers.objective import total_of_rows
-from pipeline.solvers.regularize import diagonal_of
-from pipeline.solvers.types import ESTIMATE, Pattern, percentage
+from pipeline.solvers.hessian import diagonal_of
+from pipeline.solvers.objective import objective, total_of_rows
+from pipeline.solvers.registry import solve_cost, solver_for
+from pipeline.solvers.types import Solution, Statistics, percentage
 from pipeline.split import GroupRows, row_ranges, whole_layers
 
 # All experts of a block may share their input; the layers of a dense block have fewer rows.

@@ -8,10 +8,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from pipeline.config import EvalConfig, PruneConfig
+from pipeline.config.evaluate import EvalConfig
+from pipeline.config.prune import PruneConfig
 from pipeline.layers import layers_to_prune
 from pipeline.model import Skeleton
-from pipeline.solvers import solver_for
+from pipeline.solvers.registry import solver_for
 from storage.errors import ResourceError
 from storage.object_store import Place
 from storage.output import side_files

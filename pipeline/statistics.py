@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.solvers.regularize import joined
+from pipeline.solvers.hessian import joined
 from pipeline.solvers.types import Statistics
 
 # Dtypes whose products are exact in TF32's 10-bit mantissa, and so in its fp32 sums.

@@ -28,7 +28,9 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.compare import comparison
-from pipeline.config import EvalConfig, PruneConfig, RuntimeConfig
+from pipeline.config.evaluate import EvalConfig
+from pipeline.config.prune import PruneConfig
+from pipeline.config.runtime import RuntimeConfig
 from pipeline.evaluate import Evaluated, Prepared, evaluated, prepare
 from pipeline.evaluation_file import finite, read_evaluation, write_evaluation
 from pipeline.executor import Executor

@@ -51,7 +51,7 @@ class SweepPlan:
 def read_plan(options: Mapping[str, Any], where: str) -> SweepPlan:
     """The sweep that a YAML file's mapping describes; `where` begins what is said of errors.
 
-    Raises `ConfigError` for what is missing, unknown, or of another shape than the README says.
+    Raises `ConfigError` for what is missing, unknown, or of another shape than docs/sweeps.md says.
     """
     given = {_hyphens(key): value for key, value in options.items()}
     for key in given:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.calibration import calibration_tokens, load_tokenizer
-from pipeline.config import PruneConfig
+from pipeline.config.prune import PruneConfig
 from pipeline.model import Skeleton, check_tokens
 from pipeline.progress import Progress
 from storage.arrow_store import write_tokens

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from pipeline.config import ModelOptions
+from pipeline.config.layers import LayerRules
+from pipeline.config.pattern import Pattern
+from pipeline.config.prune import ModelOptions
 from pipeline.layers import choices_of
 from pipeline.linears import is_transposed
 from pipeline.model import Skeleton, open_skeleton
 from pipeline.output import RESULT_FILE, RESULT_SCHEMA
-from pipeline.rules import LayerRules
-from pipeline.solvers import Pattern
+from pipeline.solvers.masks import holds
 from storage.commit import CHUNK_BYTES, sha256_file
 from storage.errors import CorruptFileError, ModelError, Prox24Error
 from storage.model_files import ModelFiles
@@ -296,7 +297,7 @@ class _Check:
                 rows = values.reshape(-1, entry.shape[-1])
                 rows = rows.T if pruned.transposed else rows
                 zeros += int((rows == 0).sum())
-                whole &= not pruned.pattern.structured or pruned.pattern.holds(rows)
+                whole &= not pruned.pattern.structured or holds(pruned.pattern, rows)
             elif theirs is not None:
                 same &= torch.equal(raw, self._range(theirs, at, len(raw)))
         if not finite:

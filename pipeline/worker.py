@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.capture import LayerGroup, ModelEnds, find_groups
 from pipeline.collective import Collective
+from pipeline.config.solver import AUTO, SolverSettings
 from pipeline.device import Room, choose_device, make_deterministic, room_on, statistics_room
 from pipeline.experts import send_every_token
 from pipeline.few_tokens import least_tokens
@@ -33,8 +34,8 @@ from pipeline.observe import BlockObserver, accumulators
 from pipeline.replacements import Replacements
 from pipeline.saved_layers import save_layer, saved_layers
 from pipeline.scoring import Scoring
-from pipeline.solvers import SolverSettings, choose_regularization, solver_for
-from pipeline.solvers.types import AUTO
+from pipeline.solvers.auto_shrinkage import choose_regularization
+from pipeline.solvers.registry import solver_for
 from pipeline.solving import FEW_TO_CHOOSE, deal_rows, solve_group, split_groups
 from pipeline.split import deal, turns
 from pipeline.statistics import (

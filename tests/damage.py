@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import PruneConfig
+from pipeline.config.prune import PruneConfig
 from pipeline.executor import Executor, LocalExecutor
 from pipeline.job import Job, Outcome
 from pipeline.progress import Silent

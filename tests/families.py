@@ -14,7 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 from tests.tiny_models import VOCABULARY
 
 TESTED = "5.23.0"
-"""The transformers that the tests ran on; README.md says so too."""
+"""The transformers that the tests ran on; docs/models.md says so too."""
 
 Groups = tuple[tuple[str, ...], ...]
 
@@ -56,7 +56,7 @@ class Family:
     """A tiny model of a family.
 
     model_type and options make its config; blocks and groups: where its blocks are, and the layers
-    of a block by the input that they share. title: its name in README.md, None for a variant.
+    of a block by the input that they share. title: its name in docs/models.md, None for a variant.
     transposed: whether its linears are Conv1D. quick: whether it is pruned in the quick tests.
     """
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.config import PruneConfig
+from pipeline.config.prune import PruneConfig
 from pipeline.executor import LocalExecutor
 from pipeline.progress import Silent
 from pipeline.prune import PruneResult, prune

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.solvers import SolverSettings, Statistics, solver_for
+from pipeline.config.solver import SolverSettings
+from pipeline.solvers.registry import solver_for
+from pipeline.solvers.types import Statistics
 from tests.moe_models import EXPERTS, expert_matrices, stacked_experts
 
 

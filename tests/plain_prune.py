@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from pipeline.calibration import calibration_tokens, load_tokenizer
-from pipeline.solvers import SolverSettings, Statistics, objective, solver_for
+from pipeline.config.solver import SolverSettings
+from pipeline.solvers.objective import objective
+from pipeline.solvers.registry import solver_for
+from pipeline.solvers.types import Statistics
 from tests.jobs import SMALL
 
 

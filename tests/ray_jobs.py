@@ -13,7 +13,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from cluster import ray_executor
-from pipeline.config import PruneConfig
+from pipeline.config.prune import PruneConfig
 from pipeline.progress import Silent
 from pipeline.prune import PruneResult, prune
 from tests.faults import Fault, Plan, faulty

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.solvers import Statistics
+from pipeline.solvers.types import Statistics
 
 GOLDEN = (
     "block5_self_attn_k_proj",

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from cluster.bench import batch_ranges, bench_command, bench_text, verdict
 from cluster.command_line import run
+from pipeline.config.pattern import Pattern
 from pipeline.planning.shape import read_shape
-from pipeline.solvers import Pattern
+from pipeline.solvers.masks import holds
 from pipeline.speed.machine import Machine, missing_gpu
 from pipeline.speed.options import BenchConfig
 from pipeline.speed.products import Measured, Product, Timed, measure_products, products_of
@@ -73,7 +74,7 @@ def test_times_are_of_compared_products_of_sparse_weights() -> None:
     measured = measure_products(products, (1, 8), torch.float16, at, told.append)
     assert told == [each.product for each in measured] == products
     assert [tuple(w.shape) for w in seen] == [(48, 64), (16, 32)]
-    assert all(Pattern.parse("2:4").holds(w) and (w != 0).float().mean() > 0.45 for w in seen)
+    assert all(holds(Pattern.parse("2:4"), w) and (w != 0).float().mean() > 0.45 for w in seen)
     for each in measured:
         assert [(t.batch, t.dense, t.sparse, t.speedup) for t in each.times] == [
             (1, 3.0, 2.0, 1.5),

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.command_line import parse, run
 from cluster.options import config_from
-from pipeline.config import EvalConfig, PruneConfig
+from pipeline.config.evaluate import EvalConfig
+from pipeline.config.prune import PruneConfig
 from storage.commit import sha256_file
 from tests.jobs import write_text
 

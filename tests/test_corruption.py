@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import pipeline.prune
-from pipeline.config import PruneConfig
+from pipeline.config.prune import PruneConfig
 from storage.checkpoints import read_block_record
 from storage.errors import CorruptFileError, DataError, InputError, Prox24Error
 from storage.layer_files import read_layer_file

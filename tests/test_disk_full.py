@@ -246,7 +246,7 @@ class Filling(Notes):
 
 def full_on_ray(log: Path, tiny: Tiny, folder: Path) -> None:
     from cluster.ray_executor import RayExecutor
-    from pipeline.config import PruneConfig
+    from pipeline.config.prune import PruneConfig
 
     disk = Disk(folder)
     config = PruneConfig(dataset=str(tiny.text), **OPTIONS)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.capture import BlockCall, ModelEnds, find_groups
-from pipeline.config import PruneConfig
+from pipeline.config.prune import PruneConfig
+from pipeline.config.solver import SolverSettings
 from pipeline.experts import Experts, expert_of, send_every_token, unstack_experts
 from pipeline.few_tokens import fallback, few_tokens
 from pipeline.keep_mask import KeepMask, masks_of
@@ -20,7 +21,7 @@ from pipeline.linears import linear_layers, unsupported_parameters
 from pipeline.measure import Stopwatch
 from pipeline.model import open_skeleton
 from pipeline.observe import BlockObserver
-from pipeline.solvers import SolverSettings, Statistics
+from pipeline.solvers.types import Statistics
 from pipeline.solving import in_parts, solve_group
 from pipeline.statistics import GroupAccumulator
 from storage.errors import ModelError

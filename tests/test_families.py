@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.capture import ModelEnds, find_groups
+from pipeline.config.solver import SolverSettings
 from pipeline.linears import linear_layers
 from pipeline.model import open_skeleton
-from pipeline.solvers import SolverSettings
 from pipeline.verify import verify
 from tests.families import FAMILIES, TESTED, Family
 from tests.jobs import fits, header, prune_here, tensors
@@ -128,7 +128,7 @@ def check_forward(
 
 
 def test_the_readme_says_which_families_and_transformers(repository: Path) -> None:
-    readme = (repository / "README.md").read_text(encoding="utf-8")
+    readme = (repository / "docs" / "models.md").read_text(encoding="utf-8")
     section = readme.partition("## Which models")[2].partition("\n## ")[0]
     rows = {line.split("|")[1].strip() for line in section.splitlines() if line[:1] == "|"}
     assert {f.title for f in FAMILIES.values() if f.title} <= rows

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from cluster.command_line import run
+from pipeline.config.solver import SolverSettings
 from pipeline.model import open_skeleton
-from pipeline.solvers import SolverSettings
 from pipeline.verify import verify
 from storage.errors import ModelError
 from tests.jobs import fits, is_linear_of_a_block, prune_here, tensors

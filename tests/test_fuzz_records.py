@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.block_results import read_record
-from pipeline.config import SolveConfig
+from pipeline.config.solve import SolveConfig
 from pipeline.executor import LocalExecutor
 from pipeline.job import Outcome
 from pipeline.loop import block_error

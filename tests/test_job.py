@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.solvers import SolverSettings
+from pipeline.config.solver import SolverSettings
 from tests.jobs import (
     check_output,
     contents,

@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pipeline.config.solver import SolverSettings
 from pipeline.executor import LocalExecutor
-from pipeline.solvers import SolverSettings, Statistics, solver_for
+from pipeline.solvers.registry import solver_for
+from pipeline.solvers.types import Statistics
 from pipeline.worker import Job, Outcome
 from tests.jobs import (
     check_output,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import EvalConfig
+from pipeline.config.evaluate import EvalConfig
 from pipeline.executor import LocalExecutor
 from pipeline.likelihood import batches, log_likelihoods, longest_sequence
 from pipeline.model import open_skeleton

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline.config.pattern import Pattern
 from pipeline.mask import column_pattern, mask_counts, merge_mask_counts
-from pipeline.solvers.pattern import Pattern
+from pipeline.solvers.masks import keep_mask
 
 
 def test_counts_of_two_rows() -> None:
@@ -28,7 +29,7 @@ def test_row_slices_add_up_to_the_layer(pattern: str, monkeypatch: pytest.Monkey
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(37, 64, generator=generator)
     score = dense.abs() + torch.rand(37, 64, generator=generator)
-    pruned = (dense * parsed.keep_mask(score)).bfloat16()
+    pruned = (dense * keep_mask(parsed, score)).bfloat16()
     moments = torch.rand(64, generator=generator)
     whole = merge_mask_counts([mask_counts(pruned, dense, parsed, moments)])
     monkeypatch.setattr("pipeline.mask._CHUNK_WEIGHTS", 3 * 64)
@@ -42,7 +43,7 @@ def test_row_slices_add_up_to_the_layer(pattern: str, monkeypatch: pytest.Monkey
     assert correlations == pytest.approx([float(expected)] * 2, abs=1e-12)
     kept = pruned != 0
     assert whole["kept"] == int(kept.sum())
-    assert whole["magnitude_too"] == int((kept & parsed.keep_mask(dense.abs())).sum())
+    assert whole["magnitude_too"] == int((kept & keep_mask(parsed, dense.abs())).sum())
     groups = pruned.numel() // parsed.group if parsed.group in (4, 8) else 0
     assert sum(whole["groups"].values()) == groups
     for positions, count in whole["groups"].items():
@@ -53,7 +54,7 @@ def test_row_slices_add_up_to_the_layer(pattern: str, monkeypatch: pytest.Monkey
 def test_magnitude_keeps_what_magnitude_keeps() -> None:
     dense = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
     pattern = Pattern.parse("2:4")
-    pruned = dense * pattern.keep_mask(dense.abs())
+    pruned = dense * keep_mask(pattern, dense.abs())
     counts = mask_counts(pruned, dense, pattern)
     assert counts["magnitude_too"] == counts["kept"] == 16 * 16
 
@@ -72,7 +73,7 @@ def test_a_mask_that_follows_the_norms_of_its_inputs() -> None:
     dense = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
 
     def correlation(scores: torch.Tensor, moments: torch.Tensor | None) -> float | None:
-        pruned = dense * pattern.keep_mask(scores)
+        pruned = dense * keep_mask(pattern, scores)
         counts = merge_mask_counts([mask_counts(pruned, dense, pattern, moments)])
         value: float | None = counts["columns"]["norm_correlation"]
         return value

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from pipeline.config import ModelOptions
+from pipeline.config.layers import LayerRules
+from pipeline.config.prune import ModelOptions
 from pipeline.layers import select_layers
 from pipeline.model import Skeleton, check_seqlen, check_tokens, find_blocks, open_skeleton
-from pipeline.rules import LayerRules
 from storage.errors import ConfigError, ModelError
 from tests.tiny_models import ARCHITECTURES, random_model, split_weight_file, tiny_config
 

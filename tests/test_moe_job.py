@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from pipeline.calibration import calibration_tokens, load_tokenizer
-from pipeline.solvers import SolverSettings, Statistics, solver_for
+from pipeline.config.solver import SolverSettings
+from pipeline.solvers.registry import solver_for
+from pipeline.solvers.types import Statistics
 from pipeline.solving import solve_group
 from pipeline.verify import verify
 from tests.jobs import (

@@ -16,7 +16,7 @@ from pipeline.job import Advanced, Outcome
 from pipeline.measure import Stopwatch
 from pipeline.model import open_skeleton
 from pipeline.observe import BlockObserver
-from pipeline.solvers import Statistics
+from pipeline.solvers.types import Statistics
 from pipeline.statistics import GroupAccumulator
 from tests.jobs import contents, prune_here
 from tests.tiny_models import ARCHITECTURES

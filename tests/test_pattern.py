@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from pipeline.solvers import Pattern
+from pipeline.config.pattern import Pattern
+from pipeline.solvers.masks import holds, keep_mask
 from storage.errors import ConfigError
 
 
@@ -49,7 +50,7 @@ def test_a_width_that_does_not_divide_is_refused() -> None:
 def test_the_largest_of_each_group_are_kept(text: str) -> None:
     pattern = Pattern.parse(text)
     score = torch.rand(7, 6 * pattern.group, generator=torch.Generator().manual_seed(0))
-    mask = pattern.keep_mask(score).view(7, 6, pattern.group)
+    mask = keep_mask(pattern, score).view(7, 6, pattern.group)
     assert torch.equal(mask.sum(dim=2), torch.full((7, 6), pattern.keep))
     kept = score.view(7, 6, pattern.group).masked_fill(~mask, torch.inf).amin(dim=2)
     pruned = score.view(7, 6, pattern.group).masked_fill(mask, -torch.inf).amax(dim=2)
@@ -60,15 +61,15 @@ def test_ties_keep_the_later_column_whatever_the_group_width() -> None:
     # Every order of four scores of which two or more are equal, against sorting by hand.
     for scores in itertools.product([0.0, 1.0, 2.0], repeat=4):
         order = sorted(range(4), key=lambda j: (scores[j], j))
-        mask = Pattern.parse("2:4").keep_mask(torch.tensor([scores]))
+        mask = keep_mask(Pattern.parse("2:4"), torch.tensor([scores]))
         assert mask[0].nonzero().flatten().tolist() == sorted(order[2:])
-    wide = Pattern.parse("16:32").keep_mask(torch.zeros(1, 32))
+    wide = keep_mask(Pattern.parse("16:32"), torch.zeros(1, 32))
     assert wide[0].nonzero().flatten().tolist() == list(range(16, 32))
 
 
 def test_unstructured_prunes_the_share_of_every_row() -> None:
     score = torch.rand(5, 30, generator=torch.Generator().manual_seed(1))
-    mask = Pattern.parse("unstructured:0.7").keep_mask(score)
+    mask = keep_mask(Pattern.parse("unstructured:0.7"), score)
     assert torch.equal(mask.sum(dim=1), torch.full((5,), 9))
     for row in range(5):
         assert set(score[row].topk(9).indices.tolist()) == set(mask[row].nonzero()[:, 0].tolist())
@@ -77,8 +78,8 @@ def test_unstructured_prunes_the_share_of_every_row() -> None:
 def test_holds_sees_one_entry_too_many() -> None:
     pattern = Pattern.parse("2:4")
     weight = torch.tensor([[1.0, 0, 0, 2, 0, 3, 4, 0]])
-    assert pattern.holds(weight)
+    assert holds(pattern, weight)
     weight[0, 4] = 1e-30
-    assert not pattern.holds(weight)
-    assert Pattern.parse("unstructured:0.4").holds(weight[:, :5])
-    assert not Pattern.parse("unstructured:0.9").holds(torch.ones(4, 40))
+    assert not holds(pattern, weight)
+    assert holds(Pattern.parse("unstructured:0.4"), weight[:, :5])
+    assert not holds(Pattern.parse("unstructured:0.9"), torch.ones(4, 40))

@@ -14,11 +14,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import Method, PruneConfig
+from pipeline.config.methods import METHODS
+from pipeline.config.prune import PruneConfig
+from pipeline.config.solver import SolverSettings
 from pipeline.executor import LocalExecutor
 from pipeline.planning.counts import (
     hessian_flops,
-    objective_share,
     reduced_bytes,
     solve_counts,
     statistic_bytes,
@@ -29,7 +30,8 @@ from pipeline.planning.job import PlannedJob
 from pipeline.planning.plan import Plan
 from pipeline.planning.rates import cpu_rates
 from pipeline.planning.shape import ModelShape, read_shape
-from pipeline.solvers import METHODS, SolverSettings
+from pipeline.solvers.cost import objective_share
+from pipeline.solvers.registry import solver_for
 from pipeline.statistics import Accumulator
 from pipeline.worker import Job, Outcome
 from tests.jobs import SMALL, prune_here
@@ -141,7 +143,7 @@ def test_products_of_a_solve_are_those_it_makes() -> None:
     statistics, share = total.statistics(), objective_share(columns)
     for method in ("prox_admm", "sparsegpt", "wanda"):
         settings = SolverSettings(method=method).resolved()
-        solver = METHODS[method](settings)
+        solver = solver_for(settings)
         own = statistics if method != "wanda" else replace(statistics, hessian=None)
         with counting() as counter:
             solver.solve(weight, solver.prepare(own))
@@ -246,7 +248,7 @@ def test_blocks_of_one_structure_are_looked_at_once(
     assert len(looked) == len(shape.kinds) == 1
 
 
-@pytest.mark.parametrize("method", Method.__args__)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_counted(method: str) -> None:
     counts = solve_counts(SolverSettings(method=method), 16, 64, 2, "cuda")
     assert counts.operators > 0

@@ -15,15 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.plan import plan_text
+from pipeline.config.solver import SolverSettings
 from pipeline.executor import LocalExecutor
 from pipeline.job import Outcome
-from pipeline.planning.counts import objective_share, solve_counts
+from pipeline.planning.counts import solve_counts
 from pipeline.planning.experts import most_held
 from pipeline.planning.job import PlannedJob
 from pipeline.planning.options import PlanConfig, planned_job, planned_shape
 from pipeline.planning.plan import Plan
 from pipeline.planning.to_json import plan_to_json
-from pipeline.solvers import METHODS, SolverSettings
+from pipeline.solvers.cost import objective_share
+from pipeline.solvers.registry import solver_for
 from pipeline.statistics import Accumulator
 from tests.jobs import SMALL, prune_here
 from tests.moe_models import save_moe
@@ -167,7 +169,7 @@ def test_products_of_a_solve_from_inputs_are_those_it_makes() -> None:
     assert total.statistics().inputs is not None
     for method in ("prox_admm", "sparsegpt"):
         settings = SolverSettings(method=method).resolved()
-        solver = METHODS[method](settings)
+        solver = solver_for(settings)
         with counting() as counter:
             solver.solve(weight, solver.prepare(total.statistics()))
         counts = solve_counts(settings, rows, columns, 4, "cpu", inputs=tokens)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import PruneConfig
+from pipeline.config.prune import PruneConfig
 from pipeline.device import Room
 from pipeline.executor import LocalExecutor
 from pipeline.job import Outcome

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.solvers import prox
-from pipeline.solvers.prox import prox_operator
+from pipeline.solvers.kernels import prox_operator as prox
+from pipeline.solvers.kernels.prox_operator import prox_operator
 
 
 def regularizer(w: Tensor) -> Tensor:
@@ -344,7 +344,7 @@ class TestSplitting:
     def test_compiles_where_no_cache_can_be_written(self, repository: Path) -> None:
         pytest.importorskip("numba")
         program = (
-            "import torch; from pipeline.solvers.prox import prox_operator; "
+            "import torch; from pipeline.solvers.kernels.prox_operator import prox_operator; "
             "print(prox_operator(torch.ones(4), 1e9).tolist())"
         )
         environment = os.environ | {

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config import EvalConfig
+from pipeline.config.evaluate import EvalConfig
 from pipeline.demo_model import demo_texts
 from pipeline.evaluate import evaluate
 from pipeline.executor import LocalExecutor

@@ -20,12 +20,13 @@ import pytest
 
 import pipeline.job_report.write as write
 from cluster.command_line import run
-from pipeline.config import PruneConfig
+from pipeline.config.pattern import Pattern
+from pipeline.config.prune import PruneConfig
 from pipeline.executor import LocalExecutor
 from pipeline.job import Outcome
 from pipeline.progress import Silent
 from pipeline.prune import PruneResult, prune
-from pipeline.solvers.pattern import Pattern
+from pipeline.solvers.masks import keep_mask
 from storage.errors import RunDirectoryError, WorkerLostError
 from tests.jobs import SMALL, contents, prune_here, tensors, write_text
 from tests.tiny_models import save_tiny_model
@@ -158,7 +159,7 @@ def test_the_table_has_every_layer_and_what_its_mask_is(whole: Path) -> None:
             assert row[key] == entry[key]
         weight = pruned[f"{row['name']}.weight"]
         kept = weight != 0
-        by_magnitude = Pattern.parse("2:4").keep_mask(dense[f"{row['name']}.weight"].abs())
+        by_magnitude = keep_mask(Pattern.parse("2:4"), dense[f"{row['name']}.weight"].abs())
         assert [row["rows"], row["columns"]] == list(weight.shape)
         assert row["weights"] == weight.numel()
         assert row["kept"] == int(kept.sum())

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from cluster.command_line import parse, run
 from cluster.options import config_from
 from pipeline.capture import LayerGroup
-from pipeline.config import ModelOptions, PruneConfig
+from pipeline.config.layers import ALL_BLOCKS, Override, parse_blocks, parse_overrides
+from pipeline.config.prune import ModelOptions, PruneConfig
+from pipeline.config.solver import SolverSettings
 from pipeline.executor import LocalExecutor
 from pipeline.planning.shape import read_shape
-from pipeline.rules import ALL_BLOCKS, Override, parse_blocks, parse_overrides
-from pipeline.solvers import SolverSettings
 from pipeline.solving import deal_rows, split_groups
 from pipeline.verify import verify
 from storage.errors import ConfigError

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import PruneConfig
+from pipeline.config.prune import PruneConfig
 from pipeline.executor import LocalExecutor
 from pipeline.job import Job, Outcome
 from pipeline.progress import Silent

@@ -14,7 +14,7 @@ import pytest
 
 from cluster import connection, security
 from cluster.security import require_guarded_dashboard
-from pipeline.config import EvalConfig
+from pipeline.config.evaluate import EvalConfig
 from storage.errors import ResourceError
 
 Check = Callable[..., None]

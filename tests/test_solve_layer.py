@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.config import PruneConfig, SolveConfig
+from pipeline.config.prune import PruneConfig
+from pipeline.config.solve import SolveConfig
 from pipeline.executor import LocalExecutor
 from pipeline.progress import Silent
 from pipeline.prune import prune

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.solvers import factor, prox_admm
-from pipeline.solvers.pattern import Pattern
+from pipeline.config.pattern import Pattern
+from pipeline.solvers.kernels import cholesky as factor
+from pipeline.solvers.methods import prox_admm
 
 PATTERN = Pattern.parse("2:4")
 
@@ -16,7 +17,7 @@ PATTERN = Pattern.parse("2:4")
 def test_one_pass_is_the_torch_iteration(
     columns: int, numbers: tuple[float, float, float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels = pytest.importorskip("pipeline.solvers.admm_kernels", exc_type=ImportError)
+    kernels = pytest.importorskip("pipeline.solvers.kernels.admm_numba", exc_type=ImportError)
     calls = []
     run = kernels.stepper_numba
     monkeypatch.setattr(
@@ -41,7 +42,7 @@ def test_one_pass_is_the_torch_iteration(
 
 
 def test_one_pass_does_not_depend_on_threads_or_rows() -> None:
-    kernels = pytest.importorskip("pipeline.solvers.admm_kernels", exc_type=ImportError)
+    kernels = pytest.importorskip("pipeline.solvers.kernels.admm_numba", exc_type=ImportError)
     generator = torch.Generator().manual_seed(3)
     rows = 4 * kernels.PIECE  # enough groups for three threads
     state = [torch.randn(rows, 1028, generator=generator) for _ in range(4)]

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.solvers import SolverSettings, Statistics, objective, solver_for
-from pipeline.solvers.low_rank import HeldInverse, LowRankInverse, inverse_of
+from pipeline.config.solver import SolverSettings
+from pipeline.solvers.hessian import check_statistics, estimate, scaled_hessian
+from pipeline.solvers.inverse import HeldInverse, LowRankInverse, inverse_of
+from pipeline.solvers.objective import objective
 from pipeline.solvers.refine import refine
-from pipeline.solvers.regularize import check_statistics, estimate, scaled_hessian
+from pipeline.solvers.registry import solver_for
+from pipeline.solvers.types import Statistics
 from storage.errors import NumericalError
 from tests.solver_cases import golden, layer, statistics_of
 

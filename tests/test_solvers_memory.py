@@ -18,7 +18,9 @@ PROGRAM = """
 import json, sys
 import torch
 from pipeline.measure import host_peak, reset_peaks
-from pipeline.solvers import SolverSettings, Statistics, solver_for
+from pipeline.config.solver import SolverSettings
+from pipeline.solvers.types import Statistics
+from pipeline.solvers.registry import solver_for
 
 torch.set_num_threads(1)
 method, columns, rows = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.solvers import SolverSettings, auto_blocksize, relative_error, solver_for
+from pipeline.config.solver import SolverSettings
+from pipeline.solvers.methods.sparsegpt import auto_blocksize
+from pipeline.solvers.objective import relative_error
+from pipeline.solvers.registry import solver_for
 from tests.solver_cases import (
     GOLDEN,
     golden,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.solvers import SolverSettings, objective, solver_for
+from pipeline.config.solver import SolverSettings
+from pipeline.solvers.hessian import scaled_hessian
+from pipeline.solvers.objective import objective
 from pipeline.solvers.refine import refine
-from pipeline.solvers.regularize import scaled_hessian
+from pipeline.solvers.registry import solver_for
 from tests.solver_cases import layer, statistics_of
 
 

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.solvers import (
-    SolverSettings,
-    choose_regularization,
-    relative_error,
-    solver_for,
-)
-from pipeline.solvers.regularize import estimate
+from pipeline.config.solver import SolverSettings
+from pipeline.solvers.auto_shrinkage import choose_regularization
+from pipeline.solvers.hessian import estimate
+from pipeline.solvers.objective import relative_error
+from pipeline.solvers.registry import solver_for
 from storage.errors import NumericalError
 from tests.solver_cases import golden, layer, statistics_of
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.solvers import SolverSettings, merge_reports, solver_for
+from pipeline.config.solver import SolverSettings
+from pipeline.solvers.registry import solver_for
+from pipeline.solvers.types import merge_reports
 from tests.solver_cases import layer, statistics_of
 
 METHODS = ["magnitude", "wanda", "sparsegpt", "prox", "prox_admm"]
@@ -74,7 +76,7 @@ def test_methods_that_compare_rows_say_so(method: str, pattern: str) -> None:
 def test_prox_admm_inverts_twice_for_the_whole_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from pipeline.solvers import low_rank
+    from pipeline.solvers import inverse as low_rank
 
     inverted = []
     invert = low_rank.invert_

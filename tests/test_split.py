@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipeline.solvers import SolverSettings
-from pipeline.solvers.cost import solve_cost
+from pipeline.config.solver import SolverSettings
+from pipeline.solvers.registry import solve_cost
 from pipeline.split import (
     ROW_TILE,
     GroupRows,

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pipeline.capture import ModelEnds
-from pipeline.config import PruneConfig
+from pipeline.config.prune import PruneConfig
 from pipeline.experts import send_every_token, unstack_experts
 from pipeline.keep_mask import KeepMask, masks_of
 from pipeline.layers import select_layers
@@ -173,7 +173,7 @@ def test_a_stack_that_transformers_transposes_on_loading(tmp_path: Path, inner: 
 
 
 def test_the_readme_has_every_mixture_of_the_tests(repository: Path) -> None:
-    readme = (repository / "README.md").read_text(encoding="utf-8")
+    readme = (repository / "docs" / "models.md").read_text(encoding="utf-8")
     section = readme.partition("### Mixtures of experts")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.split("|")] for line in section.splitlines()]
     said = {row[2].strip("`"): row[3] for row in rows if len(row) == 6 and "`" in row[2]}

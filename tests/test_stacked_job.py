@@ -105,7 +105,7 @@ def test_the_result_is_that_of_a_plain_loop_in_memory(made: Made, family: str) -
 # -- single experts ------------------------------------------------------------------------------
 
 EXPERTS_OF = "model.layers.1.mlp.experts"
-# Every rule of the README that names an expert of a stack.
+# Every rule of docs/models.md that names an expert of a stack.
 RULES: dict[str, Any] = {
     "exclude": rf"{EXPERTS_OF}\.0\..*",
     "override": f"{EXPERTS_OF}.1.gate_up_proj=wanda,4:8;{EXPERTS_OF}.2.*=dense",

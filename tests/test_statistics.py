@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.solvers import Statistics
+from pipeline.solvers.types import Statistics
 from pipeline.statistics import (
     Accumulator,
     Sums,

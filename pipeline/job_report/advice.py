@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from pipeline.job_report.facts import by_kind
+from pipeline.solvers.registry import solver_class
 
 # A layer or block stands out that is far outside the spread of its like, in logarithms (scaled
 # median absolute deviations, at least a factor), and large enough to matter.
@@ -148,7 +149,8 @@ def _unsettled(layers: Sequence[Mapping[str, Any]]) -> Iterator[Advice]:
     moving = [
         layer
         for layer in layers
-        if layer["method"] == "prox" and float(layer["support_change"]) > _UNSETTLED
+        if solver_class(layer["method"]).unsettled_advice
+        and float(layer["support_change"]) > _UNSETTLED
     ]
     if moving:
         worst = max(moving, key=lambda layer: float(layer["support_change"]))
@@ -156,19 +158,19 @@ def _unsettled(layers: Sequence[Mapping[str, Any]]) -> Iterator[Advice]:
             worst["name"],
             f"the last step still changed {100 * float(worst['support_change']):.1f} % of its mask "
             f"(as more than 1 % in {len(moving)} layers).",
-            "A --prox-growth closer to 1 lets the mask settle before it is fixed; it takes longer.",
+            str(solver_class(worst["method"]).unsettled_advice),
         )
 
 
 def _settings(settings: Mapping[str, Any]) -> Iterator[Advice]:
     method = settings["method"]
-    if method not in ("prox", "prox_admm"):
+    if not solver_class(method).joint:
         yield Advice(
             f"--method {method}",
             "methods that look for the mask and the weights together lose less at 2:4.",
             "Try --method prox_admm, the default, on the same text.",
         )
-    if method != "magnitude" and settings["refine"] == "none":
+    if solver_class(method).statistic != "none" and settings["refine"] == "none":
         yield Advice(
             "--refine none",
             "the kept weights were not adjusted to the mask that was found.",

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
+from pipeline.config.pattern import Pattern
 from pipeline.job_report.facts import by_kind, kind_table, positions_kept, without_pauses
-from pipeline.solvers.pattern import Pattern
 from pipeline.units import duration
 
 # Okabe and Ito's colours, which the colour-blind tell apart, and more for models of many kinds.

@@ -26,12 +26,16 @@ import torch
 from torch import nn
 
 from pipeline.capture import BlockCall
-from pipeline.planning.counts import hessian_flops, objective_share, solve_counts
+from pipeline.config.solver import SolverSettings
+from pipeline.planning.counts import hessian_flops, solve_counts
 from pipeline.planning.rates import Rates, cpu_rates, with_threads
 from pipeline.planning.shape import BlockShape, ModelShape, read_shape
 from pipeline.planning.source import example_block
-from pipeline.solvers import SolverSettings, Statistics, objective, solver_for
-from pipeline.solvers.factor import invert_, upper_factor_
+from pipeline.solvers.cost import objective_share
+from pipeline.solvers.kernels.cholesky import invert_, upper_factor_
+from pipeline.solvers.objective import objective
+from pipeline.solvers.registry import solver_for
+from pipeline.solvers.types import Statistics
 from pipeline.statistics import Accumulator
 from storage.commit import sha256_file, write_new_file
 from storage.errors import ResourceError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from pipeline.config import PruneConfig
+from pipeline.config.prune import PruneConfig
 from pipeline.device import Room
 from pipeline.layers import layers_to_prune
 from pipeline.model import Skeleton
@@ -16,7 +16,7 @@ from pipeline.planning.plan import Plan, remedies, size_text
 from pipeline.planning.rates import cpu_rates, gpu_rates
 from pipeline.planning.shape import read_shape
 from pipeline.progress import Progress
-from pipeline.solvers import solver_for
+from pipeline.solvers.registry import solver_for
 from storage.errors import ModelError, ResourceError
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from pipeline.capture import LayerGroup
+from pipeline.config.solver import AUTO, SolverSettings
 from pipeline.few_tokens import simpler_settings
 from pipeline.planning.counts import statistic_bytes, summed_bytes
 from pipeline.planning.experts import most_held
 from pipeline.planning.rates import Rates
 from pipeline.planning.shape import BlockShape, GroupShape, ModelShape
-from pipeline.solvers import SolverSettings, solver_for
-from pipeline.solvers.types import AUTO
+from pipeline.solvers.registry import solver_for
 from pipeline.solving import deal_rows
 from pipeline.split import batch_ranges, deal, even_range, shard_ranges, turns
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from pipeline.config.solver import AUTO
 from pipeline.planning.counts import padded
 from pipeline.planning.job import PlannedJob
 from pipeline.planning.shape import BlockShape, GroupShape
-from pipeline.solvers import SolverSettings, solver_for
-from pipeline.solvers.types import AUTO
+from pipeline.solvers.registry import solver_for
 from pipeline.solving import MOST_ROWS
 from pipeline.statistics import panels
 
@@ -25,11 +25,8 @@ _KEPT_BYTES = 256 * 2**20
 # What a sum over ranks exchanges at once, bytes (`pipeline/collective.py`), and its buffers.
 _CHUNK_BYTES = 1 << 28
 _BUFFERS = 3
-_INVERSE_PANEL = 512
 _OBJECTIVE_ROWS = 2048
-_ENTRY_PANEL = 256
-# Matrices of the rows' size, fp32, that a method holds at most, besides C x C.
-_ROWS_HELD = {"prox_admm": 9, "prox": 7, "sparsegpt": 5, "wanda": 7, "magnitude": 6}
+# Matrices of the rows' size, fp32, that a refinement holds.
 _ROWS_HELD_REFINING = 9
 # The unstructured choice sorts: values and 64-bit indices.
 _ROWS_HELD_SORTING = 6
@@ -45,7 +42,7 @@ class Held:
 
 def compiler_bytes(job: PlannedJob) -> float:
     """What a CPU worker's process takes for compiled kernels."""
-    uses = any(settings.method in ("prox", "prox_admm") for settings in job.every)
+    uses = any(solver_for(settings).compiles for settings in job.every)
     return float(_NUMBA_BYTES) if uses and not job.rates.on_gpu else 0.0
 
 
@@ -181,18 +178,19 @@ def solve_held(job: PlannedJob, group: GroupShape, rows: int) -> float:
     if not rows:
         return 0.0
     settings, columns = job.solved_with(group), float(group.columns)
-    full = solver_for(settings).needs == "full"
+    solver = solver_for(settings)
+    full = solver.needs == "full"
     rows = min(rows, rows_at_once(group))
     entries = padded(rows) * columns
-    held = _ROWS_HELD[settings.method]
+    held = solver.rows_held
     inputs = job.inputs(group)
     if inputs is None or not full:
-        matrices = _matrices(settings, columns)
+        matrices = solver.matrix_bytes(columns)
     else:
-        matrices = _of_inputs(settings, columns, inputs, rows)
+        matrices = solver.matrix_bytes_of_inputs(padded(rows), columns, inputs)
     if settings.refine != "none":
         held = max(held, _ROWS_HELD_REFINING)
-    if not solver_for(settings).separable:
+    if not solver.separable:
         held += _ROWS_HELD_SORTING
     if settings.shrinkage == AUTO:
         matrices += 4.0 * columns * columns  # both halves summed
@@ -204,25 +202,3 @@ def rows_at_once(group: GroupShape) -> int:
     """Rows of a group that a solve takes at most at once: see `pipeline.solving.in_parts`."""
     each = max(rows for _, rows, _ in group.layers)
     return max(each, MOST_ROWS * group.columns // each * each)
-
-
-def _matrices(settings: SolverSettings, columns: float) -> float:
-    """Bytes that a method derives of a Hessian."""
-    square = columns * columns
-    matrices = {"prox_admm": 4.0, "prox": 4.0, "sparsegpt": 8.0}.get(settings.method, 0.0) * square
-    if settings.method == "prox_admm":
-        matrices += 8.0 * columns * min(_INVERSE_PANEL, columns)
-    return matrices
-
-
-def _of_inputs(settings: SolverSettings, columns: float, inputs: float, rows: int) -> float:
-    """Bytes that a method derives of inputs (n, C) in place of a Hessian."""
-    if settings.method == "sparsegpt":
-        return 12.0 * columns * columns  # the Hessian is made of them, in fp32 and float64
-    products = 4.0 * inputs * padded(rows)
-    # Entries of H are looked at in panels; objectives are in float64.
-    looked = max(12.0 * _ENTRY_PANEL * columns, 8.0 * inputs * columns)
-    if settings.method != "prox_admm":
-        return products + looked
-    # Inputs scaled, and once more times a diagonal; a factor of an inverse, and the one before.
-    return products + max(looked, 16.0 * inputs * columns + 8.0 * inputs * inputs)

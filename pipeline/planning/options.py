@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config import ModelOptions
-from pipeline.few_tokens import ExpertOptions
-from pipeline.option import option, require
+from pipeline.config.fields import option, require
+from pipeline.config.layers import ExpertOptions
+from pipeline.config.prune import ModelOptions
 from pipeline.planning.job import PlannedJob
 from pipeline.planning.machine import available_memory
 from pipeline.planning.rates import GPUS, Rates, cpu_rates, gpu_rates, load_rates, with_threads

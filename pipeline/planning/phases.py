@@ -9,12 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pipeline.planning.counts import (
-    hessian_flops,
-    objective_share,
-    reduced_bytes,
-    solve_counts,
-)
+from pipeline.planning.counts import hessian_flops, reduced_bytes, solve_counts
 from pipeline.planning.job import PlannedJob
 from pipeline.planning.memory import (
     Held,
@@ -39,7 +34,8 @@ from pipeline.planning.parts import (
 )
 from pipeline.planning.profile import ForwardProfile
 from pipeline.planning.shape import BlockShape, GroupShape
-from pipeline.solvers import solver_for
+from pipeline.solvers.cost import objective_share
+from pipeline.solvers.registry import solver_for
 
 # Trials of `--shrinkage auto` take about a quarter of the solve they choose for.
 _CHOICE_SHARE = 0.25

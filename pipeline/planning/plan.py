@@ -12,6 +12,7 @@ from pipeline.planning.job import PlannedJob
 from pipeline.planning.memory import compiler_bytes, kept_by_allocator, sums_held
 from pipeline.planning.parts import Phase
 from pipeline.planning.phases import PhaseModel
+from pipeline.solvers.registry import solver_class
 
 PLAN_SCHEMA = 1
 # What an allocator on a GPU leaves unused between tensors.
@@ -250,7 +251,7 @@ def _variants(job: PlannedJob, what: str) -> Iterator[tuple[list[str], list[Plan
     if what == "disk":
         counts = _halves(job.nsamples)
         yield [f"--nsamples {n}" for n in counts], [replace(job, nsamples=n) for n in counts]
-    elif job.settings.method not in ("wanda", "magnitude"):
+    elif not solver_class(job.settings.method).by_score:
         others = [m for m in ("sparsegpt", "wanda") if m != job.settings.method]
         changed = [type(job.settings)(method=m, pattern=job.settings.pattern) for m in others]
         yield (

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.capture import BlockCall, ModelEnds
+from pipeline.config.layers import LayerRules
+from pipeline.config.solver import SolverSettings
 from pipeline.experts import Experts, expert_of, send_every_token
 from pipeline.layers import check_rules, settings_of
 from pipeline.linears import linear_layers, unsupported_parameters, unsupported_reason
@@ -25,8 +27,7 @@ from pipeline.planning.profile import (
     profile_forward,
 )
 from pipeline.planning.source import HollowSkeleton, open_source
-from pipeline.rules import LayerRules
-from pipeline.solvers import SolverSettings, solver_for
+from pipeline.solvers.registry import solver_for
 from pipeline.solving import parted
 from pipeline.text_stack import ties_embeddings
 from storage.errors import ModelError

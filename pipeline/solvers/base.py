@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pipeline.solvers.objective import objective, statistic_name, total_of_rows
-from pipeline.solvers.pattern import Pattern
-from pipeline.solvers.refine import Refined, refine
-from pipeline.solvers.regularize import (
+from pipeline.config.pattern import Pattern
+from pipeline.config.solver import ESTIMATE, SolverSettings
+from pipeline.solvers.cost import (
+    MethodCost,
+    SolveCost,
+    SolveCounts,
+    entry_bytes,
+    objective_share,
+)
+from pipeline.solvers.hessian import (
     ScaledHessian,
     check_statistics,
     regularization_of,
     scaled_hessian,
 )
-from pipeline.solvers.types import (
-    Solution,
-    SolveReport,
-    SolverSettings,
-    Statistics,
-    percentage,
-)
+from pipeline.solvers.masks import keep_mask
+from pipeline.solvers.objective import objective, statistic_name, total_of_rows
+from pipeline.solvers.refine import Refined, refine
+from pipeline.solvers.types import Solution, SolveReport, Statistics, percentage
 from storage.errors import NumericalError
 
 _ROW_TILE = 16
@@ -63,9 +66,29 @@ class Found:
 
 
 class BaseSolver(ABC):
-    """One method with its settings. Subclasses give ``_needs``, ``_find`` and ``_derive``."""
+    """One method with its settings.
 
-    _needs = "full"
+    A subclass gives ``statistic``, ``_find`` and, where it computes something per group,
+    ``_derive``; and what its solve takes: ``method_cost``, ``method_counts``, ``matrix_bytes``,
+    ``rows_held``.
+    """
+
+    # What the choice itself needs of the inputs: "none", "diagonal" or "full".
+    statistic: ClassVar[str] = "full"
+    # Chooses by a score of each weight, and leaves the kept ones as they are.
+    by_score: ClassVar[bool] = False
+    # Looks for the mask and the weights together.
+    joint: ClassVar[bool] = False
+    # Compiles kernels in a CPU worker.
+    compiles: ClassVar[bool] = False
+    # Writes the Hessian down where it is given as inputs.
+    writes_hessian: ClassVar[bool] = False
+    # Matrices of the rows' size, fp32, that it holds at most, besides C x C.
+    rows_held: ClassVar[int] = 9
+    # The fields of `SolverSettings` that this method alone reads.
+    own_settings: ClassVar[tuple[str, ...]] = ()
+    # What to try where the last step still changed much of the mask; None: not a sign of anything.
+    unsettled_advice: ClassVar[str | None] = None
 
     def __init__(self, settings: SolverSettings) -> None:
         self.settings = settings.resolved()
@@ -74,7 +97,7 @@ class BaseSolver(ABC):
     @property
     def needs(self) -> str:
         """ "none", "diagonal" or "full"; an explicit refinement makes it "full"."""
-        return self._needs if self.settings.refine == "none" else "full"
+        return self.statistic if self.settings.refine == "none" else "full"
 
     @property
     def separable(self) -> bool:
@@ -157,6 +180,47 @@ class BaseSolver(ABC):
         """Add what the method itself computes once per group."""
         return prepared
 
+    # -- what a solve takes -----------------------------------------------------------------
+
+    def method_cost(self, columns: int) -> MethodCost:
+        """The method's own part of `cost`."""
+        return MethodCost()
+
+    def method_counts(self, rows: int, columns: int, device: str) -> SolveCounts:
+        """The method's own counts for (rows, columns) on a torch device type, with a Hessian."""
+        return SolveCounts(moved=60.0 * rows * columns, operators=40)
+
+    def matrix_bytes(self, columns: float) -> float:
+        """Bytes of what the method derives of a Hessian (C, C)."""
+        return 0.0
+
+    def cost(self, columns: int) -> SolveCost:
+        """For layers with ``columns`` inputs. Deterministic: every worker must agree on it."""
+        own, refined = self.method_cost(columns), self.settings.refine != "none"
+        # Refinement: one product a step, one for its start. Objectives: at zero, before, after.
+        products = (self.settings.refine_steps or 0) + 1 if refined else 0
+        products += own.products + (1 if self.by_score and not refined else 3)
+        per_row = products * 2.0 * columns**2 + own.per_row
+        return SolveCost(own.fixed, per_row, products)
+
+    def counts_of_inputs(self, whole: SolveCounts, columns: int, inputs: float) -> SolveCounts:
+        """``whole``, the counts with a Hessian, if it is solved from n inputs (Woodbury)."""
+        other = whole.other
+        if self.settings.shrinkage == ESTIMATE or self.writes_hessian:
+            other += 2.0 * inputs * columns**2  # all entries of H are made once
+        return replace(
+            whole,
+            products=2 * inputs / columns * whole.products,
+            # One product with (C, n).
+            wide=whole.wide * (inputs / columns) / objective_share(columns),
+            other=other,
+            inverse=0.0,
+        )
+
+    def matrix_bytes_of_inputs(self, rows: int, columns: float, inputs: float) -> float:
+        """Bytes of what the method derives of n inputs (n, C), for padded rows."""
+        return 4.0 * inputs * rows + entry_bytes(columns, inputs)
+
     def _check_weight(self, name: str, weight: Tensor, prepared: GroupData) -> None:
         label = f"layer {name}: " if name else ""
         if weight.ndim != 2:
@@ -222,7 +286,7 @@ def solve_diagonal(original: Tensor, problem: ScaledHessian, pattern: Pattern) -
     """The exact solution where full shrinkage has made H diagonal: Wanda's choice, weights as
     they are on the live columns."""
     rows, _ = problem.enter(original)
-    mask = pattern.keep_mask(rows.abs())
+    mask = keep_mask(pattern, rows.abs())
     still = torch.zeros(len(original), device=original.device)
     return Found(original * (mask & problem.live), mask, 1, still)
 

@@ -1,21 +1,21 @@
-"""What a solve costs, from shapes and settings alone: for dealing rows to workers and for plans."""
+"""What a solve takes, from shapes and settings alone: for dealing rows to workers and for plans.
+
+R: rows of a rank, C: columns of a group, n: inputs that stand for a Hessian. A solver gives these
+for its own method (`base.BaseSolver`); here is how they are stated.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.solvers.types import SolverSettings
-
-# Iterations of `prox` until at most two of four are left, at its default schedule (method.md).
-_PROX_ITERATIONS = 700
 # Time of the elementwise work of an iteration on one entry, in operations at the speed of a
 # product, and of one inverse above the 2 C^3 operations that it needs: measured on a CPU
 # (benchmarks/scaling.py). A GPU's are of another size, but are small beside products there.
-_OPERATIONS_PER_ENTRY = 500.0
-_INVERSE_SLOWDOWN = 1.2
-# SparseGPT goes through the columns one by one: its time is mostly that of starting so many small
-# operations, whatever the rows. In the same unit, per column.
-_OPERATIONS_PER_COLUMN = 8e6
+OPERATIONS_PER_ENTRY = 500.0
+INVERSE_SLOWDOWN = 1.2
+INVERSE_PANEL = 512
+"""Columns that a blocked inverse takes at a time."""
+_ENTRY_PANEL = 256
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,50 @@ class SolveCost:
         return self.fixed + rows * self.per_row if rows else 0.0
 
 
-def solve_cost(settings: SolverSettings, columns: int) -> SolveCost:
-    """The cost for layers with `columns` inputs. Deterministic: every worker must agree on it."""
-    settings = settings.resolved()
-    cube, square = 2.0 * columns**3, 2.0 * columns**2
-    # Refinement: one product a step, one for its start. Objectives: at zero, before, after.
-    refined = settings.refine != "none"
-    products = (settings.refine_steps or 0) + 1 if refined else 0
-    fixed, elementwise = 0.0, 0.0
-    products += 1 if settings.method in ("magnitude", "wanda") and not refined else 3
-    if settings.method == "prox_admm":
-        products += settings.admm_iterations + 1
-        fixed = 2 * cube * _INVERSE_SLOWDOWN
-        elementwise = settings.admm_iterations * _OPERATIONS_PER_ENTRY * columns
-    elif settings.method == "prox":
-        products += _PROX_ITERATIONS
-        elementwise = _PROX_ITERATIONS * _OPERATIONS_PER_ENTRY * columns
-    elif settings.method == "sparsegpt":
-        products += 1
-        fixed = 2 * cube + _OPERATIONS_PER_COLUMN * columns
-    return SolveCost(fixed, products * square + elementwise, products)
+@dataclass(frozen=True)
+class MethodCost:
+    """A method's own part of a `SolveCost`, without refinement and objectives.
+
+    products: products (R, C) x (C, C). fixed: operations that each worker pays. per_row: of each
+    row, beside the products.
+    """
+
+    products: int = 0
+    fixed: float = 0.0
+    per_row: float = 0.0
+
+
+@dataclass(frozen=True)
+class SolveCounts:
+    """One group's solve on one rank.
+
+    products: number of fp32 products (R, C) x (C, C), wide: of objectives, each
+    `objective_share` of a product in float64; no whole numbers where n inputs stand for the matrix,
+    and a product is two with (C, n). other: further
+    fp32 operations of products on rows. inverse: operations of fp32 inverses, factor: of the
+    float64 factor, both the same on every rank. steps: iterations that touch all of the rows.
+    moved: bytes of passes over C x C and over rows outside the iterations. operators: kernels
+    started.
+    """
+
+    products: float = 0
+    wide: float = 0
+    other: float = 0.0
+    inverse: float = 0.0
+    factor: float = 0.0
+    steps: int = 0
+    moved: float = 0.0
+    operators: int = 0
+
+
+def objective_share(columns: int) -> float:
+    """The share of a product (R, C) x (C, C) that an objective takes: panels of H above its
+    diagonal blocks count twice instead of being multiplied twice."""
+    count = -(-columns // 256)
+    return (count + 1) / (2 * count)
+
+
+def entry_bytes(columns: float, inputs: float) -> float:
+    """Bytes held while entries of H, made of n inputs, are looked at in panels, or objectives are
+    taken in float64."""
+    return max(12.0 * _ENTRY_PANEL * columns, 8.0 * inputs * columns)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.solvers.hessian import ScaledHessian, largest_eigenvalue
 from pipeline.solvers.objective import objective
-from pipeline.solvers.regularize import ScaledHessian, largest_eigenvalue
 
 # A residual this much smaller than the first one is rounding in fp32: such a row is done.
 _DONE = 1e-14

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.option import option, require
+from pipeline.config.fields import option, require
 from storage.errors import ConfigError
 
 ALL_BATCH_SIZES = ",".join(str(2**power) for power in range(16))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.pattern import Pattern
 from pipeline.model import FORWARD_DTYPES
 from pipeline.planning.shape import GroupShape, ModelShape
-from pipeline.solvers import Pattern
+from pipeline.solvers.masks import keep_mask
 from pipeline.speed.machine import Machine
 from storage.errors import NumericalError, first_line
 
@@ -150,7 +151,7 @@ def random_weight(rows: int, columns: int, dtype: torch.dtype, device: torch.dev
     """A Gaussian weight (rows, columns) that obeys 2:4. What is in it does not change its time."""
     generator = torch.Generator(device).manual_seed(rows * columns)
     weight = torch.randn(rows, columns, dtype=dtype, device=device, generator=generator)
-    return weight.mul_(columns**-0.5).masked_fill_(~PATTERN.keep_mask(weight.abs()), 0)
+    return weight.mul_(columns**-0.5).masked_fill_(~keep_mask(PATTERN, weight.abs()), 0)
 
 
 def check_product(dense: Tensor, sparse: Tensor, where: str) -> None:

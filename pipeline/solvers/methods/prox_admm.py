@@ -14,6 +14,7 @@ the two largest of four are kept. Both inverses serve all rows of all layers of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,11 +23,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.config.pattern import Pattern
 from pipeline.solvers.base import BaseSolver, Found, GroupData, solve_diagonal, support_change
-from pipeline.solvers.low_rank import Inverse, inverse_of
-from pipeline.solvers.pattern import Pattern
-from pipeline.solvers.prox import prox_operator
-from pipeline.solvers.regularize import ScaledHessian, raise_damping
+from pipeline.solvers.cost import (
+    INVERSE_PANEL,
+    INVERSE_SLOWDOWN,
+    OPERATIONS_PER_ENTRY,
+    MethodCost,
+    SolveCounts,
+    entry_bytes,
+)
+from pipeline.solvers.hessian import ScaledHessian, raise_damping
+from pipeline.solvers.inverse import Inverse, inverse_of
+from pipeline.solvers.kernels.prox_operator import prox_operator
+from pipeline.solvers.masks import keep_mask
+
+HELP = "the proximal operator inside ADMM, which solves the quadratic exactly"
+# ADMM ends near the minimizer on its support: twice as many steps lower the error by at most 0.2 %.
+DEFAULTS = {"damping": 0.001, "shrinkage": "estimate", "refine": "cg", "refine_steps": 6}
 
 # lambda, relaxation, the factor on U, and the next iteration's rho.
 Numbers = tuple[float, float, float, float]
@@ -42,6 +56,19 @@ class ProxAdmmSolver(BaseSolver):
     three for the report, and 2 C^3 operations for each of two inverses. With n inputs in place of
     the Hessian two products (R, C) x (C, n) an iteration, and no C x C.
     """
+
+    joint = True
+    compiles = True
+    rows_held = 9
+    own_settings = (
+        "admm_iterations",
+        "admm_first_iterations",
+        "admm_rho",
+        "admm_rho_factor",
+        "admm_lambda",
+        "admm_lambda_growth",
+        "admm_relaxation",
+    )
 
     def _find(self, original: Tensor, prepared: GroupData) -> Found:
         problem = prepared.problem
@@ -84,10 +111,50 @@ class ProxAdmmSolver(BaseSolver):
                 inverse = inverse_of(problem, rho, buffer)
                 if inverse is None:
                     return None
-        mask = self.pattern.keep_mask(sparse.abs())
+        mask = keep_mask(self.pattern, sparse.abs())
         changed = support_change(sparse != 0, (sparse != 0) & mask, mask)
         weight = problem.leave(sparse * mask, sizes)
         return Found(weight, mask, settings.admm_iterations, changed, problem=problem)
+
+    def method_cost(self, columns: int) -> MethodCost:
+        """A product and the operator in each iteration, and two inverses."""
+        iterations = self.settings.admm_iterations
+        return MethodCost(
+            products=iterations + 1,
+            fixed=4.0 * columns**3 * INVERSE_SLOWDOWN,
+            per_row=iterations * OPERATIONS_PER_ENTRY * columns,
+        )
+
+    def method_counts(self, rows: int, columns: int, device: str) -> SolveCounts:
+        """Iterations, and inverses that are made in panels."""
+        iterations, inverses = self.settings.admm_iterations, self._inverses
+        return SolveCounts(
+            products=1 + iterations,
+            steps=1 + iterations,
+            inverse=2.0 * inverses * float(columns) ** 3,
+            moved=24.0 * inverses * columns * columns,
+            operators=12 * iterations + inverses * 12 * -(-columns // INVERSE_PANEL),
+        )
+
+    def counts_of_inputs(self, whole: SolveCounts, columns: int, inputs: float) -> SolveCounts:
+        """Each inverse is one of (n, n)."""
+        counts = super().counts_of_inputs(whole, columns, inputs)
+        one = 3.0 * inputs**2 * columns + inputs**3 / 3
+        return replace(counts, inverse=self._inverses * one)
+
+    def matrix_bytes(self, columns: float) -> float:
+        """The inverse, and two panels where it is made in blocks."""
+        return 4.0 * columns * columns + 8.0 * columns * min(INVERSE_PANEL, columns)
+
+    def matrix_bytes_of_inputs(self, rows: int, columns: float, inputs: float) -> float:
+        """Inputs scaled, and once more times a diagonal; a factor of an inverse, and the one
+        before."""
+        factors = 16.0 * inputs * columns + 8.0 * inputs * inputs
+        return 4.0 * inputs * rows + max(entry_bytes(columns, inputs), factors)
+
+    @property
+    def _inverses(self) -> int:
+        return 1 if self.settings.admm_first_iterations >= self.settings.admm_iterations else 2
 
 
 def settled_penalty(inverse: Inverse, problem: ScaledHessian, rho: float) -> float:
@@ -141,7 +208,7 @@ def advance_torch(
     if pattern is None:
         sparse.copy_(prox_operator(dual, strength))
     else:
-        torch.mul(dual, pattern.keep_mask(dual.abs()), out=sparse)
+        torch.mul(dual, keep_mask(pattern, dual.abs()), out=sparse)
     dual.sub_(sparse).mul_(shrink)
     torch.sub(sparse, dual, out=product)
     torch.add(linear, product, alpha=rho, out=product)
@@ -152,4 +219,4 @@ def _numba_kernels() -> Any:
     """The module of the CPU kernel, None where numba is not installed."""
     if find_spec("numba") is None:
         return None
-    return import_module("pipeline.solvers.admm_kernels")
+    return import_module("pipeline.solvers.kernels.admm_numba")

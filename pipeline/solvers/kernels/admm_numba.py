@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from pipeline.solvers.prox_kernels import (
+from pipeline.solvers.kernels.prox_numba import (
     BUFFER,
     LAMBDA,
     PIECE,
@@ -21,7 +21,7 @@ from pipeline.solvers.prox_kernels import (
     solve,
     store,
 )
-from pipeline.solvers.threads import in_threads
+from pipeline.solvers.kernels.threads import in_threads
 
 
 @compiled

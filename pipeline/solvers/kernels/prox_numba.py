@@ -20,7 +20,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.solvers.threads import in_threads
+from pipeline.solvers.kernels.threads import in_threads
 
 PIECE = 256  # groups in a buffer: 24 float32 arrays of this length are 24 KiB
 _LANES = 64  # lists are filled up with zeros to a multiple of this, a multiple of any vector

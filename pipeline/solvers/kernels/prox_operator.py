@@ -111,7 +111,7 @@ def _numba_kernels() -> Any:
     """The module of the CPU kernel, None where numba is not installed."""
     if find_spec("numba") is None:
         return None
-    return import_module("pipeline.solvers.prox_kernels")
+    return import_module("pipeline.solvers.kernels.prox_numba")
 
 
 @cache
@@ -119,7 +119,7 @@ def _triton_kernels() -> Any:
     """The module of the GPU kernel, None where Triton is not installed."""
     if find_spec("triton") is None:
         return None
-    return import_module("pipeline.solvers.prox_triton")
+    return import_module("pipeline.solvers.kernels.prox_triton")
 
 
 def _prox_cpu(rows: Tensor, per_row: Tensor, kernels: Any) -> Tensor:

@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.solvers.factor import invert_
-from pipeline.solvers.regularize import ScaledHessian
+from pipeline.solvers.hessian import ScaledHessian
+from pipeline.solvers.kernels.cholesky import invert_
 
 
 class Inverse(Protocol):

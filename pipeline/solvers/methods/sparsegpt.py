@@ -15,9 +15,18 @@ import torch
 from torch import Tensor
 
 from pipeline.solvers.base import BaseSolver, Found, GroupData
-from pipeline.solvers.factor import narrow_, upper_factor_
-from pipeline.solvers.regularize import raise_damping, require_hessian
+from pipeline.solvers.cost import MethodCost, SolveCounts
+from pipeline.solvers.hessian import raise_damping, require_hessian
+from pipeline.solvers.kernels.cholesky import narrow_, upper_factor_
+from pipeline.solvers.masks import keep_mask
 from pipeline.solvers.types import Statistics
+
+HELP = "column by column, each error moved to the columns on the right"
+DEFAULTS = {"damping": 0.01, "shrinkage": 0.0}
+
+# It goes through the columns one by one: its time is mostly that of starting so many small
+# operations, whatever the rows. In operations at the speed of a product, per column.
+_OPERATIONS_PER_COLUMN = 8e6
 
 
 def auto_blocksize(columns: int, device_type: str) -> int:
@@ -39,6 +48,10 @@ class SparseGptSolver(BaseSolver):
     Memory beyond the Hessian: the factor in float64, narrowed in place, so the bytes of two C x C
     fp32 per group; (R, C) fp32 twice. Time: C^3 operations per group, R C^2 per layer.
     """
+
+    writes_hessian = True
+    rows_held = 5
+    own_settings = ("blocksize",)
 
     @property
     def separable(self) -> bool:
@@ -97,13 +110,38 @@ class SparseGptSolver(BaseSolver):
         for column in range(local.shape[1]):
             if group and column % group == 0:
                 span = slice(column, column + group)
-                keep[:, span] = self.pattern.keep_mask(local[:, span].square() / pivots[span] ** 2)
+                keep[:, span] = keep_mask(self.pattern, local[:, span].square() / pivots[span] ** 2)
             pruned = local[:, column] * ~keep[:, column]
             error = (pruned / pivots[column]).unsqueeze(1)
             local[:, column:].addmm_(error, inner[column : column + 1, column:], alpha=-1)
             errors[:, column] = error.squeeze(1)
         weight[:, block] = local * keep
         return errors
+
+    def method_cost(self, columns: int) -> MethodCost:
+        """A factor, one product's worth of updates, and the columns' own time."""
+        return MethodCost(1, 4.0 * columns**3 + _OPERATIONS_PER_COLUMN * columns)
+
+    def method_counts(self, rows: int, columns: int, device: str) -> SolveCounts:
+        """Errors passed on, column by column inside a lazy block."""
+        asked = self.settings.blocksize
+        width = asked if isinstance(asked, int) else auto_blocksize(columns, device)
+        return SolveCounts(
+            # Each block's errors go to all columns on its right: R C^2 operations in all.
+            other=float(rows) * columns * columns,
+            # Inside a block every column is one rank-one update of what is left of the block.
+            moved=8.0 * rows * columns * (width / 2 + 8) + 32.0 * columns * columns,
+            factor=float(columns) ** 3,
+            operators=10 * columns,
+        )
+
+    def matrix_bytes(self, columns: float) -> float:
+        """The factor in float64."""
+        return 8.0 * columns * columns
+
+    def matrix_bytes_of_inputs(self, rows: int, columns: float, inputs: float) -> float:
+        """The Hessian is made of the inputs, in fp32 and float64."""
+        return 12.0 * columns * columns
 
 
 def _reference_hessian(statistics: Statistics, damping: float, shrinkage: float) -> Tensor:

@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pipeline.option import option, require
-from pipeline.solvers.types import METHOD_NAMES, Pattern, SolverSettings
+from pipeline.config.fields import option, require
+from pipeline.config.methods import METHODS
+from pipeline.config.pattern import Pattern
+from pipeline.config.solver import SolverSettings
 from storage.errors import ConfigError
 
 DENSE = "dense"
@@ -56,6 +58,25 @@ class LayerOptions:
         parse_overrides(self.override)
         require(self, "dense_first", at_least=0)
         require(self, "dense_last", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertOptions:
+    """The options of mixtures of experts. Raises `ConfigError` on a value out of range."""
+
+    expert_tokens: int = option(
+        16,
+        "mixtures of experts: fewest calibration tokens sent to an expert for --method to be used; "
+        "with fewer it is pruned by wanda, with none by the size of its weights, and listed",
+    )
+    calibrate_all_experts: bool = option(
+        False,
+        "mixtures of experts: take every expert's statistics of all tokens, not of those that it "
+        "is sent; the model's outputs stay the routed ones",
+    )
+
+    def __post_init__(self) -> None:
+        require(self, "expert_tokens", at_least=0)
 
 
 class Override(NamedTuple):
@@ -183,7 +204,7 @@ def parse_overrides(text: str | None) -> tuple[Override, ...]:
     for part in filter(None, (part.strip() for part in (text or "").split(";"))):
         glob, equals, value = (piece.strip() for piece in part.rpartition("="))
         words = [word.strip() for word in value.split(",")]
-        method = next((word for word in words if word in METHOD_NAMES), None)
+        method = next((word for word in words if word in METHODS), None)
         pattern = next((word for word in words if ":" in word), None)
         dense = words == [DENSE]
         if (
@@ -193,7 +214,7 @@ def parse_overrides(text: str | None) -> tuple[Override, ...]:
         ):
             raise ConfigError(
                 f"--override {part!r}: give GLOB=METHOD, GLOB=PATTERN, GLOB=METHOD,PATTERN or "
-                f"GLOB={DENSE}, as in *.down_proj=wanda; methods are {', '.join(METHOD_NAMES)}"
+                f"GLOB={DENSE}, as in *.down_proj=wanda; methods are {', '.join(METHODS)}"
             )
         if pattern is not None:
             Pattern.parse(pattern)

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.config.solver import SolverSettings
+from pipeline.solvers.hessian import estimate, joined
+from pipeline.solvers.methods.prox_admm import ProxAdmmSolver
+from pipeline.solvers.methods.wanda import WandaSolver
 from pipeline.solvers.objective import objective
-from pipeline.solvers.prox_admm import ProxAdmmSolver
-from pipeline.solvers.regularize import estimate, joined
-from pipeline.solvers.types import SolverSettings, Statistics, percentage
-from pipeline.solvers.wanda import WandaSolver
+from pipeline.solvers.types import Statistics, percentage
 
 # Factors on the estimated (damping, shrinkage), in the order in which they are tried.
 _FACTORS = ((1.0, 1.0), (0.2, 0.2), (1.0, 4.0), (4.0, 1.0), (0.2, 1.0), (0.05, 0.05))

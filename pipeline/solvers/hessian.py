@@ -20,7 +20,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pipeline.solvers.types import ESTIMATE, SolverSettings, Statistics
+from pipeline.config.solver import ESTIMATE, SolverSettings
+from pipeline.solvers.types import Statistics
 from storage.errors import NumericalError
 
 _PANEL = 256

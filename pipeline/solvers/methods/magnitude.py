@@ -6,12 +6,19 @@ import torch
 from torch import Tensor
 
 from pipeline.solvers.base import BaseSolver, Found, GroupData
+from pipeline.solvers.masks import keep_mask
+
+HELP = "keeps the largest |w|"
+# Of a refinement: the choice needs none.
+DEFAULTS = {"damping": 0.001, "shrinkage": "estimate"}
 
 
 class MagnitudeSolver(BaseSolver):
     """Keeps the largest |W|: N of M in every group, or, unstructured, of the whole layer."""
 
-    _needs = "none"
+    statistic = "none"
+    by_score = True
+    rows_held = 6
 
     @property
     def separable(self) -> bool:
@@ -21,7 +28,7 @@ class MagnitudeSolver(BaseSolver):
     def _find(self, original: Tensor, prepared: GroupData) -> Found:
         score = original.abs()
         if self.pattern.structured:
-            mask = self.pattern.keep_mask(score)
+            mask = keep_mask(self.pattern, score)
         else:
             flat = torch.argsort(score.flatten(), stable=True)
             mask = torch.ones(score.numel(), dtype=torch.bool, device=score.device)

@@ -1,0 +1,6 @@
+"""What can be set: one frozen dataclass a command, one field an option. Needs no torch.
+
+`fields` declares options. `solver`, `layers` and `runtime` are groups of options that several
+commands share; `prune`, `evaluate` and `solve` are whole commands. `methods` is the table of
+pruning methods, `pattern` the sparsity patterns.
+"""

@@ -1,0 +1,59 @@
+"""The options of `prox24 eval`: the text, or the tasks, that models are evaluated on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config.fields import option, require
+from pipeline.config.runtime import RuntimeConfig
+from storage.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Which tasks, and how. Raises `ConfigError` on a value out of range."""
+
+    tasks: str | None = option(
+        None,
+        "zero-shot tasks of lm-eval, with commas between (arc_easy,hellaswag), in place of "
+        "perplexity; needs prox24[tasks]",
+    )
+    tasks_folder: str | None = option(
+        None, "folder of task definitions of your own, as lm-eval's YAML files"
+    )
+    num_fewshot: int | None = option(None, "examples before each question; unset: the task's own")
+
+    def __post_init__(self) -> None:
+        require(self, "num_fewshot", at_least=0)
+        if self.tasks is None and (self.tasks_folder, self.num_fewshot) != (None, None):
+            raise ConfigError("--tasks-folder and --num-fewshot are of --tasks, which is not given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(TaskOptions, RuntimeConfig):
+    """Every option of `prox24 eval`. Raises `ConfigError` on a value out of range."""
+
+    dataset: str = option(
+        "Salesforce/wikitext",
+        "text to evaluate on: a hub id (Salesforce/wikitext is read as wikitext-2-raw-v1, test; "
+        "allenai/c4 as en, the first 256 sequences of validation) or a local .txt, .jsonl, "
+        ".parquet or .arrow file",
+    )
+    text_column: str | None = option(
+        None, "column that holds the text; unset: `text`, or the only column of strings"
+    )
+    dataset_revision: str | None = option(
+        None, "commit, tag or branch of a hub data set; unset: its newest commit, which is stated"
+    )
+    seqlen: int = option(2048, "tokens of a sequence; perplexities of other lengths differ")
+    nsamples: int | None = option(None, "sequences, or documents of a task; unset: the whole text")
+    json: bool = option(False, "print one JSON object on standard output and nothing else there")
+    scratch_dir: str | None = option(
+        None, "folder for hidden states while it runs; unset: the system's temporary folder"
+    )
+
+    def __post_init__(self) -> None:
+        RuntimeConfig.__post_init__(self)
+        TaskOptions.__post_init__(self)
+        require(self, "nsamples", at_least=1)
+        require(self, "seqlen", at_least=2)  # a loss needs a next token

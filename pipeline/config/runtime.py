@@ -1,0 +1,119 @@
+"""Where a job runs: the options that `prune` and `eval` share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.config.fields import option, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """Where a job runs; shared by `prune` and `eval`.
+
+    Raises `ConfigError` on a value out of range.
+    """
+
+    executor: Literal["ray", "local"] = option(
+        "ray",
+        "who runs the ranks: Ray workers, or this process one rank after another (no Ray)",
+        placement=True,
+    )
+    workers: int | None = option(
+        None,
+        "number of workers, one per GPU or CPU slot; unset, or `auto`: with Ray one per GPU of the "
+        "cluster, without GPUs one per node; with the local executor 1",
+        placement=True,
+    )
+    threads: int | None = option(
+        None,
+        "CPU threads of each worker; unset: the machine's cores divided by the workers, "
+        "1 for GPU workers",
+        placement=True,
+    )
+    gpus_per_worker: float | None = option(
+        None,
+        "GPUs asked of Ray for each worker; unset: 1 if the cluster has GPUs, else 0",
+        placement=True,
+    )
+    ray_address: str | None = option(
+        None,
+        "address of a running Ray cluster (`auto`, `HOST:6379`, `ray://HOST:10001`); unset: "
+        "$RAY_ADDRESS, or else a Ray of its own on this machine",
+        placement=True,
+    )
+    open_dashboard: bool = option(
+        False,
+        "go on although the cluster's dashboard listens to other machines without a token: whoever "
+        "reaches it can run code on the cluster",
+        placement=True,
+    )
+    device: str | None = option(
+        None,
+        "torch device of each worker (cpu, cuda, cuda:1); unset: cuda where there is one",
+        placement=True,
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None,
+        "dtype of the forward passes; unset: the source's. Statistics are float32 products "
+        "added in float64, and stored weights keep the source's dtype",
+    )
+    batch_size: int = option(4, "sequences in one forward pass")
+    phase_timeout: float = option(
+        7200.0,
+        "seconds after which a phase of one block counts as hanging and is redone",
+        placement=True,
+    )
+    trace: str | None = option(
+        None,
+        "file to write what every worker did when, for ui.perfetto.dev or chrome://tracing",
+        placement=True,
+    )
+    on_lost_node: Literal["wait", "shrink"] = option(
+        "wait",
+        "when a node is lost and the others have no room for its workers, after --node-wait: "
+        "`wait` stops, to be resumed when the node is back, because fewer workers round sums "
+        "differently; `shrink` goes on with the workers that fit",
+        placement=True,
+    )
+    node_wait: float = option(
+        300.0,
+        "seconds that a lost node is given to come back, or another to come in its place",
+        placement=True,
+    )
+    placement_timeout: float = option(
+        300.0,
+        "seconds that the cluster is given to make room for the workers: for other jobs to end, "
+        "nodes to join, or an autoscaler to add some",
+        placement=True,
+    )
+    network_interface: str | None = option(
+        None,
+        "network interface (`eth0`) by which the workers reach one another; unset: that of the "
+        "address by which Ray knows the node",
+        placement=True,
+    )
+    trust_remote_code: bool = option(
+        False,
+        "run model code that the model folder carries",
+        placement=True,
+    )
+    verbose: bool = option(
+        False,
+        "show Ray's own log and debug messages",
+        placement=True,
+    )
+    debug: bool = option(
+        False,
+        "show the traceback of an error",
+        placement=True,
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "threads", "batch_size"):
+            require(self, name, at_least=1)
+        require(self, "gpus_per_worker", at_least=0)
+        require(self, "phase_timeout", at_least=1)
+        require(self, "node_wait", at_least=0)
+        require(self, "placement_timeout", at_least=0)

@@ -1,0 +1,32 @@
+"""The options of `prox24 solve`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config.fields import internal, option, require
+from pipeline.config.solver import DEFAULT_METHOD, SolverSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveConfig(SolverSettings):
+    """Every option of `prox24 solve`. Raises `ConfigError` on a value out of range."""
+
+    method: str = internal(DEFAULT_METHOD)  # several are compared: `methods`
+    methods: str = option("all", "methods to compare: `all`, or names with commas between")
+    fit_sequences: str | None = option(
+        None, "sequences of `inputs` to solve on, as in 0,2,5:8; unset: all"
+    )
+    evaluate_sequences: str | None = option(
+        None, "sequences of `inputs` that the error is measured on; unset: all"
+    )
+    output: str | None = option(None, "folder for each method's pruned weight")
+    json: bool = option(False, "print one JSON object on standard output and nothing else there")
+    threads: int | None = option(None, "CPU threads; unset: torch's default")
+    device: str | None = option(None, "torch device; unset: cuda where there is one")
+    verbose: bool = option(False, "show debug messages")
+    debug: bool = option(False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "threads", at_least=1)

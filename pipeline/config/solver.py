@@ -1,0 +1,178 @@
+"""The settings of a solve, and the options that they are: one class, one field each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, cast
+
+from pipeline.config.fields import internal, number_or_word, option, require, values_of
+from pipeline.config.methods import METHODS, defaults_text, method_facts, method_names, methods_help
+from pipeline.config.pattern import Pattern
+from storage.errors import ConfigError
+
+Refinement = Literal["auto", "none", "gradient", "cg"]
+REFINEMENTS: tuple[Refinement, ...] = ("auto", "none", "gradient", "cg")
+
+# Values of `shrinkage` that are no numbers: chosen on two halves, or from H and its counts.
+AUTO, ESTIMATE = "auto", "estimate"
+
+DEFAULT_METHOD = "prox_admm"
+DEFAULT_REFINE_STEPS = {"none": 0, "gradient": 1000, "cg": 12}
+_DAMPING_BESIDE_SHRINKAGE = 0.01
+_DEFAULT_BLOCKSIZE = 128
+
+
+def _damping_help() -> str:
+    return (
+        "added to the Hessian's diagonal, as a share of the diagonal's mean; unset: "
+        + defaults_text("damping")
+    )
+
+
+def _shrinkage_help() -> str:
+    return (
+        "share by which the Hessian's off-diagonal entries are pulled to zero, 0 to 1; or "
+        "`estimate`: from the numbers of tokens and inputs, per group of layers; or `auto`: found "
+        "on two halves of the calibration; unset: " + defaults_text("shrinkage")
+    )
+
+
+def _refine_help() -> str:
+    refined = [name for name in METHODS if method_facts(name).refine != "none"]
+    kinds = dict.fromkeys(method_facts(name).refine for name in refined)
+    return (
+        f"lowers the error on the found mask; auto: {' or '.join(kinds)} for "
+        f"{' and '.join(refined)}, none otherwise. An explicit value holds for every method"
+    )
+
+
+def _refine_steps_help() -> str:
+    steps = {kind: count for kind, count in DEFAULT_REFINE_STEPS.items() if count}
+    own = [
+        f"{name}'s {facts.refine} {facts.refine_steps}"
+        for name in METHODS
+        if (facts := method_facts(name)).refine_steps is not None
+    ]
+    listed = [f"{kind} {count}" for kind, count in steps.items()]
+    return f"steps of the refinement; unset: {', '.join([*listed, *own])}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverSettings:
+    """Everything a solve depends on besides its tensors. Scalars only, so it is stored as JSON.
+
+    As an option is written: numbers may be strings, and None means the method's own default.
+    `resolved` makes numbers of the strings and fills the defaults in.
+
+    Raises `ConfigError` for a value that is out of range, or that no method knows.
+    """
+
+    pattern: str = option(
+        "2:4", "`N:M` keeps N of every M consecutive weights; `unstructured:S` prunes the share S"
+    )
+    damping: float | None = option(None, _damping_help)
+    # H <- (1 - a) H + a diag(H); 0 none, 1 diagonal only. "estimate": from the noise of H, which
+    # sets the damping too, at least to the one given (hessian.estimate). "auto": chosen on two
+    # halves of the calibration; the caller resolves it (auto_shrinkage).
+    shrinkage: float | str | None = option(None, _shrinkage_help)
+    blocksize: int | str | None = option(
+        "128", "columns in SparseGPT's lazy block, or `auto`: the best known for the layer's width"
+    )
+    refine: Refinement = option("auto", _refine_help)
+    refine_steps: int | None = option(None, _refine_steps_help)
+    # prox: lambda_k = prox_lambda * prox_growth^k on rows scaled to mean magnitude 1.
+    prox_lambda: float = option(
+        1e-3,
+        "method prox: first λ of the growing schedule, for rows scaled to mean magnitude 1",
+    )
+    prox_growth: float = option(1.01, "method prox: factor by which λ grows in each iteration")
+    method: str = option(
+        DEFAULT_METHOD,
+        lambda: f"how masks and weights are found: {methods_help()}",
+        choices=method_names,
+    )
+    # prox_admm: iterations in all; those of the first penalty, after which the second takes over;
+    # the first penalty, and the second as a multiple of what the bulk of H~ asks for
+    # (prox_admm.settled_penalty); lambda at first and its growth; over-relaxation.
+    admm_iterations: int = internal(60)
+    admm_first_iterations: int = internal(22)
+    admm_rho: float = internal(0.185)
+    admm_rho_factor: float = internal(0.9)
+    admm_lambda: float = internal(0.067)
+    admm_lambda_growth: float = internal(1.0744)
+    admm_relaxation: float = internal(1.7)
+
+    def __post_init__(self) -> None:
+        method_facts(self.method)
+        if self.refine not in REFINEMENTS:
+            raise ConfigError(f"unknown refine {self.refine!r}: choose of {', '.join(REFINEMENTS)}")
+        Pattern.parse(self.pattern)
+        self._check_regularization()
+        self._check_counts()
+
+    def _check_regularization(self) -> None:
+        require(self, "damping", at_least=0)
+        if self.damping == math.inf:
+            raise ConfigError("--damping must be a finite number")
+        shrinkage = number_or_word("shrinkage", self.shrinkage, float, (AUTO, ESTIMATE))
+        if isinstance(shrinkage, float | int) and not 0 <= shrinkage <= 1:
+            raise ConfigError(f"--shrinkage {shrinkage} must lie in [0, 1]")
+
+    def _check_counts(self) -> None:
+        number_or_word("blocksize", self.blocksize, int, ("auto",))
+        for name in ("blocksize", "admm_iterations", "admm_first_iterations"):
+            value = number_or_word(name, getattr(self, name), int, ("auto",))
+            if isinstance(value, int) and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        require(self, "refine_steps", at_least=0 if self.refine == "none" else 1)
+        for name in ("prox_lambda", "admm_rho", "admm_rho_factor", "admm_lambda"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
+        if not 1.0005 <= self.prox_growth < math.inf:
+            raise ConfigError(f"prox_growth {self.prox_growth} must be 1.0005 or more")
+        if not 1 <= self.admm_lambda_growth < math.inf:
+            raise ConfigError(f"admm_lambda_growth {self.admm_lambda_growth} must be 1 or more")
+        if not 1 <= self.admm_relaxation < 2:
+            raise ConfigError(f"admm_relaxation {self.admm_relaxation} must lie in [1, 2)")
+
+    @property
+    def parsed_pattern(self) -> Pattern:
+        """`pattern` as a `Pattern`."""
+        return Pattern.parse(self.pattern)
+
+    def solver_settings(self, method: str) -> SolverSettings:
+        """The solver settings alone, resolved for `method`, of these or of a command's options."""
+        values = values_of(self, SolverSettings) | {"method": method}
+        return SolverSettings(**values).resolved()
+
+    def resolved(self) -> SolverSettings:
+        """The same settings with numbers, and every None and "auto" refinement replaced.
+
+        A shrinkage of "auto" is left for `choose_regularization`, "estimate" for a solver's
+        `prepare`. A damping given alone means that damping and no shrinkage.
+        """
+        facts = method_facts(self.method)
+        given = number_or_word("shrinkage", self.shrinkage, float, (AUTO, ESTIMATE))
+        damping, shrinkage = facts.damping, facts.shrinkage
+        if self.damping is not None:
+            shrinkage = 0.0
+        elif isinstance(given, float | int):
+            damping = _DAMPING_BESIDE_SHRINKAGE
+        refine = facts.refine if self.refine == "auto" else self.refine
+        steps = DEFAULT_REFINE_STEPS[refine]
+        if refine == facts.refine and facts.refine_steps is not None:
+            steps = facts.refine_steps
+        blocksize = number_or_word("blocksize", self.blocksize, int, ("auto",))
+        return replace(
+            self,
+            damping=damping if self.damping is None else self.damping,
+            shrinkage=shrinkage if given is None else given,
+            blocksize=_DEFAULT_BLOCKSIZE if blocksize is None else blocksize,
+            refine=cast(Refinement, refine),
+            refine_steps=steps if self.refine_steps is None else self.refine_steps,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON scalars; `SolverSettings(**it)` gives the settings back."""
+        return {"method": self.method, **asdict(self)}

@@ -1,0 +1,1 @@
+"""The pruning methods, one file each: see `docs/extending.md`. Importing this imports nothing."""

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import ray
 from ray.util.metrics import Counter, Gauge
 
-from pipeline.job import Outcome
+from pipeline.messages import Outcome
 
 _BYTES = "_bytes"
 # Ray's agents forget a gauge after two reports, which come every 10 s.

@@ -15,12 +15,12 @@ import ray
 from actors.logs import open_log
 from actors.metrics import Meter
 from actors.network import choose_endpoint, own_interfaces, use_interface
-from pipeline.collective import Collective, host_meeting
-from pipeline.job import Job, Outcome
-from pipeline.measure import reset_peaks
-from pipeline.sight import complaints
-from pipeline.worker import BlockWorker
-from storage.shared_folders import Marked
+from pipeline.messages import Job, Outcome
+from pipeline.preflight.shared_folders import complaints
+from pipeline.runtime.stopwatch import reset_peaks
+from pipeline.statistics.all_reduce import Collective, host_meeting
+from pipeline.worker.block_worker import BlockWorker
+from storage.run.shared_folders import Marked
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class RankActor:
         )
 
     def look(self, marks: tuple[Marked, ...]) -> list[str]:
-        """What this node does not see as the driver does (see `pipeline.sight`)."""
+        """What this node does not see as the driver does."""
         return complaints(self.job, marks, self.rank)
 
     def build(self) -> str:

@@ -95,7 +95,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     from benchmarks.peak import run
     from benchmarks.perplexity import split_text
-    from storage.arrow_store import read_tokens
+    from storage.run.activations import read_tokens
 
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)

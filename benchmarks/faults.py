@@ -24,8 +24,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.kill_matrix import Matrix, fast_folder, kill_and_resume
-from tests.test_frozen import replaced_and_woken
+from tests.job.test_frozen import replaced_and_woken
+from tests.support.kill_matrix import Matrix, fast_folder, kill_and_resume
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    from tests.tiny_models import save_tiny_model
+    from tests.support.tiny_models import save_tiny_model
 
     shutil.rmtree(options.folder, ignore_errors=True)
     options.folder.mkdir(parents=True)

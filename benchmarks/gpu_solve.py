@@ -21,13 +21,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.config.solver import SolverSettings
-from pipeline.measure import device_peak, host_peak, reset_peaks
+from pipeline.runtime.stopwatch import device_peak, host_peak, reset_peaks
 from pipeline.solvers.kernels.cholesky import invert_
 from pipeline.solvers.kernels.prox_operator import prox_operator
 from pipeline.solvers.objective import relative_error
 from pipeline.solvers.registry import solver_for
 from pipeline.solvers.types import Statistics
-from pipeline.statistics import Accumulator
+from pipeline.statistics.accumulate import Accumulator
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

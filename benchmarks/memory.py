@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.peak import Peak, run
-from tests.jobs import write_text
-from tests.tiny_models import byte_tokenizer
+from tests.support.jobs import write_text
+from tests.support.tiny_models import byte_tokenizer
 
 LLAMA_70B = {
     "hidden_size": 8192,

@@ -22,11 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from benchmarks import peak
 from benchmarks.perplexity import split_text
 from pipeline.config.evaluate import EvalConfig
-from pipeline.evaluate import evaluate
-from pipeline.executor import LocalExecutor
-from pipeline.progress import Silent
-from tests.jobs import prune_here
-from tests.tiny_models import VOCABULARY, byte_tokenizer
+from pipeline.evaluation.perplexity import evaluate
+from pipeline.runtime.progress import Silent
+from pipeline.worker.local_executor import LocalExecutor
+from tests.support.jobs import prune_here
+from tests.support.tiny_models import VOCABULARY, byte_tokenizer
 
 SEQLEN = 128
 METHODS = {

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from storage.commit import make_directory
-from tests.jobs import prune_here, write_text
-from tests.tiny_models import save_tiny_model
+from storage.files.commit import make_directory
+from tests.support.jobs import prune_here, write_text
+from tests.support.tiny_models import save_tiny_model
 
 
 class NoHash:

@@ -30,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from pipeline.background import Background, Behind
-from pipeline.loading import BlockLoader
-from pipeline.worker import Advanced, BlockWorker
-from tests.jobs import prune_here, write_text
-from tests.tiny_models import save_tiny_model
+from pipeline.runtime.background import Background, Behind
+from pipeline.worker.block_loader import BlockLoader
+from pipeline.worker.block_worker import Advanced, BlockWorker
+from tests.support.jobs import prune_here, write_text
+from tests.support.tiny_models import save_tiny_model
 
 
 def in_turn(_: Background, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

@@ -16,18 +16,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline import solving
 from pipeline.config.solver import SolverSettings
-from pipeline.planning import job as planning
 from pipeline.planning import phases
-from pipeline.planning.job import PlannedJob
+from pipeline.planning import planned_job as planning
 from pipeline.planning.options import PlanConfig, planned_job
-from pipeline.planning.parts import merge
+from pipeline.planning.phase_parts import merge
 from pipeline.planning.plan import Plan, size_text
+from pipeline.planning.planned_job import PlannedJob
 from pipeline.planning.rates import gpu_rates
-from pipeline.planning.shape import ModelShape, read_shape
+from pipeline.planning.shapes.model import ModelShape, read_shape
 from pipeline.solvers.cost import SolveCost
 from pipeline.solvers.registry import solve_cost
+from pipeline.worker.block_worker import solve as solving
 
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
 
-from tests.jobs import write_text
-from tests.tiny_models import save_tiny_model
+from tests.support.jobs import write_text
+from tests.support.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -28,7 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.config.solver import SolverSettings
-from pipeline.measure import device_peak, host_peak, reset_peaks
+from pipeline.runtime.stopwatch import device_peak, host_peak, reset_peaks
 from pipeline.solvers.auto_shrinkage import choose_regularization
 from pipeline.solvers.objective import relative_error
 from pipeline.solvers.registry import solver_for

@@ -35,7 +35,7 @@ def plain(model_folder: Path, tokens_file: Path, method: str, threads: int) -> d
     from pipeline.config.solver import SolverSettings
     from pipeline.solvers.registry import solver_for
     from pipeline.solvers.types import Statistics
-    from storage.arrow_store import read_tokens
+    from storage.run.activations import read_tokens
 
     torch.set_num_threads(threads)
     seconds = {"load": 0.0, "forward": 0.0, "hessian": 0.0, "solve": 0.0}

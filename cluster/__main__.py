@@ -10,7 +10,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments[:1] == ["status"]:
         # Answers at once, without the seconds that importing torch takes.
-        from cluster.status import main as status
+        from cluster.commands.status import main as status
 
         sys.exit(status(arguments[1:]))
     from cluster.command_line import run

@@ -19,9 +19,19 @@ from typing import Any, NoReturn
 
 from transformers.utils import logging as transformers_logging
 
-from cluster.compare import DESCRIPTION as compare_description
-from cluster.compare import add_arguments as add_compare_arguments
-from cluster.compare import compare_command
+from cluster.commands.compare import DESCRIPTION as compare_description
+from cluster.commands.compare import add_arguments as add_compare_arguments
+from cluster.commands.compare import compare_command
+from cluster.commands.report import DESCRIPTION as report_description
+from cluster.commands.report import add_arguments as add_report_arguments
+from cluster.commands.report import report_command
+from cluster.commands.status import DESCRIPTION, add_arguments, show
+from cluster.commands.sweep import DESCRIPTION as sweep_description
+from cluster.commands.sweep import add_arguments as add_sweep_arguments
+from cluster.commands.sweep import sweep_command
+from cluster.commands.verify import DESCRIPTION as verify_description
+from cluster.commands.verify import add_arguments as add_verify_arguments
+from cluster.commands.verify import verify_command
 from cluster.console import Console, comparison_table, provenance, solve_table
 from cluster.options import (
     HelpFormatter,
@@ -32,26 +42,18 @@ from cluster.options import (
     one_line,
     read_yaml,
 )
-from cluster.report import DESCRIPTION as report_description
-from cluster.report import add_arguments as add_report_arguments
-from cluster.report import report_command
-from cluster.source import Source, resolve_model
-from cluster.status import DESCRIPTION, add_arguments, show
-from cluster.sweep import DESCRIPTION as sweep_description
-from cluster.sweep import add_arguments as add_sweep_arguments
-from cluster.sweep import sweep_command
-from cluster.verify import DESCRIPTION as verify_description
-from cluster.verify import add_arguments as add_verify_arguments
-from cluster.verify import verify_command
+from cluster.source import resolve_model
 from pipeline.config.evaluate import EvalConfig
 from pipeline.config.prune import PruneConfig
 from pipeline.config.runtime import RuntimeConfig
 from pipeline.config.solve import SolveConfig
-from pipeline.executor import Executor, LocalExecutor
+from pipeline.loop.executor import Executor
 from pipeline.planning.options import PlanConfig
-from pipeline.progress import Progress
+from pipeline.runtime.progress import Progress
 from pipeline.speed.options import BenchConfig
+from pipeline.worker.local_executor import LocalExecutor
 from storage.errors import ConfigError, Prox24Error, RunInterrupted
+from storage.model.folder import Source
 from storage.object_store import place
 
 _PRUNE_EPILOG = """\
@@ -217,7 +219,7 @@ def make_executor(config: RuntimeConfig, console: Console) -> Callable[[], Execu
             world = config.workers or 1
             cores = len(os.sched_getaffinity(0))
             return LocalExecutor(world, config.threads or max(1, cores // world))
-        from cluster.ray_executor import RayExecutor
+        from cluster.dispatch.ray_executor import RayExecutor
 
         return RayExecutor(config, console.note)
 
@@ -228,7 +230,7 @@ def _seen_by_prometheus(console: Console, config: RuntimeConfig, run: str) -> Pr
     """The console, behind metrics where the job runs on Ray."""
     if config.executor != "ray":
         return console
-    from cluster.metered import MeteredProgress
+    from cluster.dispatch.metered import MeteredProgress
 
     return MeteredProgress(console, run)
 
@@ -254,7 +256,7 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from pipeline.evaluate import compare, evaluate
+    from pipeline.evaluation.perplexity import compare, evaluate
 
     config: EvalConfig = config_from(options, EvalConfig)
     sources = [resolve_model(model) for model in options.models]
@@ -291,7 +293,7 @@ def _tasks(
     console: Console,
 ) -> int:
     try:
-        from cluster.tasks import tasks_command
+        from cluster.commands.tasks import tasks_command
     except ModuleNotFoundError as error:
         raise ConfigError(f"--tasks needs lm-eval ({error}): pip install prox24[tasks]") from error
     return tasks_command(sources, config, make_executor, console)
@@ -314,20 +316,20 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from cluster.plan import plan_command
+    from cluster.commands.plan import plan_command
 
     config: PlanConfig = config_from(options, PlanConfig)
     return plan_command(options.model, config)
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from cluster.bench import bench_command
+    from cluster.commands.bench import bench_command
 
     return bench_command(options.model, config_from(options, BenchConfig))
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from cluster.demo import demo
+    from cluster.commands.demo import demo
 
     return demo(Path(options.folder))
 

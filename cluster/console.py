@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from cluster.terminal import as_text, bar, plain_table, print_labelled, shows_bars, terminal
 from pipeline.config.prune import PruneConfig
-from pipeline.units import duration, size
+from pipeline.runtime.units import duration, size
 
 if TYPE_CHECKING:
     from pipeline.prune import PruneResult

@@ -5,25 +5,17 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.terminal import shows_bars, terminal
 from storage.errors import ModelError
-from storage.object_store import Place, is_uri, place
-from storage.other_formats import refuse_other_formats
+from storage.model.folder import Source
+from storage.model.other_formats import refuse_other_formats
+from storage.object_store import is_uri, place
 
 # What a download needs: weights as safetensors only, configs, tokenizers.
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model folder on this machine or in an object store, and the name the user knows it by."""
-
-    folder: Place
-    name: str
 
 
 def resolve_model(model: str) -> Source:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.keep_mask import KeepMask, masks_of
+from pipeline.output.keep_mask import KeepMask, masks_of
 
 
 def sequences(tokenizer, path: Path, seqlen: int) -> list[dict[str, torch.Tensor]]:

@@ -11,23 +11,14 @@ from typing import Any
 
 from pipeline.config.prune import PruneConfig
 from pipeline.config.solver import AUTO
-from pipeline.evaluate import measure_perplexity, prepare
-from pipeline.evaluation_file import write_evaluation
-from pipeline.executor import Executor
-from pipeline.job import Job
-from pipeline.job_report.write import leave_report
-from pipeline.layers import Selection, check_settings, layers_to_prune
-from pipeline.loop import STAMP_DIGITS, BlockLoop
-from pipeline.manifest import (
-    check_manifest,
-    data_identity,
-    describe_job,
-    read_manifest,
-    require_fingerprints,
-    write_manifest,
-)
-from pipeline.model import Skeleton, open_skeleton
-from pipeline.output import (
+from pipeline.evaluation.perplexity import measure_perplexity, prepare
+from pipeline.loop.block_loop import BlockLoop
+from pipeline.loop.executor import Executor
+from pipeline.loop.trace import traced
+from pipeline.messages import Job
+from pipeline.models.selection import Selection, check_settings, layers_to_prune
+from pipeline.models.skeleton import Skeleton, open_skeleton
+from pipeline.output.write import (
     check_apart,
     check_output,
     finished_output,
@@ -35,35 +26,45 @@ from pipeline.output import (
     recover,
     write_output,
 )
-from pipeline.planning.fit import check_memory
-from pipeline.progress import Progress
-from pipeline.recorded_progress import recorded
-from pipeline.report import read_summary, summarize, write_summary
-from pipeline.scratch import check_scratch_room, scratch_folder, written_by
-from pipeline.sight import folders_of
+from pipeline.preflight.disk import activation_bytes, check_job_space
+from pipeline.preflight.memory import check_memory
+from pipeline.preflight.scratch import check_scratch_room
+from pipeline.preflight.shared_folders import folders_of
+from pipeline.records.evaluation import write_evaluation
+from pipeline.records.live_status import recorded
+from pipeline.records.manifest import (
+    check_manifest,
+    data_identity,
+    describe_job,
+    read_manifest,
+    require_fingerprints,
+    write_manifest,
+)
+from pipeline.records.scratch import scratch_folder, written_by
+from pipeline.records.summary import read_summary, summarize, write_summary
+from pipeline.records.tokens import CutTokens, committed_tokens, cut_tokens, mend_tokens
+from pipeline.reporting.write import leave_report
+from pipeline.runtime.progress import Progress
+from pipeline.runtime.split import deal
 from pipeline.solvers.registry import solver_for
-from pipeline.space import activation_bytes, check_job_space
-from pipeline.split import deal
-from pipeline.tokens_file import CutTokens, committed_tokens, cut_tokens, mend_tokens
-from pipeline.trace import traced
-from storage.checkpoints import BlockRecord
 from storage.errors import (
     ConfigError,
     CorruptFileError,
     ResourceError,
     RunDirectoryError,
 )
-from storage.hashing import StoredFile
-from storage.lock import RunLock
+from storage.files.hashing import StoredFile
 from storage.object_store import ObjectFolder, Place, absolute, location
-from storage.run_directory import RunDirectory
+from storage.run.checkpoints import BlockRecord
+from storage.run.directory import RunDirectory
+from storage.run.lock import STAMP_DIGITS, RunLock
 
 ExecutorFactory = Callable[[], Executor]
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What a finished job left: where, and its summary (see `pipeline.report.summarize`)."""
+    """What a finished job left: where, and its summary (see `records.summary.summarize`)."""
 
     output: Place
     run_directory: Path

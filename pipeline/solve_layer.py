@@ -14,17 +14,17 @@ from pipeline.config.methods import method_names
 from pipeline.config.pattern import Pattern
 from pipeline.config.solve import SolveConfig
 from pipeline.config.solver import AUTO, SolverSettings
-from pipeline.device import choose_device, make_deterministic
-from pipeline.measure import device_peak, host_peak, reset_peaks
+from pipeline.runtime.device import choose_device, make_deterministic
+from pipeline.runtime.stopwatch import device_peak, host_peak, reset_peaks
 from pipeline.solvers.auto_shrinkage import choose_regularization
 from pipeline.solvers.objective import relative_error
 from pipeline.solvers.registry import solver_for
 from pipeline.solvers.types import Statistics
-from pipeline.statistics import Accumulator, merged
-from storage.commit import replace_file
+from pipeline.statistics.accumulate import Accumulator, merged
 from storage.errors import ConfigError, DataError, NumericalError
-from storage.layer_files import SavedLayer, read_layer_file
-from storage.safetensors_format import header_for, tensor_bytes
+from storage.files.commit import replace_file
+from storage.model.safetensors_format import header_for, tensor_bytes
+from storage.run.layer_files import SavedLayer, read_layer_file
 
 
 def solve_layer(path: Path, config: SolveConfig) -> dict[str, dict[str, Any]]:

@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from storage.errors import ConfigError, ResourceError, first_line
-from storage.hashing import HashingStream
+from storage.files.hashing import HashingStream
 
 PART_BYTES = 8 * 2**20
 """What one request reads."""

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.s3_server import S3Server, s3_server
-from tests.tiny_models import save_tiny_model
+from tests.support.s3_server import S3Server, s3_server
+from tests.support.tiny_models import save_tiny_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -70,8 +70,8 @@ def _tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 def tiny_model(_tiny_models: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """A factory: `tiny_model("qwen2", weight_files=2, tied=True)` is a folder of the test's own.
 
-    Options: those of `tests.tiny_models.save_tiny_model` and `tiny_config`. A model is built once
-    a session and copied, so a test may damage its copy.
+    Options: those of `tests.support.tiny_models.save_tiny_model` and `tiny_config`. A model is
+    built once a session and copied, so a test may damage its copy.
     """
 
     def make(architecture: str = "llama", **options: object) -> Path:

@@ -1,7 +1,7 @@
 """What a solve and its statistics compute, in operations and bytes: pure counts of shapes.
 
-They follow the code of `pipeline/solvers` and `pipeline/statistics.py`, whose settings they read.
-R: rows of a rank, C: columns of a group.
+They follow the code of `pipeline/solvers` and `pipeline/statistics/accumulate.py`, whose settings
+they read. R: rows of a rank, C: columns of a group.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pipeline.config.solver import SolverSettings
 from pipeline.solvers.cost import SolveCounts
 from pipeline.solvers.registry import solver_for
-from pipeline.statistics import panels, statistics_bytes
+from pipeline.statistics.accumulate import panels, statistics_bytes
 
 _ROW_TILE = 16
 _POWER_STEPS = 64

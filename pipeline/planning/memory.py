@@ -1,7 +1,8 @@
 """Peak memory of a worker, phase by phase: what it holds at once, from shapes alone.
 
 On a GPU the tensors lie in the device's memory, on a CPU in the process's. The counts follow
-`pipeline/worker.py` and the solvers; what a process takes before it holds a tensor is the rates'.
+`pipeline/worker/block_worker.py` and the solvers; what a process takes before it holds a tensor is
+the rates'.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ from dataclasses import dataclass
 
 from pipeline.config.solver import AUTO
 from pipeline.planning.counts import padded
-from pipeline.planning.job import PlannedJob
-from pipeline.planning.shape import BlockShape, GroupShape
+from pipeline.planning.planned_job import PlannedJob
+from pipeline.planning.shapes.model import BlockShape, GroupShape
 from pipeline.solvers.registry import solver_for
-from pipeline.solving import MOST_ROWS
-from pipeline.statistics import panels
+from pipeline.statistics.accumulate import panels
+from pipeline.worker.solve import MOST_ROWS
 
 # What numba and its compiler take in a process that runs the proximal operator on a CPU, as seen.
 _NUMBA_BYTES = 70 * 2**20
 # A C library keeps freed blocks below 32 MiB for later ones; those of forwards and of solves do not
 # fit into each other's places. So much at most is kept that way, as seen.
 _KEPT_BYTES = 256 * 2**20
-# What a sum over ranks exchanges at once, bytes (`pipeline/collective.py`), and its buffers.
+# What a sum over ranks exchanges at once, bytes (`pipeline/statistics/all_reduce.py`), and its
+# buffers.
 _CHUNK_BYTES = 1 << 28
 _BUFFERS = 3
 _OBJECTIVE_ROWS = 2048
@@ -199,6 +201,6 @@ def solve_held(job: PlannedJob, group: GroupShape, rows: int) -> float:
 
 
 def rows_at_once(group: GroupShape) -> int:
-    """Rows of a group that a solve takes at most at once: see `pipeline.solving.in_parts`."""
+    """Rows of a group that a solve takes at most at once: see `pipeline.worker.solve.in_parts`."""
     each = max(rows for _, rows, _ in group.layers)
     return max(each, MOST_ROWS * group.columns // each * each)

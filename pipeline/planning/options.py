@@ -12,10 +12,10 @@ from typing import Literal
 from pipeline.config.fields import option, require
 from pipeline.config.layers import ExpertOptions
 from pipeline.config.prune import ModelOptions
-from pipeline.planning.job import PlannedJob
-from pipeline.planning.machine import available_memory
+from pipeline.planning.planned_job import PlannedJob
 from pipeline.planning.rates import GPUS, Rates, cpu_rates, gpu_rates, load_rates, with_threads
-from pipeline.planning.shape import ModelShape, read_shape
+from pipeline.planning.shapes.model import ModelShape, read_shape
+from pipeline.runtime.free_memory import available_memory
 from storage.errors import ConfigError
 from storage.object_store import Place
 

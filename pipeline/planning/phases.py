@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pipeline.planning.counts import hessian_flops, reduced_bytes, solve_counts
-from pipeline.planning.job import PlannedJob
 from pipeline.planning.memory import (
     Held,
     ahead_bytes,
@@ -20,7 +19,7 @@ from pipeline.planning.memory import (
     propagate_memory,
     rows_at_once,
 )
-from pipeline.planning.parts import (
+from pipeline.planning.phase_parts import (
     BANDWIDTH,
     COMPUTE,
     DISK,
@@ -32,8 +31,9 @@ from pipeline.planning.parts import (
     Phase,
     merge,
 )
-from pipeline.planning.profile import ForwardProfile
-from pipeline.planning.shape import BlockShape, GroupShape
+from pipeline.planning.planned_job import PlannedJob
+from pipeline.planning.shapes.model import BlockShape, GroupShape
+from pipeline.planning.shapes.profile import ForwardProfile
 from pipeline.solvers.cost import objective_share
 from pipeline.solvers.registry import solver_for
 

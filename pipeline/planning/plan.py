@@ -8,10 +8,10 @@ from functools import cached_property, partial
 from typing import Any
 
 from pipeline.planning.counts import store_bytes
-from pipeline.planning.job import PlannedJob
 from pipeline.planning.memory import compiler_bytes, kept_by_allocator, sums_held
-from pipeline.planning.parts import Phase
+from pipeline.planning.phase_parts import Phase
 from pipeline.planning.phases import PhaseModel
+from pipeline.planning.planned_job import PlannedJob
 from pipeline.solvers.registry import solver_class
 
 PLAN_SCHEMA = 1

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from storage.commit import replace_file
 from storage.errors import ConfigError
+from storage.files.commit import replace_file
 
 RATES_SCHEMA = 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pipeline.planning.parts import Phase
+from pipeline.planning.phase_parts import Phase
 from pipeline.planning.plan import PLAN_SCHEMA, Plan, scaling
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.pattern import Pattern
-from pipeline.model import FORWARD_DTYPES
-from pipeline.planning.shape import GroupShape, ModelShape
+from pipeline.models.skeleton import FORWARD_DTYPES
+from pipeline.planning.shapes.model import GroupShape, ModelShape
 from pipeline.solvers.masks import keep_mask
 from pipeline.speed.machine import Machine
 from storage.errors import NumericalError, first_line

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from pipeline.capture import BlockCall
-from pipeline.linears import linear_layers
-from pipeline.planning.shape import ModelShape
-from pipeline.planning.source import example_block
+from pipeline.models.forward_capture import BlockCall
+from pipeline.models.linears import linear_layers
+from pipeline.planning.shapes.model import ModelShape
+from pipeline.planning.shapes.source import example_block
 from pipeline.speed.machine import Machine
 from pipeline.speed.products import PATTERN, random_weight
 from storage.errors import first_line

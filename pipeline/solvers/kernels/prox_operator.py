@@ -56,7 +56,7 @@ from torch import Tensor
 
 # Newton's method: an entry stops after its first step below the tolerance (the error left is about
 # its square), or after this many steps (only where two candidates nearly coincide, and with them
-# their objectives; `tests/test_prox_operator.py` measures the excess).
+# their objectives; `tests/solvers/test_prox_operator.py` measures the excess).
 NEWTON_STEPS = {torch.float32: 10, torch.float64: 14}
 NEWTON_TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-7}
 

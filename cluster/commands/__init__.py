@@ -1,0 +1,1 @@
+"""The commands of `prox24`, one file each, listed in `cluster.command_line`."""

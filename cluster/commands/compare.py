@@ -1,0 +1,85 @@
+"""`prox24 compare`: finished jobs side by side, on the terminal and as files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.terminal import WIDTH, as_text, plain_table
+from pipeline.reporting.tables import Column, Table, known_rows
+
+DESCRIPTION = (
+    "Compare finished jobs by their run directories alone: the settings that differ, perplexity "
+    "where it was measured, errors by kind of layer, time and memory."
+)
+_LONGEST_NAME = 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `prox24 compare`."""
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="a job's run directory, or the OUTPUT that it is of"
+    )
+    parser.add_argument(
+        "--output", metavar="FOLDER",
+        help="write compare.md, compare.csv and compare.parquet there",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def compare_command(options: argparse.Namespace) -> int:
+    """Prints and writes the comparison; returns the exit status, 0."""
+    from pipeline.reporting.compare_runs import comparison, read_runs
+    from pipeline.reporting.tables import arrow, write_table
+
+    table = comparison(read_runs([Path(run) for run in options.runs]))
+    if options.output is not None:
+        write_table(Path(options.output), "compare", table)
+    if options.json:
+        print(json.dumps({"runs": arrow(table).to_pylist()}))
+    else:
+        print(table_text(table), end="")
+    return 0
+
+
+def table_text(table: Table, only: str | None = None) -> str:
+    """The table as text of at most 80 columns; what does not fit beside each other, below.
+
+    `only`: the one part that is wanted, without notes.
+    """
+    parts: list[Any] = []
+    # Long names are told once, and then stand for by numbers.
+    names = table.rows
+    if max(map(len, names)) > _LONGEST_NAME:
+        for number, name in enumerate(names, start=1):
+            parts.append(f"{number}  {name}")
+        names = tuple(str(number) for number in range(1, len(names) + 1))
+    for part, columns in table.parts().items():
+        if only not in (None, part):
+            continue
+        parts.append(f"\n{part}")
+        for beside in _beside(columns, len(names), WIDTH - max(map(len, ("run", *names)))):
+            shown = plain_table(("run", *(column.title for column in beside)), fold=True)
+            for row in known_rows(columns):
+                shown.add_row(names[row], *(column.shown(row) for column in beside))
+            parts.append(shown)
+    return as_text([*parts, *(table.notes if only is None else ())])
+
+
+def _beside(columns: Sequence[Column], rows: int, room: int) -> list[list[Column]]:
+    """The columns in runs that fit into `room` characters; one that never fits stands alone."""
+    tables: list[list[Column]] = [[]]
+    left = room
+    for column in columns:
+        cells = [column.title, *(column.shown(row) for row in range(rows))]
+        width = max(map(len, cells)) + 3  # rich puts three spaces between columns
+        if tables[-1] and width > left:
+            tables.append([])
+            left = room
+        tables[-1].append(column)
+        left -= width
+    return tables

@@ -1,0 +1,115 @@
+"""`prox24 sweep`: its YAML file as jobs, and what people see of it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from cluster.commands.compare import table_text
+from cluster.console import Console
+from cluster.options import Parser, add_options, as_arguments, config_from, read_yaml
+from cluster.source import resolve_model
+from pipeline.config.evaluate import EvalConfig
+from pipeline.config.prune import PruneConfig
+from pipeline.config.runtime import RuntimeConfig
+from pipeline.loop.executor import Executor
+from pipeline.sweep.grid import SweepPlan, read_plan
+from storage.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.sweep.run import Sweep
+
+DESCRIPTION = (
+    "Prune a model with many settings, evaluate each, and write a table and plots. The same "
+    "command goes on with what is missing. Exit status 1 where a run failed."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `prox24 sweep`."""
+    parser.add_argument(
+        "--config", required=True, help="YAML file of the sweep: see docs/sweeps.md"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--verbose", action="store_true", help="show debug messages")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def sweep_command(
+    options: argparse.Namespace,
+    executors: Callable[[RuntimeConfig, Console], Callable[[], Executor]],
+) -> int:
+    """Runs the sweep; returns the exit status: 0, or 1 where a run failed."""
+    from pipeline.reporting.compare_runs import SETTINGS
+    from pipeline.reporting.tables import arrow
+    from pipeline.sweep.run import sweep
+
+    where = f"--config {options.config}"
+    wanted = sweep_from(read_plan(read_yaml(Path(options.config)), where), where)
+    console = _SweepConsole()
+    result = sweep(wanted, lambda config: executors(config, console), console)
+    if options.json:
+        print(json.dumps({"runs": arrow(result.table).to_pylist(), "failed": result.failed}))
+    else:
+        print(table_text(result.table, only=SETTINGS), end="")
+    for path in result.files:
+        console.print(f"wrote {path}")
+    for name, why in result.failed.items():
+        print(f"prox24: {name} failed: {why}", file=sys.stderr)
+    return 1 if result.failed else 0
+
+
+def sweep_from(plan: SweepPlan, where: str) -> Sweep:
+    """The sweep that a plan asks for. Raises `ConfigError` for an option that is wrong."""
+    from pipeline.sweep.run import Sweep
+
+    configs = tuple(
+        _parsed(PruneConfig, point.options, f"{where}: {point.name}") for point in plan.points
+    )
+    runtime = {field.name.replace("_", "-") for field in dataclasses.fields(RuntimeConfig)}
+    placed = {key: value for key, value in plan.points[0].options.items() if key in runtime}
+    evaluation = _parsed(EvalConfig, {**placed, **plan.evaluation}, f"{where}: eval")
+    source = resolve_model(plan.model)
+    return Sweep(
+        source=source.folder,
+        source_name=source.name,
+        folder=Path(plan.folder).absolute(),
+        axis=plan.axis,
+        points=plan.points,
+        configs=configs,
+        evaluation=evaluation,
+        keep_models=plan.keep_models,
+    )
+
+
+class _FileParser(Parser):
+    """The parser of a command, for options in a file: what is wrong is raised."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `ConfigError`."""
+        raise ConfigError(f"{self.prog}: {message}")
+
+
+def _parsed(kind: type[Any], options: Mapping[str, Any], where: str) -> Any:
+    """The config of options as written, converted and checked as on the command line."""
+    parser = _FileParser(prog=where, allow_abbrev=False, add_help=False)
+    add_options(parser, kind)
+    try:
+        return config_from(parser.parse_args(as_arguments(options, where)), kind)
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from error
+
+
+class _SweepConsole(Console):
+    """Without a terminal one line a run is enough, in place of one a block."""
+
+    def block_done(self, block: int, relative_error: float | None) -> None:
+        """Moves the bar where there is one."""
+        if self.console.is_terminal:
+            super().block_done(block, relative_error)

@@ -1,0 +1,1 @@
+"""Running ranks on Ray: connection, placement, actors, lost nodes, and metrics."""

@@ -1,0 +1,99 @@
+"""Likelihoods of given continuations, block by block: what tasks of multiple choice ask of a model.
+
+Requests are put in order of length and padded on the right to the next power of two, which a causal
+model does not see; each width is one pass over the model's blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from pipeline.config.evaluate import EvalConfig
+from pipeline.evaluation.perplexity import started
+from pipeline.loop.executor import Executor
+from pipeline.messages import Target
+from pipeline.models.skeleton import Skeleton, check_tokens
+from pipeline.preflight.disk import check_evaluation_space
+from pipeline.runtime.progress import Progress
+from storage.errors import ConfigError
+
+Tokens = tuple[int, ...]
+
+_NARROWEST = 16
+# Where a config does not say how long a text the model was made for.
+_DEFAULT_LONGEST = 2048
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one width, each with what is asked of it: (number of the request, target)."""
+
+    width: int
+    sequences: tuple[Tokens, ...]
+    asked: tuple[tuple[tuple[int, Target], ...], ...]
+
+
+def longest_sequence(skeleton: Skeleton) -> int:
+    """Tokens that the model's config allows, or 2,048."""
+    config = skeleton.model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or _DEFAULT_LONGEST)
+
+
+def batches(requests: Iterable[tuple[Sequence[int], Sequence[int]]], longest: int) -> list[Batch]:
+    """Requests (context, continuation) as sequences by width, the narrowest first.
+
+    A sequence is the context and the continuation without its last token, which nothing follows;
+    where it is longer than `longest`, its beginning is left out. Requests with the same sequence
+    (continuations of one token) share it.
+
+    Raises `ConfigError` for a continuation that is empty, longer than `longest`, or has no context.
+    """
+    asked: dict[Tokens, list[tuple[int, Target]]] = {}
+    for number, (context, continuation) in enumerate(requests):
+        if not context or not 0 < len(continuation) <= longest:
+            raise ConfigError(
+                f"request {number} of the tasks has {len(context)} tokens of context and "
+                f"{len(continuation)} to score, of {longest} at most: not a task for this model"
+            )
+        sequence = (*context, *continuation)[-(longest + 1) : -1]
+        target = Target(len(sequence) - len(continuation), tuple(continuation))
+        asked.setdefault(sequence, []).append((number, target))
+    by_width: dict[int, list[Tokens]] = {}
+    for sequence in asked:
+        width = min(max(_NARROWEST, 1 << (len(sequence) - 1).bit_length()), longest)
+        by_width.setdefault(width, []).append(sequence)
+    return [
+        Batch(width, tuple(own), tuple(tuple(asked[sequence]) for sequence in own))
+        for width, own in sorted(by_width.items())
+    ]
+
+
+def log_likelihoods(
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    skeleton: Skeleton,
+    config: EvalConfig,
+    executor: Executor,
+    progress: Progress,
+) -> list[tuple[float, bool]]:
+    """Of each request (context, continuation) in tokens: the continuation's log-likelihood (nats)
+    after the context, and whether a greedy choice would give it.
+
+    Raises an `InputError` for requests that do not fit the model, and for a full disk.
+    """
+    found: dict[int, tuple[float, bool]] = {}
+    check_tokens(skeleton, torch.tensor([t for pair in requests for part in pair for t in part]))
+    for batch in batches(requests, longest_sequence(skeleton)):
+        tokens = torch.zeros((len(batch.sequences), batch.width), dtype=torch.int64)
+        for row, sequence in zip(tokens, batch.sequences, strict=True):
+            row[: len(sequence)] = torch.tensor(sequence)
+        own = replace(config, seqlen=batch.width)
+        check_evaluation_space(own, skeleton, len(tokens))
+        targets = [[target for _, target in asked] for asked in batch.asked]
+        with started(skeleton, tokens, own, executor, progress) as (_, loop):
+            answers = [answer for outcome in loop.likelihoods(targets) for answer in outcome.value]
+        for asked, answer in zip(batch.asked, answers, strict=True):
+            found |= {number: value for (number, _), value in zip(asked, answer, strict=True)}
+    return [found[number] for number in range(len(requests))]

@@ -1,0 +1,286 @@
+"""Perplexity by the field's convention, through the same block-by-block forward as pruning.
+
+The text is joined, tokenized once and cut in pieces of `seqlen` (method.md, conventions); the
+result is exp of the mean next-token loss. Hidden states go through activation stores on disk, so
+that evaluating needs no more memory than pruning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config.evaluate import EvalConfig
+from pipeline.loop.block_loop import BlockLoop
+from pipeline.loop.executor import Executor
+from pipeline.loop.trace import traced
+from pipeline.messages import Job, Reference
+from pipeline.models.skeleton import Skeleton, check_seqlen, check_tokens, open_skeleton
+from pipeline.preflight.disk import check_evaluation_space
+from pipeline.preflight.shared_folders import scratch_of
+from pipeline.records.inputs import read_inputs
+from pipeline.records.manifest import data_identity
+from pipeline.runtime.progress import Progress
+from pipeline.text.documents import hub_revision
+from pipeline.text.tokens import describe_tokenizer, evaluation_tokens, load_tokenizer
+from storage.errors import ConfigError, NumericalError
+from storage.object_store import Place, absolute, location
+from storage.run.activations import write_tokens
+from storage.run.directory import SCRATCH_PREFIX, RunDirectory
+from storage.run.lock import RunLock
+
+
+def evaluate(
+    source: Place,
+    config: EvalConfig,
+    make_executor: Callable[[], Executor],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Perplexity of the model at `source`, on an executor that is made for it.
+
+    Returns what `measure_perplexity` returns. Raises an `InputError` for bad input before any
+    compute.
+    """
+    prepared = prepare(source, config)
+    check_evaluation_space(config, prepared.skeleton, len(prepared.tokens))
+    executor = traced(make_executor(), config.trace)
+    try:
+        return measure_perplexity(prepared, config, executor, progress)
+    finally:
+        progress.end()
+        executor.close()
+
+
+def compare(
+    sources: Sequence[Place],
+    config: EvalConfig,
+    make_executor: Callable[[], Executor],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """`evaluate` for several models on the same tokens, each but the first held against the first.
+
+    Each result has what `measure_perplexity` returns; those after the first also `against_first`:
+    `loss_difference` and its `standard_error` (nats a token, paired by sequence: mean and standard
+    error over the sequences, None where there is one), `jensen_shannon` and `kullback_leibler`
+    (means over the predicted tokens, in nats; KL of this model from the first) and `same_token`
+    (the share, 0 to 1, of predicted tokens whose most likely value is the same).
+
+    Raises an `InputError` for bad input before any compute, models with other tokenizers included.
+    """
+    prepared = [prepare(source, config) for source in sources]
+    for another in prepared[1:]:
+        if not torch.equal(another.tokens, prepared[0].tokens):
+            raise ConfigError(
+                f"{another.skeleton.files.place} and {prepared[0].skeleton.files.place} make "
+                "other tokens of the text; only models with the same tokenizer can be compared"
+            )
+    for each in prepared:
+        # Three stores: the first model's last one, and two of the model that runs.
+        check_evaluation_space(config, each.skeleton, -(-3 * len(each.tokens) // 2))
+    executor = traced(make_executor(), config.trace)
+    try:
+        with evaluated(prepared[0], config, executor, progress) as first:
+            results = [first.figures()]
+            for each in prepared[1:]:
+                with evaluated(each, config, executor, progress) as other:
+                    results.append(other.figures() | {"against_first": other.against(first)})
+        return results
+    finally:
+        progress.end()
+        executor.close()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What can be checked without workers has been.
+
+    tokens: int64 (n, seqlen). dataset, revision: the text's name, and its commit on the hub or
+    `sha256:` and a file's hash. tokenizer: its class and the number of its tokens.
+    """
+
+    skeleton: Skeleton
+    tokens: Tensor
+    dataset: str
+    revision: str
+    tokenizer: dict[str, Any]
+
+
+def prepare(source: Place, config: EvalConfig) -> Prepared:
+    """Opens the model and tokenizes the text. Raises an `InputError` for bad input."""
+    skeleton = open_skeleton(
+        absolute(source), dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
+    check_seqlen(skeleton, config.seqlen)
+    identity = data_identity(config.dataset)
+    wanted = config.dataset_revision
+    if identity["sha256"] is None:
+        commit: str | None = hub_revision(config.dataset, wanted)
+    elif wanted is None:
+        commit = None
+    else:
+        raise ConfigError(f"--dataset-revision is of hub data sets; {config.dataset} is a file")
+    tokenizer = load_tokenizer(skeleton.files.folder, config.trust_remote_code)
+    tokens = evaluation_tokens(
+        tokenizer, config.dataset, config.text_column, config.seqlen, config.nsamples, commit
+    )
+    check_tokens(skeleton, tokens)
+    revision = commit or f"sha256:{identity['sha256']}"
+    return Prepared(skeleton, tokens, identity["name"], revision, describe_tokenizer(tokenizer))
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model that has been run on its tokens, its workers and last hidden states still there.
+
+    losses: summed next-token loss (nats) of every sequence.
+    """
+
+    prepared: Prepared
+    config: EvalConfig
+    run: RunDirectory
+    loop: BlockLoop
+    losses: list[float]
+
+    def figures(self) -> dict[str, Any]:
+        """What `measure_perplexity` returns. Raises `NumericalError` where it is not finite."""
+        skeleton, seqlen = self.prepared.skeleton, self.config.seqlen
+        predicted = len(self.losses) * (seqlen - 1)
+        mean = sum(self.losses) / predicted
+        if not math.isfinite(mean):
+            raise NumericalError(
+                f"{skeleton.files.place}: the loss is not finite; try --dtype float32"
+            )
+        return {
+            "perplexity": math.exp(mean),
+            "tokens": len(self.losses) * seqlen,
+            "predicted_tokens": predicted,
+            "seqlen": seqlen,
+            "nsamples": len(self.losses),
+            "dataset": self.prepared.dataset,
+            "dataset_revision": self.prepared.revision,
+            "tokenizer": self.prepared.tokenizer,
+            "tokens_sha256": hashlib.sha256(self.prepared.tokens.numpy().tobytes()).hexdigest(),
+            "dtype": str(skeleton.dtype).removeprefix("torch."),
+        }
+
+    def against(self, first: Evaluated) -> dict[str, float | None]:
+        """The paired comparison that `compare` returns."""
+        skeleton, block = first.prepared.skeleton, len(first.prepared.skeleton.blocks)
+        reference = Reference(
+            source=location(skeleton.files.place),
+            dtype=str(skeleton.dtype).removeprefix("torch."),
+            run_directory=str(first.run.path),
+            block=block,
+            shards=read_inputs(first.run.activation_record(block)),
+        )
+        outcomes = self.loop.compare(reference)
+        distances = [distance for outcome in outcomes for distance in outcome.value]
+        each = self.config.seqlen - 1
+        predicted = len(distances) * each
+        differences = [
+            (own - other) / each for own, other in zip(self.losses, first.losses, strict=True)
+        ]
+        mean, standard_error = mean_and_error(differences)
+        return {
+            "loss_difference": mean,
+            "standard_error": standard_error if math.isfinite(standard_error) else None,
+            "jensen_shannon": sum(d.jensen_shannon for d in distances) / predicted,
+            "kullback_leibler": sum(d.kullback_leibler for d in distances) / predicted,
+            "same_token": sum(d.same for d in distances) / predicted,
+        }
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of some values and its standard error, which is NaN of one value."""
+    count = len(values)
+    spread = statistics.stdev(values) / math.sqrt(count) if count > 1 else math.nan
+    return statistics.fmean(values), spread
+
+
+def measure_perplexity(
+    prepared: Prepared, config: EvalConfig, executor: Executor, progress: Progress
+) -> dict[str, Any]:
+    """Perplexity, with the ranks of `executor` started anew for this model.
+
+    Returns `perplexity`, `tokens` (of text evaluated), `predicted_tokens` (those with a loss: all
+    but the first of each sequence), `seqlen`, `nsamples`, `dataset`, `dataset_revision` (a commit
+    of the hub, or `sha256:` and a file's hash), `tokenizer` (`class` and number of `tokens`),
+    `tokens_sha256` (of the tokens as int64, which fixes the text and the tokenizer), `dtype`.
+
+    Raises `NumericalError` where the loss is not finite.
+    """
+    with evaluated(prepared, config, executor, progress) as found:
+        return found.figures()
+
+
+@contextlib.contextmanager
+def evaluated(
+    prepared: Prepared, config: EvalConfig, executor: Executor, progress: Progress
+) -> Iterator[Evaluated]:
+    """Runs a model block by block, with the ranks of `executor` started anew for it."""
+    with started(prepared.skeleton, prepared.tokens, config, executor, progress) as (run, loop):
+        losses = [loss for outcome in loop.evaluate() for loss in outcome.value]
+        yield Evaluated(prepared, config, run, loop, losses)
+
+
+@contextlib.contextmanager
+def started(
+    skeleton: Skeleton, tokens: Tensor, config: EvalConfig, executor: Executor, progress: Progress
+) -> Iterator[tuple[RunDirectory, BlockLoop]]:
+    """A block loop over `tokens` (n, config.seqlen), in a run directory that is deleted again."""
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=config.scratch_dir) as scratch:
+        run = RunDirectory(Path(scratch).absolute())
+        stored = write_tokens(run.tokens(), tokens)
+        with RunLock(run.path) as lock:
+            progress.begin("evaluating", len(skeleton.blocks), 0)
+            progress.phase("start workers")
+            loop = BlockLoop(
+                executor=executor,
+                run=run,
+                lock=lock,
+                progress=progress,
+                blocks=len(skeleton.blocks),
+                layers=(),
+                dtypes=(),
+                calibrates=True,
+                chooses=False,
+                max_attempts=3,
+            )
+            loop.start(_job(config, skeleton, run, len(tokens), stored.sha256, executor))
+            yield run, loop
+
+
+def _job(
+    config: EvalConfig,
+    skeleton: Skeleton,
+    run: RunDirectory,
+    nsamples: int,
+    tokens_sha256: str,
+    executor: Executor,
+) -> Job:
+    return Job(
+        source=location(skeleton.files.place),
+        run_directory=str(run.path),
+        tokens_sha256=tokens_sha256,
+        rules=None,
+        nsamples=nsamples,
+        seqlen=config.seqlen,
+        batch_size=config.batch_size,
+        dtype=config.dtype,
+        device=config.device,
+        threads=executor.threads,
+        trust_remote_code=config.trust_remote_code,
+        source_identity=skeleton.files.identity(),
+        shared=scratch_of(run),
+        interface=config.network_interface,
+    )

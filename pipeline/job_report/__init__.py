@@ -1,1 +1,0 @@
-"""What a finished job tells: one HTML page, and its layers as a table for programs."""

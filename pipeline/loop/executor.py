@@ -1,0 +1,53 @@
+"""Who runs the ranks: the protocol of the block loop, and the executor without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from pipeline.messages import Job, Outcome
+
+
+class Executor(Protocol):
+    """Runs phases of `BlockWorker` on every rank. The loop knows no more of a cluster than this."""
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of each rank."""
+        ...
+
+    @property
+    def world(self) -> int:
+        """Number of ranks. `recover` may change it: read it anew for each phase."""
+        ...
+
+    def start(self, job: Job) -> None:
+        """Makes the ranks, before anything else; again, for another job, in place of the first."""
+        ...
+
+    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+        """Runs one phase on all ranks, `arguments[rank]` each; outcomes in rank order.
+
+        Raises `WorkerLostError` when a rank is gone or hangs, and a rank's own error as it is.
+        """
+        ...
+
+    def reduce(self) -> list[Outcome]:
+        """Gives every rank the sum, in rank order, of all ranks' statistics."""
+        ...
+
+    def recover(self) -> None:
+        """Replaces ranks that are gone, and drops what an abandoned attempt left in the others.
+
+        Raises `WorkerLostError` when another is lost meanwhile, `ResourceError` when there is no
+        place for them.
+        """
+        ...
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Who runs the ranks, as JSON for the records: `host`, `pid` and what else is known."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the ranks. Never raises because one of them is already gone."""
+        ...

@@ -1,0 +1,284 @@
+"""Damaged files of a run directory, made again from what is whole.
+
+Found by hash, each named in a note, and the smallest part redone:
+
+an activation shard   its tokens are run through the committed blocks again; equal bytes take the
+                      damaged file's place
+a row slice           its block is solved again from inputs made again; equal bytes take its place
+a block's record      its block is solved again, and compared with the row slices that are there
+choices               copied from the block's record; chosen again by the same rule before that
+tokens                cut from the text again, if that gives the same bytes
+run.json              written again by the driver that has read it; a new driver cannot know it
+a shards' record      the block's inputs are made again
+
+Workers of the same kind, however many, give equal bytes. Where they differ, the redone block's
+record replaces the old one and says so; later blocks are kept, though they were calibrated with
+inputs that differ in the last digits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.records.inputs import ACTIVATIONS_SCHEMA, CHOICES_SCHEMA, read_inputs
+from pipeline.records.manifest import MANIFEST_SCHEMA
+from storage.errors import CorruptFileError
+from storage.files.commit import read_json, replace_by, replace_json, sha256_file
+from storage.files.damage import damage
+from storage.files.hashing import StoredFile
+from storage.run.checkpoints import BlockRecord
+from storage.run.directory import RECORD_NAME
+
+if TYPE_CHECKING:
+    from pipeline.loop.block_loop import BlockLoop
+    from pipeline.messages import Outcome
+
+
+class Repairs:
+    """Looks through the run directory of a block loop, in between its phases."""
+
+    def __init__(self, loop: BlockLoop) -> None:
+        self.loop, self.run = loop, loop.run
+        self._found = 0
+
+    def mend(self, *, hashed: bool) -> bool:
+        """Makes again whatever is damaged; whether anything was.
+
+        hashed: read all files and compare hashes; else records and sizes alone. In the order in
+        which one needs the other: a block is done again from whole blocks before it.
+        """
+        self._manifest()
+        if hashed and self.loop.mend_tokens is not None and self.loop.mend_tokens():
+            self._found += 1
+        for block in range(self.loop.blocks + 1):
+            if self.run.activation_record(block).exists():
+                self._store(block, hashed)
+            if block < self.loop.begun:
+                self._block(block, hashed)
+            elif self.run.choices(block).exists():
+                self._choices(block)
+        return self._found > 0
+
+    def mend_inputs(self) -> None:
+        """Makes again activation shards that are missing, or not as long as recorded."""
+        for block in self.run.committed_activations():
+            self._store(block, False)
+
+    # -- what is looked at ------------------------------------------------------------------
+
+    def _manifest(self) -> None:
+        if self.loop.manifest is None:
+            return
+        try:
+            read_json(self.run.manifest, MANIFEST_SCHEMA)
+        except CorruptFileError:
+            self._note(self.run.manifest, _state(self.run.manifest), "it is written again")
+            replace_json(self.run.manifest, self.loop.manifest, guard=self.loop.lock.assert_held)
+
+    def _store(self, block: int, hashed: bool) -> None:
+        """The activation shards of one block's inputs, and the record that names them."""
+        path = self.run.activation_record(block)
+        try:
+            shards = read_inputs(path)
+        except CorruptFileError:
+            self._note(path, _state(path), f"the inputs of block {block} are made again")
+            self.run.remove_activations(block, self.loop.lock.assert_held)
+            return
+        bad = self._damaged_inputs(block, shards, hashed)
+        if not bad:
+            return
+        needed = block == max(self.run.committed_activations())
+        if not needed or 2 * len(bad) > len(shards):
+            # An older store, or as much work as the whole: the loop makes it anew if it needs it.
+            index, state = next(iter(bad.items()))
+            remedy = f"the inputs of block {block} are made again"
+            self._note(path.parent / shards[index].name, state, remedy)
+            self.run.remove_activations(block, self.loop.lock.assert_held)
+            return
+        for index, state in bad.items():
+            remedy = f"its sequences are run through {block} blocks again"
+            self._note(path.parent / shards[index].name, state, remedy)
+        self._replay(block, shards, sorted(bad))
+
+    def _damaged_inputs(
+        self, block: int, shards: Sequence[StoredFile], hashed: bool
+    ) -> dict[int, str]:
+        """Number of each damaged activation shard → what is wrong; the ranks look at scratch."""
+        loop = self.loop
+        if not loop.scratch:
+            return _damaged(self.run.activations(block), shards, hashed)
+        outcomes = loop.executor.run("scratch", loop.each("damaged", block, list(shards), hashed))
+        return dict(sorted((i, s) for outcome in outcomes for i, s in outcome.value.items()))
+
+    def _block(self, block: int, hashed: bool) -> None:
+        """A committed block: its record, choices and row slices."""
+        path = self.run.record(block)
+        try:
+            record = self.loop.read_record(block)
+        except CorruptFileError:
+            self._note(path, _state(path), f"block {block} is solved again")
+            self._choices(block)
+            self._redo_unknown(block)
+            return
+        self._choices(block, record.results.get("choices"))
+        bad = _damaged(path.parent, record.files, hashed)
+        for index, state in bad.items():
+            remedy = f"block {block} is solved again"
+            self._note(path.parent / record.files[index].name, state, remedy)
+        if bad:
+            self._redo(block, record, [record.files[index] for index in bad])
+
+    def _choices(self, block: int, recorded: object = None) -> None:
+        """What was chosen for a block; `recorded` in its record, where it has one."""
+        path = self.run.choices(block)
+        try:
+            groups = read_json(path, CHOICES_SCHEMA).get("groups")
+        except CorruptFileError:
+            groups = None
+        if isinstance(recorded, Mapping):
+            if groups != recorded:
+                self._note(path, _state(path), f"copied from the record of block {block}")
+                payload = {"schema_version": CHOICES_SCHEMA, "block": block, "groups": recorded}
+                replace_json(path, payload, guard=self.loop.lock.assert_held)
+        elif groups is None and path.exists():
+            self._note(path, _state(path), "chosen again, by the same rule from the same inputs")
+            path.unlink()
+
+    # -- how it is made again ---------------------------------------------------------------
+
+    def _replay(self, block: int, shards: Sequence[StoredFile], only: Sequence[int]) -> None:
+        """The activation shards `only` of the inputs of `block`, from the tokens."""
+        loop, stamp = self.loop, self.loop.stamp()
+        loop.progress.phase("embed")
+        made = _by_number(loop.executor.run("embed", loop.each(stamp, only)), only)
+        for current in range(block):
+            loop.progress.phase("propagate", current)
+            arguments = loop.each(current, loop.pruned(current), made, stamp, only)
+            written = _by_number(loop.executor.run("propagate", arguments), only)
+            self._drop(current, made.values())
+            made = written
+        directory, path = self.run.activations(block), self.run.activation_record(block)
+        guard = loop.lock.assert_held
+        replaced = {}
+        for index, file in made.items():
+            if file.sha256 == shards[index].sha256 and not loop.scratch:
+                replace_by(directory / file.name, directory / shards[index].name, guard)
+            else:
+                replaced[index] = file
+        if replaced:
+            payload = read_json(path, ACTIVATIONS_SCHEMA)
+            for index, file in replaced.items():
+                payload["shards"][index] = file.to_json()
+            # Now every rank sees its own.
+            payload["workers"] = loop.executor.workers()
+            replace_json(path, payload, guard=guard)
+        others = [i for i, file in replaced.items() if file.sha256 != shards[i].sha256]
+        if others:
+            loop.progress.note(
+                f"{directory}: {len(others)} activation shards differ from the damaged ones in "
+                "their last digits; the workers are of another kind"
+            )
+        self.run.sweep_uncommitted(guard)
+
+    def _redo(self, block: int, record: BlockRecord, bad: Sequence[StoredFile]) -> None:
+        """Row slices of a block whose record is whole."""
+        made = self._solve(block)
+        directory, guard = self.run.checkpoints(block), self.loop.lock.assert_held
+        names = {file.sha256: file.name for file in made.files}
+        if all(file.sha256 in names for file in bad):
+            for file in bad:
+                replace_by(directory / names[file.sha256], directory / file.name, guard)
+            self.loop.progress.note(f"block {block}: restored, the same bytes as before")
+        else:
+            self._replace(block, made, f"{record.world} workers made it before")
+        self.run.sweep_uncommitted(guard)
+
+    def _redo_unknown(self, block: int) -> None:
+        """A block whose record is lost. Its old row slices, if they are there, tell what it was."""
+        made = self._solve(block)
+        directory, guard = self.run.checkpoints(block), self.loop.lock.assert_held
+        new = {file.name for file in made.files}
+        old = {
+            sha256_file(path)
+            for path in directory.iterdir()
+            if path.name not in new | {RECORD_NAME} and path.is_file()
+        }
+        if all(file.sha256 in old for file in made.files):
+            replace_json(self.run.record(block), made.to_json(), guard=guard)
+            self.loop.progress.note(f"block {block}: done again, the same bytes as before")
+        else:
+            self._replace(block, made, "its row slices are others, or gone")
+        self.run.sweep_uncommitted(guard)
+
+    def _replace(self, block: int, made: BlockRecord, why: str) -> None:
+        """Another result than before takes the block's place; what lies behind it is kept."""
+        later = max(self.loop.begun - block - 1, 0)
+        text = (
+            f"block {block} was done again by {made.world} workers and may differ from what it was "
+            f"in the last digits ({why}); {later} later blocks are kept as they are"
+        )
+        self.loop.progress.note(text)
+        # Inputs that the block's earlier result was run on.
+        for behind in range(block + 1, self.loop.blocks + 1):
+            self.run.remove_activations(behind, self.loop.lock.assert_held)
+        results = {**made.results, "repair": {"text": text, "later_blocks": later}}
+        redone = dataclasses.replace(made, results=results)
+        guard = self.loop.lock.assert_held
+        replace_json(self.run.record(block), redone.to_json(), guard=guard)
+
+    def _solve(self, block: int) -> BlockRecord:
+        """The block done again, uncommitted.
+
+        Replaying its inputs needs two stores beside the one that the job is at: that one goes where
+        there is no room.
+        """
+        for later in self.run.committed_activations():
+            if later > block:
+                with contextlib.suppress(CorruptFileError):
+                    store = read_inputs(self.run.activation_record(later))
+                    needed = 2 * sum(file.bytes for file in store)
+                    # How much scratch each node has is not asked.
+                    if self.loop.scratch or shutil.disk_usage(self.run.path).free < needed:
+                        self.run.remove_activations(later, self.loop.lock.assert_held)
+        return self.loop.solve(block)
+
+    def _drop(self, block: int, files: Iterable[StoredFile]) -> None:
+        if self.loop.scratch:
+            names = [file.name for file in files]
+            self.loop.executor.run("scratch", self.loop.each("drop", block, names))
+            return
+        directory = self.run.activations(block)
+        for file in files:
+            (directory / file.name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: it holds a store
+            directory.rmdir()
+
+    def _note(self, path: Path, state: str, remedy: str) -> None:
+        self._found += 1
+        self.loop.progress.note(f"{path}: {state}; {remedy}")
+
+
+def _damaged(directory: Path, files: Sequence[StoredFile], hashed: bool) -> dict[int, str]:
+    """Number of each damaged file → what is wrong with it."""
+    states = {
+        index: damage(directory / file.name, file, hashed=hashed)
+        for index, file in enumerate(files)
+    }
+    return {index: state for index, state in states.items() if state is not None}
+
+
+def _by_number(outcomes: Sequence[Outcome], only: Sequence[int]) -> dict[int, StoredFile]:
+    """The ranks' activation shards by number: each has a contiguous share, in order."""
+    files = [file for outcome in outcomes for file in outcome.value]
+    return dict(zip(only, files, strict=True))
+
+
+def _state(path: Path) -> str:
+    if not path.exists():
+        return "missing"
+    return "damaged" if path.stat().st_size else "empty"

@@ -1,0 +1,175 @@
+"""From config.json to a model without weights, with transformers' help and without its trust.
+
+A model folder may come from anyone. transformers believes its config.json: a number of layers is
+a list that long, a file name is opened, the name of an attention kernel is fetched from the hub and
+run. So what config.json may not say is refused first, and the model is built on the meta device,
+where nothing takes memory, before it is built with the buffers that its constructors compute.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from pipeline.models.text_stack import WRAPPERS, auto_class
+from storage.errors import ModelError
+from storage.model.files import ModelFiles
+
+MAX_BUFFER_BYTES = 2**30
+"""Of all buffers that a model's constructors compute; rotary tables and masks take megabytes."""
+
+MAX_COUNT_ALONE = 10_000
+"""Of layers, heads or experts that a config.json may state without weight files to show them."""
+
+_LONGEST_REASON = 300
+# Numbers of modules, or of entries in a list that a config class makes.
+_COUNTS = re.compile(r"((num|n|max)_)?(\w+_)?(layers?|blocks?|heads?|experts?|labels)")
+_IMPLEMENTATION = re.compile(r"\w*")
+
+
+def reason(error: BaseException) -> str:
+    """An error's message on one line, without unprintable characters, cut if it is long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"
+
+
+def load_config(files: ModelFiles, trust_remote_code: bool) -> PreTrainedConfig:
+    """transformers' config object of a model folder. ModelError if there is none to be had."""
+    # Of layers, heads or experts there is a tensor each, or an entry of a tensor each.
+    most = max(len(files.tensors), *(n for e in files.tensors.values() for n in (0, *e.shape)))
+    held = f"the weight files hold {len(files.tensors)} tensors, of {most} entries in a dimension"
+    path = files.folder / "config.json"
+    return _checked_config(files.config, path, files.folder, most, held, trust_remote_code)
+
+
+def load_config_alone(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """transformers' config object of a config.json without a model. Raises ModelError."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not a readable config.json: {reason(error)}") from error
+    if not isinstance(said, dict):
+        raise ModelError(f"{path} holds no JSON object; give a model's config.json")
+    held = f"a plan takes {MAX_COUNT_ALONE}"
+    return _checked_config(said, path, path, MAX_COUNT_ALONE, held, trust_remote_code)
+
+
+def _checked_config(
+    said: Mapping[str, Any], path: Path, source: Path, most: int, held: str, trust: bool
+) -> PreTrainedConfig:
+    _require_causal(
+        said.get("architectures"), said.get("is_encoder_decoder"), said.get("model_type"), path
+    )
+    _check_contents(said, path, most, held, trust)
+    try:
+        config = AutoConfig.from_pretrained(
+            str(source), trust_remote_code=trust, local_files_only=True
+        )
+    except Exception as error:  # transformers raises nearly anything, and its validators too
+        raise ModelError(
+            f"{path} is not a config that transformers knows: {reason(error)}"
+        ) from error
+    if not isinstance(config, PreTrainedConfig):
+        raise ModelError(f"{path} does not describe a model")
+    # Again: what config.json does not say, a class may.
+    encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    _require_causal(config.architectures, encoder_decoder, config.model_type, path)
+    return config
+
+
+def _check_contents(
+    said: Mapping[str, Any], path: Path, most: int, held: str, trust_remote_code: bool
+) -> None:
+    """Refuses numbers that the weight files rule out, and what would lead out of the folder."""
+    for key, value in _members(said):
+        if isinstance(value, int) and _COUNTS.fullmatch(key) and value > most:
+            raise ModelError(f"{path}: {key} is {_shown(value)}, but {held} at most")
+        if key == "configuration_files":
+            raise ModelError(f"{path} leaves it to other files ({key}); put their contents there")
+        if key.endswith("implementation") and not trust_remote_code:
+            values = value.values() if isinstance(value, Mapping) else [value]
+            if not all(_IMPLEMENTATION.fullmatch(v) for v in values if isinstance(v, str)):
+                raise ModelError(
+                    f"{path}: {key} names code that is not transformers' own; --trust-remote-code "
+                    "allows it"
+                )
+
+
+def _members(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key and value of a JSON object and of those in it."""
+    pending = [value]  # not by recursion: JSON may be nested as deep as its parser goes
+    while pending:
+        item = pending.pop()
+        if isinstance(item, Mapping):
+            yield from item.items()
+            pending.extend(item.values())
+        elif isinstance(item, list):
+            pending.extend(item)
+
+
+def _shown(number: int) -> str:
+    return str(number) if number < 2**63 else "beyond all measure"
+
+
+def build(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, trust: bool) -> Any:
+    """The model on the meta device, but for the buffers that its constructors compute.
+
+    trust: whether the model's own code may be run. Raises ModelError if transformers cannot build
+    it, or if its buffers would take more than MAX_BUFFER_BYTES.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            factory = auto_class(config)
+            return factory.from_config(config, dtype=dtype, trust_remote_code=trust)
+    except Exception as error:  # whatever its constructors make of such a config
+        raise _cannot_build(folder, error) from error
+
+
+def rehearse(config: PreTrainedConfig, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with nothing in memory at all, to be checked before `build`; errors as there."""
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = auto_class(config).from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
+    except Exception as error:
+        raise _cannot_build(folder, error) from error
+    size = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    if size > MAX_BUFFER_BYTES:
+        raise ModelError(
+            f"{folder / 'config.json'} makes tables of {size / 1e9:.1f} GB; look at its number of "
+            "positions and its head dimension"
+        )
+    return model
+
+
+def _cannot_build(folder: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"{folder}: transformers cannot build a causal LM from its config.json: {reason(error)}"
+    )
+
+
+def _require_causal(names: object, encoder_decoder: object, kind: object, path: Path) -> None:
+    """Refuses encoders: AutoModelForCausalLM would wrap some of them without complaint."""
+    if encoder_decoder:
+        raise ModelError(
+            f"{path}: {kind} is an encoder-decoder model; prox24 prunes decoder-only causal LMs"
+        )
+    if not names or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise ModelError(
+            f"{path} names no `architectures`; add the class that the weights were saved from, "
+            "such as LlamaForCausalLM"
+        )
+    if not any("CausalLM" in name or "LMHead" in name or name in WRAPPERS for name in names):
+        raise ModelError(
+            f"{path}: {', '.join(names)} is not a causal LM; prox24 prunes decoder-only causal LMs "
+            "(classes named ...ForCausalLM or ...LMHeadModel), alone or inside a model for images"
+        )

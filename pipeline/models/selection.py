@@ -1,0 +1,106 @@
+"""Which layers of a model are pruned, decided from names and shapes alone before any compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from pipeline.config.layers import Choice, LayerRules
+from pipeline.config.prune import PruneConfig
+from pipeline.config.solver import SolverSettings
+from pipeline.models.linears import linear_layers, unsupported_parameters, unsupported_reason
+from pipeline.models.skeleton import Skeleton, check_seqlen
+from pipeline.solvers.registry import solver_for
+from storage.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A model's layers: how many are pruned, and those that stay dense, name -> why."""
+
+    pruned: int
+    skipped: dict[str, str]
+
+
+def choices_of(skeleton: Skeleton, block: int, rules: LayerRules) -> dict[str, Choice]:
+    """Module path inside the block -> what is done with it, for every linear, in module order.
+
+    Raises `ConfigError` for a width that the layer's pattern does not divide, unless such are
+    skipped.
+    """
+    prefix, blocks = skeleton.block_prefix(block), len(skeleton.blocks)
+    return {
+        name: rules.choose(prefix + name, block, blocks, columns)
+        for name, (_, columns) in linear_layers(skeleton.blocks[block]).items()
+    }
+
+
+def settings_of(skeleton: Skeleton, block: int, rules: LayerRules) -> dict[str, SolverSettings]:
+    """Module path inside the block -> solver settings, of the linears that are pruned.
+
+    Errors as `choices_of`.
+    """
+    chosen = choices_of(skeleton, block, rules).items()
+    return {name: choice.settings for name, choice in chosen if choice.settings is not None}
+
+
+def layers_to_prune(
+    skeleton: Skeleton, block: int, rules: LayerRules
+) -> dict[str, tuple[int, int]]:
+    """Module path inside the block -> (R, C) of the linears that are pruned, in module order.
+
+    Errors as `choices_of`.
+    """
+    shapes = linear_layers(skeleton.blocks[block])
+    return {name: shapes[name] for name in settings_of(skeleton, block, rules)}
+
+
+def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
+    """Checks every block. Raises `ModelError` where a weight would stay dense unseen, and
+    `ConfigError` where an option names nothing."""
+    pruned, skipped = 0, {}
+    for block, module in enumerate(skeleton.blocks):
+        prefix = skeleton.block_prefix(block)
+        for path, child in module.named_modules():
+            if isinstance(child, nn.ModuleList) and path.rpartition(".")[2] == "experts":
+                raise ModelError(
+                    f"{prefix}{path} is a list of modules that only some tokens reach; prox24 "
+                    "prunes experts that are stacked, as transformers 5 has them; "
+                    f"{type(skeleton.model).__name__} is not supported"
+                )
+        hidden = unsupported_parameters(module)
+        if hidden:
+            raise ModelError(
+                f"{prefix}{unsupported_reason(module, hidden)}; "
+                f"{type(skeleton.model).__name__} is not supported"
+            )
+        for name, choice in choices_of(skeleton, block, rules).items():
+            if choice.reason is None:
+                pruned += 1
+            else:
+                skipped[prefix + name] = choice.reason
+    check_rules(skeleton, rules)
+    if not pruned:
+        raise ModelError(f"{skeleton.files.place}: no layer is left to prune")
+    return Selection(pruned, skipped)
+
+
+def check_rules(skeleton: Skeleton, rules: LayerRules) -> None:
+    """Raises `ConfigError` where an option names no layer, or no block, of the model."""
+    names = [
+        skeleton.block_prefix(block) + name
+        for block, module in enumerate(skeleton.blocks)
+        for name in linear_layers(module)
+    ]
+    modules = [name for name, _ in skeleton.model.named_modules()]
+    rules.check(names, modules, len(skeleton.blocks))
+
+
+def check_settings(skeleton: Skeleton, config: PruneConfig) -> Selection:
+    """What shapes and config alone can tell. Raises an `InputError` for what cannot be pruned."""
+    rules = config.layer_rules()
+    for settings in rules.all_settings():
+        solver_for(settings)
+    check_seqlen(skeleton, config.seqlen)
+    return select_layers(skeleton, rules)

@@ -1,0 +1,328 @@
+"""A causal LM taken apart: the skeleton on the meta device, one block at a time on a real one.
+
+Nothing here knows an architecture by name. The model is transformers' own class, built without
+weights; its decoder blocks are the list of modules as long as `num_hidden_layers`; weights are
+read tensor by tensor from the source's weight files.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pipeline.models.expert_part import Part
+from pipeline.models.expert_tensors import expert_names, stored_together
+from pipeline.models.experts import unstack_experts
+from pipeline.models.from_config import build, load_config, rehearse
+from pipeline.models.linears import as_held, is_linear, is_transposed
+from pipeline.models.tensor_names import renamed_tensors
+from pipeline.models.text_stack import decoder_path, outside_text, ties_embeddings
+from storage.errors import ConfigError, ModelError
+from storage.model.files import ModelFiles, torch_dtype
+from storage.object_store import Place
+
+FORWARD_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without weights, and where its weights are.
+
+    `blocks_path` is the module path of the block list (`model.layers`), `dtype` the dtype of the
+    forward passes, `renamed` has the tensors whose names in the weight files differ (see
+    `renamed_tensors` and `expert_names`), `parts` those that are a part of a stored tensor.
+    """
+
+    model: PreTrainedModel
+    files: ModelFiles
+    blocks_path: str
+    dtype: torch.dtype
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, Part] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, in order, parameters on the meta device."""
+        blocks = self.model.get_submodule(self.blocks_path)
+        if not isinstance(blocks, nn.ModuleList):
+            raise ModelError(f"{self.blocks_path} is no list of blocks")
+        return blocks
+
+    def tensor_name(self, name: str) -> str | None:
+        """The name in the weight files of the model's parameter `name`; None if there is none.
+
+        Of an expert's, which is a part of a tensor, that tensor's. Some checkpoints were saved from
+        the model without its head, so that their names lack the base model's prefix (or have it
+        where the class has none).
+        """
+        if name in self.parts:
+            return self.parts[name].tensor
+        prefix = self.model.base_model_prefix + "."
+        name = self.renamed.get(name, name)
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in self.files.tensors:
+                return candidate
+        return None
+
+    def weight_name(self, block: int, layer: str) -> str:
+        """The name in the weight files of a block's linear `layer` (its path in the block)."""
+        name = self.tensor_name(f"{self.block_prefix(block)}{layer}.weight")
+        if name is None:
+            raise ModelError(f"{self.files.place}: block {block} lacks {layer}.weight")
+        return name
+
+    def part(self, block: int, layer: str) -> Part | None:
+        """Which part of a stored tensor a block's linear `layer` is; None where it is all of it."""
+        return self.parts.get(f"{self.block_prefix(block)}{layer}.weight")
+
+    def stored_bytes(self, block: int, layer: str) -> int:
+        """Bytes that a block's linear `layer` takes in the weight files."""
+        entry = self.files.tensors[self.weight_name(block, layer)]
+        return (entry.end - entry.start) // (entry.shape[0] if self.part(block, layer) else 1)
+
+    def stored_transposed(self, block: int, layer: str) -> bool:
+        """Whether a block's linear `layer` (R, C) is stored as (C, R)."""
+        part = self.part(block, layer)
+        module = self.blocks[block].get_submodule(layer)
+        return is_transposed(module) if part is None else part.transposed
+
+    def read_weight(self, block: int, layer: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A block's linear `layer` (R, C), or rows start:stop of it, on the CPU, as stored.
+
+        Errors as `ModelFiles.read`. Of a layer that is stored transposed, or is a part of a stored
+        tensor, all is read.
+        """
+        name, part = self.weight_name(block, layer), self.part(block, layer)
+        if part is None and not self.stored_transposed(block, layer):
+            return self.files.read(name, rows=rows)
+        weight = part.read(self.files) if part is not None else self.files.read(name).T
+        return (weight if rows is None else weight[slice(*rows)]).contiguous()
+
+    def as_stored(self, block: int, layer: str, weight: Tensor) -> Tensor:
+        """A linear layer's weight (R, C) in the layout of its weight file.
+
+        Of a part of a stored tensor it is that part, with the first dimension, of 1.
+        """
+        part = self.part(block, layer)
+        if part is not None:
+            return part.as_stored(weight)
+        return as_held(self.blocks[block].get_submodule(layer), weight).contiguous()
+
+    def block_prefix(self, block: int) -> str:
+        """Module path of one block, with the trailing dot."""
+        return f"{self.blocks_path}.{block}."
+
+    def load_block(
+        self, block: int, device: torch.device, without: Iterable[str] = ()
+    ) -> nn.Module:
+        """One block with its weights, on `device`, floating tensors in the forward dtype.
+
+        Only this block's tensors are read, and not the weights of its linears `without`, which stay
+        on the meta device. Raises `ModelError` for a tensor that is missing.
+        """
+        module, prefix = copy.deepcopy(self.blocks[block]), self.block_prefix(block)
+        skip = {id(module.get_parameter(f"{layer}.weight")) for layer in without}
+        self._load(module, prefix, device, skip)
+        _require_loaded(module, prefix, self.files.place, skip)
+        return module.eval()
+
+    def load_ends(self, device: torch.device, *, head: bool) -> PreTrainedModel:
+        """The model with everything but its blocks loaded: embeddings, and with `head` the rest.
+
+        The blocks stay on the meta device: callers give them another `forward`. So does what a
+        wrapper has besides its text stack. Without `head` the
+        output embedding is left out, unless it is tied to the input embedding.
+        """
+        model = copy.deepcopy(self.model)
+        output = model.get_output_embeddings()
+        skipped = set() if head or output is None else {id(p) for p in output.parameters()}
+        blocks = {id(p) for p in model.get_submodule(self.blocks_path).parameters()}
+        blocks |= outside_text(model)
+        self._load(model, "", device, skip=skipped | blocks)
+        model.tie_weights()
+        if head:
+            _require_loaded(model, "", self.files.place, skip=blocks)
+        return model.eval()
+
+    def _load(
+        self, module: nn.Module, prefix: str, device: torch.device, skip: set[int] | None = None
+    ) -> None:
+        """Fills `module` from the weight files; parameters whose id is in `skip` stay on meta."""
+        skip = skip or set()
+        for path, owner in module.named_modules():
+            dotted = f"{prefix}{path}." if path else prefix
+            for name, parameter in owner.named_parameters(recurse=False):
+                if id(parameter) not in skip and (stored := self.tensor_name(dotted + name)):
+                    value = self._read(dotted + name, stored, parameter.shape, device)
+                    setattr(owner, name, nn.Parameter(value, requires_grad=False))
+            for name, buffer in owner.named_buffers(recurse=False):
+                if stored := self.tensor_name(dotted + name):
+                    value = self._read(dotted + name, stored, buffer.shape, device)
+                    owner.register_buffer(name, value)
+                elif not buffer.is_meta:
+                    # Computed by the constructor (rotary frequencies): its dtype is deliberate.
+                    persistent = name not in owner._non_persistent_buffers_set
+                    owner.register_buffer(name, buffer.to(device), persistent=persistent)
+
+    def check_shape(self, parameter: str, name: str, shape: torch.Size) -> None:
+        """Raises `ModelError` where the stored tensor `name` is not of the parameter's shape."""
+        stored, part = self.files.tensors[name].shape, self.parts.get(parameter)
+        if (stored if part is None else part.shape(stored)) != tuple(shape):
+            whose = "it" if part is None else parameter
+            raise ModelError(
+                f"{name} has shape {list(stored)} in the weight files, but "
+                f"{self.files.source.where('config.json')} makes {whose} {list(shape)}"
+            )
+
+    def _read(self, parameter: str, name: str, shape: torch.Size, device: torch.device) -> Tensor:
+        self.check_shape(parameter, name, shape)
+        part = self.parts.get(parameter)
+        value = self.files.read(name) if part is None else part.read(self.files)
+        if not value.is_floating_point():
+            return value.to(device)
+        return value.to(device=device, dtype=self._forward_dtype_of(parameter))
+
+    def _forward_dtype_of(self, parameter: str) -> torch.dtype:
+        """The forward dtype, or float32 where the model's class says that it must be more."""
+        wider: set[str] = set()
+        if self.dtype in (torch.float16, torch.bfloat16):
+            wider |= set(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
+        if self.dtype == torch.float16:
+            wider |= set(getattr(self.model, "_keep_in_fp32_modules", None) or ())
+        return torch.float32 if any(part in parameter for part in wider) else self.dtype
+
+
+def open_skeleton(place: Place, *, dtype: str | None, trust_remote_code: bool) -> Skeleton:
+    """Reads config and headers of the model at `place` and checks them against each other.
+
+    `dtype` is the forward passes' dtype by name; None takes the source's: what its config says, or
+    else the dtype of its first floating tensor. No weight is read.
+
+    Raises `ModelError` for a folder that is no decoder-only causal LM, and for tensors that are
+    missing or have the wrong shape; `CorruptFileError` for damaged files.
+    """
+    files = ModelFiles.open(place)
+    config = load_config(files, trust_remote_code)
+    forward_dtype = _forward_dtype(config, files, dtype)
+    if not trust_remote_code:  # a model's own code may not be fit for it
+        _take_apart(rehearse(config, files.folder, forward_dtype), files, forward_dtype)
+    return _take_apart(
+        build(config, files.folder, forward_dtype, trust_remote_code), files, forward_dtype
+    )
+
+
+def _take_apart(model: PreTrainedModel, files: ModelFiles, dtype: torch.dtype) -> Skeleton:
+    model.eval()
+    unstack_experts(model, stored_together(model, files.tensors))
+    blocks = find_blocks(model, files.place)
+    experts = expert_names(model, files.tensors)
+    renamed = renamed_tensors(model, files.tensors) | experts.whole
+    skeleton = Skeleton(model, files, blocks, dtype, renamed, experts.parts)
+    _check_tensors(skeleton)
+    return skeleton
+
+
+def check_seqlen(skeleton: Skeleton, seqlen: int) -> None:
+    """Raises `ConfigError` where `seqlen` tokens are more than the model's config allows."""
+    config = skeleton.model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and seqlen > longest:
+        raise ConfigError(f"--seqlen {seqlen} is above the model's maximum of {longest}")
+
+
+def check_tokens(skeleton: Skeleton, tokens: Tensor) -> None:
+    """Raises `ModelError` where a token id has no embedding: the tokenizer is another model's."""
+    vocabulary = skeleton.model.get_input_embeddings().num_embeddings
+    if int(tokens.max()) >= vocabulary:
+        raise ModelError(
+            f"the tokenizer in {skeleton.files.place} gives token {int(tokens.max())}, but the "
+            f"model embeds {vocabulary} tokens; copy the model's own tokenizer files into it"
+        )
+
+
+def _forward_dtype(config: PreTrainedConfig, files: ModelFiles, name: str | None) -> torch.dtype:
+    if name is not None:
+        if name not in FORWARD_DTYPES:
+            raise ConfigError(f"--dtype {name} is not one of {', '.join(FORWARD_DTYPES)}")
+        return FORWARD_DTYPES[name]
+    declared = getattr(config.get_text_config(), "dtype", None)
+    if isinstance(declared, torch.dtype) and declared.is_floating_point:
+        return declared
+    for entry in files.tensors.values():
+        if torch_dtype(entry.dtype).is_floating_point:
+            return torch_dtype(entry.dtype)
+    raise ModelError(f"{files.place} holds no floating-point tensor")
+
+
+def find_blocks(model: PreTrainedModel, place: Place) -> str:
+    """Path of the outermost module list of `num_hidden_layers` entries that hold linears."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    path: str
+    decoder = decoder_path(model)
+    for path, module in model.named_modules():
+        if (
+            f"{path}.".startswith(f"{decoder}." if decoder else "")
+            and isinstance(module, nn.ModuleList)
+            and len(module) == count
+            and all(any(is_linear(m) for m in child.modules()) for child in module)
+        ):
+            return path
+    raise ModelError(
+        f"{place}: found no list of {count} decoder blocks with linear layers in "
+        f"{type(model).__name__}; this architecture is not supported"
+    )
+
+
+def _check_tensors(skeleton: Skeleton) -> None:
+    """Compares every parameter's name and shape with the headers, before any compute."""
+    tied = _tied_names(skeleton.model)
+    missing = []
+    for entry in skeleton.files.tensors.values():
+        if torch_dtype(entry.dtype).is_floating_point and torch_dtype(entry.dtype).itemsize == 1:
+            raise ModelError(
+                f"{skeleton.files.place}: {entry.name} is stored in 8 bits ({entry.dtype}), which "
+                "prox24 cannot prune; take the checkpoint that was not quantized"
+            )
+    for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
+        stored = skeleton.tensor_name(name)
+        if stored is None:
+            if name not in tied:
+                missing.append(name)
+        else:
+            skeleton.check_shape(name, stored, parameter.shape)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(
+            f"{skeleton.files.place}: the weight files lack {', '.join(missing[:3])}{more}, which "
+            f"{type(skeleton.model).__name__} needs; the download may be incomplete"
+        )
+
+
+def _tied_names(model: PreTrainedModel) -> set[str]:
+    """Names of parameters that are one tensor with another, so that files may lack them."""
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+    shared = {name for names in names_of.values() if len(names) > 1 for name in names}
+    if ties_embeddings(model.config):
+        keys: Any = getattr(model, "all_tied_weights_keys", None) or {}
+        shared |= set(keys)
+    return shared
+
+
+def _require_loaded(
+    module: nn.Module, prefix: str, place: Place, skip: set[int] | None = None
+) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta and id(parameter) not in (skip or set()):
+            raise ModelError(f"{place}: the weight files lack {prefix}{name}")

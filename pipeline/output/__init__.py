@@ -1,0 +1,1 @@
+"""The pruned model's folder: written, described in a card, and verified against its source."""

@@ -1,0 +1,359 @@
+"""`prox24 verify`: whether a pruned model is what it says it is, held against its source.
+
+Weight files are read once, in pieces of bounded size: each is hashed, every pruned layer is looked
+at group by group, and everything else is compared byte by byte with the source.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pipeline.config.layers import LayerRules
+from pipeline.config.pattern import Pattern
+from pipeline.config.prune import ModelOptions
+from pipeline.models.linears import is_transposed
+from pipeline.models.selection import choices_of
+from pipeline.models.skeleton import Skeleton, open_skeleton
+from pipeline.output.write import RESULT_FILE, RESULT_SCHEMA
+from pipeline.solvers.masks import holds
+from storage.errors import CorruptFileError, ModelError, Prox24Error
+from storage.files.commit import CHUNK_BYTES, sha256_file
+from storage.model.files import ModelFiles
+from storage.model.folder import inside
+from storage.model.safetensors_format import TensorEntry, raw_header, read_into, torch_dtype
+from storage.object_store import Place, Readable, absolute
+from storage.output.weight_files import side_files
+
+_MAX_RESULT_BYTES = 256 * 2**20
+# What the output has of its own.
+_OWN_FILES = ("README.md", RESULT_FILE)
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """A pruned layer: its name, shape (R, C), pattern, and the share of exact zeros, 0 to 1.
+
+    holds: whether the pattern holds in every group (or the share is reached, if unstructured).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: str
+    zeros: float
+    holds: bool
+
+
+@dataclass
+class Verification:
+    """What was found. problems: one line each, empty if all is well. bytes: read of the output."""
+
+    layers: list[LayerCheck] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+def verify(
+    output: Place,
+    source: Place,
+    *,
+    trust_remote_code: bool = False,
+    advance: Callable[[str, int, int], None] = lambda file, done, total: None,
+) -> Verification:
+    """Holds the pruned model in `output` against the model in `source` that it was made from.
+
+    Checked: names, shapes, dtypes, headers and index are the source's; the weight files have the
+    hashes that prox24.json states; every linear of a block is pruned or stated as skipped; every
+    pruned one obeys its pattern; every value is finite; every other tensor and file is the source's
+    byte by byte.
+    `advance` is told file, bytes done and bytes in all.
+
+    Raises `ModelError` or `CorruptFileError` where there is nothing to check: no prox24.json, a
+    malformed one, or no model that transformers' class would load.
+    """
+    began = time.perf_counter()
+    skeleton = open_skeleton(absolute(output), dtype=None, trust_remote_code=trust_remote_code)
+    results = read_results(skeleton.files)
+    check = _Check(skeleton, ModelFiles.open(absolute(source)), results, advance)
+    check.names()
+    check.side_files()
+    with check:
+        for file in skeleton.files.files:
+            check.weight_file(file)
+    # In the model's order, not that of the files.
+    order = {layer["name"]: number for number, layer in enumerate(results["layers"])}
+    check.found.layers.sort(key=lambda layer: order.get(layer.name, len(order)))
+    check.found.seconds = time.perf_counter() - began
+    return check.found
+
+
+def read_results(output: ModelFiles) -> dict[str, Any]:
+    """The prox24.json of a pruned model, and as `rules` what the job's options say of its layers.
+
+    Raises `ModelError` where there is none, `CorruptFileError` where it is not one of ours.
+    """
+    path = output.folder / RESULT_FILE
+    if not path.is_file():
+        raise ModelError(f"{output.place}: no {RESULT_FILE}; this is no finished output of prox24")
+    with open(inside(output.folder, RESULT_FILE), "rb") as file:
+        raw = file.read(_MAX_RESULT_BYTES + 1)
+    try:
+        results = json.loads(raw.decode("utf-8"))
+        if results["schema_version"] != RESULT_SCHEMA:
+            raise ValueError(f"schema_version {results['schema_version']}")
+        for layer in results["layers"]:
+            Pattern.parse(_text(layer["pattern"]))
+            _text(layer["name"])
+        for file_ in results["weight_files"]:
+            _text(file_["name"]), _text(file_["sha256"])
+        skipped = [_text(name) for name in results["skipped_layers"]]
+        rules = recorded_rules(results["job"]["settings"])
+    except (ValueError, KeyError, TypeError, RecursionError, Prox24Error) as error:
+        raise CorruptFileError(f"{path}: not written by this prox24, or altered") from error
+    return {**results, "skipped_layers": skipped, "rules": rules}
+
+
+def recorded_rules(settings: dict[str, Any]) -> LayerRules:
+    """Which layers a job pruned, and how, by the settings in its prox24.json or run.json.
+
+    Raises `ConfigError` or TypeError where they are none.
+    """
+    known = {field.name for field in dataclasses.fields(ModelOptions)}
+    options = {name: value for name, value in settings.items() if name in known}
+    return ModelOptions(**options).layer_rules()
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a string is missing")
+    return value
+
+
+@dataclass(frozen=True)
+class _Pruned:
+    """A pruned layer: its name, its pattern, and whether it is stored as (C, R)."""
+
+    name: str
+    pattern: Pattern
+    transposed: bool
+
+    @property
+    def multiple(self) -> int:
+        """Stored rows that must be seen together: a group's, if it is stored transposed."""
+        return self.pattern.group if self.transposed and self.pattern.structured else 1
+
+
+class _Check:
+    """One verification; `found` is what it has come to."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        source: ModelFiles,
+        results: dict[str, Any],
+        advance: Callable[[str, int, int], None],
+    ) -> None:
+        self.found = Verification()
+        self._skeleton, self._output, self._source = skeleton, skeleton.files, source
+        self._results, self._advance = results, advance
+        self._hashes = {f["name"]: f["sha256"] for f in results["weight_files"]}
+        self._total = sum(self._output.size(file) for file in self._output.files)
+        # By the name of a stored tensor, and by the number of the expert where it holds all of a
+        # block's (otherwise 0), what is pruned.
+        self._pruned: dict[str, dict[int, _Pruned]] = {}
+        self._stacks = {part.tensor for part in skeleton.parts.values()}
+        self._open: dict[str, Readable] = {}
+
+    def __enter__(self) -> _Check:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _problem(self, text: str) -> None:
+        self.found.problems.append(text)
+
+    def names(self) -> None:
+        """Weight files and tensors are the source's, and what is pruned is what ought to be."""
+        for what, ours, theirs in (
+            ("weight file", set(self._output.files), set(self._source.files)),
+            ("tensor", set(self._output.tensors), set(self._source.tensors)),
+            ("hash of weight file", set(self._hashes), set(self._output.files)),
+        ):
+            for name in sorted(theirs - ours):
+                self._problem(f"{what} {name} is missing")
+            for name in sorted(ours - theirs):
+                self._problem(f"{what} {name} is not in the source")
+        for layer in self._results["layers"]:
+            weight = self._skeleton.tensor_name(f"{layer['name']}.weight")
+            part = self._skeleton.parts.get(f"{layer['name']}.weight")
+            if weight is None:
+                self._problem(f"{layer['name']}: {RESULT_FILE} names it, but it has no weight")
+                continue
+            module = self._skeleton.model.get_submodule(layer["name"])
+            transposed = is_transposed(module) if part is None else part.transposed
+            pruned = _Pruned(layer["name"], Pattern.parse(layer["pattern"]), transposed)
+            self._pruned.setdefault(weight, {})[0 if part is None else part.index] = pruned
+        named = {
+            layer["name"]: str(Pattern.parse(layer["pattern"])) for layer in self._results["layers"]
+        }
+        skipped, rules = set(self._results["skipped_layers"]), self._results["rules"]
+        for block in range(len(self._skeleton.blocks)):
+            for path, choice in choices_of(self._skeleton, block, rules).items():
+                name = f"{self._skeleton.block_prefix(block)}{path}"
+                asked = None if choice.settings is None else str(choice.settings.parsed_pattern)
+                if name not in named and name not in skipped:
+                    self._problem(f"{name}: neither pruned nor stated as skipped")
+                elif named.get(name) != asked:
+                    found = named.get(name, "dense")
+                    self._problem(f"{name}: {found}, but the job's options say {asked or 'dense'}")
+
+    def side_files(self) -> None:
+        """Config, index, tokenizer and the like are the source's."""
+        ours = set(side_files(self._output)) - set(_OWN_FILES)
+        theirs = set(side_files(self._source)) - set(_OWN_FILES)
+        for name in sorted(theirs - ours):
+            self._problem(f"{name} is missing")
+        for name in sorted(ours - theirs):
+            self._problem(f"{name} is not in the source")
+        for name in sorted(ours & theirs):
+            if sha256_file(inside(self._output.folder, name)) != sha256_file(
+                inside(self._source.folder, name)
+            ):
+                self._problem(f"{name} is not the source's")
+
+    def weight_file(self, file: str) -> None:
+        """Everything in one weight file, read once."""
+        digest = hashlib.sha256()
+        where = self._output.source.where(file)
+        with self._output.source.open(file, ahead=True) as stream:
+            header = raw_header(stream, self._output.size(file), where)
+            digest.update(header)
+            known = file in self._source.files
+            if known and header != self._source.header_bytes(file):
+                self._problem(f"{file}: its header is not the source's")
+            own = (entry for entry in self._output.tensors.values() if entry.file == file)
+            for entry in sorted(own, key=lambda entry: entry.start):
+                for one, theirs, pruned in self._cut(entry):
+                    multiple = 1 if pruned is None else pruned.multiple
+                    self._tensor(one, theirs, pruned, _pieces(stream, one, where, digest, multiple))
+                    self.found.bytes += one.end - one.start
+                    self._advance(file, self.found.bytes, self._total)
+        if self._hashes.get(file, digest.hexdigest()) != digest.hexdigest():
+            self._problem(f"{file}: its hash is not the one in {RESULT_FILE}")
+
+    def _cut(
+        self, entry: TensorEntry
+    ) -> Iterator[tuple[TensorEntry, TensorEntry | None, _Pruned | None]]:
+        """A tensor, or each expert of a stack, with the source's and what it is pruned to."""
+        theirs, pruned = self._theirs(entry), self._pruned.get(entry.name, {})
+        if entry.name not in self._stacks:
+            yield entry, theirs, pruned.get(0)
+            return
+        for number in range(entry.shape[0]):
+            other = None if theirs is None else _expert(theirs, number)
+            yield _expert(entry, number), other, pruned.get(number)
+
+    def _theirs(self, entry: TensorEntry) -> TensorEntry | None:
+        """The source's tensor of that name; None where it is not like this one."""
+        theirs = self._source.tensors.get(entry.name)
+        if theirs is None or (theirs.shape, theirs.dtype) == (entry.shape, entry.dtype):
+            return theirs
+        self._problem(
+            f"{entry.name}: {entry.dtype} {entry.shape}, in the source {theirs.dtype} "
+            f"{theirs.shape}"
+        )
+        return None
+
+    def _tensor(
+        self,
+        entry: TensorEntry,
+        theirs: TensorEntry | None,
+        pruned: _Pruned | None,
+        pieces: Iterator[tuple[int, torch.Tensor]],
+    ) -> None:
+        """A tensor, or an expert of a stack, against its pattern or against the source's."""
+        dtype = torch_dtype(entry.dtype)
+        zeros, whole, finite, same = 0, True, True, True
+        for at, raw in pieces:
+            values = raw.view(dtype)
+            if dtype.is_floating_point:
+                wide = values if dtype.itemsize > 1 else values.float()
+                finite &= bool(torch.isfinite(wide).all())
+            if pruned is not None:
+                rows = values.reshape(-1, entry.shape[-1])
+                rows = rows.T if pruned.transposed else rows
+                zeros += int((rows == 0).sum())
+                whole &= not pruned.pattern.structured or holds(pruned.pattern, rows)
+            elif theirs is not None:
+                same &= torch.equal(raw, self._range(theirs, at, len(raw)))
+        if not finite:
+            self._problem(f"{entry.name}: holds NaN or Inf")
+        if not same:
+            self._problem(f"{entry.name}: not pruned, but not the source's either")
+        if pruned is not None:
+            shape = entry.shape[::-1] if pruned.transposed else entry.shape
+            self._layer(pruned.name, shape, pruned.pattern, zeros, whole)
+
+    def _layer(
+        self, name: str, shape: tuple[int, ...], pattern: Pattern, zeros: int, whole: bool
+    ) -> None:
+        rows, columns = shape[0], shape[-1]
+        if not pattern.structured:
+            whole = zeros >= int(rows * columns * pattern.sparsity) - rows
+        if not whole:
+            self._problem(f"{name}: does not hold {pattern}")
+        share = zeros / max(rows * columns, 1)
+        self.found.layers.append(LayerCheck(name, shape, str(pattern), share, whole))
+
+    def _range(self, entry: TensorEntry, at: int, count: int) -> torch.Tensor:
+        """Bytes `at` to `at + count` of a tensor of the source, (count,) uint8."""
+        raw = torch.empty(count, dtype=torch.uint8)
+        if entry.file not in self._open:
+            # One file at a time: tensors come in the order of the files.
+            self._close()
+            self._open[entry.file] = self._source.source.open(entry.file, ahead=True)
+        stream = self._open[entry.file]
+        stream.seek(entry.start + at)
+        read_into(stream, raw, f"{self._source.source.where(entry.file)}: tensor {entry.name}")
+        return raw
+
+    def _close(self) -> None:
+        """Lets go of the source's file that is open."""
+        for stream in self._open.values():
+            stream.close()
+        self._open.clear()
+
+
+def _expert(entry: TensorEntry, number: int) -> TensorEntry:
+    """One expert of a stored stack of them, as a tensor of its own."""
+    size = (entry.end - entry.start) // entry.shape[0]
+    start = entry.start + number * size
+    name, shape = f"{entry.name}[{number}]", entry.shape[1:]
+    return dataclasses.replace(entry, name=name, shape=shape, start=start, end=start + size)
+
+
+def _pieces(
+    stream: Any, entry: TensorEntry, where: str, digest: Any, multiple: int = 1
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """A tensor's bytes in pieces of whole rows, (offset in the tensor, (n,) uint8), hashed.
+
+    A piece has at most CHUNK_BYTES, or `multiple` rows, of which it is a multiple.
+    """
+    size = entry.end - entry.start
+    row = size // entry.shape[0] if entry.shape and entry.shape[0] else size
+    row *= multiple
+    step = max(CHUNK_BYTES // row, 1) * row if row else 1
+    for at in range(0, size, step):
+        raw = torch.empty(min(step, size - at), dtype=torch.uint8)
+        read_into(stream, raw, f"{where}: tensor {entry.name}")
+        digest.update(raw.numpy().data)
+        yield at, raw

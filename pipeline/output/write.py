@@ -1,0 +1,307 @@
+"""The finished model's folder: weight files by the workers, the rest by the driver, then a rename.
+
+In an object store, which has no rename, `prox24.json` is written last: with it the output is whole.
+
+Nothing in it depends on when, where or how often the job was interrupted: the same job gives the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.config.prune import PruneConfig
+from pipeline.models.skeleton import Skeleton
+from pipeline.output.few_tokens import few_tokens
+from pipeline.output.model_card import model_card
+from pipeline.records.block import block_error
+from pipeline.version import VERSION
+from storage.errors import OutputError
+from storage.files.checked_json import MAX_JSON_BYTES
+from storage.files.commit import make_directory, sha256_bytes, write_new_file
+from storage.files.hashing import StoredFile
+from storage.object_store import ObjectFolder, Place, lies_in, location, resolved
+from storage.output.uploads import PROBE, Guard, Uploads, require_writable
+from storage.output.weight_files import (
+    copy_side_files,
+    publish_output,
+    read_side_files,
+    recover_output,
+)
+from storage.run.checkpoints import BlockRecord
+from storage.run.directory import RunDirectory
+from storage.run.lock import STAMP_DIGITS, RunLock
+
+RESULT_FILE = "prox24.json"
+RESULT_SCHEMA = 1
+_LIBRARIES = ("torch", "transformers", "safetensors", "pyarrow")
+
+
+def finished_output(output: Place, job: dict[str, Any]) -> dict[str, Any] | None:
+    """The results in OUTPUT if it is this very job's finished output, else None."""
+    try:
+        if isinstance(output, ObjectFolder):
+            raw = output.read(RESULT_FILE, MAX_JSON_BYTES) or b""
+        else:
+            raw = (output / RESULT_FILE).read_bytes()
+        results = json.loads(raw.decode("utf-8"))
+    except (OSError, ValueError):
+        return None
+    if isinstance(results, dict) and results.get("job") == json.loads(json.dumps(job)):
+        return results
+    return None
+
+
+def check_apart(source: Place, output: Place, run: Path) -> None:
+    """Raises `OutputError` where writing one of the three folders would harm another."""
+    source, output, run = resolved(source), resolved(output), run.resolve()
+    if lies_in(source, output):
+        raise OutputError(f"{output} holds the source model; choose another OUTPUT")
+    if lies_in(run, output) or lies_in(output, run) or lies_in(source, run):
+        raise OutputError(
+            f"{run} cannot be the run directory of a job from {source} to {output}: one would lie "
+            "in the other; choose another --run-dir"
+        )
+
+
+def check_output(output: Place, run: RunDirectory, overwrite: bool) -> None:
+    """Raises `OutputError` where there is something already, that is not to be replaced.
+
+    What this run has begun to write to an object store is its own. `ResourceError` where the store
+    does not let it write.
+    """
+    if isinstance(output, ObjectFolder):
+        found = output.files().keys() - {PROBE}
+        whole = RESULT_FILE in found
+        if found and not overwrite and (whole or not _uploads(run, output, None).begun()):
+            raise OutputError(f"{output} exists and is not empty; --overwrite replaces it")
+        require_writable(output)
+        return
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; name a folder that does not exist yet")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise OutputError(f"{output} exists and is not empty; --overwrite replaces it")
+
+
+def write_output(
+    output: Place,
+    *,
+    job: dict[str, Any],
+    skeleton: Skeleton,
+    config: PruneConfig,
+    skipped: Mapping[str, str],
+    source_name: str,
+    run: RunDirectory,
+    lock: RunLock,
+    side_files: Mapping[str, str],
+    write_files: Callable[[str], tuple[list[StoredFile], list[BlockRecord]]],
+    evaluate: Callable[[Place], dict[str, Any] | None],
+) -> None:
+    """Writes the folder beside `output` under a name no reader trusts, then renames it.
+
+    In an object store it is written in place, `prox24.json` last. `skipped`: layers that stay
+    dense, name -> why. `write_files(folder)` has the workers write the weight files and returns
+    what they wrote, and the blocks' records that it was made from; `side_files` are the hashes of
+    what is copied; `evaluate(folder)` then measures the model's perplexity, or gives None.
+    """
+    with _target(output, run, lock, config.overwrite) as target:
+        stored, records = write_files(location(target.place))
+        stored.sort(key=lambda file: file.name)
+        target.copy(skeleton, side_files)
+        perplexity = evaluate(target.place)
+        layers = layer_results(records, skeleton.blocks_path)
+        results = {
+            "schema_version": RESULT_SCHEMA,
+            "job": job,
+            "source": source_name,
+            "blocks": [
+                {"block": record.block, "relative_error": block_error(record)} for record in records
+            ],
+            "layers": layers,
+            "skipped_layers": list(skipped),
+            "skipped_because": dict(skipped),
+            "few_tokens": few_tokens(layers, config.expert_tokens),
+            "perplexity": perplexity,
+            "weight_files": [file.to_json() for file in stored],
+            "environment": {
+                "prox24": VERSION,
+                "python": platform.python_version(),
+                **{name: metadata.version(name) for name in _LIBRARIES},
+            },
+        }
+        card = model_card(
+            source_name=source_name,
+            settings=card_settings(job),
+            results=layers,
+            perplexity=perplexity,
+            license=source_license(skeleton.files.folder),
+        )
+        target.publish(card, json.dumps(results, indent=1) + "\n", stored)
+
+
+class _Target(Protocol):
+    """Where an output is filled, and how it becomes whole."""
+
+    place: Place
+
+    def copy(self, skeleton: Skeleton, side_files: Mapping[str, str]) -> None:
+        """Copies the source's side files, whose hashes are given."""
+        ...
+
+    def publish(self, card: str, results: str, stored: Sequence[StoredFile]) -> None:
+        """Adds the model card and the results: from then on the output is whole."""
+        ...
+
+
+@contextlib.contextmanager
+def _target(output: Place, run: RunDirectory, lock: RunLock, overwrite: bool) -> Iterator[_Target]:
+    if isinstance(output, ObjectFolder):
+        yield _StoreTarget(output, run, lock)
+    else:
+        with _partial(output, run, lock) as partial:
+            yield _FolderTarget(partial, output, lock, overwrite)
+
+
+class _FolderTarget:
+    """A folder beside the output, renamed in the end."""
+
+    def __init__(self, partial: Path, output: Path, lock: RunLock, overwrite: bool) -> None:
+        self.place: Place = partial
+        self._partial, self._output, self._lock, self._overwrite = partial, output, lock, overwrite
+
+    def copy(self, skeleton: Skeleton, side_files: Mapping[str, str]) -> None:
+        copy_side_files(skeleton.files, self._partial, side_files)
+
+    def publish(self, card: str, results: str, stored: Sequence[StoredFile]) -> None:
+        for name, text in (("README.md", card), (RESULT_FILE, results)):
+            with write_new_file(self._partial / name) as writer:
+                writer.write(text.encode("utf-8"))
+        publish_output(self._partial, self._output, self._overwrite, self._lock.assert_held)
+
+
+class _StoreTarget:
+    """The output itself, in an object store."""
+
+    def __init__(self, output: ObjectFolder, run: RunDirectory, lock: RunLock) -> None:
+        self.place: Place = output
+        self._output, self._lock = output, lock
+        self._uploads = _uploads(run, output, lock.assert_held)
+        self._sent: list[str] = []
+        self._uploads.begin(RESULT_FILE)
+
+    def copy(self, skeleton: Skeleton, side_files: Mapping[str, str]) -> None:
+        for name, raw in read_side_files(skeleton.files, side_files):
+            self._send(name, raw)
+
+    def publish(self, card: str, results: str, stored: Sequence[StoredFile]) -> None:
+        self._send("README.md", card.encode("utf-8"))
+        self._uploads.check([*self._sent, *(file.name for file in stored)])
+        with self._output.upload(RESULT_FILE) as writer:
+            writer.write(results.encode("utf-8"))
+            self._lock.assert_held()
+
+    def _send(self, name: str, raw: bytes) -> None:
+        made_from = sha256_bytes(raw)
+        self._uploads.send(name, made_from, lambda writer: writer.write(raw))
+        self._sent.append(name)
+
+
+def _uploads(run: RunDirectory, output: ObjectFolder, guard: Guard) -> Uploads:
+    return Uploads(run.uploads(), output, guard)
+
+
+@contextlib.contextmanager
+def _partial(output: Path, run: RunDirectory, lock: RunLock) -> Iterator[Path]:
+    """A new folder beside `output`, of this owner of the run alone; gone in the end."""
+    partial = output.with_name(partial_prefix(output, run) + lock.nonce[:STAMP_DIGITS])
+    make_directory(partial)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def recover(output: Place, run: RunDirectory, lock: RunLock) -> None:
+    """Undoes what former owners of the run have left half done at the output, on a disk."""
+    if isinstance(output, Path):
+        # First of all: what a displaced owner had ready can no longer become the output.
+        _discard_partials(output, run, lock)
+        recover_output(output, lock.assert_held)
+
+
+def forget_uploads(run: RunDirectory, output: Place, lock: RunLock) -> None:
+    """Deletes the records of what was sent to an object store, when the output is whole."""
+    if isinstance(output, ObjectFolder):
+        _uploads(run, output, lock.assert_held).finish()
+
+
+def _discard_partials(output: Path, run: RunDirectory, lock: RunLock) -> None:
+    """Deletes what former owners of the run were writing beside `output`.
+
+    Each folder is renamed first, in one step: a former owner that wakes up just before its last
+    rename finds it whole or not at all, and never publishes a folder that is half deleted.
+    """
+    prefix = partial_prefix(output, run)
+    pattern = re.compile(re.escape(prefix) + f"[0-9a-f]{{{STAMP_DIGITS}}}")
+    if not output.parent.is_dir():
+        return
+    found = [path for path in output.parent.iterdir() if pattern.fullmatch(path.name)]
+    lock.assert_held()  # so those listed are older than any later owner's
+    for path in found:
+        doomed = path.with_name(prefix + secrets.token_hex(STAMP_DIGITS // 2))
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def partial_prefix(output: Path, run: RunDirectory) -> str:
+    """Begins the names of what this run makes beside `output`; `recover` knows them."""
+    return f".{output.name}.partial-{run.path.name}-"
+
+
+def layer_results(records: Sequence[BlockRecord], blocks_path: str) -> list[dict[str, Any]]:
+    """One entry per pruned layer, in model order: names, shape, and the solve's report."""
+    return [
+        {
+            "name": f"{blocks_path}.{record.block}.{name}",
+            "block": record.block,
+            "layer": name,
+            "shape": list(layer.shape),
+            "dtype": layer.dtype,
+            **layer.results,
+        }
+        for record in records
+        for name, layer in record.layers.items()
+    ]
+
+
+def card_settings(job: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the model card shows: the options, with the solver's as resolved."""
+    return {**job["settings"], **job["solver"], "dataset": job["dataset"]["name"]}
+
+
+def source_license(folder: Path) -> str | None:
+    """The licence that the source's model card declares in its front matter, if any."""
+    try:
+        lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    if not lines or lines[0].strip() != "---":
+        return None
+    for line in lines[1:]:
+        if line.strip() == "---":
+            return None
+        key, _, value = line.partition(":")
+        if key == "license" and value.strip():
+            return value.strip()
+    return None

@@ -1,0 +1,1 @@
+"""A model's blocks, groups and layers as shapes, read from its config and headers."""

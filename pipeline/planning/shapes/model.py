@@ -1,0 +1,308 @@
+"""A model as the plan sees it: shapes of layers and what a forward costs, read without weights.
+
+From a model folder config and safetensors headers are read; from a bare config.json, what the
+config says. Blocks of the same structure are looked at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.layers import LayerRules
+from pipeline.config.solver import SolverSettings
+from pipeline.models.experts import Experts, expert_of, send_every_token
+from pipeline.models.forward_capture import BlockCall, ModelEnds
+from pipeline.models.linears import linear_layers, unsupported_parameters, unsupported_reason
+from pipeline.models.selection import check_rules, settings_of
+from pipeline.models.skeleton import FORWARD_DTYPES, Skeleton
+from pipeline.models.text_stack import ties_embeddings
+from pipeline.planning.shapes.experts import route_evenly, stub_others, with_others
+from pipeline.planning.shapes.profile import (
+    META,
+    ForwardProfile,
+    find_groups_on_meta,
+    on_meta,
+    profile_forward,
+)
+from pipeline.planning.shapes.source import HollowSkeleton, open_source
+from pipeline.solvers.registry import solver_for
+from pipeline.worker.solve import parted
+from storage.errors import ModelError
+from storage.object_store import Place
+
+# Weight files of a model that is known by its config alone: the usual size of one, in bytes.
+ASSUMED_FILE_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupShape:
+    """Layers that share an input, as (name, R, C), and `columns`, their C.
+
+    override: their settings, where those are not the job's. kept: whether inputs fewer than C are
+    kept in place of a matrix, as an expert's are. experts: of how many experts it is one, of which
+    each token is sent to `active`; 0 where every token comes.
+    """
+
+    layers: tuple[tuple[str, int, int], ...]
+    columns: int
+    override: SolverSettings | None = None
+    kept: bool = False
+    experts: int = 0
+    active: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of the tokens, which come: of an expert its even share."""
+        return self.active / self.experts if self.experts else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """One kind of block. groups: in the order of their layers, none where it stays dense, and
+    experts' groups that are alike as often as there are such. parameters: elements of all its
+    weights. full, observed: a sequence's forward, whole and as far as statistics are taken."""
+
+    groups: tuple[GroupShape, ...]
+    parameters: int
+    full: ForwardProfile
+    observed: ForwardProfile
+
+    @property
+    def pruned(self) -> int:
+        """Elements of the layers that are pruned."""
+        return sum(r * c for g in self.groups for _, r, c in g.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Everything of a model that a plan depends on.
+
+    kinds: its different blocks; blocks: the kind of each block, in order. ends, head: elements of
+    what is loaded to embed, and of the output embedding where it is another. files: bytes of the
+    weight files. itemsize: bytes of a stored weight; dtype: of the forward, by name. seqlen: of the
+    profiles. unsupported: why it cannot be pruned, if so.
+    """
+
+    name: str
+    kinds: tuple[BlockShape, ...]
+    blocks: tuple[int, ...]
+    hidden: int
+    vocabulary: int
+    ends: int
+    head: int
+    files: tuple[int, ...]
+    itemsize: int
+    dtype: str
+    seqlen: int
+    unsupported: str | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(self.files)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all weights."""
+        return sum(self.kinds[k].parameters for k in self.blocks) + self.ends + self.head
+
+    @property
+    def forward_itemsize(self) -> int:
+        """Bytes of an activation, and of a weight in a forward."""
+        return FORWARD_DTYPES[self.dtype].itemsize
+
+    def kind(self, block: int) -> BlockShape:
+        """The shape of one block."""
+        return self.kinds[self.blocks[block]]
+
+
+def read_shape(
+    model: Place,
+    *,
+    seqlen: int,
+    rules: LayerRules | None = None,
+    all_experts: bool = False,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> ModelShape:
+    """The shape of a model folder, or of a model known by its config.json alone.
+
+    seqlen: tokens of a calibration sequence, which attention depends on. rules: which layers are
+    pruned, and how; None: all. all_experts: whether every expert's statistics are of all tokens.
+    Raises `ModelError` and `ConfigError` as `open_skeleton` does, and for blocks that do not run
+    on the meta device.
+    """
+    source = open_source(model, dtype, trust_remote_code)
+    return shape_of(
+        source.skeleton,
+        name=source.name,
+        files=source.files,
+        itemsize=source.itemsize,
+        seqlen=seqlen,
+        rules=rules or LayerRules(settings=SolverSettings()),
+        all_experts=all_experts,
+    )
+
+
+@torch.no_grad()
+def shape_of(
+    skeleton: Skeleton,
+    *,
+    name: str,
+    files: tuple[int, ...],
+    itemsize: int,
+    seqlen: int,
+    rules: LayerRules,
+    all_experts: bool,
+) -> ModelShape:
+    """The shape of a model whose skeleton is there; the skeleton's model is used up."""
+    hollow = HollowSkeleton(skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype)
+    ends, head = _outside(hollow)
+    tokens = torch.zeros((1, seqlen), dtype=torch.int64)
+    module_ends = ModelEnds(hollow, torch.device("cpu"), head=False)
+    calls = module_ends.calls(tokens)
+    hidden = int(module_ends.embed(tokens[:, :1]).shape[-1])
+    hidden_states = torch.empty((1, seqlen, hidden), dtype=skeleton.dtype, device=META)
+    kinds: dict[tuple[object, ...], int] = {}
+    shapes: list[BlockShape] = []
+    blocks = []
+    reason = None
+    check_rules(hollow, rules)
+    for index, (block, call) in enumerate(zip(hollow.blocks, calls, strict=True)):
+        settings = settings_of(hollow, index, rules)
+        sizes = tuple(p.shape for p in block.parameters())
+        key = (str(block), _signature(call), sizes, tuple(settings.items()))
+        if key not in kinds:
+            kinds[key] = len(shapes)
+            config = hollow.model.config.get_text_config()
+            kind, why = _block_shape(
+                *(block, on_meta(call), hidden_states, settings, rules, all_experts, config)
+            )
+            shapes.append(kind)
+            reason = reason or why
+        blocks.append(kinds[key])
+    if not any(kind.groups for kind in shapes):
+        raise ModelError(f"{name}: no layer is left to prune")
+    shape = ModelShape(
+        name=name,
+        kinds=tuple(shapes),
+        blocks=tuple(blocks),
+        hidden=hidden,
+        vocabulary=int(hollow.model.get_input_embeddings().num_embeddings),
+        ends=ends,
+        head=head,
+        files=files,
+        itemsize=itemsize,
+        dtype=str(skeleton.dtype).removeprefix("torch."),
+        seqlen=seqlen,
+        unsupported=reason,
+    )
+    return shape if files else replace(shape, files=_assumed_files(shape))
+
+
+def _outside(model: Skeleton) -> tuple[int, int]:
+    """Elements that lie outside the blocks: of all but the output embedding, and of that one where
+    it is another than the input's."""
+    inside = {id(p) for p in model.blocks.parameters()}
+    embedding = model.model.get_input_embeddings()
+    output = model.model.get_output_embeddings()
+    outside = {id(p): p.numel() for p in model.model.parameters() if id(p) not in inside}
+    tied = ties_embeddings(model.model.config)
+    head = 0 if output is None else sum(outside.get(id(p), 0) for p in output.parameters())
+    if output is not None and any(
+        p is q for p in output.parameters() for q in embedding.parameters()
+    ):
+        head, tied = 0, False  # counted once already
+    ends = sum(outside.values()) - head
+    return ends, 0 if tied else head
+
+
+def _assumed_files(shape: ModelShape) -> tuple[int, ...]:
+    total = shape.parameters * shape.itemsize
+    count = max(1, -(-total // ASSUMED_FILE_BYTES))
+    return tuple((i + 1) * total // count - i * total // count for i in range(count))
+
+
+def _signature(call: BlockCall) -> str:
+    """What a call's tensors look like: blocks with another mask cost another forward."""
+    positional = {str(index): value for index, value in enumerate(call.arguments)}
+    named = {**positional, **call.keywords}
+    return repr(
+        {
+            key: (tuple(value.shape), str(value.dtype))
+            if isinstance(value, Tensor)
+            else type(value)
+            for key, value in named.items()
+        }
+    )
+
+
+def _block_shape(
+    block: nn.Module,
+    call: BlockCall,
+    hidden_states: Tensor,
+    settings: dict[str, SolverSettings],
+    rules: LayerRules,
+    all_experts: bool,
+    config: object,
+) -> tuple[BlockShape, str | None]:
+    """A block's shape, and why it cannot be pruned, if so. settings: of the layers to prune."""
+    block = block.to(META)
+    hidden = unsupported_parameters(block)
+    reason = unsupported_reason(block, hidden) if hidden else None
+    active = route_evenly(block)
+    others = stub_others(block, config) if hidden else []
+    full = with_others(profile_forward(block, call, hidden_states), others, hidden_states.shape[1])
+    if all_experts:
+        send_every_token(block)
+    found = find_groups_on_meta(block, call, hidden_states, settings) if settings else ()
+    layers = linear_layers(block)
+    groups, needs = [], {}
+    for names in parted(found, settings):
+        own = settings[names[0]]
+        shapes = tuple((name, *layers[name]) for name in names)
+        override = None if own == rules.settings else own
+        group = GroupShape(layers=shapes, columns=shapes[0][2], override=override)
+        groups.append(_of_expert(group, block, active, all_experts))
+        needs[names[0]] = solver_for(own).needs
+    observed = full
+    if groups and not others:
+        observed = profile_forward(block, call, hidden_states, needs)
+    for stacked, count, each in others:
+        alike = GroupShape(layers=stacked, columns=stacked[0][2], kept=True, experts=count)
+        groups += [replace(alike, active=each)] * count
+    parameters = sum(p.numel() for p in block.parameters())
+    shape = BlockShape(
+        groups=_named_alike(groups), parameters=parameters, full=full, observed=observed
+    )
+    return shape, reason
+
+
+def _of_expert(
+    group: GroupShape, block: nn.Module, active: dict[str, int], all_experts: bool
+) -> GroupShape:
+    """The group with what is known of the expert that it belongs to, if it does."""
+    name = group.layers[0][0]
+    if expert_of(block, name) is None:
+        return group
+    if all_experts:
+        return replace(group, kept=True)
+    path = next(path for path in active if name.startswith(f"{path}."))
+    module = block.get_submodule(path)
+    assert isinstance(module, Experts)
+    return replace(group, kept=True, experts=module.count, active=active[path])
+
+
+def _named_alike(groups: list[GroupShape]) -> tuple[GroupShape, ...]:
+    """Experts' groups of the same shapes under the names of the first of them, so that they are
+    one value."""
+    first: dict[tuple[object, ...], GroupShape] = {}
+    found = []
+    for group in groups:
+        shapes = tuple((rows, columns) for _, rows, columns in group.layers)
+        key = (shapes, group.override, group.experts, group.active)
+        found.append(first.setdefault(key, group) if group.kept else group)
+    return tuple(found)

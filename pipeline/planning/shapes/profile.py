@@ -1,0 +1,227 @@
+"""What one forward of one sequence through a block costs, counted on the meta device.
+
+The block's own code runs on tensors without data: every operator is seen with its shapes. So the
+counts hold for any architecture that runs on the meta device, and nothing is allocated.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from pipeline.models.forward_capture import BlockCall
+from storage.errors import ModelError
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardProfile:
+    """One sequence through one block.
+
+    products, attention: floating-point operations of matrix products and of attention (a causal
+    one counts the half that is not masked). moved: bytes that all other operators read and write.
+    operators: their number, products included. live: most bytes of intermediate results that exist
+    at once, the input not counted; for a forward that is observed with the fp32 copy of a layer's
+    input that the sums are taken of.
+    """
+
+    products: float = 0.0
+    attention: float = 0.0
+    moved: float = 0.0
+    operators: int = 0
+    live: int = 0
+
+
+class _Left(Exception):
+    """Ends an observed forward at the last group's input."""
+
+
+class _Attention(TorchFunctionMode):
+    """Takes scaled-dot-product attention for one operator: on meta it would be its plain form,
+    with a matrix of scores that no real kernel holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            query, key, value = given["query"], given["key"], given["value"]
+            scores = query.shape[:-1].numel() * key.shape[-2]
+            share = 0.5 if given.get("is_causal") else 1.0
+            self.flops += 2.0 * share * scores * (query.shape[-1] + value.shape[-1])
+            return query.new_empty((*query.shape[:-1], value.shape[-1]))
+        return func(*args, **kwargs)
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sums what every operator computes, reads and writes, and follows what is alive."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.products, self.moved, self.operators = 0.0, 0.0, 0
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def known(self, tensors: Iterable[Tensor]) -> None:
+        """Weights and inputs: they are there before, and are not counted as alive."""
+        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        storages = {tensor.untyped_storage()._cdata for tensor in inputs}
+        fresh = [t for t in outputs if t.untyped_storage()._cdata not in storages]
+        for tensor in fresh:
+            self._follow(tensor)
+        if not fresh and not func._schema.is_mutable:
+            return output  # a view
+        packet = func._overloadpacket
+        if "empty" in str(packet):
+            return output
+        self.operators += 1
+        if packet in flop_registry:
+            self.products += flop_registry[packet](*args, **(kwargs or {}), out_val=output)
+        else:
+            self.moved += sum(_bytes(tensor) for tensor in (*inputs, *outputs))
+        return output
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _bytes(tensor: Tensor) -> int:
+    """What reading the tensor moves; an expanded dimension is read once."""
+    count = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride else 1
+    return count * tensor.element_size()
+
+
+def on_meta(call: BlockCall) -> BlockCall:
+    """The same call with tensors that have no data."""
+    arguments, keywords = tree_map_only(
+        Tensor, lambda tensor: tensor.to(META), (call.arguments, call.keywords)
+    )
+    return BlockCall(arguments, keywords)
+
+
+def find_groups_on_meta(
+    block: nn.Module, call: BlockCall, hidden_states: Tensor, layers: Iterable[str]
+) -> tuple[tuple[str, ...], ...]:
+    """Layers of a block by the input they share, as `capture.find_groups` finds them.
+
+    Raises `ModelError` for a layer that is never called.
+    """
+    seen: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    hooks = {
+        layer: lambda _, args, kwargs, layer=layer: seen[layer].append(
+            args[0] if args else kwargs["input"]
+        )
+        for layer in seen
+    }
+    _run(block, call, hidden_states, hooks)
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for layer, inputs in seen.items():
+        if not inputs:
+            raise ModelError(f"{layer} is a linear layer that its block's forward never calls")
+        key = tuple(
+            (x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()) for x in inputs
+        )
+        groups.setdefault(key, []).append(layer)
+    return tuple(map(tuple, groups.values()))
+
+
+def profile_forward(
+    block: nn.Module,
+    call: BlockCall,
+    hidden_states: Tensor,
+    observed: Mapping[str, str] | None = None,
+) -> ForwardProfile:
+    """Counts one forward of `hidden_states` (1, seqlen, hidden) on meta.
+
+    observed: the first layer of every group -> what is summed of its input, for a forward as
+    `BlockObserver` runs it: each input is turned to fp32, and the forward ends at the last one.
+    """
+    counter, attention = _Counter(), _Attention()
+    counter.known(block.parameters())
+    counter.known(block.buffers())
+    counter.known([hidden_states])
+    tensors = tree_leaves((call.arguments, call.keywords))
+    counter.known(tensor for tensor in tensors if isinstance(tensor, Tensor))
+    left = observed or {}
+    total = len(left)
+    seen: list[str] = []
+
+    def hook(layer: str) -> Callable[..., None]:
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            moved, operators = counter.moved, counter.operators
+            copy = (args[0] if args else kwargs["input"]).to(torch.float32)
+            if left[layer] != "full":
+                copy.square()
+            del copy
+            counter.moved, counter.operators = moved, operators
+            seen.append(layer)
+            if len(seen) == total:
+                raise _Left
+
+        return look
+
+    with attention, counter:
+        _run(block, call, hidden_states, {layer: hook(layer) for layer in left})
+    return ForwardProfile(
+        products=counter.products,
+        attention=attention.flops,
+        moved=counter.moved,
+        operators=counter.operators,
+        live=counter.peak,
+    )
+
+
+@torch.no_grad()
+def _run(
+    block: nn.Module, call: BlockCall, hidden_states: Tensor, hooks: Mapping[str, Any]
+) -> None:
+    handles = [
+        block.get_submodule(layer).register_forward_pre_hook(hook, with_kwargs=True)
+        for layer, hook in hooks.items()
+    ]
+    try:
+        call.run(block, hidden_states)
+    except _Left:
+        return
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"the blocks of this model cannot be planned: {type(block).__name__} does not run "
+            f"without data ({first})"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()

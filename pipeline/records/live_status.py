@@ -1,0 +1,126 @@
+"""Progress that is also left in the run directory, for `prox24 status` to read."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.runtime.progress import Progress
+from storage.errors import RunInterrupted
+from storage.object_store import Place
+from storage.run.directory import RunDirectory
+from storage.run.lock import RunLock
+from storage.run.status_file import remove_status, write_status
+
+_KEPT_FAILURES = 20
+
+
+class RecordedProgress:
+    """Passes every event on to `inner`, and writes `status.json` at each.
+
+    What people see and what the file says come from the same events. Nothing is written before the
+    first one, so a run directory that turns out to be another job's is left as it is.
+    """
+
+    def __init__(
+        self, inner: Progress, run: RunDirectory, lock: RunLock, source: str, output: Place
+    ) -> None:
+        self._inner, self._run, self._lock = inner, run, lock
+        now = time.time()
+        self.written = False
+        # Times are Unix times in seconds.
+        self._state: dict[str, Any] = {
+            "nonce": lock.nonce,
+            "source": source,
+            "output": str(output),
+            "started": now,
+            "title": None,
+            "blocks": None,
+            "phase": None,
+            "block": None,
+            "phase_started": now,
+            "block_started": None,
+            "around_blocks": {},
+            "failures": [],
+            "note": None,
+            "ended": None,
+            "error": None,
+        }
+
+    def begin(self, title: str, blocks: int, done: int) -> None:
+        """Records what starts."""
+        self._inner.begin(title, blocks, done)
+        self._write(title=title, blocks=blocks)
+
+    def phase(self, name: str, block: int | None = None) -> None:
+        """Records the phase and when it began, and how long the one before took if of no block."""
+        self._inner.phase(name, block)
+        now = time.time()
+        before, around = self._state["phase"], dict(self._state["around_blocks"])
+        if before is not None and self._state["block"] is None:
+            around[before] = around.get(before, 0.0) + now - self._state["phase_started"]
+        if block is not None and self._state["block_started"] is None:
+            self._state["block_started"] = now
+        self._write(phase=name, block=block, phase_started=now, around_blocks=around)
+
+    def block_done(self, block: int, relative_error: float | None) -> None:
+        """Records when the next block began."""
+        self._inner.block_done(block, relative_error)
+        self._write(block_started=time.time())
+
+    def attempt_failed(self, what: str, attempt: int, attempts: int, reason: str) -> None:
+        """Records the failure."""
+        self._inner.attempt_failed(what, attempt, attempts, reason)
+        failure = {
+            "what": what,
+            "attempt": attempt,
+            "attempts": attempts,
+            "reason": reason,
+            "time": time.time(),
+        }
+        self._write(failures=[*self._state["failures"], failure][-_KEPT_FAILURES:])
+
+    def note(self, message: str) -> None:
+        """Records the last one."""
+        self._inner.note(message)
+        self._write(note=message)
+
+    def end(self) -> None:
+        """Only passed on: `recorded` knows how the job ended."""
+        self._inner.end()
+
+    def ended(self, how: str, error: str | None = None) -> None:
+        """Records the end: "finished", "interrupted" or "failed", with the error's message."""
+        self._write(ended=how, error=error)
+
+    def _write(self, **changes: Any) -> None:
+        self.written = True
+        self._state |= changes
+        payload = {**self._state, "updated": time.time()}
+        write_status(self._run.path, payload, guard=self._lock.assert_held)
+
+
+@contextlib.contextmanager
+def recorded(
+    inner: Progress, run: RunDirectory, lock: RunLock, source: str, output: Place
+) -> Iterator[RecordedProgress]:
+    """A `RecordedProgress` for one run of a job, which also records how the run ends.
+
+    A run that ends before the directory is a job's (there is no manifest) leaves no status.
+    """
+    progress = RecordedProgress(inner, run, lock, source, output)
+    try:
+        yield progress
+    except BaseException as error:
+        if progress.written:
+            stopped = isinstance(error, RunInterrupted | KeyboardInterrupt)
+            progress.ended("interrupted" if stopped else "failed", str(error) or repr(error))
+        raise
+    else:
+        if progress.written:
+            progress.ended("finished")
+    finally:
+        if progress.written and not run.manifest.exists():
+            remove_status(run.path, guard=lock.assert_held)

@@ -1,0 +1,278 @@
+"""What a run directory tells about its job, from outside: no cluster, no lock, nothing written.
+
+The records alone say which blocks are done, how good they are and how long they took; the lock
+file says who works on them; `status.json`, where it is there and whole, adds the phase and the
+failed attempts. Needs neither torch nor Ray, so it starts at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any, cast
+
+from storage.errors import CorruptFileError, RunDirectoryError
+from storage.files.checked_json import is_count
+from storage.files.commit import read_json
+from storage.run.directory import RunDirectory
+from storage.run.lock import Owner, is_alive, read_owner
+from storage.run.status_file import STATUS_NAME, STATUS_SCHEMA
+
+# A heartbeat of another host that is older than this may be a dead owner's (see `RunLock`).
+STALE_SECONDS = 30.0
+_SCHEMA = 1  # of run.json, block records and the summary, and of what `read_status` returns
+_AVERAGED_BLOCKS = 8
+_LONGEST_TEXT = 500
+
+
+def find_run_directory(path: Path) -> RunDirectory:
+    """The run directory at `path`, or at `path.run` where `path` is a job's OUTPUT.
+
+    Raises `RunDirectoryError` if neither is one.
+    """
+    path = path.absolute()
+    beside = path.with_name(path.name + ".run")
+    for candidate in (path, beside):
+        if _is_run_directory(candidate):
+            return RunDirectory(candidate)
+    raise RunDirectoryError(
+        f"neither {path} nor {beside.name} beside it is the run directory of a job; give what "
+        "--run-dir named, or OUTPUT"
+    )
+
+
+def _is_run_directory(path: Path) -> bool:
+    names = ("run.json", STATUS_NAME)
+    try:
+        return path.is_dir() and (
+            any((path / name).is_file() for name in names) or any(path.glob("lock-*.json"))
+        )
+    except (OSError, ValueError):
+        return False
+
+
+def read_status(run: RunDirectory) -> dict[str, Any]:
+    """Everything that can be told, as JSON values; times in seconds, sizes in bytes.
+
+    `state`: running, frozen (alive, but its heartbeat stopped), silent (another host's owner whose
+    heartbeat stopped), dead, interrupted, failed, finished, or stopped (no owner, and no word of
+    how it ended). What is not known is None. `problems` names files that are damaged.
+    """
+    problems: list[str] = []
+    owner = _owner(run, problems)
+    said = _said(run, problems)
+    manifest = _record(run, run.manifest, problems)
+    blocks, total, finished = _blocks(run, manifest, said, problems)
+    state = _state(owner, said, finished)
+    current = said if owner is None or said.get("nonce") == owner["nonce"] else {}
+    going = owner is not None
+    return {
+        "schema_version": _SCHEMA,
+        "run_directory": str(run.path),
+        "state": state,
+        "job": _job(manifest, said),
+        "blocks": {"done": len(blocks), "total": total, "committed": blocks},
+        "phase": _phase(current) if state != "finished" else None,
+        "attempts": _failures(current),
+        "owner": owner,
+        "eta_seconds": _eta(blocks, total, current, running=state in ("running", "frozen")),
+        "seconds_per_block": _pace(blocks),
+        "disk": _disk(run),
+        "note": _text(current.get("note")) if going else None,
+        "error": None if going else _text(said.get("error")),
+        "problems": problems,
+    }
+
+
+def _record(
+    run: RunDirectory, path: Path, problems: list[str], schema: int = _SCHEMA
+) -> dict[str, Any]:
+    """A record, or an empty one where the file is missing; a damaged one is also a problem."""
+    if not os.path.lexists(path):
+        return {}
+    try:
+        return read_json(run.contained(path), schema)
+    except (CorruptFileError, RunDirectoryError) as error:
+        if os.path.lexists(path):  # a live job deletes what it no longer needs
+            problems.append(str(error))
+        return {}
+
+
+def _said(run: RunDirectory, problems: list[str]) -> dict[str, Any]:
+    return _record(run, run.path / STATUS_NAME, problems, STATUS_SCHEMA)
+
+
+def _owner(run: RunDirectory, problems: list[str]) -> dict[str, Any] | None:
+    """Who holds the lock, or died with it. `alive` is None where this host cannot tell."""
+    try:
+        found: Owner | None = read_owner(run.path)
+    except OSError as error:
+        problems.append(f"{run.path}: the lock cannot be read ({error.strerror})")
+        return None
+    if found is None:
+        if any(run.path.glob("lock-*.json")):
+            problems.append(f"{run.path}: the lock file is damaged; who owns it is not known")
+        return None
+    return {
+        "host": _text(found.host),
+        "pid": found.pid,
+        "heartbeat": found.heartbeat,
+        "heartbeat_age": max(0.0, time.time() - found.heartbeat),
+        "alive": is_alive(found),
+        "nonce": found.nonce,
+    }
+
+
+def _state(owner: dict[str, Any] | None, said: dict[str, Any], finished: bool) -> str:
+    if owner is not None:
+        fresh = owner["heartbeat_age"] < STALE_SECONDS
+        if owner["alive"] is False:
+            return "dead"
+        if owner["alive"]:
+            return "running" if fresh else "frozen"
+        return "running" if fresh else "silent"
+    if finished:
+        return "finished"
+    return said["ended"] if said.get("ended") in ("interrupted", "failed") else "stopped"
+
+
+def _blocks(
+    run: RunDirectory, manifest: dict[str, Any], said: dict[str, Any], problems: list[str]
+) -> tuple[list[dict[str, Any]], int | None, bool]:
+    """The committed blocks' figures, the number of all blocks, and whether the job is over.
+
+    A finished job has deleted its records; its summary has the same figures.
+    """
+    blocks = []
+    committed = run.committed_blocks()
+    for block in committed:
+        record = _record(run, run.record(block), problems)
+        results, layers = _mapping(record.get("results")), _mapping(record.get("layers"))
+        blocks.append(_figures(block, record, results.get("seconds"), _error(layers)))
+    total = next((n for n in (manifest.get("blocks"), said.get("blocks")) if is_count(n)), None)
+    summary = _record(run, run.report() / "summary.json", problems)
+    reported = summary.get("blocks")
+    # The summary comes before the output, the records go after it.
+    finished = isinstance(reported, list) and not committed and bool(manifest)
+    if finished:
+        entries = [_mapping(entry) for entry in cast(list[Any], reported)]
+        blocks = [
+            _figures(n, entry, entry.get("seconds"), _number(entry.get("relative_error")))
+            for n, entry in enumerate(entries)
+        ]
+        total = len(blocks)
+    return blocks, total, finished
+
+
+def _figures(
+    block: int, record: dict[str, Any], seconds: object, error: float | None
+) -> dict[str, Any]:
+    return {
+        "block": block,
+        "relative_error": error,
+        "seconds": _number(seconds),
+        "workers": record["world"] if is_count(record.get("world")) else None,
+    }
+
+
+def _error(layers: dict[str, Any]) -> float | None:
+    """A block's relative error in per cent, as `pipeline.records.block.block_error` has it."""
+    reports = [_mapping(_mapping(layer).get("results")) for layer in layers.values()]
+    objective = [_number(report.get("objective")) for report in reports]
+    zero = [_number(report.get("objective_zero")) for report in reports]
+    if not reports or None in objective or None in zero:
+        return None
+    below = sum(cast(list[float], zero))
+    return 100 * sum(cast(list[float], objective)) / below if below > 0 else None
+
+
+def _job(manifest: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    job = _mapping(manifest.get("job"))
+    settings = _mapping(job.get("settings"))
+    return {
+        "source": _text(said.get("source")),
+        "output": _text(said.get("output")),
+        "method": _text(settings.get("method")),
+        "pattern": _text(settings.get("pattern")),
+        "nsamples": settings["nsamples"] if is_count(settings.get("nsamples")) else None,
+        "seqlen": settings["seqlen"] if is_count(settings.get("seqlen")) else None,
+        "dataset": _text(_mapping(job.get("dataset")).get("name")),
+    }
+
+
+def _phase(said: dict[str, Any]) -> dict[str, Any] | None:
+    name, since = _text(said.get("phase")), _number(said.get("phase_started"))
+    if name is None or since is None:
+        return None
+    block = said["block"] if is_count(said.get("block")) else None
+    return {"name": name, "block": block, "seconds": max(0.0, time.time() - since)}
+
+
+def _failures(said: dict[str, Any]) -> list[dict[str, Any]]:
+    """Failed attempts of the current run of the job, in order."""
+    failures = said.get("failures")
+    return [
+        {
+            "what": _text(entry.get("what")) or "?",
+            "attempt": entry["attempt"] if is_count(entry.get("attempt")) else None,
+            "attempts": entry["attempts"] if is_count(entry.get("attempts")) else None,
+            "reason": _text(entry.get("reason")) or "?",
+            "time": _number(entry.get("time")),
+        }
+        for entry in map(_mapping, failures if isinstance(failures, list) else [])
+    ]
+
+
+def _pace(blocks: list[dict[str, Any]]) -> float | None:
+    """Mean seconds of the last blocks, in whichever run of the job they were made."""
+    seconds = [b["seconds"] for b in blocks[-_AVERAGED_BLOCKS:] if b["seconds"] is not None]
+    return sum(seconds) / len(seconds) if seconds else None
+
+
+def _eta(
+    blocks: list[dict[str, Any]], total: int | None, said: dict[str, Any], *, running: bool
+) -> float | None:
+    """Seconds that the blocks still take, from now or, if nothing runs, once it runs again."""
+    pace = _pace(blocks)
+    if pace is None or total is None or len(blocks) > total:
+        return None
+    left = (total - len(blocks)) * pace
+    since = _number(said.get("block_started"))
+    if running and since is not None and left:
+        left -= min(pace, max(0.0, time.time() - since))
+    return left
+
+
+def _disk(run: RunDirectory) -> dict[str, int]:
+    """Bytes in the run directory, and free on its filesystem."""
+    parts = {
+        name: 0 if (run.path / name).is_symlink() else RunDirectory(run.path / name).size()
+        for name in ("activations", "checkpoints")
+    }
+    free = 0
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(run.path).free
+    return {"bytes": run.size(), **parts, "free": free}
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: object) -> float | None:
+    """A finite number that is not negative; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 <= value < 2**63 and math.isfinite(value) else None
+
+
+def _text(value: object) -> str | None:
+    """A string fit to be shown: printable, and cut if it is long."""
+    if not isinstance(value, str):
+        return None
+    shown = "".join(c if c.isprintable() else " " for c in value)
+    return shown if len(shown) <= _LONGEST_TEXT else shown[: _LONGEST_TEXT - 1] + "…"

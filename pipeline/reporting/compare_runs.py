@@ -1,0 +1,115 @@
+"""`prox24 compare`: what differs between finished jobs, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.reporting.run_summary import RunFigures, Scalar, read_figures
+from pipeline.reporting.tables import Column, Table
+from storage.errors import ConfigError
+
+SETTINGS = "Settings that differ, and the models"
+ERRORS = "Relative error by kind of layer, %"
+OBJECTIVES = "Objective by kind of layer"
+COSTS = "Time and memory"
+
+# Of `report/evaluation.json`: key, title and format; those after the first against the dense model.
+_AGAINST_DENSE = (
+    ("loss_difference", "loss, nats", "+.4f"),
+    ("standard_error", "± of it", ".4f"),
+    ("jensen_shannon", "JS, nats", ".4f"),
+    ("kullback_leibler", "KL, nats", ".4f"),
+    ("same_token", "same top-1", ".4f"),
+)
+_MEMORY = ("driver_rss_bytes", "worker_rss_bytes", "worker_device_bytes")
+_STATISTIC_NOTE = (
+    "Errors on different statistics do not compare: on `full` they weigh a layer's whole second "
+    "moment of inputs, on `diagonal` its diagonal, on `none` the weights alone."
+)
+_WORLD_NOTE = "Times of runs on different numbers of workers or machines compare with care."
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunFigures]:
+    """The figures of each run directory or OUTPUT, named by what tells them apart.
+
+    Raises `ConfigError` where one is given twice; else as `read_figures`.
+    """
+    names = [path.absolute().name.removesuffix(".run") for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"{twice} is given twice; name each run once")
+    return [read_figures(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def comparison(runs: Sequence[RunFigures]) -> Table:
+    """The table of `runs`, a row each."""
+    columns = [*_settings(runs), *_model(runs)]
+    columns += _by_kind(runs, "relative_error", ERRORS, ".3f")
+    columns += _by_kind(runs, "objective", OBJECTIVES, ".4g")
+    columns += _costs(runs)
+    notes = []
+    if len({run.statistic for run in runs}) > 1:
+        notes.append(_STATISTIC_NOTE)
+    if len({run.world for run in runs}) > 1:
+        notes.append(_WORLD_NOTE)
+    return Table(tuple(run.name for run in runs), tuple(columns), tuple(notes))
+
+
+def _settings(runs: Sequence[RunFigures]) -> list[Column]:
+    """The settings that are not the same in all runs; one that a run does not have is None."""
+    names = list(dict.fromkeys(name for run in runs for name in run.settings))
+    columns = []
+    for name in names:
+        values: tuple[Scalar, ...] = tuple(run.settings.get(name) for run in runs)
+        if len({(type(value), value) for value in values}) > 1:
+            columns.append(Column(name, name.replace("_", " "), SETTINGS, values, "g"))
+    return columns
+
+
+def _model(runs: Sequence[RunFigures]) -> list[Column]:
+    """How well the pruned models predict text, where they were evaluated."""
+    evaluated = [run.evaluation or {} for run in runs]
+    against = [evaluation.get("against_dense") or {} for evaluation in evaluated]
+    perplexities = tuple(evaluation.get("perplexity") for evaluation in evaluated)
+    columns = [Column("perplexity", "perplexity", SETTINGS, perplexities, ".3f")]
+    for key, title, form in _AGAINST_DENSE:
+        values = tuple(figures.get(key) for figures in against)
+        columns.append(Column(key, title, SETTINGS, values, form))
+    return columns
+
+
+def _by_kind(runs: Sequence[RunFigures], what: str, part: str, form: str) -> list[Column]:
+    """A figure of all layers, and of each kind that a run has."""
+    kinds = list(dict.fromkeys(kind for run in runs for kind in run.kinds))
+    columns = [Column(what, "all layers", part, tuple(getattr(r.whole, what) for r in runs), form)]
+    for kind in kinds:
+        values = tuple(getattr(r.kinds[kind], what) if kind in r.kinds else None for r in runs)
+        title = kind.rsplit(".", 1)[-1] if _told_apart(kinds) else kind
+        columns.append(Column(f"{what} {kind}", title, part, values, form))
+    if len({run.statistic for run in runs}) > 1:
+        columns.append(
+            Column(f"{what} statistic", "statistic", part, tuple(r.statistic for r in runs))
+        )
+    return columns
+
+
+def _told_apart(kinds: Sequence[str]) -> bool:
+    return len({kind.rsplit(".", 1)[-1] for kind in kinds}) == len(kinds)
+
+
+def _costs(runs: Sequence[RunFigures]) -> list[Column]:
+    columns = [Column("seconds", "seconds", COSTS, tuple(run.wall for run in runs), ".1f")]
+    for kind in dict.fromkeys(kind for run in runs for kind in run.seconds):
+        values = tuple(run.seconds.get(kind) for run in runs)
+        columns.append(Column(f"seconds {kind}", kind, COSTS, values, ".1f"))
+    columns.append(Column("workers", "workers", COSTS, tuple(run.world for run in runs)))
+    for who in _MEMORY:
+        peaks = tuple(run.memory.get(who) for run in runs)
+        if any(peaks):
+            title = who.removesuffix("_bytes").replace("_rss", "").replace("_", " ") + ", MiB"
+            values = tuple(None if peak is None else peak / 2**20 for peak in peaks)
+            columns.append(Column(who.replace("bytes", "mib"), title, COSTS, values, ".0f"))
+    return columns

@@ -1,0 +1,340 @@
+"""The report as one HTML file: what the figures say in words, tables, and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import jinja2
+
+from pipeline.reporting.advice import advise
+from pipeline.reporting.layer_table import Facts, distinct, input_table, kind_table, share
+from pipeline.reporting.plots import (
+    error_by_depth,
+    error_by_kind,
+    masks,
+    time_and_memory,
+    workers_timeline,
+)
+from pipeline.reporting.template import TEMPLATE
+from pipeline.runtime.units import size
+from pipeline.version import VERSION
+
+_WORST = 20
+_WORKERS_SHOWN = 16
+_STATISTICS = {
+    "full": "the calibration text's inputs to the layer, all correlations between them included",
+    "diagonal": "the calibration text's inputs to the layer, each by itself",
+    "none": "inputs that are all alike, since the method uses no calibration inputs",
+}
+
+_KINDS = {
+    "forward": "forward passes",
+    "hessian": "second moments of the layers' inputs",
+    "reduce": "summing these over the workers",
+    "choose": "choosing regularization",
+    "solve": "solving for masks and weights",
+    "io": "activations and results, read and written",
+    "load": "weights, read from the source",
+    "other": "waiting for the others or the driver, and dispatch",
+}
+_OF_INPUTS = ("never", "rarely", "often")
+# Phases of the job's last run that are of no block.
+_AROUND_BLOCKS = {
+    "read text": "reading text",
+    "start workers": "starting workers",
+    "check weights": "checking weights",
+    "write": "writing the model",
+}
+
+
+def report_page(facts: Facts) -> str:
+    """The whole page. Pure but for drawing; every value that comes from a file is escaped."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(TEMPLATE)
+    blocks = facts.summary["blocks"]
+    options = {**facts.settings, **facts.solver}
+    return template.render(
+        title=_title(facts),
+        lead=[*_result_in_words(facts), _job_in_words(facts)],
+        advice=advise(
+            facts.layers, blocks, options, measured=facts.results.get("perplexity") is not None
+        ),
+        meaning=_meaning(facts.layers),
+        **_errors(facts),
+        **_mask(facts),
+        **_times(facts),
+        **_workers(facts),
+        settings=_settings(facts),
+        environment=_environment(facts),
+        hashes=_hashes(facts),
+        skipped=_skipped(facts.results),
+        version=VERSION,
+        run_directory=facts.run_directory,
+    )
+
+
+def _skipped(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Why layers stayed dense, and which, with commas between."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in results["skipped_because"].items():
+        layers.setdefault(reason, []).append(name)
+    return [(reason, ", ".join(names)) for reason, names in layers.items()]
+
+
+def _title(facts: Facts) -> str:
+    patterns = " and ".join(distinct(facts.layers, "pattern"))
+    return f"{facts.results['source']}, pruned to {patterns}"
+
+
+def _figure(image: str, caption: str) -> dict[str, str]:
+    return {"image": image, "caption": caption}
+
+
+def _result_in_words(facts: Facts) -> list[str]:
+    """What came out, for someone who knows neither the job nor the method."""
+    layers = facts.layers
+    weights = sum(layer["rows"] * layer["columns"] for layer in layers)
+    errors = [float(layer["relative_error"]) for layer in layers]
+    zeros = " or ".join(map(_zeros, distinct(layers, "pattern")))
+    methods = " and ".join(distinct(layers, "method"))
+    worst = max(layers, key=lambda layer: float(layer["relative_error"]))
+    first = (
+        f"{len(layers)} linear layers in {len(facts.summary['blocks'])} blocks, with {weights:,} "
+        f"weights, were pruned by {methods}: {zeros}. Everything else in the model is unchanged. "
+        "On the calibration text the outputs of the pruned layers change "
+        f"by {median(errors):.2g} % of their energy (the median layer), and by {max(errors):.2g} % "
+        f"in the worst, {worst['name']}."
+    )
+    measured = facts.results.get("perplexity")
+    if measured is None:
+        return [first]
+    dense = measured.get("dense")
+    before = "" if dense is None else f" The dense model's is {dense:.2f}."
+    return [
+        first,
+        f"Its perplexity on {measured['dataset']} is {measured['perplexity']:,.2f} "
+        f"({measured['tokens']:,} tokens; lower is better).{before}",
+    ]
+
+
+def _zeros(pattern: str) -> str:
+    kind, _, part = pattern.partition(":")
+    if kind == "unstructured":
+        return f"{100 * float(part):g} % of the weights in each layer are now zero"
+    return f"of every {part} neighbouring weights at most {kind} are not zero"
+
+
+def _job_in_words(facts: Facts) -> str:
+    summary, settings = facts.summary, facts.settings
+    processes = {(w["host"], w["pid"]) for w in summary["workers"]}
+    hosts = {host for host, _ in processes}
+    failures = len(_failures(facts))
+    trouble = (
+        "Nothing failed on the way."
+        if not failures
+        else f"{_count(failures, 'attempt')} failed on the way and the work was done again; the "
+        "result is the same."
+    )
+    ranks = max((block["world"] for block in summary["blocks"]), default=0)
+    return (
+        f"The job calibrated on {settings['nsamples']} × {settings['seqlen']:,} tokens of "
+        f"{facts.results['job']['dataset']['name']}. It took {_in_words(summary['wall'])} of "
+        f"work by {_count(ranks, 'worker')} on {_count(len(hosts), 'host')}, "
+        f"and {size(summary['memory']['worker_rss_bytes'])} of memory in the largest. {trouble}"
+    )
+
+
+def _in_words(seconds: float) -> str:
+    """`51 s`, `4 min 50 s` or `2 h 3 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _meaning(layers: Sequence[Mapping[str, Any]]) -> str:
+    against = [_STATISTICS[name] for name in dict.fromkeys(layer["statistic"] for layer in layers)]
+    return (
+        "The relative error of a layer is the energy of the change of its output, in per cent of "
+        "the energy of its output: 0 if pruning changed nothing, 100 if every weight were zero. "
+        f"Outputs are those for {'; or for '.join(against)}. A block's adds up its layers."
+    )
+
+
+def _errors(facts: Facts) -> dict[str, Any]:
+    layers = facts.layers
+    worst = sorted(layers, key=lambda layer: -float(layer["relative_error"]))[:_WORST]
+    return {
+        "depth": _figure(
+            error_by_depth(layers, facts.summary["blocks"]),
+            "Relative error of the layers against depth. Where a kind has several layers in a "
+            "block the line is their mean, and the shade goes from the least to the largest.",
+        ),
+        "kinds": _figure(
+            error_by_kind(layers),
+            "Relative error by kind of layer: each point is a layer, each black bar the median; "
+            "the block of the largest is named.",
+        ),
+        "kind_header": ["kind of layer", "shape", "#layers", "#median, %", "#worst, %", "#block"],
+        "kind_rows": [
+            (row["kind"], ", ".join(row["shapes"]), row["count"], _error(row["median"]),
+             _error(row["worst"]), row["worst_block"])
+            for row in kind_table(layers)
+        ],
+        "worst_header": ["layer", "#error, %", "#damping", "#shrinkage", "done other than asked"],
+        "worst_rows": [
+            (layer["name"], _error(layer["relative_error"]), f"{layer['damping']:.3g}",
+             f"{layer['shrinkage']:.3g}", "; ".join(layer["deviations"]))
+            for layer in worst
+        ],
+    }  # fmt: skip
+
+
+def _error(value: float) -> str:
+    return f"{float(value):.3f}"
+
+
+def _mask(facts: Facts) -> dict[str, Any]:
+    layers = facts.layers
+    if any(layer["kept"] is None for layer in layers):
+        return {"mask": None, "mask_words": "", "input_rows": [], "input_header": []}
+    kept = sum(layer["kept"] for layer in layers)
+    weights = sum(layer["weights"] for layer in layers)
+    too = sum(layer["magnitude_too"] for layer in layers)
+    groups = any(layer["groups"] for layer in layers)
+    return {
+        "mask": _figure(
+            masks(layers),
+            "Left: the share of the kept weights that magnitude would have kept too."
+            + (" Right: which positions the groups keep (■)." if groups else ""),
+        ),
+        "input_header": [
+            "kind of layer", "#inputs", "#never kept", "#rarely", "#often", "#with their norm",
+        ],
+        "input_rows": [
+            (row["kind"], f"{row['inputs']:,}", *(f"{row[name]:,}" for name in _OF_INPUTS),
+             "" if row["correlation"] is None else f"{row['correlation']:+.2f}")
+            for row in input_table(layers)
+        ],
+        "mask_words": (
+            f"{kept:,} of {weights:,} weights ({100 * (share(kept, weights) or 0):.2f} %) are not "
+            "zero. Choosing by magnitude alone would have kept "
+            f"{100 * (share(too, kept) or 0):.1f} % of them too: the lower, the more the method "
+            "departs from magnitude. Within a group no position should be much preferred."
+        ),
+    }  # fmt: skip
+
+
+def _times(facts: Facts) -> dict[str, Any]:
+    summary = facts.summary
+    blocks = summary["blocks"]
+    wall = float(summary["wall"])
+    rows = [
+        (_KINDS.get(kind, kind), f"{seconds:.1f}", f"{100 * seconds / wall:.1f}" if wall else "")
+        for kind, seconds in summary["seconds"].items()
+    ]
+    around = ", ".join(
+        f"{words} {_in_words(facts.status['around_blocks'][name])}"
+        for name, words in _AROUND_BLOCKS.items()
+        if name in facts.status.get("around_blocks", {})
+    )
+    memory = summary["memory"]
+    peaks = f"driver {size(memory['driver_rss_bytes'])}, worker {size(memory['worker_rss_bytes'])}"
+    if memory["worker_device_bytes"]:
+        peaks += f", GPU {size(memory['worker_device_bytes'])}"
+    return {
+        "times": _figure(
+            time_and_memory(blocks),
+            "Above: each block's seconds at the driver, by phase; below: the largest worker's "
+            'peak memory in each phase, in the same colours. "advance" is the pruned pass of one '
+            "block and the dense pass of the next in one.",
+        )
+        if all("phases" in block for block in blocks)
+        else None,
+        "time_words": (
+            f"All phases of the blocks took {_in_words(wall)}"
+            f"{f', beside them {around}' if around else ''}. Of interrupted runs only what was "
+            f"committed is counted. Peak memory: {peaks}."
+        ),
+        "work_header": ["kind of work", "#seconds, mean of workers", "#% of all"],
+        "work_rows": rows,
+    }
+
+
+def _workers(facts: Facts) -> dict[str, Any]:
+    summary = facts.summary
+    spans, workers = summary.get("timeline"), summary["workers"]
+    return {
+        "timeline": _figure(
+            workers_timeline(spans, workers),
+            "What each worker was at, by phase. White: waiting for the others or for the driver, "
+            "or work that was lost and is not counted. Pauses of more than a minute are cut out.",
+        )
+        if spans
+        else None,
+        "worker_header": ["worker", "host", "process", "#blocks", "#busy, s", "#peak memory"],
+        "many_workers": len(workers) > _WORKERS_SHOWN,
+        "worker_rows": [
+            (w["rank"], w["host"], w["pid"], len(w["blocks"]),
+             f"{sum(w['seconds'].values()):.1f}", size(w["peak_bytes"]))
+            for w in workers
+        ],
+        "failure_header": ["what", "why"],
+        "failures": _failures(facts),
+    }  # fmt: skip
+
+
+def _failures(facts: Facts) -> list[tuple[str, str]]:
+    """Failed attempts: those of blocks as the records tell, others of the last run of the job."""
+    found = [
+        (f"block {block['block']}", str(why))
+        for block in facts.summary["blocks"]
+        for why in block["failures"]
+    ]
+    known = {what for what, _ in found}
+    for failure in facts.status.get("failures", []):
+        if failure["what"] not in known:
+            found.append((str(failure["what"]), str(failure["reason"])))
+    return found
+
+
+def _settings(facts: Facts) -> list[tuple[str, Any]]:
+    """Options, those of the solver as they were resolved; what was not set is left out."""
+    options = {**facts.settings, **facts.solver}
+    options |= {"dataset": facts.results["job"]["dataset"]["name"]}
+    options |= {"forward_dtype": facts.results["job"]["forward_dtype"]}
+    if (measured := facts.settings.get("eval_dataset")) is not None:
+        options["eval_dataset"] = measured["name"]
+    return [(key, value) for key, value in sorted(options.items()) if value is not None]
+
+
+def _environment(facts: Facts) -> list[tuple[str, Any]]:
+    hosts = dict.fromkeys(w["host"] for w in facts.summary["workers"])
+    worlds = dict.fromkeys(block["world"] for block in facts.summary["blocks"])
+    return [
+        *facts.results["environment"].items(),
+        ("hosts", ", ".join(hosts)),
+        ("workers", ", then ".join(map(str, worlds))),
+        ("output", facts.status.get("output", "")),
+    ]
+
+
+def _hashes(facts: Facts) -> list[tuple[str, str]]:
+    job, manifest = facts.results["job"], facts.manifest
+    text = job["dataset"]["sha256"]
+    return [
+        ("source: config and layout of the weights", job["source"]),
+        *((f"source: {name}", digest) for name, digest in manifest["weight_files"].items()),
+        *((f"source: {name}", digest) for name, digest in manifest["side_files"].items()),
+        *([] if text is None else [(f"text: {job['dataset']['name']}", text)]),
+        ("calibration tokens", manifest["tokens"]["sha256"]),
+        *((f"output: {f['name']}", f["sha256"]) for f in facts.results["weight_files"]),
+    ]

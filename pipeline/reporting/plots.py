@@ -1,0 +1,293 @@
+"""The report's figures, drawn by matplotlib and handed back as images that need no other file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+
+from pipeline.config.pattern import Pattern
+from pipeline.reporting.layer_table import by_kind, kind_table, positions_kept, without_pauses
+from pipeline.runtime.units import duration
+
+# Okabe and Ito's colours, which the colour-blind tell apart, and more for models of many kinds.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#637939",
+            "#7B4173", "#999999")  # fmt: skip
+_PHASES = ("embed", "propagate", "advance", "calibrate", "reduce", "choose", "solve")
+_WIDTH = 10.0  # inches, of 72 points
+_LEGEND: dict[str, Any] = {
+    "loc": "upper left",
+    "bbox_to_anchor": (1.01, 1.02),
+    "frameon": False,
+    "fontsize": 9,
+}
+_STYLE: dict[Any, Any] = {
+    # Text as text: small files, and the reader's own fonts.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "prox24",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "text.parse_math": False,
+}
+# More shapes than these are drawn as pixels: a figure of a large job stays small.
+_MOST_SHAPES = 3000
+_PIXELS_PER_INCH = 200
+_LONGEST_PAUSE = 60.0  # seconds
+_LANES_NAMED = 40
+
+
+def _image(draw: Callable[[Figure], None], height: float) -> str:
+    """A data URI of what `draw` draws, `height` inches high."""
+    # A home that cannot be written to, or a first look for fonts, is no news for a job's user.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, height))
+        draw(figure)
+        raw = io.BytesIO()
+        figure.savefig(raw, format="svg", dpi=_PIXELS_PER_INCH, metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(raw.getvalue()).decode("ascii")
+
+
+def _axes(figure: Figure, *, bottom: float = 0.14, top: float = 0.94, left: float = 0.08) -> Axes:
+    """One pair of axes, with room for a legend on the right."""
+    return figure.add_axes((left, bottom, 0.76 - left, top - bottom))
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[number % len(_COLOURS)]
+
+
+def _scale(axes: Axes, which: str, layers: Sequence[Mapping[str, Any]]) -> None:
+    """The errors' axis ("x" or "y"): logarithmic where they differ by more than a factor of ten."""
+    positive = [float(layer["relative_error"]) for layer in layers if layer["relative_error"] > 0]
+    if positive and max(positive) > 10 * min(positive):
+        axes.set(**{f"{which}scale": "log"})
+        axis = axes.xaxis if which == "x" else axes.yaxis
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.set(**{f"{which}label": "relative error, %"})
+
+
+def error_by_depth(layers: Sequence[Mapping[str, Any]], blocks: Sequence[Mapping[str, Any]]) -> str:
+    """Relative error of each kind of layer against the block; whole blocks in black."""
+
+    def draw(figure: Figure) -> None:
+        axes = _axes(figure)
+        many = len({layer["block"] for layer in layers}) > 40
+        marker: dict[str, Any] = {"marker": "." if many else "o", "markersize": 4, "linewidth": 1.2}
+        for number, (kind, members) in enumerate(by_kind(layers).items()):
+            found: dict[int, list[float]] = {}
+            for layer in members:
+                found.setdefault(layer["block"], []).append(float(layer["relative_error"]))
+            means = [fmean(errors) for errors in found.values()]
+            axes.plot(list(found), means, label=kind, color=_colour(number), **marker)
+            if len(members) > len(found):
+                lowest, highest = map(min, found.values()), map(max, found.values())
+                axes.fill_between(
+                    list(found), list(lowest), list(highest), color=_colour(number), alpha=0.15
+                )
+        known = [block for block in blocks if block["relative_error"] is not None]
+        axes.plot(
+            [block["block"] for block in known],
+            [block["relative_error"] for block in known],
+            color="black", linestyle="--", label="whole block",
+        )  # fmt: skip
+        _scale(axes, "y", layers)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("block")
+        axes.legend(**_LEGEND)
+
+    return _image(draw, 4.0)
+
+
+def error_by_kind(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Every layer's relative error, in a row for each kind; medians as bars, the worst named."""
+    table = kind_table(layers)
+
+    def draw(figure: Figure) -> None:
+        axes = _axes(figure, bottom=0.5 / height, top=1 - 0.15 / height, left=0.22)
+        groups = by_kind(layers)
+        for row, entry in enumerate(table):
+            errors = [float(layer["relative_error"]) for layer in groups[entry["kind"]]]
+            axes.scatter(
+                errors, [row] * len(errors), s=18, alpha=0.5, color=_colour(row), linewidths=0,
+                rasterized=len(layers) > _MOST_SHAPES,
+            )  # fmt: skip
+            axes.plot([entry["median"]] * 2, [row - 0.3, row + 0.3], color="black", linewidth=1.5)
+            axes.annotate(
+                f"block {entry['worst_block']}", (entry["worst"], row), (7, 0),
+                textcoords="offset points", va="center", fontsize=8, color="#444444",
+            )  # fmt: skip
+        _scale(axes, "x", layers)
+        axes.set_yticks(range(len(table)), [entry["kind"] for entry in table])
+        axes.set_ylim(len(table) - 0.5, -0.5)
+
+    height = 0.9 + 0.32 * len(table)
+    return _image(draw, height)
+
+
+def _ordered(phases: Sequence[str]) -> list[str]:
+    """The phases' names in the order of a block's work."""
+    return sorted(set(phases), key=lambda name: (name not in _PHASES, *_index(name)))
+
+
+def _index(phase: str) -> tuple[int, str]:
+    return (_PHASES.index(phase) if phase in _PHASES else len(_PHASES), phase)
+
+
+def _phase_colour(phase: str) -> str:
+    return _colour(_index(phase)[0])
+
+
+def time_and_memory(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """Each block's seconds by phase, stacked; under it the largest worker's peak in each phase."""
+
+    def draw(figure: Figure) -> None:
+        above = figure.add_axes((0.08, 0.56, 0.68, 0.40))
+        below = figure.add_axes((0.08, 0.10, 0.68, 0.38), sharex=above)
+        numbers = [block["block"] for block in blocks]
+        bottom = [0.0] * len(blocks)
+        for phase in _ordered([name for block in blocks for name in block["phases"]]):
+            colour = _phase_colour(phase)
+            phases = [block["phases"].get(phase) for block in blocks]
+            seconds = [0.0 if p is None else float(p["seconds"]) for p in phases]
+            above.bar(numbers, seconds, 0.85, bottom, label=phase, color=colour)
+            bottom = [low + more for low, more in zip(bottom, seconds, strict=True)]
+            there = [(n, p) for n, p in zip(numbers, phases, strict=True) if p is not None]
+            at = [n for n, _ in there]
+            host = [p["rss_bytes"] / 2**30 for _, p in there]
+            device = [p["device_bytes"] / 2**30 for _, p in there]
+            below.plot(at, host, marker=".", color=colour)
+            if any(device):
+                below.plot(at, device, marker=".", linestyle=":", color=colour)
+        driver = [block["memory"]["driver_rss_bytes"] / 2**30 for block in blocks]
+        below.plot(numbers, driver, color="black", linestyle="--", label="driver")
+        below.plot([], [], color="#777777", label="worker, host")
+        if any(p["device_bytes"] for block in blocks for p in block["phases"].values()):
+            below.plot([], [], color="#777777", linestyle=":", label="worker, GPU")
+        above.xaxis.set_major_locator(MaxNLocator(integer=True))
+        above.set_ylabel("seconds")
+        below.set_ylim(bottom=0)
+        below.set_ylabel("peak memory, GiB")
+        below.set_xlabel("block")
+        above.legend(**_LEGEND)
+        below.legend(**_LEGEND)
+
+    return _image(draw, 5.2)
+
+
+def workers_timeline(
+    spans: Sequence[Mapping[str, Any]], workers: Sequence[Mapping[str, Any]]
+) -> str:
+    """One lane per worker process: what it was at, and when. Long pauses are taken out."""
+    moved, pauses = without_pauses(spans, _LONGEST_PAUSE)
+    shapes = sum(len(span["workers"]) for span in moved)
+    longest = max(span["start"] + span["seconds"] for span in moved)
+    unit, name = (3600, "hours") if longest > 7200 else (60, "minutes")
+    height = 0.9 + min(9.0, 0.32 * len(workers))
+
+    def draw(figure: Figure) -> None:
+        axes = _axes(figure, bottom=0.5 / height, top=1 - 0.25 / height, left=0.2)
+        for phase in _ordered([span["phase"] for span in moved]):
+            bars = [bar for span in moved if span["phase"] == phase for bar in _bars(span, workers)]
+            for lane in sorted({lane for lane, _, _ in bars}):
+                axes.broken_barh(
+                    [(start / unit, busy / unit) for n, start, busy in bars if n == lane],
+                    (lane - 0.4, 0.8), color=_phase_colour(phase), linewidth=0,
+                    rasterized=shapes > _MOST_SHAPES,
+                )  # fmt: skip
+            axes.broken_barh([], (0, 0), color=_phase_colour(phase), label=phase)
+        for pause in pauses:
+            axes.axvline(pause.at / unit, color="black", linestyle="--", linewidth=1)
+            axes.annotate(
+                f"nothing for {duration(pause.seconds)}", (pause.at / unit, 1), (0, 3),
+                xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8,
+                ha="center",
+            )  # fmt: skip
+        if len(workers) <= _LANES_NAMED:
+            names = [f"worker {w['rank']} on {w['host']}" for w in workers]
+            axes.set_yticks(range(len(workers)), names)
+        axes.set_ylim(len(workers) - 0.5, -0.5)
+        axes.set_xlabel(f"{name} of work")
+        axes.legend(**_LEGEND)
+
+    return _image(draw, height)
+
+
+def _bars(
+    span: Mapping[str, Any], workers: Sequence[Mapping[str, Any]]
+) -> list[tuple[int, float, float]]:
+    """Lane, start and seconds of each rank's part; ranks in one process take turns."""
+    bars = []
+    ended: dict[tuple[Any, Any], float] = {}
+    for lane, busy in zip(span["workers"], span["busy"], strict=True):
+        process = (workers[lane]["host"], workers[lane]["pid"])
+        start = ended.get(process, float(span["start"]))
+        ended[process] = start + busy
+        bars.append((lane, start, float(busy)))
+    return bars
+
+
+def masks(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Left: the share of kept weights that magnitude would keep too. Right: positions in groups.
+
+    The right one is of the kinds of layers that have groups: unstructured ones have none.
+    """
+    table = [entry for entry in kind_table(layers) if entry["groups"]]
+
+    def draw(figure: Figure) -> None:
+        wide = 0.44 if table else 0.9
+        shares = figure.add_axes((0.07, 0.14, wide - 0.07, 0.78))
+        for number, (_, members) in enumerate(by_kind(layers).items()):
+            at = [layer["block"] for layer in members]
+            values = [100 * (layer["magnitude_share"] or 0.0) for layer in members]
+            style = "-" if len(set(at)) == len(at) else ""
+            shares.plot(
+                at, values, marker=".", linestyle=style, color=_colour(number),
+                rasterized=len(layers) > _MOST_SHAPES,
+            )  # fmt: skip
+        shares.xaxis.set_major_locator(MaxNLocator(integer=True))
+        shares.set_xlabel("block (colours as in the first figure)")
+        shares.set_ylabel("% that magnitude keeps too")
+        if table:
+            _positions(figure.add_axes((0.62, 0.14, 0.24, 0.78)), table)
+
+    return _image(draw, max(3.6, 0.9 + 0.32 * len(table)))
+
+
+def _positions(axes: Axes, table: Sequence[Mapping[str, Any]]) -> None:
+    keeps = [Pattern.parse(entry["pattern"]).keep for entry in table]
+    shares = [
+        positions_kept(entry["groups"], keep) for entry, keep in zip(table, keeps, strict=True)
+    ]
+    names = list(dict.fromkeys(name for own in shares for name in own))
+    left = [0.0] * len(table)
+    for number, name in enumerate(names):
+        widths = [100 * own.get(name, 0.0) for own in shares]
+        axes.barh(range(len(table)), widths, 0.8, left, label=_shown(name), color=_colour(number))
+        left = [start + more for start, more in zip(left, widths, strict=True)]
+    axes.set_yticks(range(len(table)), [entry["kind"] for entry in table])
+    axes.set_ylim(len(table) - 0.5, -0.5)
+    axes.set_xlabel("% of groups, by what they keep")
+    axes.legend(**_LEGEND)
+
+
+def _shown(positions: str) -> str:
+    """`1010` as boxes, `3` (see `positions_kept`) as a position."""
+    if positions == "fewer":
+        return "fewer kept"
+    if len(positions) == 1:
+        return f"position {positions}"
+    return positions.replace("1", "■").replace("0", "□")

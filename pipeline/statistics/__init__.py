@@ -1,0 +1,1 @@
+"""Second moments of layers' inputs: observed, added up, and summed over the ranks."""

@@ -1,0 +1,1 @@
+"""`prox24 sweep`: many settings of one model, pruned and evaluated."""

@@ -1,0 +1,1 @@
+"""Text, as it is stored, to calibration and evaluation sequences of tokens."""

@@ -1,0 +1,250 @@
+"""Calibration and evaluation text as tokens, by the conventions of the field.
+
+Evaluation: the documents joined with blank lines, tokenized once, cut into pieces of seqlen
+tokens, the tail dropped (the perplexity of GPTQ, SparseGPT and Wanda). Of C4, which is too large,
+the same papers take the first 1,100 documents of the validation split, joined with spaces, and of
+their tokens the first 256 pieces.
+
+Calibration: `nsamples` sequences of seqlen tokens, drawn at random in one of two ways.
+1. Many documents (C4): documents of at least seqlen tokens are drawn at random, and each gives one
+   random crop, so that a sequence never crosses documents.
+2. Otherwise (one text, or documents that are short): the documents are joined with blank lines,
+   tokenized once, and the sequences are random crops of that which never overlap, so that exactly
+   nsamples × seqlen tokens suffice.
+Both read no more than they need, so a data set larger than memory or disk can be streamed. Both
+are deterministic in the seed, and neither touches a global random generator.
+
+Special tokens are those the tokenizer adds by itself, once per tokenized text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoTokenizer
+
+from pipeline.text.documents import read_documents
+from storage.errors import DataError, ModelError
+
+# Documents are drawn from a window on the stream: it makes the draw random, and costs memory.
+WINDOW_DOCUMENTS = 10_000
+WINDOW_CHARACTERS = 1 << 26
+# Long documents are sought in so many characters per calibration token (one token of English takes
+# about four). If there are too few in that much text, the documents count as short.
+SEARCH_CHARACTERS = 256
+# Text is joined up to so many characters per token, which leaves the crops room to be random.
+JOIN_CHARACTERS = 32
+
+CALIBRATION_SPLITS = ("train",)
+EVALUATION_SPLITS = ("test", "validation", "train")
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How the field cuts an evaluation text.
+
+    documents, nsamples: at most so many documents, and sequences, from the start; None for all.
+    """
+
+    separator: str = "\n\n"
+    documents: int | None = None
+    nsamples: int | None = None
+
+
+C4_CONVENTION = Convention(separator=" ", documents=1100, nsamples=256)
+CONVENTIONS = {"allenai/c4": C4_CONVENTION, "allenai/c4:en": C4_CONVENTION}
+
+
+class Tokenizer(Protocol):
+    """What is needed of a transformers tokenizer."""
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """Return an object whose `input_ids` is a list of int."""
+        ...
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer saved in a model folder. ModelError if there is none or it does not load."""
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        usable = bool(tokenizer("a b").input_ids)
+    except Exception as error:  # transformers raises nearly anything on a damaged file
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(
+            f"{folder} has no tokenizer that loads ({reason}): copy the tokenizer files of the "
+            "model into it"
+        ) from error
+    if not usable:
+        raise ModelError(f"the tokenizer in {folder} is empty: copy the model's own files into it")
+    return tokenizer
+
+
+def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """What a result says of its tokenizer: its `class`, and how many `tokens` it knows."""
+    return {"class": type(tokenizer).__name__, "tokens": len(tokenizer)}
+
+
+def calibration_tokens(
+    tokenizer: Tokenizer,
+    dataset: str,
+    text_column: str | None,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+) -> torch.Tensor:
+    """Draw the calibration sequences, int64 of shape (nsamples, seqlen). See the top of the file.
+
+    Errors: those of `read_documents`; DataError if the data set holds fewer than
+    nsamples × seqlen tokens.
+    """
+    needed = nsamples * seqlen
+    documents = read_documents(dataset, text_column, splits=CALIBRATION_SPLITS)
+    crops = _document_crops(tokenizer, documents, nsamples, seqlen, random.Random(seed))
+    if crops is not None:
+        return torch.tensor(crops, dtype=torch.int64)
+    documents = read_documents(dataset, text_column, splits=CALIBRATION_SPLITS)
+    ids = _joined_tokens(tokenizer, documents, needed)
+    if len(ids) < needed:
+        raise _too_short(dataset, len(ids), f"{nsamples} × {seqlen} = {needed}")
+    starts = _disjoint_starts(len(ids), nsamples, seqlen, random.Random(seed))
+    return torch.tensor([ids[start : start + seqlen] for start in starts], dtype=torch.int64)
+
+
+def evaluation_tokens(
+    tokenizer: Tokenizer,
+    dataset: str,
+    text_column: str | None,
+    seqlen: int,
+    nsamples: int | None = None,
+    revision: str | None = None,
+) -> torch.Tensor:
+    """Cut the evaluation text, int64 of shape (n, seqlen): the first `nsamples` pieces, or all.
+
+    Of a hub data set the first of the splits test, validation, train is taken, at the commit
+    `revision` (None: the newest), and of C4 no more than the field does. With `nsamples` no more of
+    the data than needed is read.
+
+    Errors: those of `read_documents`; DataError if it holds fewer than nsamples × seqlen tokens,
+    or fewer than seqlen.
+    """
+    documents = read_documents(dataset, text_column, splits=EVALUATION_SPLITS, revision=revision)
+    convention = CONVENTIONS.get(dataset, Convention())
+    documents = itertools.islice(documents, convention.documents)
+    if nsamples is None:
+        ids = _token_ids(tokenizer, convention.separator.join(documents))
+        nsamples = len(ids) // seqlen
+        if nsamples == 0:
+            raise _too_short(dataset, len(ids), f"one sequence of {seqlen}")
+        nsamples = min(nsamples, convention.nsamples or nsamples)
+    else:
+        ids = _joined_tokens(tokenizer, documents, nsamples * seqlen, convention.separator)
+        if len(ids) < nsamples * seqlen:
+            raise _too_short(dataset, len(ids), f"{nsamples} × {seqlen} = {nsamples * seqlen}")
+    return torch.tensor(ids[: nsamples * seqlen], dtype=torch.int64).reshape(nsamples, seqlen)
+
+
+def _too_short(dataset: str, tokens: int, needed: str) -> DataError:
+    return DataError(
+        f"{dataset} holds {tokens} tokens, fewer than {needed}: give more text, "
+        "or lower --nsamples or --seqlen"
+    )
+
+
+def _token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    # verbose=False: a text longer than the model's maximum is what we want, not worth a warning.
+    ids: list[int] = tokenizer(text, return_attention_mask=False, verbose=False).input_ids
+    return ids
+
+
+def _document_crops(
+    tokenizer: Tokenizer,
+    documents: Iterable[str],
+    nsamples: int,
+    seqlen: int,
+    generator: random.Random,
+) -> list[list[int]] | None:
+    """One random crop of each of `nsamples` random long documents; None if there are too few."""
+    crops: list[list[int]] = []
+    budget = SEARCH_CHARACTERS * nsamples * seqlen
+    for document in _shuffled(documents, generator):
+        budget -= max(1, len(document))  # so that a stream of empty ones ends, too
+        # A token takes at least a byte: most documents need no tokenizing to be found too short.
+        if len(document.encode("utf-8")) >= seqlen:
+            ids = _token_ids(tokenizer, document)
+            if len(ids) >= seqlen:
+                start = generator.randrange(len(ids) - seqlen + 1)
+                crops.append(ids[start : start + seqlen])
+        if len(crops) == nsamples:
+            return crops
+        if budget < 0:
+            break
+    return None
+
+
+def _shuffled(documents: Iterable[str], generator: random.Random) -> Iterator[str]:
+    """The documents in random order, drawn from a window of bounded size on the stream."""
+    window: list[str] = []
+    characters = 0
+    for document in documents:
+        window.append(document)
+        characters += len(document)
+        while window and (len(window) > WINDOW_DOCUMENTS or characters > WINDOW_CHARACTERS):
+            drawn = _draw(window, generator)
+            characters -= len(drawn)
+            yield drawn
+    while window:
+        yield _draw(window, generator)
+
+
+def _draw(window: list[str], generator: random.Random) -> str:
+    index = generator.randrange(len(window))
+    window[index], window[-1] = window[-1], window[index]
+    return window.pop()
+
+
+def _joined_tokens(
+    tokenizer: Tokenizer, documents: Iterable[str], needed: int, separator: str = "\n\n"
+) -> list[int]:
+    """Tokens of the joined documents: all, or a prefix with `needed` and room.
+
+    A prefix is cut between documents and holds at least twice what is needed, so that the first
+    `needed` tokens are those of the whole text.
+    """
+    stream = iter(documents)
+    read: list[str] = []
+    limit = JOIN_CHARACTERS * needed
+    while True:
+        characters = sum(map(len, read))
+        exhausted = True
+        for document in stream:
+            read.append(document)
+            characters += len(document)
+            if max(characters, len(read)) >= limit:
+                exhausted = False
+                break
+        ids = _token_ids(tokenizer, separator.join(read))
+        if exhausted or len(ids) >= 2 * needed:
+            return ids
+        limit = 4 * max(characters, len(read))
+
+
+def _disjoint_starts(
+    length: int, nsamples: int, seqlen: int, generator: random.Random
+) -> list[int]:
+    """Starts of `nsamples` pieces of `seqlen` in `length` that do not overlap, in random order.
+
+    The unused tokens are dealt at random to the gaps: sorted draws from 0..slack, one per piece.
+    """
+    slack = length - nsamples * seqlen
+    gaps = sorted(generator.randrange(slack + 1) for _ in range(nsamples))
+    starts = [gap + index * seqlen for index, gap in enumerate(gaps)]
+    generator.shuffle(starts)
+    return starts

@@ -1,0 +1,80 @@
+"""One block's weights on a rank's device: dense, pruned, or read ahead of their use."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from functools import partial
+
+import torch
+from torch import nn
+
+from pipeline.models.linears import as_held
+from pipeline.models.skeleton import Skeleton
+from pipeline.runtime.background import Background
+from pipeline.runtime.stopwatch import Stopwatch
+from storage.run.checkpoints import BlockRecord, read_layer, verify_record
+from storage.run.directory import RunDirectory
+
+
+class BlockLoader:
+    """Blocks of a model, from the source's weight files and the run's checkpoints."""
+
+    def __init__(
+        self, skeleton: Skeleton, run: RunDirectory, watch: Stopwatch, background: Background
+    ) -> None:
+        self.skeleton, self.run, self.watch, self.device = skeleton, run, watch, watch.device
+        self._background = background
+        self._coming: tuple[int, Future[nn.Module]] | None = None
+
+    def ahead(self, block: int) -> None:
+        """Begins to read a block's weights into host memory, for the next `dense`."""
+        load = partial(self.skeleton.load_block, block, torch.device("cpu"))
+        self._coming = (block, self._background.submit(load))
+
+    def dense(self, block: int) -> nn.Module:
+        """A block as the source has it, read already where `ahead` was told of it."""
+        with self.watch("load"):
+            if self._coming is not None and self._coming[0] == block:
+                future, self._coming = self._coming[1], None
+                return self._counted(block, future.result().to(self.device))
+            return self._counted(block, self.skeleton.load_block(block, self.device))
+
+    def pruned(self, block: int, record: BlockRecord | None) -> nn.Module:
+        """A block as `record` says; dense where that is None.
+
+        Raises `CorruptFileError` where a file that the record names is damaged.
+        """
+        with self.watch("load"):
+            layers = () if record is None else record.layers
+            module = self.skeleton.load_block(block, self.device, without=layers)
+            self._counted(block, module)
+            if record is not None:
+                self.watch.count("slices_read_bytes", sum(stored.bytes for stored in record.files))
+                directory = self.run.checkpoints(block)
+                verify_record(directory, record)
+                for layer in layers:
+                    weight = read_layer(directory, record, layer, verify=False)
+                    linear = module.get_submodule(layer)
+                    weight = as_held(linear, weight).contiguous()
+                    linear.weight = nn.Parameter(
+                        weight.to(device=self.device, dtype=self.skeleton.dtype),
+                        requires_grad=False,
+                    )
+        return module
+
+    def _counted(self, block: int, module: nn.Module) -> nn.Module:
+        """`module`, after its tensors' stored bytes have been counted as read."""
+        prefix = self.skeleton.block_prefix(block)
+        read: dict[tuple[str, int | None], int] = {}
+        for tensor, value in module.state_dict(keep_vars=True).items():
+            name = self.skeleton.tensor_name(prefix + tensor)
+            if name is None or value.is_meta:
+                continue
+            entry = self.skeleton.files.tensors[name]
+            size, part = entry.end - entry.start, self.skeleton.parts.get(prefix + tensor)
+            if part is None:
+                read[name, None] = size
+            else:  # all experts are one tensor
+                read[name, part.index] = size // entry.shape[0]
+        self.watch.count("weights_read_bytes", sum(read.values()))
+        return module

@@ -1,0 +1,373 @@
+"""One rank of a job: what a Ray worker or the in-process executor does in each phase.
+
+A rank keeps nothing between phases that it could not compute again from the run directory, but
+one thing: the statistics between `calibrate` and `solve`. A lost rank therefore costs one block.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.solver import AUTO, SolverSettings
+from pipeline.messages import Advanced, Job, Observed, Outcome, SolvedSlices
+from pipeline.models.experts import send_every_token
+from pipeline.models.forward_capture import LayerGroup, ModelEnds, find_groups
+from pipeline.models.linears import linear_layers
+from pipeline.models.selection import settings_of
+from pipeline.models.skeleton import Skeleton, open_skeleton
+from pipeline.output.replacements import Replacements
+from pipeline.records.manifest import expect_source
+from pipeline.runtime.device import (
+    Room,
+    choose_device,
+    make_deterministic,
+    room_on,
+    statistics_room,
+)
+from pipeline.runtime.out_of_memory import explaining
+from pipeline.runtime.split import deal, turns
+from pipeline.runtime.stopwatch import Stopwatch, peak_memory
+from pipeline.solvers.auto_shrinkage import choose_regularization
+from pipeline.solvers.registry import solver_for
+from pipeline.statistics.accumulate import FoldedStatistics, FoldedSums, merged, statistics_bytes
+from pipeline.statistics.all_reduce import Collective
+from pipeline.statistics.observer import BlockObserver, accumulators
+from pipeline.worker.block_loader import BlockLoader
+from pipeline.worker.few_tokens import least_tokens
+from pipeline.worker.forward import Forward
+from pipeline.worker.saved_layers import save_layer, saved_layers
+from pipeline.worker.scoring import Scoring
+from pipeline.worker.solve import FEW_TO_CHOOSE, deal_rows, solve_group, split_groups
+from storage.errors import ModelError, NumericalError
+from storage.files.hashing import StoredFile
+from storage.model.files import WeightFileFingerprint, fingerprint_weight_file
+from storage.object_store import place
+from storage.output.weight_files import Sending, write_files
+from storage.run.checkpoints import BlockRecord, RowSlice, write_row_slices
+from storage.run.directory import RunDirectory
+from storage.run.lock import require_owner
+
+
+class BlockWorker(Scoring):
+    """One rank. `perform` runs a phase by name; the phases are the public methods below it, and
+    those of `Scoring`."""
+
+    def __init__(self, job: Job, rank: int, world: int) -> None:
+        make_deterministic(job.threads)
+        self.job, self.rank, self.world = job, rank, world
+        self.device = choose_device(job.device)
+        self.run = RunDirectory(Path(job.run_directory))
+        self.skeleton: Skeleton = open_skeleton(
+            place(job.source), dtype=job.dtype, trust_remote_code=job.trust_remote_code
+        )
+        self.watch = Stopwatch(self.device, trace=job.trace)
+        self.forward = Forward(job, rank, world, self.skeleton, self.watch)
+        self.collective: Collective | None = None
+        # Of this rank's sequences by group, until `reduce` makes statistics of all ranks' sums.
+        self.sums: dict[str, FoldedSums] = {}
+        self.statistics: dict[str, FoldedStatistics] = {}
+        self._groups: dict[tuple[Any, ...], tuple[LayerGroup, ...]] = {}
+        # The groups whose statistics are held, and of what they are a part.
+        self._turn: tuple[LayerGroup, ...] = ()
+        self._observed = Observed((), 1)
+        self._chosen: dict[int, dict[str, SolverSettings]] = {}
+        self.loader = BlockLoader(self.skeleton, self.run, self.watch, self.forward.background)
+
+    @torch.no_grad()
+    def perform(self, phase: str, *arguments: Any) -> Outcome:
+        """Runs the phase method of that name; the caller gets its value, time and memory."""
+        start, began = time.time(), time.perf_counter()
+        method: Callable[..., Any] = getattr(self, phase)
+        with explaining(phase, arguments), self.watch("other"):
+            if phase not in ("fingerprint", "room", "scratch"):
+                self._expect_source()
+            value = method(*arguments)
+        events = self.watch.take_events()
+        if self.job.trace:
+            events = (("", start, time.perf_counter() - began), *events)
+        counts = self.watch.take_counts()
+        return Outcome(value, self.watch.take(), peak_memory(self.device), events, counts)
+
+    # -- phases -----------------------------------------------------------------------------
+
+    def fingerprint(self, files: list[str]) -> list[WeightFileFingerprint]:
+        """Hashes whole weight files and refuses NaN or Inf in them, each file read once."""
+        with self.watch("load"):
+            return [fingerprint_weight_file(self.skeleton.files.source, file) for file in files]
+
+    def embed(self, stamp: str, only: Sequence[int] | None = None) -> list[StoredFile]:
+        """Writes this rank's activation shards of block 0: the embedded tokens.
+
+        `only`: numbers of the activation shards that are wanted; None for all.
+        """
+        with self.watch("load"):
+            ends = ModelEnds(self.skeleton, self.device, head=False)
+        return self.forward.write(0, stamp, self.forward.embedded(ends, only))
+
+    def hessian_memory(self) -> float | None:
+        """Bytes of statistics that this rank's device should hold at once; None for any number."""
+        return statistics_room(self.device)
+
+    def room(self) -> Room:
+        """What is free on this rank's node and GPU."""
+        return room_on(self.device)
+
+    def calibrate(
+        self, block: int, shards: list[StoredFile], limit: float | None = None, turn: int = 0
+    ) -> Observed:
+        """Runs the dense block over this rank's shards, keeping its groups' partial sums.
+
+        Where the statistics are more than `limit` bytes, the groups are taken in turns: those of
+        number `turn`. Every rank must be given the same limit.
+        """
+        first = partial(self.forward.first_batch, block, shards)
+        observer = self._observer(block, first, limit, turn)
+        for _, start, hidden_states in self.forward.own_batches(block, shards):
+            observer.add(start, hidden_states)
+        self.sums = observer.sums()
+        return self._observed
+
+    def reduce(self) -> None:
+        """Makes the statistics of the sums over all ranks."""
+        for name in list(self.sums):
+            folds = self.sums.pop(name)
+            if self.collective is not None:
+                with self.watch("reduce"):
+                    folds = tuple(self.collective.sum_statistics(fold) for fold in folds)
+            with self.watch("hessian"):
+                self.statistics[name] = tuple(fold.statistics() for fold in folds)
+        if self.collective is not None:
+            sent, self.collective.sent = self.collective.sent, 0
+            self.watch.count("statistics_sent_bytes", sent)
+
+    def held_groups(self) -> tuple[LayerGroup, ...]:
+        """The groups whose statistics are held: the same on every rank."""
+        return self._turn
+
+    def choose(self, block: int) -> dict[str, dict[str, Any]]:
+        """Regularization of the groups dealt to this rank, as JSON: group -> solver settings.
+
+        An empty entry for a group whose own method (`--override`) has nothing to choose.
+        """
+        cost = {group.name: float(group.columns) ** 3 for group in self._turn}
+        owners = deal(list(cost), cost, self.world)
+        choices: dict[str, dict[str, Any]] = {}
+        module = self.skeleton.blocks[block]
+        for group in (group for group in self._turn if owners[group.name] == self.rank):
+            settings = self._settings(block)[group.name]
+            if settings.shrinkage != AUTO or solver_for(settings).needs != "full":
+                choices[group.name] = {}
+                continue
+            first, second = self.statistics[group.name]
+            least = least_tokens(module, group.layers, self.job.expert_tokens)
+            if min(first.tokens, second.tokens) < least:
+                choices[group.name] = FEW_TO_CHOOSE
+                continue
+            weights = {layer: self._read_weight(block, layer) for layer in group.layers}
+            with self.watch("choose"):
+                choice = choose_regularization(weights, (first, second), settings)
+            choices[group.name] = choice.to_json()
+        return choices
+
+    def solve(
+        self, block: int, stamp: str, choices: dict[str, dict[str, Any]] | None
+    ) -> SolvedSlices:
+        """Solves this rank's rows of the turn's layers and writes them to one file.
+
+        `choices` are what `choose` gave for all groups; None where nothing is chosen.
+        """
+        settings = self._settings(block)
+        if self.statistics and block + 1 < len(self.skeleton.blocks):
+            self.loader.ahead(block + 1)
+        shapes = linear_layers(self.skeleton.blocks[block])
+        groups = self._turn or tuple(LayerGroup((n,), shapes[n][1]) for n in settings)
+        ranges = deal_rows(settings, groups, shapes, self.world)[self.rank]
+        slices: dict[str, RowSlice] = {}
+        reports: dict[str, dict[str, Any]] = {}
+        costs: dict[str, dict[str, float]] = {}
+        for group in groups:
+            self._save_layers(block, group)
+            mine = {layer: ranges[layer] for layer in group.layers if layer in ranges}
+            folds = self.statistics.pop(group.name, ())
+            if not mine:
+                continue
+            choice = choices.get(group.name) if choices is not None else None
+            began = time.perf_counter()
+            solved = self._solve_group(block, mine, folds, choice)
+            costs[group.name] = {
+                "seconds": time.perf_counter() - began,
+                **peak_memory(self.device),
+            }
+            for layer, (stored, report) in solved.items():
+                slices[layer] = RowSlice(mine[layer][0], stored)
+                self.watch.count("solved_weights", stored.numel())
+                reports[layer] = report
+        self.forget()
+        if not slices:
+            return SolvedSlices(None, ranges, reports, costs)
+        path = self.run.checkpoints(block) / f"rank-{self.rank}.{stamp}.safetensors"
+        require_owner(self.job.lock_file)
+        with self.watch("io"):
+            file = write_row_slices(path, slices)
+        self.watch.count("slices_written_bytes", file.bytes)
+        return SolvedSlices(file, ranges, reports, costs)
+
+    def propagate(
+        self,
+        block: int,
+        record: BlockRecord | None,
+        shards: Sequence[StoredFile] | Mapping[int, StoredFile],
+        stamp: str,
+        only: Sequence[int] | None = None,
+    ) -> list[StoredFile]:
+        """Runs the block, pruned as `record` says (None: dense), and writes the next inputs."""
+        module = self.loader.pruned(block, record)
+        outputs = (
+            (index, self.forward.output(block, module, batch))
+            for index, _, batch in self.forward.own_batches(block, shards, only=only)
+        )
+        return self.forward.write(block + 1, stamp, outputs)
+
+    def advance(
+        self,
+        block: int,
+        record: BlockRecord | None,
+        shards: list[StoredFile],
+        stamp: str,
+        limit: float | None = None,
+    ) -> Advanced:
+        """`propagate` of a block and `calibrate` of the next, in one pass over the shards.
+
+        The statistics are taken of the bytes that are written, in the same batches: they equal
+        those of the two passes bit for bit. Two blocks' weights are held.
+        """
+        module = self.loader.pruned(block, record)
+        observer = self._observer(
+            block + 1,
+            lambda: self.forward.output(block, module, self.forward.first_batch(block, shards)),
+            limit,
+            turn=0,
+        )
+
+        def outputs() -> Iterator[tuple[int, Tensor]]:
+            for index, start, hidden_states in self.forward.own_batches(block, shards):
+                output = self.forward.output(block, module, hidden_states)
+                yield index, output
+                observer.add(start, output)
+
+        written = self.forward.write(block + 1, stamp, outputs())
+        self.sums = observer.sums()
+        return Advanced(written, self._observed)
+
+    def write_output(
+        self, files: list[str], records: list[BlockRecord], folder: str
+    ) -> list[StoredFile]:
+        """Rewrites source weight files into `folder`, a path or URI, with the pruned tensors."""
+        replacement = Replacements(self.skeleton, self.run, records)
+        sending = Sending(self.run.uploads(), records, partial(require_owner, self.job.lock_file))
+        with self.watch("io"):
+            return write_files(self.skeleton.files, files, place(folder), replacement, sending)
+
+    def scratch(self, what: str, *arguments: Any) -> Any:
+        """Does something with this node's scratch: a method of `Scratch`."""
+        return self.forward.on_scratch(what, *arguments)
+
+    def forget(self) -> None:
+        """Drops the statistics: those of an abandoned attempt, or of a block that is solved."""
+        self.sums, self.statistics = {}, {}
+
+    # -- pieces -----------------------------------------------------------------------------
+
+    def _expect_source(self) -> None:
+        """Before a source tensor is first used: from now on each is verified when it is read."""
+        if self.job.rules is not None and not self.skeleton.files.expected:
+            expect_source(self.run, self.skeleton.files)
+
+    def _settings(self, block: int) -> dict[str, SolverSettings]:
+        """The settings of each of a block's layers that are pruned, by path in the block."""
+        if self.job.rules is None:
+            raise ModelError("this job evaluates; it has no solver")
+        if block not in self._chosen:
+            self._chosen = {block: settings_of(self.skeleton, block, self.job.rules)}
+        return self._chosen[block]
+
+    def _observer(
+        self, block: int, first: Callable[[], Tensor], limit: float | None, turn: int
+    ) -> BlockObserver:
+        """The dense block, a turn's groups observed; `first` gives the first batch of all."""
+        settings = self._settings(block)
+        module = self.loader.dense(block)
+        if self.job.all_experts:
+            send_every_token(module)
+        groups = self._find_groups(block, module, first)
+        folds = 2 if any(own.shrinkage == AUTO for own in settings.values()) else 1
+        needs = {group: self._needs(block, group) for group in groups}
+        sizes = {group: folds * statistics_bytes(group.columns, needs[group]) for group in groups}
+        in_turns = turns(sizes, limit)
+        self._turn, self._observed = tuple(in_turns[turn]), Observed(groups, len(in_turns))
+        # Two halves of the sequences, where a choice is made on the one for the other.
+        boundary = self.job.nsamples // 2 if folds == 2 else None
+        sums = accumulators(module, self._turn, needs, self.device, boundary)
+        return BlockObserver(module, sums, partial(self.forward.call, block), self.watch)
+
+    def _needs(self, block: int, group: LayerGroup) -> str:
+        prefix = self.skeleton.block_prefix(block)
+        saved = saved_layers(self.job.save_layers, prefix, group.layers)
+        return "full" if saved else solver_for(self._settings(block)[group.name]).needs
+
+    def _find_groups(
+        self, block: int, module: nn.Module, first: Callable[[], Tensor]
+    ) -> tuple[LayerGroup, ...]:
+        """The block's groups; blocks of the same modules share one look at a forward.
+
+        The first sequences serve every rank: one without its own must know the groups too. Layers
+        with other settings are groups of their own, each with the statistics that it needs.
+        """
+        settings = self._settings(block)
+        structure = (str(module), *settings.items())
+        if structure not in self._groups:
+            batch = first()
+            call = self.forward.call(block, batch)
+            groups = find_groups(module, call, batch, tuple(settings))
+            self._groups[structure] = split_groups(groups, settings)
+        return self._groups[structure]
+
+    def _solve_group(
+        self,
+        block: int,
+        rows: dict[str, tuple[int, int]],
+        folds: FoldedStatistics,
+        choice: dict[str, Any] | None,
+    ) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+        weights = {layer: self._read_weight(block, layer, part) for layer, part in rows.items()}
+        own = self._settings(block)[next(iter(rows))]
+        with self.watch("solve"):
+            try:
+                least = least_tokens(self.skeleton.blocks[block], rows, self.job.expert_tokens)
+                return solve_group(weights, merged(folds), own, choice, least)
+            except NumericalError as error:
+                raise NumericalError(f"block {block}: {error}") from error
+
+    def _read_weight(self, block: int, layer: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A layer's weight, or some of its rows, in the stored dtype on the device."""
+        with self.watch("load"):
+            weight = self.skeleton.read_weight(block, layer, rows).to(self.device)
+        self.watch.count("weights_read_bytes", weight.nbytes)
+        return weight
+
+    def _save_layers(self, block: int, group: LayerGroup) -> None:
+        """Rank 0 writes the layers that `--save-layers` names."""
+        if self.rank or group.name not in self.statistics:
+            return
+        prefix, folds = self.skeleton.block_prefix(block), self.statistics[group.name]
+        for layer in saved_layers(self.job.save_layers, prefix, group.layers):
+            with self.watch("io"):
+                weight = self._read_weight(block, layer)
+                save_layer(self.job, self.run, prefix + layer, weight, folds)

@@ -1,0 +1,188 @@
+"""A rank's forward side: its activation shards in, blocks run, activation shards out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.messages import Job
+from pipeline.models.forward_capture import BlockCall, ModelEnds
+from pipeline.models.skeleton import Skeleton
+from pipeline.runtime.background import Background, Behind
+from pipeline.runtime.split import batch_ranges, even_range, shard_ranges
+from pipeline.runtime.stopwatch import Stopwatch
+from pipeline.worker.scratch import Scratch
+from storage.errors import ConfigError, NumericalError
+from storage.files.hashing import StoredFile
+from storage.run.activations import (
+    ActivationShard,
+    open_activation_shard,
+    read_tokens,
+    write_activation_shard,
+)
+from storage.run.directory import RunDirectory
+from storage.run.lock import require_owner
+
+
+class Forward:
+    """What one rank needs to run any block over its own sequences."""
+
+    def __init__(
+        self, job: Job, rank: int, world: int, skeleton: Skeleton, watch: Stopwatch
+    ) -> None:
+        self.job, self.rank, self.world = job, rank, world
+        self.skeleton, self.watch, self.device = skeleton, watch, watch.device
+        self.run = RunDirectory(Path(job.run_directory))
+        self.scratch = None if job.scratch is None else Scratch(job.scratch, self.run)
+        # Where activation shards are.
+        self.store = self.run if self.scratch is None else self.scratch.store
+        self.background = Background()
+        self._calls: dict[int, list[BlockCall]] = {}
+        self._tokens: Tensor | None = None
+
+    def tokens(self) -> Tensor:
+        """All sequences, int64 `(nsamples, seqlen)` on the CPU."""
+        if self._tokens is None:
+            self._tokens = read_tokens(self.run.tokens(), sha256=self.job.tokens_sha256)
+        return self._tokens
+
+    def own_shards(self, only: Sequence[int] | None = None) -> list[tuple[int, tuple[int, int]]]:
+        """(index, range of sequences) of the activation shards that are this rank's.
+
+        Of those numbered in `only`, where that is given.
+        """
+        ranges = shard_ranges(self.job.nsamples, self.job.batch_size)
+        start, stop = even_range(len(ranges), self.rank, self.world)
+        own = range(start, stop)
+        return [(index, ranges[index]) for index in own if only is None or index in only]
+
+    def on_scratch(self, what: str, *arguments: Any) -> Any:
+        """Does something with this node's scratch: a method of `Scratch`, by name.
+
+        `damaged` is given all activation shards, and looks at this rank's.
+        """
+        if self.scratch is None:
+            raise ConfigError("this job has no --scratch-dir")
+        if what == "damaged":
+            block, shards, hashed = arguments
+            own = {index: shards[index] for index, _ in self.own_shards()}
+            return self.scratch.damaged(block, own, hashed)
+        if what != "room":
+            require_owner(self.job.lock_file)
+        return getattr(self.scratch, what)(*arguments)
+
+    def embedded(
+        self, ends: ModelEnds, only: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(activation shard, batch) of all of this rank's inputs of block 0; `only` some shards."""
+        for index, (start, stop) in self.own_shards(only):
+            for first, last in batch_ranges(stop - start, self.job.batch_size):
+                with self.watch("forward"):
+                    hidden_states = ends.embed(self.tokens()[start + first : start + last])
+                yield index, _finite(hidden_states, "the embeddings")
+
+    def output(self, block: int, module: nn.Module, hidden_states: Tensor) -> Tensor:
+        """What a block makes of a batch `(n, seqlen, hidden)` of its inputs."""
+        self.watch.count("tokens", hidden_states.shape[0] * hidden_states.shape[1])
+        with self.watch("forward"):
+            output = self.call(block, hidden_states).run(module, hidden_states)
+        return _finite(output, f"block {block}")
+
+    def own_batches(
+        self,
+        block: int,
+        shards: Sequence[StoredFile] | Mapping[int, StoredFile],
+        batch_size: int | None = None,
+        only: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """(activation shard, number of the first sequence, batch) of this rank's inputs of a block.
+
+        `shards`: by number; `only` some of them. The next shard is opened, and its hash compared,
+        while this one is used.
+        """
+        own = self.own_shards(only)
+        opened = self.background.ahead(partial(self._open, block), [shards[i] for i, _ in own])
+        for index, (start, _) in own:
+            with self.watch("io"):
+                shard = next(opened)
+            for batch in self._read(shard, batch_size or self.job.batch_size):
+                yield index, start, batch
+                start += batch.shape[0]
+
+    def first_batch(self, block: int, shards: list[StoredFile]) -> Tensor:
+        """The first batch of all inputs of a block, whosever it is.
+
+        On scratch another node may have it: then every rank takes the first sequences' embeddings,
+        which have the same shape. Groups of layers are found with it, values do not matter.
+        """
+        if self.scratch is not None:
+            with self.watch("load"):
+                ends = ModelEnds(self.skeleton, self.device, head=False)
+            return ends.embed(self.tokens()[: min(self.job.batch_size, self.job.nsamples)])
+        with self.watch("io"):
+            shard = self._open(block, shards[0])
+        return next(self._read(shard, self.job.batch_size))
+
+    def write(
+        self, block: int, stamp: str, batches: Iterable[tuple[int, Tensor]]
+    ) -> list[StoredFile]:
+        """Writes activation shards of a block's inputs under names of this attempt alone.
+
+        `batches` are (activation shard, batch) in order. A shard is written while the next one is
+        made. A batch is copied first: who made it may go on to use it, and change it in place.
+        """
+        written: list[StoredFile] = []
+        behind = Behind(self.background)
+        for index, own in itertools.groupby(batches, key=lambda item: item[0]):
+            copies = [batch.to("cpu", copy=True) for _, batch in own]
+            path = self.store.activations(block) / f"shard-{index:05d}.{stamp}.arrow"
+            require_owner(self.job.lock_file)
+
+            def write(path: Path = path, copies: list[Tensor] = copies, index: int = index) -> None:
+                written.append(write_activation_shard(path, copies, block=block, index=index))
+
+            with self.watch("io"):
+                behind.add(write)
+        with self.watch("io"):
+            behind.wait()
+        self.watch.count("activations_written_bytes", sum(stored.bytes for stored in written))
+        return written
+
+    def _open(self, block: int, stored: StoredFile) -> ActivationShard:
+        path = self.store.activations(block) / stored.name
+        return open_activation_shard(path, sha256=stored.sha256)
+
+    def _read(self, shard: ActivationShard, batch_size: int) -> Iterator[Tensor]:
+        """An activation shard's batches `(n, seqlen, hidden)` on the device, the model's own."""
+        with shard:
+            for start, stop in batch_ranges(shard.rows, batch_size):
+                with self.watch("io"):
+                    # Zero-copy on a CPU. The map is private: a model that adds to its input in
+                    # place changes its own view, not the file.
+                    batch = shard.read(start, stop).to(self.device)
+                self.watch.count("activations_read_bytes", batch.nbytes)
+                yield batch
+
+    def call(self, block: int, hidden_states: Tensor) -> BlockCall:
+        """What the block is called with for batches of this size, learnt once for each size."""
+        size = hidden_states.shape[0]
+        if size not in self._calls:
+            with self.watch("load"):
+                ends = ModelEnds(self.skeleton, self.device, head=False)
+                self._calls[size] = ends.calls(self.tokens()[:size])
+        return self._calls[size][block]
+
+
+def _finite(hidden_states: Tensor, where: str) -> Tensor:
+    if not bool(torch.isfinite(hidden_states).all()):
+        dtype = str(hidden_states.dtype).removeprefix("torch.")
+        raise NumericalError(
+            f"the output of {where} is not finite in {dtype}; try --dtype float32 or bfloat16"
+        )
+    return hidden_states

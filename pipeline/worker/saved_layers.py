@@ -1,0 +1,39 @@
+"""The layers that `--save-layers` keeps, with their Hessians, for `prox24 solve`."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from functools import partial
+
+from torch import Tensor
+
+from pipeline.messages import Job
+from pipeline.solvers.hessian import require_hessian
+from pipeline.statistics.accumulate import FoldedStatistics, merged
+from storage.run.directory import RunDirectory
+from storage.run.layer_files import write_layer_file
+from storage.run.lock import require_owner
+
+
+def saved_layers(pattern: str | None, prefix: str, layers: Iterable[str]) -> list[str]:
+    """Those of a block's `layers` whose name, behind the block's `prefix`, matches."""
+    wanted = (layer for layer in layers if pattern is not None)
+    return [layer for layer in wanted if fnmatch.fnmatchcase(prefix + layer, pattern or "")]
+
+
+def save_layer(
+    job: Job, run: RunDirectory, name: str, weight: Tensor, folds: FoldedStatistics
+) -> None:
+    """Writes a layer's weight (R, C) and its Hessian, if it saw any token, to `layers/NAME`."""
+    total = merged(folds)
+    if total is None or not total.full or not total.tokens:
+        return
+    write_layer_file(
+        run.path / "layers" / f"{name}.safetensors",
+        weight=weight,
+        hessian=require_hessian(total),
+        tokens=total.tokens,
+        sequences=total.sequences,
+        guard=partial(require_owner, job.lock_file),
+    )

@@ -1,0 +1,132 @@
+"""What a rank does with the last block's outputs: losses, likelihoods of given tokens, distances
+from another model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipeline.messages import Job, Reference, SequenceDistance, Target
+from pipeline.models.forward_capture import ModelEnds
+from pipeline.models.skeleton import open_skeleton
+from pipeline.worker.divergence import divergences
+from pipeline.worker.forward import Forward
+from storage.files.hashing import StoredFile
+from storage.object_store import place
+from storage.run.activations import open_activation_shard
+from storage.run.directory import RunDirectory
+
+
+class Scoring:
+    """The phases of a rank that read the last block's outputs, stored as the inputs of `block`."""
+
+    job: Job
+    forward: Forward
+
+    def losses(self, block: int, shards: list[StoredFile]) -> list[float]:
+        """The losses of this rank's sequences: see `sequence_losses`."""
+        return sequence_losses(self.forward, block, shards)
+
+    def likelihoods(
+        self, block: int, shards: list[StoredFile], targets: Sequence[Sequence[Target]]
+    ) -> list[list[tuple[float, bool]]]:
+        """The likelihoods of this rank's targets: see `sequence_likelihoods`."""
+        return sequence_likelihoods(self.forward, block, shards, targets)
+
+    def distances(
+        self, block: int, shards: list[StoredFile], reference: Reference
+    ) -> list[SequenceDistance]:
+        """Distances of this rank's sequences from another model: see `sequence_distances`."""
+        trusted = self.job.trust_remote_code
+        return sequence_distances(self.forward, block, shards, reference, trusted)
+
+
+def sequence_likelihoods(
+    forward: Forward,
+    block: int,
+    shards: Sequence[StoredFile] | Mapping[int, StoredFile],
+    targets: Sequence[Sequence[Target]],
+) -> list[list[tuple[float, bool]]]:
+    """Log-likelihood (nats) of each target of each of this rank's sequences, in order, and whether
+    every token of it is the most likely one. `targets`: of all sequences, in order.
+    """
+    with forward.watch("load"):
+        ends = ModelEnds(forward.skeleton, forward.device, head=True)
+    found = []
+    for _, start, hidden_states in forward.own_batches(block, shards, batch_size=1):
+        tokens = forward.tokens()[start][None].to(forward.device)
+        own = []
+        with forward.watch("forward"):
+            logits = ends.logits(tokens, hidden_states)[0]
+            for target in targets[start]:
+                stop = target.position + len(target.tokens)
+                logarithms = nn.functional.log_softmax(
+                    logits[target.position : stop].float(), dim=-1
+                )
+                wanted = torch.tensor(target.tokens, device=forward.device)
+                likely = logarithms.gather(1, wanted[:, None]).double().sum()
+                own.append((float(likely), bool((logarithms.argmax(dim=-1) == wanted).all())))
+        found.append(own)
+    return found
+
+
+def sequence_losses(
+    forward: Forward, block: int, shards: Sequence[StoredFile] | Mapping[int, StoredFile]
+) -> list[float]:
+    """Summed next-token loss (nats) of each of this rank's sequences, in order.
+
+    `shards` are the outputs of the last block, stored as the inputs of `block`.
+    """
+    with forward.watch("load"):
+        ends = ModelEnds(forward.skeleton, forward.device, head=True)
+    sums = []
+    for _, start, hidden_states in forward.own_batches(block, shards, batch_size=1):
+        tokens = forward.tokens()[start][None].to(forward.device)
+        with forward.watch("forward"):
+            logits = ends.logits(tokens, hidden_states)
+            loss = nn.functional.cross_entropy(
+                logits[0, :-1].float(), tokens[0, 1:], reduction="none"
+            )
+            sums.append(float(loss.double().sum()))
+    return sums
+
+
+def sequence_distances(
+    forward: Forward,
+    block: int,
+    shards: Sequence[StoredFile] | Mapping[int, StoredFile],
+    reference: Reference,
+    trust_remote_code: bool,
+) -> list[SequenceDistance]:
+    """How far this model's next tokens are from the reference's, of each of this rank's sequences.
+
+    Both models' ends are held at once, their blocks are not needed any more.
+    """
+    with forward.watch("load"):
+        ends = ModelEnds(forward.skeleton, forward.device, head=True)
+        dense = open_skeleton(
+            place(reference.source), dtype=reference.dtype, trust_remote_code=trust_remote_code
+        )
+        dense_ends = ModelEnds(dense, forward.device, head=True)
+    folder = RunDirectory(Path(reference.run_directory)).activations(reference.block)
+    found = []
+    own = forward.own_batches(block, shards, batch_size=1)
+    for index, (first, stop) in forward.own_shards():
+        stored = reference.shards[index]
+        with open_activation_shard(folder / stored.name, sha256=stored.sha256) as shard:
+            for sequence in range(first, stop):
+                _, start, hidden_states = next(own)
+                tokens = forward.tokens()[start][None].to(forward.device)
+                with forward.watch("io"):
+                    at = sequence - first
+                    dense_states = shard.read(at, at + 1).to(forward.device)
+                with forward.watch("forward"):
+                    sums = divergences(
+                        dense_ends.logits(tokens, dense_states)[0, :-1],
+                        ends.logits(tokens, hidden_states)[0, :-1],
+                    )
+                found.append(SequenceDistance(*sums))
+    return found

@@ -1,0 +1,326 @@
+"""Durable files: hashing, create-if-absent, replace.
+
+The commit protocol, which everything else in this package relies on:
+
+1. A worker writes a file under a name that no other attempt uses (`write_new_file`): created with
+   O_EXCL, hashed while it is written, flushed to disk together with its directory entry. It is
+   never renamed, so a process that was frozen and wakes up late cannot put it over another's.
+   (The one exception, `storage.files.damage`, puts bytes that are known to be equal in a damaged
+   place.)
+2. The holder of the run's lock publishes a record that names those files and their hashes
+   (`publish_json`): written under a temporary name, flushed, then linked to its final name, which
+   fails if that name exists. That link is the commit. `guard` (the lock's `assert_held`) runs
+   between the flush and the link.
+3. A new holder of the lock first removes the temporary files, then reads the records. A link or a
+   rename needs its temporary file, so whatever a displaced holder has not committed by then can
+   no longer be committed.
+
+What the filesystem must offer: atomic link and rename, and a file that was flushed and closed on
+one host reads the same when it is opened on another (NFS: close-to-open consistency).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from storage.errors import CorruptFileError, ResourceError, RunDirectoryError
+from storage.files.checked_json import MAX_JSON_BYTES, decode_json, encode_json
+from storage.files.hashing import HashingStream
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 8 * 2**20
+"""How much of a file is in memory while it is hashed or copied."""
+
+_FULL = {  # what to do about a write that found no room
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room within the quota",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+}
+
+TEMPORARY_SUFFIX = ".tmp"
+"""Ends the name of every file that is not committed yet and was never meant to be read."""
+
+
+def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
+    """SHA-256 of `data`, lower-case hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, read in chunks; raises OSError as `open` does."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def open_own(path: Path) -> BinaryIO:
+    """Open for reading a file that prox24 wrote: a regular file, under this very name.
+
+    OSError for a link, which could lead out of the run directory, and for a pipe or a device, on
+    which a reader would wait for ever.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(descriptor, "rb")
+
+
+def verify_file(path: Path, sha256: str) -> None:
+    """Raise CorruptFileError unless `path` is a readable file of ours with this hash."""
+    try:
+        open_own(path).close()
+        found = sha256_file(path)
+    except OSError as error:
+        raise CorruptFileError(f"{path}: cannot be read ({error.strerror})") from error
+    if found != sha256:
+        raise CorruptFileError(f"{path}: sha256 is {found[:12]}…, was {sha256[:12]}… when written")
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the entries of a directory durable: a new file's name is not, until this returns.
+
+    Where a filesystem has no such operation, its names are as durable as it makes them.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory and its missing parents durably; an existing one is left as it is."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    with explained(path):
+        path.mkdir(exist_ok=True)
+        fsync_directory(path.parent)
+
+
+class HashingWriter(HashingStream):
+    """A binary file open for writing that hashes what passes through it.
+
+    Nothing is read back to be hashed, and the hash is that of what was meant to be written, so a
+    disk that stores something else is found out later.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self._file = file
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._bytes
+
+    def flush(self) -> None:
+        """Hand buffered bytes to the operating system; they are not durable yet."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Make the contents durable and close; a second call does nothing."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def abandon(self) -> None:
+        """Close without caring about the contents."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` or `abandon` was called."""
+        return self._file.closed
+
+    def fileno(self) -> int:
+        """The file descriptor."""
+        return self._file.fileno()
+
+    def readable(self) -> bool:
+        """False: part of what pyarrow asks of a file."""
+        return False
+
+    def writable(self) -> bool:
+        """True: part of what pyarrow asks of a file."""
+        return True
+
+    def seekable(self) -> bool:
+        """False: what was hashed cannot be changed."""
+        return False
+
+
+@contextlib.contextmanager
+def write_new_file(path: Path) -> Iterator[HashingWriter]:
+    """Create `path`, which must be a name of this attempt alone, and write it durably.
+
+    On leaving the block the contents and the directory entry are on disk; if the block raises, the
+    file is removed. Missing parents are created. Raises FileExistsError if the name is taken and
+    ResourceError if the disk or the quota is full.
+    """
+    make_directory(path.parent)
+    with explained(path), open(path, "xb") as file:
+        writer = HashingWriter(file)
+        try:
+            yield writer
+            writer.close()
+            fsync_directory(path.parent)
+        except BaseException:
+            writer.abandon()
+            path.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def replace_file(path: Path, guard: Callable[[], None] | None = None) -> Iterator[HashingWriter]:
+    """Write a temporary file and rename it to `path` when the block ends without an error.
+
+    For the single owner of `path` only: of two writers the later rename wins. `guard` runs just
+    before the rename and may raise to prevent it. Raises ResourceError if the disk is full.
+    """
+    temporary = temporary_name(path)
+    with write_new_file(temporary) as writer:
+        yield writer
+    replace_by(temporary, path, guard)
+
+
+def replace_by(temporary: Path, path: Path, guard: Callable[[], None] | None = None) -> None:
+    """Rename `temporary`, a durable file with a `temporary_name` of `path`, to `path`.
+
+    As in `replace_file`. A displaced owner, whose temporary file was removed, gets a
+    RunDirectoryError.
+    """
+    try:
+        if guard is not None:
+            guard()
+        with explained(path):
+            os.replace(temporary, path)
+            fsync_directory(path.parent)
+    except FileNotFoundError as error:
+        raise RunDirectoryError(
+            f"{path}: not written, another process took the run directory over; let that one go on"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish_json(
+    path: Path, payload: Mapping[str, Any], *, guard: Callable[[], None] | None = None
+) -> None:
+    """Create `path` with `payload`, whole or not at all, if no such file exists: the commit.
+
+    Returns quietly if the file exists with this very content, and raises FileExistsError if it
+    exists with another. `guard` (a lock's `assert_held`) runs after the data is on disk and just
+    before it gets its name. Raises RunDirectoryError if the temporary file was removed meanwhile
+    (this process was displaced by another owner) or if the filesystem has no hard links;
+    NumericalError if a figure is NaN or Inf, which JSON cannot hold.
+    """
+    encoded = encode_json(payload, path)
+    temporary = temporary_name(path)
+    with write_new_file(temporary) as writer:
+        writer.write(encoded)
+    try:
+        if guard is not None:
+            guard()
+        _link(temporary, path, encoded)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+
+
+def _link(temporary: Path, path: Path, encoded: bytes) -> None:
+    try:
+        with explained(path):
+            os.link(temporary, path)
+    except FileExistsError:
+        # Also where a network filesystem carried out the link and lost the answer.
+        if path.read_bytes() != encoded:
+            raise FileExistsError(
+                errno.EEXIST, "exists with other content, and is never replaced", str(path)
+            ) from None
+    except FileNotFoundError as error:
+        raise RunDirectoryError(
+            f"{path}: not committed, another process took the run directory over; "
+            "let that one go on"
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise RunDirectoryError(
+                f"{path.parent}: the filesystem has no hard links, which committing needs; "
+                "use another --run-dir"
+            ) from error
+        raise
+
+
+def replace_json(
+    path: Path, payload: Mapping[str, Any], *, guard: Callable[[], None] | None = None
+) -> None:
+    """Write `payload` to `path`, whole or not at all, replacing what is there.
+
+    `guard` and the errors are those of `replace_file`, and NumericalError as in `publish_json`.
+    """
+    encoded = encode_json(payload, path)
+    with replace_file(path, guard) as writer:
+        writer.write(encoded)
+
+
+def read_json(path: Path, schema: int) -> dict[str, Any]:
+    """Read what `publish_json` or `replace_json` wrote; the checksum is verified and left out.
+
+    Raises CorruptFileError, naming the path, if the file is missing, not ours or altered, and
+    RunDirectoryError if its `schema_version` is not `schema`.
+    """
+    try:
+        with open_own(path) as file:
+            # A read of so many bytes would first take the memory for them.
+            size = os.fstat(file.fileno()).st_size
+            raw = file.read(min(size, MAX_JSON_BYTES) + 1)
+    except OSError as error:
+        raise CorruptFileError(
+            f"{path}: cannot be read ({error.strerror}); restore it or start a new run directory"
+        ) from error
+    return decode_json(raw, path, schema)
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that no one else uses and that a sweep recognizes."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `temporary_name` made this name."""
+    return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Say in one line what a full disk means; other errors of the system pass as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            if is_temporary(path):
+                path = path.with_name(path.name[1:].rsplit(".", 2)[0])
+            raise ResourceError(
+                f"{path}: not written, {os.strerror(error.errno or 0)}; {_FULL[error.errno]} and "
+                "run the same command again"
+            ) from error
+        raise

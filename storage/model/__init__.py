@@ -1,0 +1,1 @@
+"""The source model: its weight files, their headers and tensors, its side files."""

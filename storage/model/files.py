@@ -1,0 +1,353 @@
+"""The source model, on a disk or in an object store: what its safetensors files hold, unloaded.
+
+`ModelFiles.open` reads and checks the headers only; `read` brings one tensor, or some of its rows,
+into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from storage.errors import CorruptFileError, ModelError
+from storage.files.commit import CHUNK_BYTES
+from storage.model.folder import WEIGHTS, LocalFolder, ModelFolder, inside, model_folder
+from storage.model.other_formats import refuse_other_formats, refuse_quantized
+from storage.model.safetensors_format import (
+    TensorEntry,
+    header_entries,
+    raw_header,
+    read_into,
+    safetensors_dtype,
+    torch_dtype,
+)
+from storage.object_store import ObjectFile, Place, Readable
+
+__all__ = [
+    "ModelFiles",
+    "TensorEntry",
+    "WeightFileFingerprint",
+    "fingerprint_weight_file",
+    "inside",
+    "safetensors_dtype",
+    "torch_dtype",
+]
+
+MAX_CONFIG_BYTES = 16 * 2**20
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class Digest(Protocol):
+    """What hashlib makes."""
+
+    def update(self, data: Any, /) -> None:
+        """Hashes more bytes."""
+        ...
+
+    def hexdigest(self) -> str:
+        """The hash of all bytes so far."""
+        ...
+
+
+@dataclass(frozen=True)
+class WeightFileFingerprint:
+    """What one weight file contained when it was read through.
+
+    sha256: of the whole file. tensors: name → sha256 of the tensor's bytes.
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+    tensors: dict[str, str]
+
+
+class ModelFiles:
+    """A model folder whose headers have been read and found consistent.
+
+    source: where its files are. files: names of its weight files, sorted. tensors: name → entry.
+    config: the contents of config.json. index: name of the index file, None for a single file.
+    expected: tensor → sha256 that its bytes must have wherever they are read; empty where no one
+    has hashed the model yet.
+    """
+
+    def __init__(
+        self,
+        source: ModelFolder,
+        files: tuple[str, ...],
+        tensors: dict[str, TensorEntry],
+        config: dict[str, Any],
+        index: str | None,
+    ) -> None:
+        self.source = source
+        self.files = files
+        self.tensors = tensors
+        self.config = config
+        self.index = index
+        self.expected: Mapping[str, str] = {}
+        # Tensor → state of its file when the tensor was last found to be the expected one.
+        self._seen: dict[str, tuple[object, ...]] = {}
+
+    @staticmethod
+    def open(place: Place) -> ModelFiles:
+        """Read config, index and headers of the model at `place`, and check that they agree.
+
+        Raises ModelError if something is missing or of an unsupported kind, CorruptFileError if
+        something is there but malformed, truncated or contradictory. Weights are not read.
+        """
+        source = model_folder(place)
+        if not (source.folder / "config.json").is_file():
+            refuse_other_formats(source.folder, place)
+            raise ModelError(f"{place}: no config.json; give a Hugging Face model folder")
+        config = _read_object(inside(source.folder, "config.json"))
+        refuse_quantized(config, source.where("config.json"))
+        weight_map = _weight_map(source)
+        names = (SINGLE_FILE,) if weight_map is None else tuple(sorted(set(weight_map.values())))
+        tensors: dict[str, TensorEntry] = {}
+        for file in names:
+            for entry in _header(source, file):
+                if entry.name in tensors:
+                    raise CorruptFileError(
+                        f"{place}: tensor {entry.name} is in {tensors[entry.name].file} and in "
+                        f"{file}; download the model again"
+                    )
+                tensors[entry.name] = entry
+        if not tensors:
+            raise ModelError(f"{place}: the weight files hold no tensors")
+        if weight_map is not None:
+            _check_index(place, weight_map, tensors)
+        return ModelFiles(source, names, tensors, config, INDEX_FILE if weight_map else None)
+
+    @property
+    def folder(self) -> Path:
+        """A folder on this machine with all files but perhaps the weights."""
+        return self.source.folder
+
+    @property
+    def place(self) -> Place:
+        """Where the model is, as the user named it."""
+        return self.source.place
+
+    def size(self, file: str) -> int:
+        """Bytes of a file."""
+        return self.source.size(file)
+
+    def entry(self, name: str) -> TensorEntry:
+        """Where tensor `name` lies; ModelError if the model has no such tensor."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise ModelError(
+                f"{self.place}: no tensor {name}; the weight files do not fit config.json"
+            ) from None
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """A copy of tensor `name` on the CPU, in its own dtype.
+
+        rows: (start, stop) of the first dimension; None for the whole tensor.
+        Only the bytes asked for are read; all of them where the tensor's hash is known and the
+        file has changed since this process last compared it. Raises ModelError for an unknown name
+        or dtype, CorruptFileError if the file became shorter or the tensor is not the `expected`
+        one, IndexError if the rows are not there.
+        """
+        entry = self.entry(name)
+        shape, start, end = entry.shape, entry.start, entry.end
+        if rows is not None:
+            if not shape or not 0 <= rows[0] <= rows[1] <= shape[0]:
+                raise IndexError(f"{name} has shape {shape}: no rows {rows[0]}:{rows[1]}")
+            row_bytes = (end - start) // shape[0] if shape[0] else 0
+            shape = (rows[1] - rows[0], *shape[1:])
+            start, end = start + rows[0] * row_bytes, start + rows[1] * row_bytes
+        with self.source.open(entry.file) as file:
+            state = _state(file)
+            # A whole tensor is always compared. Its rows, read again for the solve, are those that
+            # the calibration compared unless someone wrote to the file.
+            compared = name in self.expected and (rows is None or self._seen.get(name) != state)
+            raw = self._bytes(file, entry, start, end, compared)
+        if compared:
+            self._seen[name] = state
+        return raw.view(torch_dtype(entry.dtype)).reshape(shape)
+
+    def _bytes(
+        self, file: Readable, entry: TensorEntry, start: int, end: int, compared: bool
+    ) -> torch.Tensor:
+        """Bytes start:end of a file, (n,) uint8; compared: after all of the tensor was hashed.
+
+        What is hashed but not asked for is held a CHUNK_BYTES at a time.
+        """
+        what = f"{self.source.where(entry.file)}: tensor {entry.name}"
+        raw = torch.empty(end - start, dtype=torch.uint8)
+        if not compared:
+            file.seek(start)
+            read_into(file, raw, what)
+            return raw
+        digest = hashlib.sha256()
+        file.seek(entry.start)
+        for at, to in (*_chunks(entry.start, start), (start, end), *_chunks(end, entry.end)):
+            part = raw if (at, to) == (start, end) else torch.empty(to - at, dtype=torch.uint8)
+            read_into(file, part, what)
+            digest.update(part.numpy().data)
+        self.check(entry, digest)
+        return raw
+
+    def check(self, entry: TensorEntry, digest: Digest) -> None:
+        """Raise CorruptFileError if the bytes in `digest` are not the expected ones of a tensor."""
+        if self.expected.get(entry.name, digest.hexdigest()) != digest.hexdigest():
+            raise CorruptFileError(
+                f"{self.source.where(entry.file)}: tensor {entry.name} is not what it was when the "
+                "job began; restore the file and run the same command again"
+            )
+
+    def header_bytes(self, file: str) -> bytes:
+        """The first 8 bytes and the JSON header of a weight file, verbatim."""
+        with self.source.open(file) as stream:
+            return raw_header(stream, size_of(stream), self.source.where(file))
+
+    def parts(self) -> dict[str, str]:
+        """SHA-256 of config.json and of each weight file's size and header, by file name.
+
+        What `identity` sums up, so that it can be told which file made the difference.
+        """
+        found = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes())}
+        for file in self.files:
+            size = self.size(file)
+            found[file] = hashlib.sha256(str(size).encode() + b" " + self.header_bytes(file))
+        return {name: digest.hexdigest() for name, digest in found.items()}
+
+    def identity(self) -> str:
+        """SHA-256 over config.json and each weight file's name, size and header.
+
+        Cheap, and different for any change of architecture, layout or dtype; that the weights'
+        values are the same is what `fingerprint_weight_file` says.
+        """
+        digest = hashlib.sha256()
+        parts = [(self.folder / "config.json").read_bytes()]
+        for file in self.files:
+            size = self.size(file)
+            parts += [file.encode(), str(size).encode(), self.header_bytes(file)]
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        return digest.hexdigest()
+
+
+def _chunks(start: int, end: int) -> list[tuple[int, int]]:
+    """Bytes start:end in ranges of at most CHUNK_BYTES."""
+    return [(at, min(at + CHUNK_BYTES, end)) for at in range(start, end, CHUNK_BYTES)]
+
+
+def size_of(file: Readable) -> int:
+    """Bytes of an open file."""
+    return file.size if isinstance(file, ObjectFile) else os.fstat(file.fileno()).st_size
+
+
+def _state(file: Readable) -> tuple[object, ...]:
+    """What changes when someone writes to an open file, or puts another in its place."""
+    if isinstance(file, ObjectFile):
+        return file.state
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _header(source: ModelFolder, file: str) -> list[TensorEntry]:
+    """The tensors of a weight file, checked; nothing else of it is read."""
+    with source.open(file) as stream:
+        return header_entries(stream, size_of(stream), source.where(file), file)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the source model; CorruptFileError if it is none."""
+    with open(path, "rb") as file:
+        raw = file.read(MAX_CONFIG_BYTES + 1)
+    try:
+        if len(raw) > MAX_CONFIG_BYTES:
+            raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
+        data = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CorruptFileError(f"{path}: not a JSON object")
+    return data
+
+
+def _weight_map(source: ModelFolder) -> dict[str, str] | None:
+    """Tensor → weight file from the index; None if the model is one file, as transformers reads."""
+    if source.exists(SINGLE_FILE):
+        return None
+    if not source.exists(INDEX_FILE):
+        refuse_other_formats(source.folder, source.place)
+        raise ModelError(f"{source.place}: neither {SINGLE_FILE} nor {INDEX_FILE}")
+    path = inside(source.folder, INDEX_FILE)
+    weight_map = _read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError(f"{path}: no weight_map; download the file again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(WEIGHTS):
+            raise CorruptFileError(f"{path}: tensor {name} is said to be in {file!r}")
+    for file in set(weight_map.values()):
+        source.require(file)
+    return weight_map
+
+
+def _check_index(place: Place, weight_map: dict[str, str], tensors: dict[str, TensorEntry]) -> None:
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file != file:
+            found = f"is in {tensors[name].file}" if name in tensors else "is in no file"
+            raise CorruptFileError(
+                f"{place}: {INDEX_FILE} puts tensor {name} in {file}, but it {found}; "
+                "download the model again"
+            )
+    for name, entry in tensors.items():
+        if name not in weight_map:
+            raise CorruptFileError(
+                f"{place}: tensor {name} of {entry.file} is not in {INDEX_FILE}; "
+                "download the model again"
+            )
+
+
+def fingerprint_weight_file(source: Path | ModelFolder, file: str) -> WeightFileFingerprint:
+    """Read a weight file through once, hashing it and checking that every value is finite.
+
+    Memory is bounded by CHUNK_BYTES, or by what an ObjectFile holds, whatever the tensors' sizes.
+    Raises ModelError naming tensor and file for NaN or Inf in a floating-point tensor,
+    CorruptFileError as `header_entries` does.
+    """
+    if isinstance(source, Path):
+        source = LocalFolder(source)
+    where, digest = source.where(file), hashlib.sha256()
+    tensors = {}
+    chunk = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+    with source.open(file, ahead=True) as stream:
+        entries = header_entries(stream, size_of(stream), where, file)
+        stream.seek(0)
+        digest.update(raw_header(stream, size_of(stream), where))
+        for entry in entries:
+            dtype, own = torch_dtype(entry.dtype), hashlib.sha256()
+            for start in range(entry.start, entry.end, CHUNK_BYTES):
+                part = chunk[: min(CHUNK_BYTES, entry.end - start)]
+                read_into(stream, part, f"{where}: tensor {entry.name}")
+                digest.update(part.numpy().data)
+                own.update(part.numpy().data)
+                if dtype.is_floating_point and not _finite(part.view(dtype)):
+                    raise ModelError(
+                        f"{where}: tensor {entry.name} holds NaN or Inf; the model is damaged, "
+                        "download it again"
+                    )
+            tensors[entry.name] = own.hexdigest()
+        size = stream.tell()
+    return WeightFileFingerprint(file, size, digest.hexdigest(), tensors)
+
+
+def _finite(values: torch.Tensor) -> bool:
+    if values.dtype.itemsize == 1:  # torch has no isfinite for 8-bit floats
+        values = values.to(torch.float32)
+    return bool(torch.isfinite(values).all())

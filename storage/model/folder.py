@@ -1,0 +1,251 @@
+"""A model's files where they are: in a folder on a disk, or under a prefix of an object store.
+
+Of a model in an object store the small files (config, index, tokenizer) are fetched into a
+temporary folder of this process, for libraries that read folders. Weight files stay where they are
+and are read in the ranges that are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from storage.errors import CorruptFileError, ModelError, ResourceError
+from storage.files.commit import CHUNK_BYTES, explained
+from storage.object_store import ObjectFolder, Place, Readable
+
+SIDE_FOLDERS = ("additional_chat_templates",)
+"""Folders of a model whose files belong to it."""
+
+MAX_STAGED_BYTES = 2**30
+"""Of all small files together; tokenizers take some ten megabytes."""
+
+STAGED_PREFIX = "prox24-source-"
+
+WEIGHTS = ".safetensors"
+# Weights in other formats would be the dense ones.
+NOT_COPIED = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|ot|tflite|pkl|pickle)"
+)
+
+
+class ModelFolder(Protocol):
+    """Where a model's files are.
+
+    folder: a folder on this machine that holds all files but perhaps the weights. place: what the
+    user named.
+    """
+
+    folder: Path
+    place: Place
+
+    def exists(self, file: str) -> bool:
+        """Whether there is anything of that name."""
+        ...
+
+    def require(self, file: str) -> None:
+        """Raise ModelError or CorruptFileError unless `file` is a regular file of the model."""
+        ...
+
+    def open(self, file: str, *, ahead: bool = False) -> Readable:
+        """A file open for reading; `ahead`: from front to end. Errors as `require`."""
+        ...
+
+    def size(self, file: str) -> int:
+        """Bytes of a file."""
+        ...
+
+    def where(self, file: str) -> str:
+        """The file's name for people."""
+        ...
+
+
+class LocalFolder:
+    """A model on a disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.place: Place = folder
+
+    def exists(self, file: str) -> bool:
+        """Also true for a link that leads nowhere: `require` says so."""
+        return os.path.lexists(self.folder / file)
+
+    def require(self, file: str) -> None:
+        """As `inside`."""
+        inside(self.folder, file)
+
+    def open(self, file: str, *, ahead: bool = False) -> Readable:
+        """Unbuffered; the system reads ahead by itself."""
+        return open(inside(self.folder, file), "rb", buffering=0)
+
+    def size(self, file: str) -> int:
+        """Bytes of a file."""
+        return inside(self.folder, file).stat().st_size
+
+    def where(self, file: str) -> str:
+        """The path."""
+        return str(self.folder / file)
+
+
+class RemoteFolder:
+    """A model in an object store, its small files staged on this machine.
+
+    Raises ModelError if there is nothing, ResourceError if the store or this machine's temporary
+    folder fail, ModelError for small files of more than MAX_STAGED_BYTES.
+    """
+
+    def __init__(self, place: ObjectFolder) -> None:
+        self.place: Place = place
+        self._objects = place
+        self._sizes = place.files()
+        if not self._sizes:
+            raise ModelError(f"{place}: no objects there; give a folder of a Hugging Face model")
+        self._staging = _Staging()
+        self.folder = self._staging.path / place.name
+        _stage(place, self._sizes, self.folder)
+
+    def exists(self, file: str) -> bool:
+        """Whether the object was there when the folder was listed."""
+        return file in self._sizes
+
+    def require(self, file: str) -> None:
+        """The name must lead nowhere else, and have an object."""
+        _require_plain(self.place, file)
+        if file not in self._sizes:
+            raise ModelError(f"{self.where(file)}: missing; upload the model again")
+
+    def open(self, file: str, *, ahead: bool = False) -> Readable:
+        """The object itself, whose state is asked for anew."""
+        self.require(file)
+        return self._objects.open(file, ahead=ahead)
+
+    def size(self, file: str) -> int:
+        """Bytes of the object when the folder was listed."""
+        self.require(file)
+        return self._sizes[file]
+
+    def where(self, file: str) -> str:
+        """The URI, without its options."""
+        return str(self._objects / file)
+
+
+def model_folder(place: Place) -> ModelFolder:
+    """The files of the model at `place`. ModelError if there is no such folder."""
+    if isinstance(place, ObjectFolder):
+        return RemoteFolder(place)
+    if not place.is_dir():
+        raise ModelError(f"{place}: no such folder; give a Hugging Face model folder")
+    return LocalFolder(place)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file of the model folder, following links no further than the model goes.
+
+    A link may point within the folder, or, in a Hugging Face cache (`models--*/snapshots/REV`),
+    within that model's own cache folder. Raises ModelError if the file is missing or not regular,
+    CorruptFileError if the name leads elsewhere.
+    """
+    _require_plain(folder, name)
+    path = folder / name
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{path}: missing; download the model again") from error
+    roots = [folder.resolve()]
+    if roots[0].parent.name == "snapshots" and roots[0].parent.parent.name.startswith("models--"):
+        roots.append(roots[0].parent.parent)
+    if not any(target.is_relative_to(root) for root in roots):
+        raise CorruptFileError(
+            f"{path}: a link to {target}, outside the model; put the file itself there"
+        )
+    if not target.is_file():
+        raise ModelError(f"{path}: not a regular file; download the model again")
+    return path
+
+
+def _require_plain(place: Place, name: str) -> None:
+    pure = PurePosixPath(name)
+    if not name or "\0" in name or "\\" in name or pure.is_absolute() or ".." in pure.parts:
+        raise CorruptFileError(f"{place}: file name {name!r} leads out of the model folder")
+
+
+def _stage(place: ObjectFolder, sizes: dict[str, int], folder: Path) -> None:
+    """Fetches what is not weights; other folders' objects and hidden ones stay away."""
+    wanted = [name for name in sizes if _is_small(name)]
+    if sum(sizes[name] for name in wanted) > MAX_STAGED_BYTES:
+        largest = max(wanted, key=lambda name: sizes[name])
+        raise ModelError(
+            f"{place}: {largest} and other files that are not weights take more than "
+            f"{MAX_STAGED_BYTES >> 20} MiB; move what is not of the model elsewhere"
+        )
+    folder.mkdir(parents=True)
+    for name in wanted:
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        with explained(target), place.open(name, ahead=True) as stream, open(target, "xb") as file:
+            while chunk := stream.read(CHUNK_BYTES):
+                file.write(chunk)
+            if file.tell() != sizes[name]:
+                raise ResourceError(f"{place / name}: changed while it was read; try again")
+
+
+def _is_small(name: str) -> bool:
+    pure = PurePosixPath(name)
+    if (len(pure.parts) == 2 and pure.parts[0] not in SIDE_FOLDERS) or len(pure.parts) > 2:
+        return False
+    plain = not any(part.startswith(".") or "\\" in part for part in pure.parts)
+    return plain and not NOT_COPIED.fullmatch(pure.suffix.lower())
+
+
+class _Staging:
+    """A temporary folder that goes with this process; what killed ones left goes before."""
+
+    def __init__(self) -> None:
+        parent = Path(tempfile.gettempdir())
+        _sweep(parent)
+        with explained(parent):
+            self._folder = tempfile.TemporaryDirectory(prefix=STAGED_PREFIX, dir=parent)
+        self.path = Path(self._folder.name)
+        # The lock ends with the process, however that ends.
+        self._held = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._held, fcntl.LOCK_EX)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self._held)
+
+
+def _sweep(parent: Path) -> None:
+    """Deletes this user's staging folders whose process is gone."""
+    for path in parent.glob(f"{STAGED_PREFIX}*"):
+        with contextlib.suppress(OSError), _unheld(path / ".lock"):
+            if path.stat().st_uid == os.getuid():
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _unheld(lock: Path) -> Iterator[None]:
+    """Holds a lock file that no one else holds; raises OSError if someone does."""
+    held = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(held)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model folder on this machine or in an object store, and the name the user knows it by."""
+
+    folder: Place
+    name: str

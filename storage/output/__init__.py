@@ -1,0 +1,1 @@
+"""The pruned model's weight files, into a folder or an object store."""

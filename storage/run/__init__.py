@@ -1,0 +1,1 @@
+"""A run directory: its layout, lock, checkpoints, activations and saved layers."""

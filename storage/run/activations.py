@@ -1,0 +1,245 @@
+"""Activation shards and calibration tokens as Arrow IPC files.
+
+Anyone with pyarrow can read them: `pyarrow.ipc.open_file(path).read_all()` gives a table with one
+column of fixed-shape tensors, `hidden_states` (seqlen, hidden) or `input_ids` (seqlen,), one row
+per sequence. Arrow has no bfloat16: such values are stored as uint16 with the same bits, which is
+the upper half of a float32's. The schema metadata says so:
+
+    schema_version  "1"                     kind       "activations" or "tokens"
+    dtype           e.g. "bfloat16"         stored_as  e.g. "uint16"
+    shape           e.g. "[2048, 4096]"     block, shard   decimal numbers (activations only)
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import math
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from storage.errors import ConfigError, CorruptFileError, RunDirectoryError
+from storage.files.commit import open_own, verify_file, write_new_file
+from storage.files.hashing import StoredFile
+
+ARROW_SCHEMA = 1
+
+_STORED_AS: dict[torch.dtype, tuple[Any, torch.dtype]] = {
+    torch.float32: (pa.float32(), torch.float32),
+    torch.float16: (pa.float16(), torch.float16),
+    torch.bfloat16: (pa.uint16(), torch.uint16),
+    torch.int32: (pa.int32(), torch.int32),
+    torch.int64: (pa.int64(), torch.int64),
+}
+_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in _STORED_AS}
+_ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def write_activation_shard(
+    path: Path, batches: Iterable[torch.Tensor], *, block: int, index: int
+) -> StoredFile:
+    """Write the inputs of `block` for one group of sequences to the new file `path`.
+
+    batches: tensors (n, seqlen, hidden), all float32, float16 or bfloat16 and of one seqlen and
+    hidden, on any device; n may differ. Each becomes a record batch. index: number of the
+    activation shard. The file is durable when this returns and absent if it raises.
+
+    Raises ValueError for no batches or unequal ones, FileExistsError if `path` exists,
+    ResourceError if the disk is full.
+    """
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if first is None:
+        raise ValueError(f"{path}: no batches to write")
+    if first.dim() != 3 or first.dtype not in _ACTIVATIONS:
+        raise ValueError(f"{path}: a batch is {first.dtype} {tuple(first.shape)}")
+    numbers = {"block": str(block), "shard": str(index)}
+    everything = itertools.chain([first], iterator)
+    return _write(path, "hidden_states", "activations", first.dtype, everything, numbers)
+
+
+def write_tokens(path: Path, tokens: torch.Tensor) -> StoredFile:
+    """Write token ids (nsamples, seqlen) int64 to the new file `path`, as int32 if they fit.
+
+    Errors as in `write_activation_shard`.
+    """
+    if tokens.dim() != 2 or tokens.dtype != torch.int64 or not tokens.numel():
+        raise ValueError(f"{path}: tokens are {tokens.dtype} {tuple(tokens.shape)}")
+    fits = int(tokens.min()) >= -(2**31) and int(tokens.max()) < 2**31
+    stored = tokens.to(torch.int32) if fits else tokens
+    return _write(path, "input_ids", "tokens", torch.int64, [stored], {}, stored.dtype)
+
+
+def _write(
+    path: Path,
+    column: str,
+    kind: str,
+    dtype: torch.dtype,
+    batches: Iterable[torch.Tensor],
+    numbers: dict[str, str],
+    stored_dtype: torch.dtype | None = None,
+) -> StoredFile:
+    arrow_type, bits = _STORED_AS[stored_dtype or dtype]
+    writer: Any = None
+    shape: tuple[int, ...] = ()
+    rows = 0
+    with write_new_file(path) as file:
+        for batch in batches:
+            if writer is None:
+                shape = tuple(batch.shape[1:])
+                tensor_type = _tensor_type(arrow_type, shape)
+                metadata = {
+                    "schema_version": str(ARROW_SCHEMA),
+                    "kind": kind,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "stored_as": str(bits).removeprefix("torch."),
+                    "shape": json.dumps(shape),
+                    **numbers,
+                }
+                field = pa.field(column, tensor_type, nullable=False)
+                schema = pa.schema([field], metadata=metadata)
+                writer = pa.ipc.new_file(file, schema)
+            if tuple(batch.shape[1:]) != shape or batch.dtype != (stored_dtype or dtype):
+                raise ValueError(f"{path}: a batch is {batch.dtype} {tuple(batch.shape)}")
+            values = batch.detach().cpu().contiguous().view(bits).view(-1).numpy()
+            flat = pa.Array.from_buffers(arrow_type, values.size, [None, pa.py_buffer(values)])
+            storage = pa.FixedSizeListArray.from_arrays(flat, math.prod(shape))
+            array = pa.ExtensionArray.from_storage(tensor_type, storage)
+            writer.write_batch(pa.record_batch([array], schema=schema))
+            rows += batch.shape[0]
+        writer.close()
+    return file.stored(path.name, rows)
+
+
+def _tensor_type(arrow_type: Any, shape: tuple[int, ...]) -> Any:
+    if not 0 < math.prod(shape) < 2**31:
+        raise ConfigError(
+            f"a sequence of shape {shape} does not fit one Arrow row of 2^31 values; lower --seqlen"
+        )
+    return pa.fixed_shape_tensor(arrow_type, shape)
+
+
+class ActivationShard:
+    """One activation shard, mapped into memory; made by `open_activation_shard`.
+
+    rows: number of sequences. seqlen, hidden: of each. dtype: of the values. block: whose inputs
+    they are. index: number of the activation shard.
+    """
+
+    def __init__(self, path: Path, batches: list[torch.Tensor], metadata: dict[str, str]) -> None:
+        self.path = path
+        self._batches = batches
+        self._starts = list(itertools.accumulate((len(b) for b in batches), initial=0))
+        self.rows = self._starts[-1]
+        self.seqlen, self.hidden = batches[0].shape[1:]
+        self.dtype = batches[0].dtype
+        self.block = int(metadata["block"])
+        self.index = int(metadata["shard"])
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Sequences start:stop as a tensor (stop - start, seqlen, hidden) on the CPU.
+
+        Within one record batch this is a view of the mapped file, without a copy, and must not be
+        written to: a write would be seen by later reads of this shard, though never by the file.
+        Across record batches the parts are copied together. IndexError if the rows are not there.
+        """
+        if not 0 <= start < stop <= self.rows:
+            raise IndexError(f"{self.path} has {self.rows} sequences: no {start}:{stop}")
+        parts = []
+        for number in range(bisect.bisect_right(self._starts, start) - 1, len(self._batches)):
+            first = self._starts[number]
+            if first >= stop:
+                break
+            parts.append(self._batches[number][max(start - first, 0) : stop - first])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def close(self) -> None:
+        """Let go of the map; it ends when the last tensor read from it is gone."""
+        self._batches = []
+        self._starts = [0]
+        self.rows = 0
+
+    def __enter__(self) -> ActivationShard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_activation_shard(path: Path, *, sha256: str | None) -> ActivationShard:
+    """Map an activation shard into memory; nothing is copied, and pages are read when touched.
+
+    sha256: of the file, verified first; None to trust it. Raises CorruptFileError if the file is
+    missing, altered or not an activation shard, RunDirectoryError for another schema version.
+    """
+    batches, metadata = _open(path, "activations", "hidden_states", 3, sha256)
+    try:
+        return ActivationShard(path, batches, metadata)
+    except (KeyError, ValueError) as error:
+        raise CorruptFileError(f"{path}: malformed schema metadata") from error
+
+
+def read_tokens(path: Path, sha256: str | None = None) -> torch.Tensor:
+    """Token ids (nsamples, seqlen) int64, a copy; errors as in `open_activation_shard`."""
+    batches, _ = _open(path, "tokens", "input_ids", 2, sha256)
+    return torch.cat(batches).to(torch.int64, copy=True)
+
+
+def _open(
+    path: Path, kind: str, column: str, dims: int, sha256: str | None
+) -> tuple[list[torch.Tensor], dict[str, str]]:
+    """Views (n, *shape) of the record batches, and the schema metadata."""
+    if sha256 is not None:
+        verify_file(path, sha256)
+    try:
+        with open_own(path) as file:
+            # Copy-on-write: a model that writes to its input spoils its own view, not the file,
+            # and is not killed by the kernel as it would be on a read-only map.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        reader = pa.ipc.open_file(pa.py_buffer(mapped))
+        raw = reader.schema.metadata or {}
+        metadata = {key.decode(): value.decode() for key, value in raw.items()}
+        if metadata["schema_version"] != str(ARROW_SCHEMA):
+            raise RunDirectoryError(
+                f"{path}: schema_version is {metadata['schema_version']}, this prox24 reads "
+                f"{ARROW_SCHEMA}; use the version that wrote it, or a new run directory"
+            )
+        if metadata["kind"] != kind or reader.num_record_batches == 0:
+            raise ValueError(f"not {kind}")
+        shape = tuple(json.loads(metadata["shape"]))
+        dtype, stored = _BY_NAME[metadata["dtype"]], getattr(torch, metadata["stored_as"])
+        batches = []
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            batch.validate()
+            view = _view(batch.column(column), stored, shape, dims)
+            batches.append(view.view(dtype) if kind == "activations" else view)
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise CorruptFileError(f"{path}: not a readable {kind} file ({error})") from error
+    return batches, metadata
+
+
+def _view(column: Any, stored: torch.dtype, shape: tuple[int, ...], dims: int) -> torch.Tensor:
+    """A record batch's column as a tensor (n, *shape) of the stored dtype, sharing its memory."""
+    if not isinstance(column.type, pa.FixedShapeTensorType) or tuple(column.type.shape) != shape:
+        raise ValueError("the column is not of the shape that the metadata tell")
+    if len(shape) != dims - 1 or column.null_count:
+        raise ValueError("nulls, or another number of dimensions")
+    flat: torch.Tensor = from_dlpack(column.storage.flatten())
+    if flat.dtype != stored:
+        raise ValueError(f"values are {flat.dtype}, the metadata tell {stored}")
+    return flat.view(len(column), *shape)

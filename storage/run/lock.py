@@ -1,0 +1,400 @@
+"""One driver at a time on a run directory.
+
+A lock is a file `lock-NONCE.json` under a name that no one else ever uses. Whoever wants the lock
+judges the lock files that are there, creates its own, and lists the directory again: it owns the
+lock if all others listed are those it has judged dead; else it removes its own and starts over.
+Of two owners the one that listed later would have seen the other's file, so there is never more
+than one, whoever dies or sleeps in between. Nothing is ever replaced, so a process that wakes up
+late cannot take back what it lost: it beats into a file that has no name any more.
+
+Who is dead: on this host (same name, boot and process namespace) the kernel knows, and the lock is
+taken over at once; from another host all one can see is whether the heartbeat goes on. A process of
+this host that lives but has not beaten for long (stopped, or stuck in the kernel) is treated like
+another host's: its heartbeat is watched, and if it does not move the lock is taken over. That is
+safe whoever wakes up later; it is not needed for safety that the other one is dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import logging
+import os
+import random
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from storage.errors import (
+    CorruptFileError,
+    RunDirectoryError,
+)
+from storage.files.checked_json import decode_json, encode_json, is_count
+from storage.files.commit import (
+    explained,
+    fsync_directory,
+    is_temporary,
+    make_directory,
+    open_own,
+    temporary_name,
+)
+
+logger = logging.getLogger(__name__)
+
+LOCK_SCHEMA = 1
+_RECORD_BYTES = 1024  # fixed, so that a heartbeat overwrites the whole record in one write
+_MAX_ROUNDS = 100
+_CLAIM_SECONDS = 0.5  # a claim that lost against another is gone long before
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a run directory.
+
+    process_start: clock ticks since boot ("" where the system does not tell). heartbeat: Unix time
+    in seconds. pid_namespace, boot_id: what makes `pid` and `process_start` comparable.
+    """
+
+    host: str
+    pid: int
+    process_start: str
+    boot_id: str
+    pid_namespace: str
+    nonce: str
+    heartbeat: float
+
+    def describe(self) -> str:
+        """For messages: process, host and last heartbeat."""
+        beat = datetime.datetime.fromtimestamp(self.heartbeat, datetime.UTC)
+        return f"process {self.pid} on {self.host} (last heartbeat {beat:%Y-%m-%d %H:%M:%S} UTC)"
+
+
+def read_owner(directory: Path) -> Owner | None:
+    """Who holds the lock, or held it last and died; None if no one does. Needs no lock."""
+    owners = [owner for path in _lock_files(directory) if (owner := _parse(_read(path), path))]
+    return max(owners, key=lambda owner: owner.heartbeat, default=None)
+
+
+def is_alive(owner: Owner) -> bool | None:
+    """Whether the owner's process exists; None if this host cannot tell."""
+    here = _this_process("")
+    if owner.host != here.host:
+        return None
+    if owner.boot_id != here.boot_id:
+        # The same host before a reboot, unless it was seen alive since this machine booted: then it
+        # is another machine of the same name.
+        return False if owner.heartbeat < _boot_time() else None
+    if owner.pid_namespace != here.pid_namespace:
+        return None
+    try:
+        os.kill(owner.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    start = _process_start(owner.pid)
+    return start is None or start == owner.process_start
+
+
+class RunLock:
+    """Context manager that holds a run directory; a thread keeps the heartbeat going.
+
+    directory: created if missing. heartbeat_seconds: time between beats. stale_seconds: how long
+    a heartbeat must not move before its lock is taken over, where the owner cannot be seen (another
+    host) or is seen alive but has not beaten for that long already (stopped). `on_wait` gets the
+    seconds that remain and a text that says who is waited for, about once a second.
+
+    Entering raises RunDirectoryError, naming host, process and last heartbeat, if the owner lives.
+    Taking the lock also removes all temporary files in the directory: whatever a displaced owner
+    has not committed by then, it cannot commit any more (see `storage.files.commit`).
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        heartbeat_seconds: float = 5,
+        *,
+        stale_seconds: float = 30,
+        on_wait: Callable[[float, str], None] | None = None,
+    ) -> None:
+        self.directory = directory
+        self._heartbeat_seconds = heartbeat_seconds
+        self._stale_seconds = stale_seconds
+        self._on_wait = on_wait
+        self._owner: Owner | None = None
+        self._descriptor = -1
+        self._pid = os.getpid()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def nonce(self) -> str:
+        """32 hexadecimal digits that name this tenure; RunDirectoryError if not held."""
+        return self._held().nonce
+
+    @property
+    def path(self) -> Path:
+        """The lock file; RunDirectoryError if not held."""
+        return _lock_path(self.directory, self._held().nonce)
+
+    def assert_held(self) -> None:
+        """Raise RunDirectoryError if another process has taken the lock over."""
+        path = self.path
+        # Its name, which no one else uses, says it all: its contents may be damaged until the next
+        # beat.
+        if _read(path) is None:
+            raise RunDirectoryError(
+                f"{self.directory}: another process took the run over; let that one go on"
+            )
+
+    def __enter__(self) -> RunLock:
+        for _ in range(_MAX_ROUNDS):
+            make_directory(self.directory)  # each time: one that gives up removes an empty one
+            dead = {path for path in _lock_files(self.directory) if self._judge(path)}
+            with explained(self.directory / "lock"):
+                won = self._claim(dead)
+            if won:
+                return self
+            time.sleep(random.uniform(0.02, 0.2))  # another one claimed at the same time
+        raise RunDirectoryError(f"{self.directory}: too many processes want it; start one only")
+
+    def __exit__(self, *_: object) -> None:
+        if self._owner is None or self._pid != os.getpid():
+            return  # a forked child does not give up its parent's lock
+        path = self.path
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        os.close(self._descriptor)
+        self._owner, self._thread = None, None
+        try:
+            path.unlink(missing_ok=True)
+        except BaseException:
+            path.unlink(missing_ok=True)  # a signal just before; further ones are ignored
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            fsync_directory(self.directory)
+
+    def _held(self) -> Owner:
+        if self._owner is None:
+            raise RunDirectoryError(f"{self.directory}: the lock is not held")
+        return self._owner
+
+    def _judge(self, path: Path) -> bool:
+        """True if the owner of `path` is dead or frozen, False if the file went away meanwhile.
+
+        Waits for a heartbeat that cannot be judged; raises RunDirectoryError if the owner lives.
+        """
+        content = _read(path)
+        if content is None:
+            return False
+        owner = _parse(content, path)
+        alive = is_alive(owner) if owner is not None else None
+        if alive is False:
+            logger.info("taking over %s: its owner is dead", path)
+            return True
+        if alive and owner is not None and _age(owner) < self._stale_seconds:
+            if _goes_away(path):
+                return False
+            raise self._refusal(owner)
+        # Also after this machine slept: a live owner's heartbeat is old then, but moves soon.
+        deadline = time.monotonic() + self._stale_seconds
+        while (remaining := deadline - time.monotonic()) > 0:
+            if self._on_wait is not None:
+                self._on_wait(remaining, _named(owner))
+            time.sleep(min(1.0, remaining))
+            now = _read(path)
+            if now is None:
+                return False
+            if now != content:
+                raise self._refusal(_parse(now, path) or owner)
+        return True
+
+    def _refusal(self, owner: Owner | None) -> RunDirectoryError:
+        return RunDirectoryError(
+            f"{self.directory}: in use by {_named(owner)}; wait for it, stop it, or use another "
+            "--run-dir"
+        )
+
+    def _claim(self, dead: set[Path]) -> bool:
+        """Create a lock file; True, and the lock is held, if only `dead` ones are beside it."""
+        owner = _this_process(secrets.token_hex(16))
+        path = _lock_path(self.directory, owner.nonce)
+        temporary = temporary_name(path)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            os.pwrite(descriptor, _encode(owner), 0)
+            os.fsync(descriptor)
+            os.rename(temporary, path)
+            fsync_directory(self.directory)
+            listed = set(_lock_files(self.directory))
+            won = path in listed and listed <= dead | {path}
+            if won:
+                for other in dead:
+                    other.unlink(missing_ok=True)
+                _remove_temporaries(self.directory, path)
+                fsync_directory(self.directory)
+        except FileNotFoundError:
+            won = False  # the temporary file: another process took the lock and swept
+        except BaseException:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+            raise
+        if not won:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            return False
+        self._owner, self._descriptor, self._pid = owner, descriptor, os.getpid()
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
+        self._thread.start()
+        return True
+
+    def _beat(self) -> None:
+        owner = self._held()
+        while not self._stop.wait(self._heartbeat_seconds):
+            try:
+                # In place, through the descriptor: if the file was removed this changes nothing.
+                os.pwrite(self._descriptor, _encode(replace(owner, heartbeat=time.time())), 0)
+                os.fsync(self._descriptor)
+            except OSError as error:
+                logger.warning("heartbeat of %s failed: %s", self.directory, error)
+
+
+def _lock_path(directory: Path, nonce: str) -> Path:
+    return directory / f"lock-{nonce}.json"
+
+
+def _lock_files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("lock-*.json"))
+
+
+def require_owner(lock_file: str | None) -> None:
+    """For workers, just before they write: RunDirectoryError if their driver was displaced.
+
+    lock_file: path of the driver's lock file, None where there is no lock. A worker's files bear
+    names of their own, so this guards no data; it keeps late ones from littering the directory.
+    """
+    if lock_file is not None and _read(Path(lock_file)) is None:
+        raise RunDirectoryError(
+            f"{Path(lock_file).parent}: another process took the run over; let that one go on"
+        )
+
+
+def _remove_temporaries(directory: Path, lock_file: Path) -> None:
+    """Deletes the temporary files of former owners, and none of a later one.
+
+    They are listed first. If the lock is still ours after that, all of them are older than any
+    later owner, and as no name is ever used twice, deleting them is safe however late it happens.
+    """
+    found = [Path(folder, name) for folder, _, names in os.walk(directory) for name in names]
+    if lock_file.exists():
+        for path in filter(is_temporary, found):
+            path.unlink(missing_ok=True)
+
+
+def _named(owner: Owner | None) -> str:
+    return owner.describe() if owner is not None else "a process whose lock cannot be read"
+
+
+def _age(owner: Owner) -> float:
+    """Seconds since the last heartbeat of a process of this host; the clock may have been set."""
+    return abs(time.time() - owner.heartbeat)
+
+
+def _read(path: Path) -> bytes | None:
+    """The bytes of a lock file, freshly opened for what other hosts wrote; None if it is gone.
+
+    None of a link or a pipe, which no owner makes: that is as good as an unreadable lock.
+    """
+    try:
+        with open_own(path) as file:
+            return file.read(16 * _RECORD_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EINVAL):
+            return b""
+        raise
+
+
+def _goes_away(path: Path) -> bool:
+    """Whether a living process's file was only a claim that it gave up."""
+    deadline = time.monotonic() + _CLAIM_SECONDS
+    while time.monotonic() < deadline:
+        if not path.exists():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _encode(owner: Owner) -> bytes:
+    path = Path("lock")
+    text = encode_json({"schema_version": LOCK_SCHEMA, **asdict(owner)}, path)
+    return text.ljust(_RECORD_BYTES - 1) + b"\n"
+
+
+def _parse(content: bytes | None, path: Path) -> Owner | None:
+    """The owner that a lock file names; None if the file is gone or unreadable."""
+    if content is None:
+        return None
+    try:
+        record = decode_json(content, path, LOCK_SCHEMA)
+    except (CorruptFileError, RunDirectoryError):
+        return None
+    del record["schema_version"]
+    try:
+        owner = Owner(**record)
+    except TypeError:
+        return None
+    valid = is_count(owner.pid) and 0 < owner.pid < 2**31 and _is_time(owner.heartbeat)
+    return owner if valid else None
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < 2**36
+
+
+def _this_process(nonce: str) -> Owner:
+    pid = os.getpid()
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    try:
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        boot_id = ""
+    start = _process_start(pid) or ""
+    return Owner(socket.gethostname(), pid, start, boot_id, namespace, nonce, time.time())
+
+
+def _process_start(pid: int) -> str | None:
+    """Start time of a process in clock ticks since boot; "dead" for a zombie; None if unknown."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # The command name, in parentheses, may hold anything; state is the first field after it.
+    fields = stat[stat.rindex(")") + 1 :].split()
+    return "dead" if fields[0] in "ZXx" else fields[19]
+
+
+def _boot_time() -> float:
+    """Unix time at which this machine booted; 0 if unknown, which judges no one dead."""
+    try:
+        lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0.0
+    return next((float(line.split()[1]) for line in lines if line.startswith("btime ")), 0.0)
+
+
+STAMP_DIGITS = 12
+"""How much of the lock's nonce the names of an owner's files hold."""

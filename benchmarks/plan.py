@@ -27,7 +27,7 @@ from pipeline.planning.rates import gpu_rates
 from pipeline.planning.shapes.model import ModelShape, read_shape
 from pipeline.solvers.cost import SolveCost
 from pipeline.solvers.registry import solve_cost
-from pipeline.worker.block_worker import solve as solving
+from pipeline.worker import solve as solving
 
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,

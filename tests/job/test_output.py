@@ -20,7 +20,7 @@ from storage.output.weight_files import (
     recover_output,
     write_weight_file,
 )
-from storage.output.weight_files import weight_files as output_module
+from storage.output import weight_files as output_module
 
 UNTOUCHED: Callable[[str], Iterable[torch.Tensor] | None] = lambda name: None  # noqa: E731
 

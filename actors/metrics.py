@@ -105,7 +105,7 @@ class Meter:
         if isinstance(metric, Counter) and amount > 0:
             metric.inc(amount, tags={"run": self._run, **labels})
 
-    def outcome(self, rank: int, outcome: Outcome) -> None:
+    def outcome(self, rank: int, outcome: Outcome[Any]) -> None:
         """Records what a rank did in a phase."""
         own = str(rank)
         for kind, seconds in outcome.seconds.items():

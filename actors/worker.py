@@ -7,7 +7,7 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import ray
@@ -15,6 +15,7 @@ import ray
 from actors.logs import open_log
 from actors.metrics import Meter
 from actors.network import choose_endpoint, own_interfaces, use_interface
+from pipeline.loop.rank import Call
 from pipeline.messages import Job, Outcome
 from pipeline.preflight.shared_folders import complaints
 from pipeline.runtime.stopwatch import reset_peaks
@@ -23,6 +24,8 @@ from pipeline.worker.block_worker import BlockWorker
 from storage.run.shared_folders import Marked
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,13 @@ class RankActor:
                 self.rank, self.world, host, port, backend, timeout
             )
 
-    def perform(self, phase: str, *arguments: Any) -> Outcome:
+    def perform(self, phase: Call[T]) -> Outcome[T]:
         """Runs one phase of the rank; its peaks of memory are the phase's own."""
-        with self._log.during(phase, arguments):
+        with self._log.during(phase.phase, phase.arguments):
             logger.info("begins")
             reset_peaks(self.worker.device)
             try:
-                outcome = self.worker.perform(phase, *arguments)
+                outcome = self.worker.perform(phase)
             except Exception as error:
                 logger.warning("failed: %s: %s", type(error).__name__, error)
                 raise
@@ -115,7 +118,7 @@ class RankActor:
         return outcome
 
 
-def _told(outcome: Outcome) -> str:
+def _told(outcome: Outcome[Any]) -> str:
     """An outcome's figures for a log: `1.3 s (forward 1.1, io 0.2), peak 312 MiB`."""
     parts = ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in outcome.seconds.items())
     peak = outcome.memory["rss_bytes"] / 2**20

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pipeline.config.layers import LayerRules
 from pipeline.models.forward_capture import LayerGroup
 from storage.files.hashing import StoredFile
 from storage.run.shared_folders import SharedFolder
+
+T = TypeVar("T")
+
+Likelihood = tuple[float, bool]
+"""A target's log-likelihood (nats), and whether each of its tokens is the most likely one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +56,14 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Generic[T]):
     """A phase's result on one rank, with its seconds by kind and its peak memory in bytes.
 
     `events` are there where the job is traced: (kind, or "" for the whole phase; start in seconds
     since the epoch; seconds). `counts`: see `pipeline.runtime.stopwatch`.
     """
 
-    value: Any
+    value: T
     seconds: dict[str, float]
     memory: dict[str, Any]
     events: tuple[tuple[str, float, float], ...] = ()
@@ -67,10 +72,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Observed:
-    """A block's groups of layers, and in how many turns their statistics are taken."""
+    """A block's groups of layers, and in how many passes their statistics are taken."""
 
     groups: tuple[LayerGroup, ...]
-    turns: int
+    passes: int
 
 
 @dataclass(frozen=True)

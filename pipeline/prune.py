@@ -12,19 +12,22 @@ from typing import Any
 from pipeline.config.prune import PruneConfig
 from pipeline.config.solver import AUTO
 from pipeline.evaluation.perplexity import measure_perplexity, prepare
-from pipeline.loop.block_loop import BlockLoop
+from pipeline.loop.block_loop import BlockLoop, Failures
+from pipeline.loop.block_steps import BlockSteps
 from pipeline.loop.executor import Executor
+from pipeline.loop.rank import Rank, call
 from pipeline.loop.trace import traced
-from pipeline.messages import Job
-from pipeline.models.selection import Selection, check_settings, layers_to_prune
+from pipeline.messages import Job, Outcome
+from pipeline.models.selection import check_settings, layers_to_prune
 from pipeline.models.skeleton import Skeleton, open_skeleton
 from pipeline.output.write import (
     check_apart,
     check_output,
+    describe_output,
     finished_output,
     forget_uploads,
+    output_target,
     recover,
-    write_output,
 )
 from pipeline.preflight.disk import activation_bytes, check_job_space
 from pipeline.preflight.memory import check_memory
@@ -47,13 +50,9 @@ from pipeline.reporting.write import leave_report
 from pipeline.runtime.progress import Progress
 from pipeline.runtime.split import deal
 from pipeline.solvers.registry import solver_for
-from storage.errors import (
-    ConfigError,
-    CorruptFileError,
-    ResourceError,
-    RunDirectoryError,
-)
+from storage.errors import ConfigError, CorruptFileError, ResourceError, RunDirectoryError
 from storage.files.hashing import StoredFile
+from storage.model.files import WeightFileFingerprint
 from storage.object_store import ObjectFolder, Place, absolute, location
 from storage.run.checkpoints import BlockRecord
 from storage.run.directory import RunDirectory
@@ -124,22 +123,49 @@ def prune(
         run.sweep_uncommitted(guard=lock.assert_held)
         progress.phase("read text")
         evaluation = config.evaluation()
-        sequences = 0
-        if evaluation is not None:
-            # A text that is missing or too short is found now.
-            sequences = len(prepare(source, evaluation).tokens)
+        # A text that is missing or too short is found now.
+        sequences = 0 if evaluation is None else len(prepare(source, evaluation).tokens)
         with _forced(config, progress):
             check_job_space(run, output, skeleton, config, sequences)
         tokens = committed_tokens(run, lock, skeleton, config, manifest, progress, cut)
         executor = traced(make_executor(), config.trace)
         try:
-            loop = _start(run, lock, skeleton, config, executor, progress, tokens, output, cut)
+            loop = BlockLoop(
+                _block_steps(executor, run, lock, progress, skeleton, config),
+                config.max_attempts,
+                partial(mend_tokens, run, lock, skeleton, config, tokens, progress, cut),
+            )
+            done = len(run.committed_blocks())
+            progress.begin("pruning", len(skeleton.blocks), done)
+            progress.phase("start workers")
+            loop.start(_message(run, lock, skeleton, config, executor.threads, tokens, output))
             with _forced(config, progress):
-                rooms = [outcome.value for outcome in loop.guarded("room", loop.each)]
-                check_memory(skeleton, config, rooms, progress)
-                _check_scratch(loop, skeleton, config)
-            _fingerprint(loop, skeleton, job, tokens, manifest)
-            return _finish(loop, skeleton, config, job, output, selection, name)
+                _check_room(loop, skeleton, config)
+            progress.phase("check weights")
+            hashes = _hash_source(loop, skeleton)
+            if manifest is None:
+                manifest = write_manifest(
+                    run, lock, job, tokens, skeleton.files, hashes, len(skeleton.blocks)
+                )
+            else:
+                require_fingerprints(run, manifest, hashes)
+            loop.manifest = manifest
+            loop.prune()
+            with output_target(output, run, lock, config.overwrite) as target:
+                weight_files, records = _write_weight_files(loop, skeleton, target.place)
+                target.copy(skeleton, manifest["side_files"])
+                card, results = describe_output(
+                    job=job,
+                    skeleton=skeleton,
+                    config=config,
+                    skipped=selection.skipped,
+                    source_name=name,
+                    records=records,
+                    weight_files=weight_files,
+                    perplexity=_perplexity(loop.steps, config, target.place),
+                )
+                target.publish(card, results, weight_files)
+            return _conclude(run, lock, len(skeleton.blocks), output, job, config, progress)
         finally:
             progress.end()
             executor.close()
@@ -191,49 +217,41 @@ def _locked(run: RunDirectory, progress: Progress) -> Iterator[RunLock]:
                 run.path.rmdir()
 
 
-def _start(
+def _block_steps(
+    executor: Executor,
     run: RunDirectory,
     lock: RunLock,
+    progress: Progress,
     skeleton: Skeleton,
     config: PruneConfig,
-    executor: Executor,
-    progress: Progress,
-    tokens: StoredFile,
-    output: Place,
-    cut: CutTokens,
-) -> BlockLoop:
-    """The loop over the blocks, its workers ready."""
+) -> BlockSteps:
+    """What is done with each block, by the model's layers and the options."""
     rules = config.layer_rules()
-    every = rules.all_settings()
+    settings = rules.all_settings()
     layers = [layers_to_prune(skeleton, block, rules) for block in range(len(skeleton.blocks))]
-    dtypes = [
-        {name: skeleton.files.tensors[skeleton.weight_name(block, name)].dtype for name in names}
-        for block, names in enumerate(layers)
-    ]
-    done = sum(run.record(block).exists() for block in range(len(layers)))
-    progress.begin("pruning", len(layers), done)
-    progress.phase("start workers")
-    loop = BlockLoop(
+    return BlockSteps(
         executor=executor,
         run=run,
         lock=lock,
         progress=progress,
         blocks=len(layers),
         layers=layers,
-        dtypes=dtypes,
+        dtypes=[
+            {
+                name: skeleton.files.tensors[skeleton.weight_name(block, name)].dtype
+                for name in names
+            }
+            for block, names in enumerate(layers)
+        ],
         calibrates=config.save_layers is not None
-        or any(solver_for(settings).needs != "none" for settings in every),
-        chooses=any(settings.shrinkage == AUTO for settings in every),
-        max_attempts=config.max_attempts,
+        or any(solver_for(each).needs != "none" for each in settings),
+        chooses=any(each.shrinkage == AUTO for each in settings),
         hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
-        mend_tokens=partial(mend_tokens, run, lock, skeleton, config, tokens, progress, cut),
         scratch=config.scratch_dir is not None,
     )
-    loop.start(_job(run, lock, skeleton, config, executor.threads, tokens, output))
-    return loop
 
 
-def _job(
+def _message(
     run: RunDirectory,
     lock: RunLock,
     skeleton: Skeleton,
@@ -267,72 +285,34 @@ def _job(
     )
 
 
-def _check_scratch(loop: BlockLoop, skeleton: Skeleton, config: PruneConfig) -> None:
-    """Raises `ResourceError` where a node has no room for its ranks' activations."""
-    if loop.scratch and loop.calibrates:
-        rooms = [o.value for o in loop.guarded("scratch", lambda: loop.each("room"))]
-        check_scratch_room(rooms, activation_bytes(skeleton, config.nsamples, config.seqlen))
+def _check_room(loop: BlockLoop, skeleton: Skeleton, config: PruneConfig) -> None:
+    """Raises `ResourceError` where the job does not fit in the ranks' memory, or in a node's
+    scratch."""
+    steps = loop.steps
+    free = [outcome.value for outcome in loop.on_all(call(Rank.free_memory))]
+    check_memory(skeleton, config, free, steps.progress)
+    if steps.scratch and steps.calibrates:
+        scratch = [outcome.value for outcome in loop.on_all(call(Rank.free_scratch))]
+        check_scratch_room(scratch, activation_bytes(skeleton, config.nsamples, config.seqlen))
 
 
-def _file_arguments(skeleton: Skeleton, world: int) -> list[list[str]]:
+def _files_of_ranks(skeleton: Skeleton, world: int) -> list[list[str]]:
     """The weight files of each rank, dealt by size."""
     sizes = {file: float(skeleton.files.size(file)) for file in skeleton.files.files}
     owners = deal(list(sizes), sizes, world)
     return [[file for file in sizes if owners[file] == rank] for rank in range(world)]
 
 
-def _fingerprint(
-    loop: BlockLoop,
-    skeleton: Skeleton,
-    job: dict[str, Any],
-    tokens: StoredFile,
-    manifest: dict[str, Any] | None,
-) -> None:
-    """Hashes the source on the workers; commits the manifest, or compares with it."""
-    loop.progress.phase("check weights")
-    outcomes = loop.guarded(
-        "fingerprint",
-        lambda: [(own,) for own in _file_arguments(skeleton, loop.executor.world)],
-    )
-    found = [fingerprint for outcome in outcomes for fingerprint in outcome.value]
-    if manifest is None:
-        manifest = write_manifest(
-            loop.run, loop.lock, job, tokens, skeleton.files, found, loop.blocks
-        )
-    else:
-        require_fingerprints(loop.run, manifest, found)
-    loop.manifest = manifest
+def _hash_source(loop: BlockLoop, skeleton: Skeleton) -> list[WeightFileFingerprint]:
+    """The fingerprints of the source's weight files, each taken by one worker."""
 
+    def work(_: Failures) -> list[Outcome[list[WeightFileFingerprint]]]:
+        executor = loop.steps.executor
+        dealt = _files_of_ranks(skeleton, executor.world)
+        return executor.run([call(Rank.fingerprint, files) for files in dealt])
 
-def _finish(
-    loop: BlockLoop,
-    skeleton: Skeleton,
-    config: PruneConfig,
-    job: dict[str, Any],
-    output: Place,
-    selection: Selection,
-    source_name: str,
-) -> PruneResult:
-    """Prunes the blocks that are left, writes the output, reports, and clears the run directory."""
-    loop.prune()
-    if loop.manifest is None:
-        raise RunDirectoryError(f"{loop.run.manifest}: not read")
-    write_output(
-        output,
-        job=job,
-        skeleton=skeleton,
-        config=config,
-        skipped=selection.skipped,
-        source_name=source_name,
-        run=loop.run,
-        lock=loop.lock,
-        side_files=loop.manifest["side_files"],
-        write_files=lambda folder: loop.persist(
-            "phase write_output", lambda: _write_files(loop, skeleton, folder)
-        ),
-        evaluate=lambda folder: _perplexity(loop, config, folder),
-    )
-    return _conclude(loop.run, loop.lock, loop.blocks, output, job, config, loop.progress)
+    outcomes = loop.persist("phase fingerprint", work)
+    return [fingerprint for outcome in outcomes for fingerprint in outcome.value]
 
 
 def _conclude(
@@ -352,32 +332,39 @@ def _conclude(
     return PruneResult(output, run.path, summary)
 
 
-def _write_files(
-    loop: BlockLoop, skeleton: Skeleton, folder: str
+def _write_weight_files(
+    loop: BlockLoop, skeleton: Skeleton, place: Place
 ) -> tuple[list[StoredFile], list[BlockRecord]]:
     """The output's weight files, written by the workers, and the records they were made from."""
-    records = [loop.read_record(block) for block in range(loop.blocks)]
-    loop.progress.phase("write")
-    summary = summarize(loop.run, records, loop.progress.note)
-    write_summary(loop.run, summary, loop.lock.assert_held)
-    files = _file_arguments(skeleton, loop.executor.world)
-    outcomes = loop.executor.run("write_output", [(own, records, folder) for own in files])
-    if loop.scratch:
-        # These are the last of the job's ranks: an evaluation has its own.
-        loop.executor.run("scratch", loop.each("clear"))
-    return [stored for outcome in outcomes for stored in outcome.value], records
+    steps = loop.steps
+
+    def work(_: Failures) -> tuple[list[StoredFile], list[BlockRecord]]:
+        records = [steps.read_record(block) for block in range(steps.blocks)]
+        steps.progress.phase("write")
+        summary = summarize(steps.run, records, steps.progress.note)
+        write_summary(steps.run, summary, steps.lock.assert_held)
+        dealt = _files_of_ranks(skeleton, steps.executor.world)
+        calls = [call(Rank.write_output, files, records, location(place)) for files in dealt]
+        outcomes = steps.executor.run(calls)
+        if steps.scratch:
+            # These are the last of the job's ranks: an evaluation has its own.
+            steps.on_all(call(Rank.clear_scratch))
+        written = [stored for outcome in outcomes for stored in outcome.value]
+        return sorted(written, key=lambda file: file.name), records
+
+    return loop.persist("phase write_output", work)
 
 
-def _perplexity(loop: BlockLoop, config: PruneConfig, folder: Place) -> dict[str, Any] | None:
+def _perplexity(steps: BlockSteps, config: PruneConfig, folder: Place) -> dict[str, Any] | None:
     """The finished model's perplexity for its card, on the job's executor; None if not asked."""
     evaluation = config.evaluation()
     if evaluation is None:
         return None
     prepared = prepare(folder, evaluation)
     # Seen by all nodes, and swept if this process is killed.
-    evaluation = replace(evaluation, scratch_dir=str(loop.run.path))
-    measured = measure_perplexity(prepared, evaluation, loop.executor, loop.progress)
-    write_evaluation(loop.run, measured, loop.lock.assert_held)
+    evaluation = replace(evaluation, scratch_dir=str(steps.run.path))
+    measured = measure_perplexity(prepared, evaluation, steps.executor, steps.progress)
+    write_evaluation(steps.run, measured, steps.lock.assert_held)
     return measured
 
 

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import ray
@@ -23,11 +23,14 @@ from cluster.dispatch.reservation import Reservation, growth_requested, reserve
 from cluster.dispatch.scratch_nodes import Home, spread
 from cluster.dispatch.visibility import require_sight
 from pipeline.config.runtime import RuntimeConfig
+from pipeline.loop.rank import Call, Rank, call
 from pipeline.messages import Job, Outcome
 from storage.errors import Prox24Error, ResourceError, WorkerLostError
 from storage.run.shared_folders import marked
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _START_SECONDS = 300.0
 # How long the other ranks are waited for after the first error: to report the error that matters,
@@ -97,17 +100,14 @@ class RayExecutor:
         self._job, self._homes = job, list(job.homes)
         self._restart()
 
-    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+    def run(self, calls: Sequence[Call[T]]) -> list[Outcome[T]]:
         """One phase on all ranks at once."""
-        calls = {
-            rank: self._actor(rank).perform.remote(phase, *own)
-            for rank, own in enumerate(arguments)
-        }
-        return list(self._collect(calls, phase, self._timeout).values())
+        running = {rank: self._actor(rank).perform.remote(each) for rank, each in enumerate(calls)}
+        return list(self._collect(running, calls[0].phase, self._timeout).values())
 
-    def reduce(self) -> list[Outcome]:
+    def reduce(self) -> list[Outcome[None]]:
         """The ranks sum among themselves; no statistic passes through the driver."""
-        return self.run("reduce", [()] * self.world)
+        return self.run([call(Rank.reduce)] * self.world)
 
     def recover(self) -> None:
         """Replaces lost ranks and joins all in a new collective; survivors keep their processes.

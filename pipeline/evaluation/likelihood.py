@@ -93,7 +93,7 @@ def log_likelihoods(
         check_evaluation_space(own, skeleton, len(tokens))
         targets = [[target for _, target in asked] for asked in batch.asked]
         with started(skeleton, tokens, own, executor, progress) as (_, loop):
-            answers = [answer for outcome in loop.likelihoods(targets) for answer in outcome.value]
+            answers = loop.likelihoods(targets)
         for asked, answer in zip(batch.asked, answers, strict=True):
             found |= {number: value for (number, _), value in zip(asked, answer, strict=True)}
     return [found[number] for number in range(len(requests))]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.config.evaluate import EvalConfig
 from pipeline.loop.block_loop import BlockLoop
+from pipeline.loop.block_steps import BlockSteps
 from pipeline.loop.executor import Executor
 from pipeline.loop.trace import traced
 from pipeline.messages import Job, Reference
@@ -38,6 +39,8 @@ from storage.object_store import Place, absolute, location
 from storage.run.activations import write_tokens
 from storage.run.directory import SCRATCH_PREFIX, RunDirectory
 from storage.run.lock import RunLock
+
+_MAX_ATTEMPTS = 3
 
 
 def evaluate(
@@ -183,8 +186,7 @@ class Evaluated:
             block=block,
             shards=read_inputs(first.run.activation_record(block)),
         )
-        outcomes = self.loop.compare(reference)
-        distances = [distance for outcome in outcomes for distance in outcome.value]
+        distances = self.loop.distances(reference)
         each = self.config.seqlen - 1
         predicted = len(distances) * each
         differences = [
@@ -229,8 +231,7 @@ def evaluated(
 ) -> Iterator[Evaluated]:
     """Runs a model block by block, with the ranks of `executor` started anew for it."""
     with started(prepared.skeleton, prepared.tokens, config, executor, progress) as (run, loop):
-        losses = [loss for outcome in loop.evaluate() for loss in outcome.value]
-        yield Evaluated(prepared, config, run, loop, losses)
+        yield Evaluated(prepared, config, run, loop, loop.losses())
 
 
 @contextlib.contextmanager
@@ -244,18 +245,8 @@ def started(
         with RunLock(run.path) as lock:
             progress.begin("evaluating", len(skeleton.blocks), 0)
             progress.phase("start workers")
-            loop = BlockLoop(
-                executor=executor,
-                run=run,
-                lock=lock,
-                progress=progress,
-                blocks=len(skeleton.blocks),
-                layers=(),
-                dtypes=(),
-                calibrates=True,
-                chooses=False,
-                max_attempts=3,
-            )
+            steps = BlockSteps(executor, run, lock, progress, len(skeleton.blocks))
+            loop = BlockLoop(steps, max_attempts=_MAX_ATTEMPTS)
             loop.start(_job(config, skeleton, run, len(tokens), stored.sha256, executor))
             yield run, loop
 

@@ -1,15 +1,22 @@
-"""Who runs the ranks: the protocol of the block loop, and the executor without Ray."""
+"""Who runs the ranks: all that the block loop knows of a cluster."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from pipeline.loop.rank import Call
 from pipeline.messages import Job, Outcome
+
+T = TypeVar("T")
 
 
 class Executor(Protocol):
-    """Runs phases of `BlockWorker` on every rank. The loop knows no more of a cluster than this."""
+    """Runs phases on every rank.
+
+    `pipeline.worker.local_executor.LocalExecutor` runs them in this process,
+    `cluster.dispatch.ray_executor.RayExecutor` in Ray actors.
+    """
 
     @property
     def threads(self) -> int:
@@ -25,14 +32,14 @@ class Executor(Protocol):
         """Makes the ranks, before anything else; again, for another job, in place of the first."""
         ...
 
-    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
-        """Runs one phase on all ranks, `arguments[rank]` each; outcomes in rank order.
+    def run(self, calls: Sequence[Call[T]]) -> list[Outcome[T]]:
+        """Runs one phase on all ranks, `calls[rank]` each; outcomes in rank order.
 
         Raises `WorkerLostError` when a rank is gone or hangs, and a rank's own error as it is.
         """
         ...
 
-    def reduce(self) -> list[Outcome]:
+    def reduce(self) -> list[Outcome[None]]:
         """Gives every rank the sum, in rank order, of all ranks' statistics."""
         ...
 

@@ -21,11 +21,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from pipeline.records.inputs import ACTIVATIONS_SCHEMA, CHOICES_SCHEMA, read_inputs
+from pipeline.loop.block_steps import BlockSteps
+from pipeline.loop.rank import Rank, call
+from pipeline.messages import Outcome
+from pipeline.records.inputs import read_choices, read_inputs, replace_shards, write_choices
 from pipeline.records.manifest import MANIFEST_SCHEMA
 from storage.errors import CorruptFileError
 from storage.files.commit import read_json, replace_by, replace_json, sha256_file
@@ -34,16 +37,26 @@ from storage.files.hashing import StoredFile
 from storage.run.checkpoints import BlockRecord
 from storage.run.directory import RECORD_NAME
 
-if TYPE_CHECKING:
-    from pipeline.loop.block_loop import BlockLoop
-    from pipeline.messages import Outcome
-
 
 class Repairs:
-    """Looks through the run directory of a block loop, in between its phases."""
+    """Looks through a run directory, in between the phases of its job.
 
-    def __init__(self, loop: BlockLoop) -> None:
-        self.loop, self.run = loop, loop.run
+    begun: blocks below this number have been committed. manifest: the content of `run.json`, where
+    it is known. mend_tokens: makes the tokens' file again if it is damaged, and returns whether it
+    was. failures: why earlier attempts failed; a block that is solved again records them.
+    """
+
+    def __init__(
+        self,
+        steps: BlockSteps,
+        begun: int,
+        manifest: dict[str, Any] | None,
+        mend_tokens: Callable[[], bool] | None,
+        failures: Sequence[str],
+    ) -> None:
+        self.steps, self.run, self.begun, self.manifest = steps, steps.run, begun, manifest
+        self._mend_tokens, self._failures = mend_tokens, failures
+        self._guard = steps.lock.assert_held
         self._found = 0
 
     def mend(self, *, hashed: bool) -> bool:
@@ -53,12 +66,12 @@ class Repairs:
         which one needs the other: a block is done again from whole blocks before it.
         """
         self._manifest()
-        if hashed and self.loop.mend_tokens is not None and self.loop.mend_tokens():
+        if hashed and self._mend_tokens is not None and self._mend_tokens():
             self._found += 1
-        for block in range(self.loop.blocks + 1):
+        for block in range(self.steps.blocks + 1):
             if self.run.activation_record(block).exists():
                 self._store(block, hashed)
-            if block < self.loop.begun:
+            if block < self.begun:
                 self._block(block, hashed)
             elif self.run.choices(block).exists():
                 self._choices(block)
@@ -72,13 +85,13 @@ class Repairs:
     # -- what is looked at ------------------------------------------------------------------
 
     def _manifest(self) -> None:
-        if self.loop.manifest is None:
+        if self.manifest is None:
             return
         try:
             read_json(self.run.manifest, MANIFEST_SCHEMA)
         except CorruptFileError:
             self._note(self.run.manifest, _state(self.run.manifest), "it is written again")
-            replace_json(self.run.manifest, self.loop.manifest, guard=self.loop.lock.assert_held)
+            replace_json(self.run.manifest, self.manifest, guard=self._guard)
 
     def _store(self, block: int, hashed: bool) -> None:
         """The activation shards of one block's inputs, and the record that names them."""
@@ -87,7 +100,7 @@ class Repairs:
             shards = read_inputs(path)
         except CorruptFileError:
             self._note(path, _state(path), f"the inputs of block {block} are made again")
-            self.run.remove_activations(block, self.loop.lock.assert_held)
+            self.run.remove_activations(block, self._guard)
             return
         bad = self._damaged_inputs(block, shards, hashed)
         if not bad:
@@ -98,7 +111,7 @@ class Repairs:
             index, state = next(iter(bad.items()))
             remedy = f"the inputs of block {block} are made again"
             self._note(path.parent / shards[index].name, state, remedy)
-            self.run.remove_activations(block, self.loop.lock.assert_held)
+            self.run.remove_activations(block, self._guard)
             return
         for index, state in bad.items():
             remedy = f"its sequences are run through {block} blocks again"
@@ -109,17 +122,16 @@ class Repairs:
         self, block: int, shards: Sequence[StoredFile], hashed: bool
     ) -> dict[int, str]:
         """Number of each damaged activation shard → what is wrong; the ranks look at scratch."""
-        loop = self.loop
-        if not loop.scratch:
+        if not self.steps.scratch:
             return _damaged(self.run.activations(block), shards, hashed)
-        outcomes = loop.executor.run("scratch", loop.each("damaged", block, list(shards), hashed))
+        outcomes = self.steps.on_all(call(Rank.damaged_shards, block, list(shards), hashed))
         return dict(sorted((i, s) for outcome in outcomes for i, s in outcome.value.items()))
 
     def _block(self, block: int, hashed: bool) -> None:
         """A committed block: its record, choices and row slices."""
         path = self.run.record(block)
         try:
-            record = self.loop.read_record(block)
+            record = self.steps.read_record(block)
         except CorruptFileError:
             self._note(path, _state(path), f"block {block} is solved again")
             self._choices(block)
@@ -137,14 +149,13 @@ class Repairs:
         """What was chosen for a block; `recorded` in its record, where it has one."""
         path = self.run.choices(block)
         try:
-            groups = read_json(path, CHOICES_SCHEMA).get("groups")
-        except CorruptFileError:
+            groups = read_choices(path)
+        except (CorruptFileError, KeyError):
             groups = None
         if isinstance(recorded, Mapping):
             if groups != recorded:
                 self._note(path, _state(path), f"copied from the record of block {block}")
-                payload = {"schema_version": CHOICES_SCHEMA, "block": block, "groups": recorded}
-                replace_json(path, payload, guard=self.loop.lock.assert_held)
+                write_choices(path, block, recorded, self._guard)
         elif groups is None and path.exists():
             self._note(path, _state(path), "chosen again, by the same rule from the same inputs")
             path.unlink()
@@ -153,55 +164,49 @@ class Repairs:
 
     def _replay(self, block: int, shards: Sequence[StoredFile], only: Sequence[int]) -> None:
         """The activation shards `only` of the inputs of `block`, from the tokens."""
-        loop, stamp = self.loop, self.loop.stamp()
-        loop.progress.phase("embed")
-        made = _by_number(loop.executor.run("embed", loop.each(stamp, only)), only)
+        steps, stamp = self.steps, self.steps.stamp()
+        steps.progress.phase("embed")
+        made = _by_number(steps.on_all(call(Rank.embed, stamp, only)), only)
         for current in range(block):
-            loop.progress.phase("propagate", current)
-            arguments = loop.each(current, loop.pruned(current), made, stamp, only)
-            written = _by_number(loop.executor.run("propagate", arguments), only)
+            steps.progress.phase("propagate", current)
+            phase = call(Rank.propagate, current, steps.pruned(current), made, stamp, only)
+            written = _by_number(steps.on_all(phase), only)
             self._drop(current, made.values())
             made = written
-        directory, path = self.run.activations(block), self.run.activation_record(block)
-        guard = loop.lock.assert_held
+        directory = self.run.activations(block)
         replaced = {}
         for index, file in made.items():
-            if file.sha256 == shards[index].sha256 and not loop.scratch:
-                replace_by(directory / file.name, directory / shards[index].name, guard)
+            if file.sha256 == shards[index].sha256 and not steps.scratch:
+                replace_by(directory / file.name, directory / shards[index].name, self._guard)
             else:
                 replaced[index] = file
         if replaced:
-            payload = read_json(path, ACTIVATIONS_SCHEMA)
-            for index, file in replaced.items():
-                payload["shards"][index] = file.to_json()
-            # Now every rank sees its own.
-            payload["workers"] = loop.executor.workers()
-            replace_json(path, payload, guard=guard)
+            replace_shards(self.run, block, replaced, steps.executor.workers(), self._guard)
         others = [i for i, file in replaced.items() if file.sha256 != shards[i].sha256]
         if others:
-            loop.progress.note(
+            steps.progress.note(
                 f"{directory}: {len(others)} activation shards differ from the damaged ones in "
                 "their last digits; the workers are of another kind"
             )
-        self.run.sweep_uncommitted(guard)
+        self.run.sweep_uncommitted(self._guard)
 
     def _redo(self, block: int, record: BlockRecord, bad: Sequence[StoredFile]) -> None:
         """Row slices of a block whose record is whole."""
         made = self._solve(block)
-        directory, guard = self.run.checkpoints(block), self.loop.lock.assert_held
+        directory = self.run.checkpoints(block)
         names = {file.sha256: file.name for file in made.files}
         if all(file.sha256 in names for file in bad):
             for file in bad:
-                replace_by(directory / names[file.sha256], directory / file.name, guard)
-            self.loop.progress.note(f"block {block}: restored, the same bytes as before")
+                replace_by(directory / names[file.sha256], directory / file.name, self._guard)
+            self.steps.progress.note(f"block {block}: restored, the same bytes as before")
         else:
             self._replace(block, made, f"{record.world} workers made it before")
-        self.run.sweep_uncommitted(guard)
+        self.run.sweep_uncommitted(self._guard)
 
     def _redo_unknown(self, block: int) -> None:
         """A block whose record is lost. Its old row slices, if they are there, tell what it was."""
         made = self._solve(block)
-        directory, guard = self.run.checkpoints(block), self.loop.lock.assert_held
+        directory = self.run.checkpoints(block)
         new = {file.name for file in made.files}
         old = {
             sha256_file(path)
@@ -209,27 +214,26 @@ class Repairs:
             if path.name not in new | {RECORD_NAME} and path.is_file()
         }
         if all(file.sha256 in old for file in made.files):
-            replace_json(self.run.record(block), made.to_json(), guard=guard)
-            self.loop.progress.note(f"block {block}: done again, the same bytes as before")
+            replace_json(self.run.record(block), made.to_json(), guard=self._guard)
+            self.steps.progress.note(f"block {block}: done again, the same bytes as before")
         else:
             self._replace(block, made, "its row slices are others, or gone")
-        self.run.sweep_uncommitted(guard)
+        self.run.sweep_uncommitted(self._guard)
 
     def _replace(self, block: int, made: BlockRecord, why: str) -> None:
         """Another result than before takes the block's place; what lies behind it is kept."""
-        later = max(self.loop.begun - block - 1, 0)
+        later = max(self.begun - block - 1, 0)
         text = (
             f"block {block} was done again by {made.world} workers and may differ from what it was "
             f"in the last digits ({why}); {later} later blocks are kept as they are"
         )
-        self.loop.progress.note(text)
+        self.steps.progress.note(text)
         # Inputs that the block's earlier result was run on.
-        for behind in range(block + 1, self.loop.blocks + 1):
-            self.run.remove_activations(behind, self.loop.lock.assert_held)
+        for behind in range(block + 1, self.steps.blocks + 1):
+            self.run.remove_activations(behind, self._guard)
         results = {**made.results, "repair": {"text": text, "later_blocks": later}}
         redone = dataclasses.replace(made, results=results)
-        guard = self.loop.lock.assert_held
-        replace_json(self.run.record(block), redone.to_json(), guard=guard)
+        replace_json(self.run.record(block), redone.to_json(), guard=self._guard)
 
     def _solve(self, block: int) -> BlockRecord:
         """The block done again, uncommitted.
@@ -243,14 +247,14 @@ class Repairs:
                     store = read_inputs(self.run.activation_record(later))
                     needed = 2 * sum(file.bytes for file in store)
                     # How much scratch each node has is not asked.
-                    if self.loop.scratch or shutil.disk_usage(self.run.path).free < needed:
-                        self.run.remove_activations(later, self.loop.lock.assert_held)
-        return self.loop.solve(block)
+                    if self.steps.scratch or shutil.disk_usage(self.run.path).free < needed:
+                        self.run.remove_activations(later, self._guard)
+        return self.steps.solve(block, self._failures)
 
     def _drop(self, block: int, files: Iterable[StoredFile]) -> None:
-        if self.loop.scratch:
+        if self.steps.scratch:
             names = [file.name for file in files]
-            self.loop.executor.run("scratch", self.loop.each("drop", block, names))
+            self.steps.on_all(call(Rank.drop_shards, block, names))
             return
         directory = self.run.activations(block)
         for file in files:
@@ -260,7 +264,7 @@ class Repairs:
 
     def _note(self, path: Path, state: str, remedy: str) -> None:
         self._found += 1
-        self.loop.progress.note(f"{path}: {state}; {remedy}")
+        self.steps.progress.note(f"{path}: {state}; {remedy}")
 
 
 def _damaged(directory: Path, files: Sequence[StoredFile], hashed: bool) -> dict[int, str]:
@@ -272,7 +276,9 @@ def _damaged(directory: Path, files: Sequence[StoredFile], hashed: bool) -> dict
     return {index: state for index, state in states.items() if state is not None}
 
 
-def _by_number(outcomes: Sequence[Outcome], only: Sequence[int]) -> dict[int, StoredFile]:
+def _by_number(
+    outcomes: Sequence[Outcome[list[StoredFile]]], only: Sequence[int]
+) -> dict[int, StoredFile]:
     """The ranks' activation shards by number: each has a contiguous share, in order."""
     files = [file for outcome in outcomes for file in outcome.value]
     return dict(zip(only, files, strict=True))

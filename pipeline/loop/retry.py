@@ -30,6 +30,11 @@ class AttemptHistory:
             retried = isinstance(error, WorkerLostError)
         return retried and len(self.failures) < self.max_attempts
 
+    def should_mend(self, error: Exception) -> bool:
+        """Takes a damaged file down; True where mending it is worth another attempt."""
+        self.failures.append(str(error))
+        return len(self.failures) < self.max_attempts
+
     def summary(self) -> str:
         """All failures on one line."""
         return "; ".join(f"attempt {n}: {text}" for n, text in enumerate(self.failures, 1))

@@ -14,11 +14,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.loop.executor import Executor
+from pipeline.loop.rank import Call
 from pipeline.messages import Job, Outcome
 from storage.errors import OutputError
+
+T = TypeVar("T")
 
 _DRIVER = 0
 
@@ -82,8 +85,9 @@ class TracingExecutor:
         """The threads of each of its ranks."""
         return self._executor.threads
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._executor, name)
+    def workers(self) -> list[dict[str, Any]]:
+        """Who runs the ranks."""
+        return self._executor.workers()
 
     def start(self, job: Job) -> None:
         """Has the ranks note when they do what."""
@@ -91,13 +95,13 @@ class TracingExecutor:
             "start", {}, lambda: self._executor.start(dataclasses.replace(job, trace=True))
         )
 
-    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+    def run(self, calls: Sequence[Call[T]]) -> list[Outcome[T]]:
         """Runs the phase, and writes what the ranks did in it."""
-        first = arguments[0][:1] if arguments else ()
-        details = {"block": first[0]} if first and isinstance(first[0], int) else {}
-        return self._phase(phase, details, lambda: self._executor.run(phase, arguments))
+        first = calls[0]
+        details = {} if first.block is None else {"block": first.block}
+        return self._phase(first.phase, details, lambda: self._executor.run(calls))
 
-    def reduce(self) -> list[Outcome]:
+    def reduce(self) -> list[Outcome[None]]:
         """Sums the statistics, and writes what the ranks did."""
         return self._phase("reduce", {}, self._executor.reduce)
 
@@ -112,9 +116,9 @@ class TracingExecutor:
             self._trace.close()
 
     def _phase(
-        self, phase: str, details: dict[str, Any], work: Callable[[], list[Outcome]]
-    ) -> list[Outcome]:
-        outcomes: list[Outcome] = []
+        self, phase: str, details: dict[str, Any], work: Callable[[], list[Outcome[T]]]
+    ) -> list[Outcome[T]]:
+        outcomes: list[Outcome[T]] = []
         self._driver(phase, details, lambda: outcomes.extend(work()))
         for rank, outcome in enumerate(outcomes):
             for kind, start, seconds in outcome.events:

@@ -15,7 +15,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ from storage.errors import OutputError
 from storage.files.checked_json import MAX_JSON_BYTES
 from storage.files.commit import make_directory, sha256_bytes, write_new_file
 from storage.files.hashing import StoredFile
-from storage.object_store import ObjectFolder, Place, lies_in, location, resolved
+from storage.object_store import ObjectFolder, Place, lies_in, resolved
 from storage.output.uploads import PROBE, Guard, Uploads, require_writable
 from storage.output.weight_files import (
     copy_side_files,
@@ -93,63 +93,53 @@ def check_output(output: Place, run: RunDirectory, overwrite: bool) -> None:
         raise OutputError(f"{output} exists and is not empty; --overwrite replaces it")
 
 
-def write_output(
-    output: Place,
+def describe_output(
     *,
     job: dict[str, Any],
     skeleton: Skeleton,
     config: PruneConfig,
     skipped: Mapping[str, str],
     source_name: str,
-    run: RunDirectory,
-    lock: RunLock,
-    side_files: Mapping[str, str],
-    write_files: Callable[[str], tuple[list[StoredFile], list[BlockRecord]]],
-    evaluate: Callable[[Place], dict[str, Any] | None],
-) -> None:
-    """Writes the folder beside `output` under a name no reader trusts, then renames it.
+    records: Sequence[BlockRecord],
+    weight_files: Sequence[StoredFile],
+    perplexity: dict[str, Any] | None,
+) -> tuple[str, str]:
+    """The output's model card, and its `prox24.json`, as texts.
 
-    In an object store it is written in place, `prox24.json` last. `skipped`: layers that stay
-    dense, name -> why. `write_files(folder)` has the workers write the weight files and returns
-    what they wrote, and the blocks' records that it was made from; `side_files` are the hashes of
-    what is copied; `evaluate(folder)` then measures the model's perplexity, or gives None.
+    skipped: layers that stay dense, name -> why. records: of the blocks that the weight files were
+    made from. perplexity: the finished model's, or None if it was not measured.
     """
-    with _target(output, run, lock, config.overwrite) as target:
-        stored, records = write_files(location(target.place))
-        stored.sort(key=lambda file: file.name)
-        target.copy(skeleton, side_files)
-        perplexity = evaluate(target.place)
-        layers = layer_results(records, skeleton.blocks_path)
-        results = {
-            "schema_version": RESULT_SCHEMA,
-            "job": job,
-            "source": source_name,
-            "blocks": [
-                {"block": record.block, "relative_error": block_error(record)} for record in records
-            ],
-            "layers": layers,
-            "skipped_layers": list(skipped),
-            "skipped_because": dict(skipped),
-            "few_tokens": few_tokens(layers, config.expert_tokens),
-            "perplexity": perplexity,
-            "weight_files": [file.to_json() for file in stored],
-            "environment": {
-                "prox24": VERSION,
-                "python": platform.python_version(),
-                **{name: metadata.version(name) for name in _LIBRARIES},
-            },
-        }
-        card = model_card(
-            source_name=source_name,
-            settings=card_settings(job),
-            results=layers,
-            perplexity=perplexity,
-            license=source_license(skeleton.files.folder),
-        )
-        target.publish(card, json.dumps(results, indent=1) + "\n", stored)
+    layers = layer_results(records, skeleton.blocks_path)
+    results = {
+        "schema_version": RESULT_SCHEMA,
+        "job": job,
+        "source": source_name,
+        "blocks": [
+            {"block": record.block, "relative_error": block_error(record)} for record in records
+        ],
+        "layers": layers,
+        "skipped_layers": list(skipped),
+        "skipped_because": dict(skipped),
+        "few_tokens": few_tokens(layers, config.expert_tokens),
+        "perplexity": perplexity,
+        "weight_files": [file.to_json() for file in weight_files],
+        "environment": {
+            "prox24": VERSION,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in _LIBRARIES},
+        },
+    }
+    card = model_card(
+        source_name=source_name,
+        settings=card_settings(job),
+        results=layers,
+        perplexity=perplexity,
+        license=source_license(skeleton.files.folder),
+    )
+    return card, json.dumps(results, indent=1) + "\n"
 
 
-class _Target(Protocol):
+class Target(Protocol):
     """Where an output is filled, and how it becomes whole."""
 
     place: Place
@@ -164,7 +154,11 @@ class _Target(Protocol):
 
 
 @contextlib.contextmanager
-def _target(output: Place, run: RunDirectory, lock: RunLock, overwrite: bool) -> Iterator[_Target]:
+def output_target(
+    output: Place, run: RunDirectory, lock: RunLock, overwrite: bool
+) -> Iterator[Target]:
+    """Where the output is written: a folder beside it under a name that no reader trusts, renamed
+    when it is whole; in an object store the place itself, `prox24.json` last."""
     if isinstance(output, ObjectFolder):
         yield _StoreTarget(output, run, lock)
     else:

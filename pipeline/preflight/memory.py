@@ -14,14 +14,14 @@ from pipeline.planning.plan import Plan, remedies, size_text
 from pipeline.planning.planned_job import PlannedJob
 from pipeline.planning.rates import cpu_rates, gpu_rates
 from pipeline.planning.shapes.model import read_shape
-from pipeline.runtime.device import Room
+from pipeline.runtime.device import FreeMemory
 from pipeline.runtime.progress import Progress
 from pipeline.solvers.registry import solver_for
 from storage.errors import ModelError, ResourceError
 
 
 def check_memory(
-    skeleton: Skeleton, config: PruneConfig, rooms: Sequence[Room], progress: Progress
+    skeleton: Skeleton, config: PruneConfig, rooms: Sequence[FreeMemory], progress: Progress
 ) -> None:
     """Compares what the ranks will hold with what `rooms`, one for each rank, have free.
 
@@ -64,7 +64,9 @@ def held_bytes(job: PlannedJob, what: str) -> tuple[float, str]:
 
 
 def _by(
-    rooms: Sequence[Room], key: Callable[[Room], str], free: Callable[[Room], float]
+    rooms: Sequence[FreeMemory],
+    key: Callable[[FreeMemory], str],
+    free: Callable[[FreeMemory], float],
 ) -> list[tuple[str, int, float]]:
     """(name, ranks there, bytes free) of every node, or GPU."""
     found: dict[str, list[float]] = {}
@@ -95,7 +97,7 @@ def _require(job: PlannedJob, what: str, name: str, count: int, free: float) -> 
     )
 
 
-def _surely_fits(skeleton: Skeleton, config: PruneConfig, rooms: Sequence[Room]) -> bool:
+def _surely_fits(skeleton: Skeleton, config: PruneConfig, rooms: Sequence[FreeMemory]) -> bool:
     """Whether far more than the job can hold is free: then no plan is made."""
     rules = config.layer_rules()
     full = any(solver_for(settings).needs == "full" for settings in rules.all_settings())
@@ -115,7 +117,7 @@ def _surely_fits(skeleton: Skeleton, config: PruneConfig, rooms: Sequence[Room])
     return all(total < room.host / 2 and (not room.gpu or total < room.free / 2) for room in rooms)
 
 
-def _planned(skeleton: Skeleton, config: PruneConfig, rooms: Sequence[Room]) -> PlannedJob:
+def _planned(skeleton: Skeleton, config: PruneConfig, rooms: Sequence[FreeMemory]) -> PlannedJob:
     settings = config.solver_settings(config.method)
     shape = read_shape(
         skeleton.files.place,

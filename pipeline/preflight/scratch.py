@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.worker.scratch import ScratchRoom
+from pipeline.records.scratch import FreeScratch
 from storage.errors import ResourceError
 
 _SLACK_BYTES = 16 << 20
 
 
-def check_scratch_room(rooms: Sequence[ScratchRoom], store: float) -> None:
+def check_scratch_room(rooms: Sequence[FreeScratch], store: float) -> None:
     """Raises `ResourceError` where a node's scratch cannot hold its ranks' part of two stores.
 
     store: bytes of all activations of a block.

@@ -1,19 +1,18 @@
-"""The records of a block's inputs and of the choices made for its groups."""
+"""The records of a block's inputs, and of the choices made for its groups of layers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from pipeline.records.times import PhaseTimes
 from storage.errors import CorruptFileError
-from storage.files.commit import read_json
+from storage.files.commit import publish_json, read_json, replace_json
 from storage.files.hashing import StoredFile
-
-if TYPE_CHECKING:
-    pass
+from storage.run.directory import RunDirectory
 
 ACTIVATIONS_SCHEMA = 1
-
 CHOICES_SCHEMA = 1
 
 
@@ -26,3 +25,58 @@ def read_inputs(record: Path) -> list[StoredFile]:
     if not isinstance(shards, list):
         raise CorruptFileError(f"{record}: names no activation shards")
     return [StoredFile.from_json(entry, str(record)) for entry in shards]
+
+
+def commit_inputs(
+    run: RunDirectory,
+    block: int,
+    shards: Sequence[StoredFile],
+    workers: list[dict[str, Any]],
+    times: Mapping[str, PhaseTimes],
+    guard: Callable[[], None],
+) -> None:
+    """Publishes the record of block `block`'s inputs: its shards, who wrote them, and how long.
+
+    guard: the lock's `assert_held`.
+    """
+    payload = {
+        "schema_version": ACTIVATIONS_SCHEMA,
+        "block": block,
+        "shards": [shard.to_json() for shard in shards],
+        "workers": workers,
+        "phases": {name: phase_times.to_json() for name, phase_times in times.items()},
+    }
+    # The store and its record are deleted soon; the report still wants the times. Written
+    # before the commit, or a kill between the two would lose them.
+    replace_json(run.report() / f"inputs-{block:03d}.json", payload, guard=guard)
+    publish_json(run.activation_record(block), payload, guard=guard)
+
+
+def replace_shards(
+    run: RunDirectory,
+    block: int,
+    replaced: Mapping[int, StoredFile],
+    workers: list[dict[str, Any]],
+    guard: Callable[[], None],
+) -> None:
+    """Names other files in the record of block `block`'s inputs: number → file."""
+    path = run.activation_record(block)
+    payload = read_json(path, ACTIVATIONS_SCHEMA)
+    for index, file in replaced.items():
+        payload["shards"][index] = file.to_json()
+    # Now every rank sees its own shards.
+    payload["workers"] = workers
+    replace_json(path, payload, guard=guard)
+
+
+def read_choices(path: Path) -> Any:
+    """What was chosen for each group of a block. Raises `CorruptFileError` where it is damaged."""
+    return read_json(path, CHOICES_SCHEMA)["groups"]
+
+
+def write_choices(
+    path: Path, block: int, groups: Mapping[str, Any], guard: Callable[[], None]
+) -> None:
+    """Writes what was chosen for each group of a block."""
+    payload = {"schema_version": CHOICES_SCHEMA, "block": block, "groups": groups}
+    replace_json(path, payload, guard=guard)

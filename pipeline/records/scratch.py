@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from pipeline.records.inputs import ACTIVATIONS_SCHEMA, read_inputs
 from storage.errors import InputError
@@ -17,6 +18,20 @@ SCRATCH_SCHEMA = 1
 FOLDER_PREFIX = "prox24-run-"
 
 _TOKEN_BYTES = 8
+
+
+@dataclass(frozen=True)
+class FreeScratch:
+    """A rank's scratch: which one it is, on which host, bytes free, and bytes of this job's there.
+
+    Ranks on one node have the same `place`.
+    """
+
+    place: str
+    host: str
+    folder: str
+    free: float
+    held: float
 
 
 def scratch_folder(

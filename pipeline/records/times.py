@@ -33,7 +33,7 @@ class PhaseTimes:
 
 
 def add_phase(
-    times: dict[str, PhaseTimes], phase: str, wall: float, outcomes: list[Outcome]
+    times: dict[str, PhaseTimes], phase: str, wall: float, outcomes: list[Outcome[Any]]
 ) -> None:
     """Adds the times of a phase that ends now; a block may take it in several turns."""
     busy = [round(sum(o.seconds.values()), 3) for o in outcomes]

@@ -26,7 +26,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 @dataclass(frozen=True)
-class Room:
+class FreeMemory:
     """What a rank finds free: on its node, in bytes of memory, and on its GPU, if it has one.
 
     gpu names the GPU, which several ranks may share; total is its memory in bytes.
@@ -39,14 +39,14 @@ class Room:
     total: float = 0.0
 
 
-def room_on(device: torch.device) -> Room:
+def free_memory_on(device: torch.device) -> FreeMemory:
     """The room that a rank on `device` has now."""
     node, host = platform.node(), available_memory()
     if device.type != "cuda":
-        return Room(node, host)
+        return FreeMemory(node, host)
     free, total = torch.cuda.mem_get_info(device)
     name = str(torch.cuda.get_device_properties(device).uuid)
-    return Room(node, host, name, float(free), float(total))
+    return FreeMemory(node, host, name, float(free), float(total))
 
 
 def statistics_room(device: torch.device) -> float | None:

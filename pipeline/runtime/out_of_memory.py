@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -20,19 +19,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explaining(phase: str, arguments: tuple[Any, ...]) -> Iterator[None]:
+def explaining(phase: str, block: int | None) -> Iterator[None]:
     """Raises `ResourceError` for a phase that runs out of memory; other errors as they are."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise explained(error, phase, arguments) from error
+            raise explained(error, phase, block) from error
         raise
 
 
-def explained(error: Exception, phase: str, arguments: tuple[Any, ...]) -> ResourceError:
+def explained(error: Exception, phase: str, block: int | None) -> ResourceError:
     """The error for people: which block and phase, and what to lower."""
-    of_block = f"block {arguments[0]}, " if arguments and isinstance(arguments[0], int) else ""
+    of_block = "" if block is None else f"block {block}, "
     first = " ".join(str(error).split(".")[0].split()) or type(error).__name__
     return ResourceError(f"{of_block}phase {phase}: out of memory ({first}); {remedy(phase)}")
 

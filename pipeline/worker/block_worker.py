@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config.solver import AUTO, SolverSettings
+from pipeline.loop.rank import Call, Rank
 from pipeline.messages import Advanced, Job, Observed, Outcome, SolvedSlices
 from pipeline.models.experts import send_every_token
 from pipeline.models.forward_capture import LayerGroup, ModelEnds, find_groups
@@ -24,11 +26,12 @@ from pipeline.models.selection import settings_of
 from pipeline.models.skeleton import Skeleton, open_skeleton
 from pipeline.output.replacements import Replacements
 from pipeline.records.manifest import expect_source
+from pipeline.records.scratch import FreeScratch
 from pipeline.runtime.device import (
-    Room,
+    FreeMemory,
     choose_device,
+    free_memory_on,
     make_deterministic,
-    room_on,
     statistics_room,
 )
 from pipeline.runtime.out_of_memory import explaining
@@ -44,8 +47,9 @@ from pipeline.worker.few_tokens import least_tokens
 from pipeline.worker.forward import Forward
 from pipeline.worker.saved_layers import save_layer, saved_layers
 from pipeline.worker.scoring import Scoring
+from pipeline.worker.scratch import Scratch
 from pipeline.worker.solve import FEW_TO_CHOOSE, deal_rows, solve_group, split_groups
-from storage.errors import ModelError, NumericalError
+from storage.errors import ConfigError, ModelError, NumericalError
 from storage.files.hashing import StoredFile
 from storage.model.files import WeightFileFingerprint, fingerprint_weight_file
 from storage.object_store import place
@@ -54,10 +58,38 @@ from storage.run.checkpoints import BlockRecord, RowSlice, write_row_slices
 from storage.run.directory import RunDirectory
 from storage.run.lock import require_owner
 
+T = TypeVar("T")
+
+# Phases that run before `run.json` says what the source's tensors are, or need none of them.
+_WITHOUT_SOURCE = frozenset(
+    phase.__name__
+    for phase in (
+        Rank.fingerprint,
+        Rank.free_memory,
+        Rank.free_scratch,
+        Rank.damaged_shards,
+        Rank.drop_shards,
+        Rank.sweep_scratch,
+        Rank.clear_scratch,
+    )
+)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank keeps between the phases of a block; nothing else outlives a phase.
+
+    groups: those of the pass under way. sums: of this rank's sequences by group, until `reduce`
+    makes `statistics` of all ranks' sums.
+    """
+
+    groups: tuple[LayerGroup, ...] = ()
+    sums: dict[str, FoldedSums] = field(default_factory=dict)
+    statistics: dict[str, FoldedStatistics] = field(default_factory=dict)
+
 
 class BlockWorker(Scoring):
-    """One rank. `perform` runs a phase by name; the phases are the public methods below it, and
-    those of `Scoring`."""
+    """One rank, as `pipeline.loop.rank.Rank` describes it."""
 
     def __init__(self, job: Job, rank: int, world: int) -> None:
         make_deterministic(job.threads)
@@ -70,25 +102,19 @@ class BlockWorker(Scoring):
         self.watch = Stopwatch(self.device, trace=job.trace)
         self.forward = Forward(job, rank, world, self.skeleton, self.watch)
         self.collective: Collective | None = None
-        # Of this rank's sequences by group, until `reduce` makes statistics of all ranks' sums.
-        self.sums: dict[str, FoldedSums] = {}
-        self.statistics: dict[str, FoldedStatistics] = {}
+        self.held = Held()
         self._groups: dict[tuple[Any, ...], tuple[LayerGroup, ...]] = {}
-        # The groups whose statistics are held, and of what they are a part.
-        self._turn: tuple[LayerGroup, ...] = ()
-        self._observed = Observed((), 1)
-        self._chosen: dict[int, dict[str, SolverSettings]] = {}
         self.loader = BlockLoader(self.skeleton, self.run, self.watch, self.forward.background)
 
     @torch.no_grad()
-    def perform(self, phase: str, *arguments: Any) -> Outcome:
-        """Runs the phase method of that name; the caller gets its value, time and memory."""
+    def perform(self, phase: Call[T]) -> Outcome[T]:
+        """Runs the phase; the caller gets its value, time and memory."""
         start, began = time.time(), time.perf_counter()
-        method: Callable[..., Any] = getattr(self, phase)
-        with explaining(phase, arguments), self.watch("other"):
-            if phase not in ("fingerprint", "room", "scratch"):
+        method: Callable[..., T] = getattr(self, phase.phase)
+        with explaining(phase.phase, phase.block), self.watch("other"):
+            if phase.phase not in _WITHOUT_SOURCE:
                 self._expect_source()
-            value = method(*arguments)
+            value = method(*phase.arguments)
         events = self.watch.take_events()
         if self.job.trace:
             events = (("", start, time.perf_counter() - began), *events)
@@ -115,57 +141,58 @@ class BlockWorker(Scoring):
         """Bytes of statistics that this rank's device should hold at once; None for any number."""
         return statistics_room(self.device)
 
-    def room(self) -> Room:
+    def free_memory(self) -> FreeMemory:
         """What is free on this rank's node and GPU."""
-        return room_on(self.device)
+        return free_memory_on(self.device)
 
     def calibrate(
-        self, block: int, shards: list[StoredFile], limit: float | None = None, turn: int = 0
+        self, block: int, shards: list[StoredFile], limit: float | None = None, number: int = 0
     ) -> Observed:
         """Runs the dense block over this rank's shards, keeping its groups' partial sums.
 
-        Where the statistics are more than `limit` bytes, the groups are taken in turns: those of
-        number `turn`. Every rank must be given the same limit.
+        Where the statistics are more than `limit` bytes, the groups are taken in several passes:
+        those of pass `number`. Every rank must be given the same limit.
         """
         first = partial(self.forward.first_batch, block, shards)
-        observer = self._observer(block, first, limit, turn)
+        observer, observed, groups = self._observer(block, first, limit, number)
         for _, start, hidden_states in self.forward.own_batches(block, shards):
             observer.add(start, hidden_states)
-        self.sums = observer.sums()
-        return self._observed
+        self.held = Held(groups, observer.sums())
+        return observed
 
     def reduce(self) -> None:
         """Makes the statistics of the sums over all ranks."""
-        for name in list(self.sums):
-            folds = self.sums.pop(name)
+        for name in list(self.held.sums):
+            folds = self.held.sums.pop(name)
             if self.collective is not None:
                 with self.watch("reduce"):
                     folds = tuple(self.collective.sum_statistics(fold) for fold in folds)
             with self.watch("hessian"):
-                self.statistics[name] = tuple(fold.statistics() for fold in folds)
+                self.held.statistics[name] = tuple(fold.statistics() for fold in folds)
         if self.collective is not None:
             sent, self.collective.sent = self.collective.sent, 0
             self.watch.count("statistics_sent_bytes", sent)
 
-    def held_groups(self) -> tuple[LayerGroup, ...]:
+    def groups_held(self) -> tuple[LayerGroup, ...]:
         """The groups whose statistics are held: the same on every rank."""
-        return self._turn
+        return self.held.groups
 
     def choose(self, block: int) -> dict[str, dict[str, Any]]:
         """Regularization of the groups dealt to this rank, as JSON: group -> solver settings.
 
         An empty entry for a group whose own method (`--override`) has nothing to choose.
         """
-        cost = {group.name: float(group.columns) ** 3 for group in self._turn}
+        cost = {group.name: float(group.columns) ** 3 for group in self.held.groups}
         owners = deal(list(cost), cost, self.world)
         choices: dict[str, dict[str, Any]] = {}
+        every = self._settings(block)
         module = self.skeleton.blocks[block]
-        for group in (group for group in self._turn if owners[group.name] == self.rank):
-            settings = self._settings(block)[group.name]
+        for group in (group for group in self.held.groups if owners[group.name] == self.rank):
+            settings = every[group.name]
             if settings.shrinkage != AUTO or solver_for(settings).needs != "full":
                 choices[group.name] = {}
                 continue
-            first, second = self.statistics[group.name]
+            first, second = self.held.statistics[group.name]
             least = least_tokens(module, group.layers, self.job.expert_tokens)
             if min(first.tokens, second.tokens) < least:
                 choices[group.name] = FEW_TO_CHOOSE
@@ -179,15 +206,15 @@ class BlockWorker(Scoring):
     def solve(
         self, block: int, stamp: str, choices: dict[str, dict[str, Any]] | None
     ) -> SolvedSlices:
-        """Solves this rank's rows of the turn's layers and writes them to one file.
+        """Solves this rank's rows of the pass's layers and writes them to one file.
 
         `choices` are what `choose` gave for all groups; None where nothing is chosen.
         """
         settings = self._settings(block)
-        if self.statistics and block + 1 < len(self.skeleton.blocks):
+        if self.held.statistics and block + 1 < len(self.skeleton.blocks):
             self.loader.ahead(block + 1)
         shapes = linear_layers(self.skeleton.blocks[block])
-        groups = self._turn or tuple(LayerGroup((n,), shapes[n][1]) for n in settings)
+        groups = self.held.groups or tuple(LayerGroup((n,), shapes[n][1]) for n in settings)
         ranges = deal_rows(settings, groups, shapes, self.world)[self.rank]
         slices: dict[str, RowSlice] = {}
         reports: dict[str, dict[str, Any]] = {}
@@ -195,12 +222,12 @@ class BlockWorker(Scoring):
         for group in groups:
             self._save_layers(block, group)
             mine = {layer: ranges[layer] for layer in group.layers if layer in ranges}
-            folds = self.statistics.pop(group.name, ())
+            folds = self.held.statistics.pop(group.name, ())
             if not mine:
                 continue
             choice = choices.get(group.name) if choices is not None else None
             began = time.perf_counter()
-            solved = self._solve_group(block, mine, folds, choice)
+            solved = self._solve_group(block, settings[group.name], mine, folds, choice)
             costs[group.name] = {
                 "seconds": time.perf_counter() - began,
                 **peak_memory(self.device),
@@ -249,11 +276,11 @@ class BlockWorker(Scoring):
         those of the two passes bit for bit. Two blocks' weights are held.
         """
         module = self.loader.pruned(block, record)
-        observer = self._observer(
+        observer, observed, groups = self._observer(
             block + 1,
             lambda: self.forward.output(block, module, self.forward.first_batch(block, shards)),
             limit,
-            turn=0,
+            number=0,
         )
 
         def outputs() -> Iterator[tuple[int, Tensor]]:
@@ -263,8 +290,8 @@ class BlockWorker(Scoring):
                 observer.add(start, output)
 
         written = self.forward.write(block + 1, stamp, outputs())
-        self.sums = observer.sums()
-        return Advanced(written, self._observed)
+        self.held = Held(groups, observer.sums())
+        return Advanced(written, observed)
 
     def write_output(
         self, files: list[str], records: list[BlockRecord], folder: str
@@ -275,13 +302,30 @@ class BlockWorker(Scoring):
         with self.watch("io"):
             return write_files(self.skeleton.files, files, place(folder), replacement, sending)
 
-    def scratch(self, what: str, *arguments: Any) -> Any:
-        """Does something with this node's scratch: a method of `Scratch`."""
-        return self.forward.on_scratch(what, *arguments)
+    def free_scratch(self) -> FreeScratch:
+        """What is free on this node's scratch, and what of this job is there already."""
+        return self._scratch().free()
+
+    def damaged_shards(self, block: int, shards: list[StoredFile], hashed: bool) -> dict[int, str]:
+        """Number → what is wrong, of this rank's activation shards that are not as recorded."""
+        mine = {index: shards[index] for index, _ in self.forward.own_shards()}
+        return self._scratch().damaged(block, mine, hashed)
+
+    def drop_shards(self, block: int, names: list[str]) -> None:
+        """Deletes activation shards by name."""
+        self._scratch_of_owner().drop(block, names)
+
+    def sweep_scratch(self, kept: Mapping[int, list[str]]) -> None:
+        """Deletes every activation shard but those in `kept`, block → names."""
+        self._scratch_of_owner().sweep(kept)
+
+    def clear_scratch(self) -> None:
+        """Deletes the job's folder."""
+        self._scratch_of_owner().clear()
 
     def forget(self) -> None:
         """Drops the statistics: those of an abandoned attempt, or of a block that is solved."""
-        self.sums, self.statistics = {}, {}
+        self.held = Held()
 
     # -- pieces -----------------------------------------------------------------------------
 
@@ -294,43 +338,59 @@ class BlockWorker(Scoring):
         """The settings of each of a block's layers that are pruned, by path in the block."""
         if self.job.rules is None:
             raise ModelError("this job evaluates; it has no solver")
-        if block not in self._chosen:
-            self._chosen = {block: settings_of(self.skeleton, block, self.job.rules)}
-        return self._chosen[block]
+        return settings_of(self.skeleton, block, self.job.rules)
+
+    def _scratch(self) -> Scratch:
+        """This node's scratch."""
+        if self.forward.scratch is None:
+            raise ConfigError("this job has no --scratch-dir")
+        return self.forward.scratch
+
+    def _scratch_of_owner(self) -> Scratch:
+        """The same, to change it: only while this job's driver holds the run directory."""
+        require_owner(self.job.lock_file)
+        return self._scratch()
 
     def _observer(
-        self, block: int, first: Callable[[], Tensor], limit: float | None, turn: int
-    ) -> BlockObserver:
-        """The dense block, a turn's groups observed; `first` gives the first batch of all."""
+        self, block: int, first: Callable[[], Tensor], limit: float | None, number: int
+    ) -> tuple[BlockObserver, Observed, tuple[LayerGroup, ...]]:
+        """The dense block with the groups of pass `number` observed; all groups; the pass's.
+
+        first: gives the first batch of all.
+        """
         settings = self._settings(block)
         module = self.loader.dense(block)
         if self.job.all_experts:
             send_every_token(module)
-        groups = self._find_groups(block, module, first)
+        groups = self._find_groups(block, module, settings, first)
         folds = 2 if any(own.shrinkage == AUTO for own in settings.values()) else 1
-        needs = {group: self._needs(block, group) for group in groups}
+        needs = {group: self._needs(block, group, settings) for group in groups}
         sizes = {group: folds * statistics_bytes(group.columns, needs[group]) for group in groups}
-        in_turns = turns(sizes, limit)
-        self._turn, self._observed = tuple(in_turns[turn]), Observed(groups, len(in_turns))
+        passes = turns(sizes, limit)
+        own = tuple(passes[number])
         # Two halves of the sequences, where a choice is made on the one for the other.
         boundary = self.job.nsamples // 2 if folds == 2 else None
-        sums = accumulators(module, self._turn, needs, self.device, boundary)
-        return BlockObserver(module, sums, partial(self.forward.call, block), self.watch)
+        sums = accumulators(module, own, needs, self.device, boundary)
+        observer = BlockObserver(module, sums, partial(self.forward.call, block), self.watch)
+        return observer, Observed(groups, len(passes)), own
 
-    def _needs(self, block: int, group: LayerGroup) -> str:
+    def _needs(self, block: int, group: LayerGroup, settings: dict[str, SolverSettings]) -> str:
         prefix = self.skeleton.block_prefix(block)
         saved = saved_layers(self.job.save_layers, prefix, group.layers)
-        return "full" if saved else solver_for(self._settings(block)[group.name]).needs
+        return "full" if saved else solver_for(settings[group.name]).needs
 
     def _find_groups(
-        self, block: int, module: nn.Module, first: Callable[[], Tensor]
+        self,
+        block: int,
+        module: nn.Module,
+        settings: dict[str, SolverSettings],
+        first: Callable[[], Tensor],
     ) -> tuple[LayerGroup, ...]:
         """The block's groups; blocks of the same modules share one look at a forward.
 
         The first sequences serve every rank: one without its own must know the groups too. Layers
         with other settings are groups of their own, each with the statistics that it needs.
         """
-        settings = self._settings(block)
         structure = (str(module), *settings.items())
         if structure not in self._groups:
             batch = first()
@@ -342,16 +402,16 @@ class BlockWorker(Scoring):
     def _solve_group(
         self,
         block: int,
+        settings: SolverSettings,
         rows: dict[str, tuple[int, int]],
         folds: FoldedStatistics,
         choice: dict[str, Any] | None,
     ) -> dict[str, tuple[Tensor, dict[str, Any]]]:
         weights = {layer: self._read_weight(block, layer, part) for layer, part in rows.items()}
-        own = self._settings(block)[next(iter(rows))]
         with self.watch("solve"):
             try:
                 least = least_tokens(self.skeleton.blocks[block], rows, self.job.expert_tokens)
-                return solve_group(weights, merged(folds), own, choice, least)
+                return solve_group(weights, merged(folds), settings, choice, least)
             except NumericalError as error:
                 raise NumericalError(f"block {block}: {error}") from error
 
@@ -364,9 +424,9 @@ class BlockWorker(Scoring):
 
     def _save_layers(self, block: int, group: LayerGroup) -> None:
         """Rank 0 writes the layers that `--save-layers` names."""
-        if self.rank or group.name not in self.statistics:
+        if self.rank or group.name not in self.held.statistics:
             return
-        prefix, folds = self.skeleton.block_prefix(block), self.statistics[group.name]
+        prefix, folds = self.skeleton.block_prefix(block), self.held.statistics[group.name]
         for layer in saved_layers(self.job.save_layers, prefix, group.layers):
             with self.watch("io"):
                 weight = self._read_weight(block, layer)

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from pipeline.runtime.background import Background, Behind
 from pipeline.runtime.split import batch_ranges, even_range, shard_ranges
 from pipeline.runtime.stopwatch import Stopwatch
 from pipeline.worker.scratch import Scratch
-from storage.errors import ConfigError, NumericalError
+from storage.errors import NumericalError
 from storage.files.hashing import StoredFile
 from storage.run.activations import (
     ActivationShard,
@@ -61,21 +60,6 @@ class Forward:
         start, stop = even_range(len(ranges), self.rank, self.world)
         own = range(start, stop)
         return [(index, ranges[index]) for index in own if only is None or index in only]
-
-    def on_scratch(self, what: str, *arguments: Any) -> Any:
-        """Does something with this node's scratch: a method of `Scratch`, by name.
-
-        `damaged` is given all activation shards, and looks at this rank's.
-        """
-        if self.scratch is None:
-            raise ConfigError("this job has no --scratch-dir")
-        if what == "damaged":
-            block, shards, hashed = arguments
-            own = {index: shards[index] for index, _ in self.own_shards()}
-            return self.scratch.damaged(block, own, hashed)
-        if what != "room":
-            require_owner(self.job.lock_file)
-        return getattr(self.scratch, what)(*arguments)
 
     def embedded(
         self, ends: ModelEnds, only: Sequence[int] | None = None

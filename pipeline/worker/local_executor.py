@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+from pipeline.loop.rank import Call, Rank, call
 from pipeline.messages import Job, Outcome
 from pipeline.statistics.accumulate import add_in_rank_order
 from pipeline.worker.block_worker import BlockWorker
+
+T = TypeVar("T")
 
 
 class LocalExecutor:
@@ -28,23 +31,21 @@ class LocalExecutor:
         """Makes the ranks in this process."""
         self._workers = [BlockWorker(job, rank, self.world) for rank in range(self.world)]
 
-    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+    def run(self, calls: Sequence[Call[T]]) -> list[Outcome[T]]:
         """One rank after the other; a rank's error ends the phase."""
-        return [
-            worker.perform(phase, *own)
-            for worker, own in zip(self._workers, arguments, strict=True)
-        ]
+        return [worker.perform(each) for worker, each in zip(self._workers, calls, strict=True)]
 
-    def reduce(self) -> list[Outcome]:
+    def reduce(self) -> list[Outcome[None]]:
         """Adds the ranks' tensors one after another; all ranks then share one sum."""
         first, *others = self._workers
-        for name in list(first.sums) if others else ():
-            parts = zip(*(worker.sums.pop(name) for worker in self._workers), strict=True)
-            first.sums[name] = tuple(add_in_rank_order(folds) for folds in parts)
-        outcomes = [first.perform("reduce")]
+        sums = first.held.sums
+        for name in list(sums) if others else ():
+            parts = zip(*(worker.held.sums.pop(name) for worker in self._workers), strict=True)
+            sums[name] = tuple(add_in_rank_order(halves) for halves in parts)
+        outcomes = [first.perform(call(Rank.reduce))]
         for worker in others:
-            worker.statistics = dict(first.statistics)
-            outcomes.append(worker.perform("reduce"))
+            worker.held.statistics.update(first.held.statistics)
+            outcomes.append(worker.perform(call(Rank.reduce)))
         return outcomes
 
     def recover(self) -> None:

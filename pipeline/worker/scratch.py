@@ -19,10 +19,15 @@ import platform
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.records.scratch import _TOKEN_BYTES, FOLDER_PREFIX, SCRATCH_SCHEMA, _token
+from pipeline.records.scratch import (
+    _TOKEN_BYTES,
+    FOLDER_PREFIX,
+    SCRATCH_SCHEMA,
+    FreeScratch,
+    _token,
+)
 from storage.errors import InputError, ResourceError
 from storage.files.commit import make_directory, read_json, replace_json
 from storage.files.damage import damage
@@ -30,26 +35,6 @@ from storage.files.hashing import StoredFile
 from storage.run.directory import RunDirectory
 
 _PLACE = "place.json"
-
-
-@dataclass(frozen=True)
-class ScratchRoom:
-    """A rank's scratch: which one it is, on which host, bytes free, and bytes of this job's there.
-
-    Ranks on one node have the same `place`.
-    """
-
-    place: str
-    host: str
-    folder: str
-    free: float
-    held: float
-
-
-# -- on the driver --------------------------------------------------------------------------
-
-
-# -- on a rank ------------------------------------------------------------------------------
 
 
 class Scratch:
@@ -77,12 +62,12 @@ class Scratch:
                 "--scratch-dir, that is a writable folder on every node"
             ) from error
 
-    def room(self) -> ScratchRoom:
+    def free(self) -> FreeScratch:
         """What is free, and what of this job is there already."""
         place = str(read_json(self._place, SCRATCH_SCHEMA)["place"])
         path = self.store.path
         free = float(shutil.disk_usage(path).free)
-        return ScratchRoom(place, platform.node(), str(path), free, float(self.store.size()))
+        return FreeScratch(place, platform.node(), str(path), free, float(self.store.size()))
 
     def damaged(self, block: int, shards: Mapping[int, StoredFile], hashed: bool) -> dict[int, str]:
         """What is wrong with each of these activation shards that is not as its record says."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pipeline.loop.rank import Call
 from pipeline.messages import Outcome
 from pipeline.worker.local_executor import LocalExecutor
 from storage.errors import RunInterrupted
@@ -32,10 +34,10 @@ class StopsAt(LocalExecutor):
         super().__init__(world, 1)
         self.block = block
 
-    def run(self, phase: str, arguments: Any) -> list[Outcome]:
-        if phase == "solve" and arguments[0][0] == self.block:
+    def run(self, calls: Sequence[Call[Any]]) -> list[Outcome[Any]]:
+        if calls[0].phase == "solve" and calls[0].block == self.block:
             raise RunInterrupted("test")
-        return super().run(phase, arguments)
+        return super().run(calls)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.command_line import run as command
+from pipeline.loop.rank import Call
 from pipeline.messages import Outcome
 from pipeline.worker.local_executor import LocalExecutor
 from storage.errors import Prox24Error
@@ -28,10 +29,10 @@ OPTIONS = {"method": "wanda", "nsamples": 4, "seqlen": 16, "threads": 1}
 class Stopped(LocalExecutor):
     """Ends the job in its second block."""
 
-    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
-        if phase == "solve" and arguments[0][0] == 1:
+    def run(self, calls: Sequence[Call[Any]]) -> list[Outcome[Any]]:
+        if calls[0].phase == "solve" and calls[0].block == 1:
             raise Prox24Error("stopped")
-        return super().run(phase, arguments)
+        return super().run(calls)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.config.solver import SolverSettings
+from pipeline.loop.rank import Call
 from pipeline.solvers.registry import solver_for
 from pipeline.solvers.types import Statistics
 from pipeline.worker.block_worker import Job, Outcome
@@ -40,9 +41,9 @@ class Watching(LocalExecutor):
         super().start(job)
         self.folder = Path(job.run_directory)
 
-    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
-        outcomes = super().run(phase, arguments)
-        self.look(phase, self.folder)
+    def run(self, calls: Sequence[Call[Any]]) -> list[Outcome[Any]]:
+        outcomes = super().run(calls)
+        self.look(calls[0].phase, self.folder)
         return outcomes
 
 
@@ -72,7 +73,7 @@ def test_magnitude_needs_no_activations(tiny_model: TinyModel, tmp_path: Path) -
     prune_here(
         tiny_model("llama"), tmp_path / "output", method="magnitude", executor=Watching(1, look)
     )
-    assert seen == ["room", "fingerprint", "solve", "solve", "write_output"]
+    assert seen == ["free_memory", "fingerprint", "solve", "solve", "write_output"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -150,8 +151,8 @@ class Elsewhere:
     def start(self, job: Job) -> None:
         self._call("start", job)
 
-    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
-        return self._call("run", phase, arguments)
+    def run(self, calls: Sequence[Call[Any]]) -> list[Outcome[Any]]:
+        return self._call("run", calls)
 
     def reduce(self) -> list[Outcome]:
         return self._call("reduce")

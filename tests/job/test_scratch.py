@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.prune import PruneConfig
+from pipeline.loop.rank import Call
 from pipeline.messages import Job, Outcome
 from pipeline.preflight.scratch import check_scratch_room
 from pipeline.prune import prune
@@ -19,7 +20,7 @@ from pipeline.records.scratch import FOLDER_PREFIX
 from pipeline.runtime.progress import Silent
 from pipeline.worker.block_worker import BlockWorker
 from pipeline.worker.local_executor import LocalExecutor
-from pipeline.worker.scratch import ScratchRoom
+from pipeline.worker.scratch import FreeScratch
 from storage.errors import ConfigError, ResourceError
 from tests.support.injection import Injection
 from tests.support.jobs import SMALL, contents, prune_here, write_text
@@ -57,11 +58,11 @@ class Nodes(LocalExecutor):
         path = Path(job.scratch)
         return str(path.parent / name / path.name)
 
-    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
-        if phase != "scratch":
-            self.before(phase, self.count)
+    def run(self, calls: Sequence[Call[Any]]) -> list[Outcome[Any]]:
+        if "scratch" not in calls[0].phase and "shards" not in calls[0].phase:
+            self.before(calls[0].phase, self.count)
             self.count += 1
-        return super().run(phase, arguments)
+        return super().run(calls)
 
 
 class Whole:
@@ -224,7 +225,7 @@ def test_killed_and_resumed_without_the_scratch(case: Case, at: str) -> None:
 
 
 def test_room_on_scratch_is_looked_at_node_by_node() -> None:
-    rooms = [ScratchRoom(p, f"host-{p}", f"/s/{p}", 2e9, 0.0) for p in "aab"]
+    rooms = [FreeScratch(p, f"host-{p}", f"/s/{p}", 2e9, 0.0) for p in "aab"]
     check_scratch_room(rooms, 1.2e9)  # 1.6 GB on a, 0.8 GB on b
     with pytest.raises(ResourceError, match="/s/a on host-a: activations need about 2.42 GB"):
         check_scratch_room(rooms, 1.8e9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from cluster.options import config_from
 from pipeline.config.layers import ALL_BLOCKS, Override, parse_blocks, parse_overrides
 from pipeline.config.prune import ModelOptions, PruneConfig
 from pipeline.config.solver import SolverSettings
+from pipeline.loop.rank import Call
+from pipeline.messages import Outcome
 from pipeline.models.forward_capture import LayerGroup
 from pipeline.output.verify import verify
 from pipeline.planning.shapes.model import read_shape
@@ -280,10 +282,10 @@ def test_a_job_on_several_workers_goes_on_after_dense_blocks(
         pass
 
     class Stops(LocalExecutor):
-        def run(self, phase: str, arguments: Any) -> Any:
-            if phase == "solve" and arguments[0][0] == 2:
+        def run(self, calls: Sequence[Call[Any]]) -> list[Outcome[Any]]:
+            if calls[0].phase == "solve" and calls[0].block == 2:
                 raise Stopped
-            return super().run(phase, arguments)
+            return super().run(calls)
 
     with pytest.raises(Stopped):
         prune_here(

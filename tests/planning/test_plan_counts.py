@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.config.methods import METHODS
 from pipeline.config.prune import PruneConfig
 from pipeline.config.solver import SolverSettings
+from pipeline.loop.rank import Call
 from pipeline.planning.counts import (
     hessian_flops,
     reduced_bytes,
@@ -183,8 +184,8 @@ class Measured(LocalExecutor):
         super().start(job)
         self.folder = Path(job.run_directory)
 
-    def run(self, phase: str, arguments: Any) -> list[Outcome]:
-        outcomes = super().run(phase, arguments)
+    def run(self, calls: Sequence[Call[Any]]) -> list[Outcome[Any]]:
+        outcomes = super().run(calls)
         stores: dict[str, int] = {}
         for path in self.folder.glob("activations/*/*.arrow"):
             with pa.memory_map(str(path)) as source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from cluster.commands.plan import plan_text
 from pipeline.config.solver import SolverSettings
+from pipeline.loop.rank import Call
 from pipeline.messages import Outcome
 from pipeline.planning.counts import solve_counts
 from pipeline.planning.options import PlanConfig, planned_job, planned_shape
@@ -56,13 +57,13 @@ class Noted(LocalExecutor):
         self.phases: list[str] = []
         self.summed = 0
 
-    def run(self, phase: str, arguments: Any) -> list[Outcome]:
-        self.phases.append(phase)
-        return super().run(phase, arguments)
+    def run(self, calls: Sequence[Call[Any]]) -> list[Outcome[Any]]:
+        self.phases.append(calls[0].phase)
+        return super().run(calls)
 
     def reduce(self) -> list[Outcome]:
         self.phases.append("reduce")
-        folds = itertools.chain(*(worker.sums.values() for worker in self._workers))
+        folds = itertools.chain(*(worker.held.sums.values() for worker in self._workers))
         self.summed = sum(sums.nbytes for sums in itertools.chain(*folds))
         return super().reduce()
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.prune import PruneConfig
+from pipeline.loop.rank import Call
 from pipeline.messages import Outcome
 from pipeline.models.skeleton import open_skeleton
 from pipeline.planning.plan import Plan
@@ -17,7 +18,7 @@ from pipeline.planning.rates import cpu_rates
 from pipeline.planning.shapes.model import read_shape
 from pipeline.preflight import memory as fit
 from pipeline.preflight.memory import check_memory
-from pipeline.runtime.device import Room
+from pipeline.runtime.device import FreeMemory
 from pipeline.runtime.progress import Silent
 from pipeline.worker.local_executor import LocalExecutor
 from storage.errors import ResourceError
@@ -36,10 +37,10 @@ class Cramped(LocalExecutor):
         self.free = free
         self.phases: list[str] = []
 
-    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
-        self.phases.append(phase)
-        outcomes = super().run(phase, arguments)
-        if phase == "room":
+    def run(self, calls: Sequence[Call[Any]]) -> list[Outcome[Any]]:
+        self.phases.append(calls[0].phase)
+        outcomes = super().run(calls)
+        if calls[0].phase == "free_memory":
             return [replace(o, value=replace(o.value, host=self.free)) for o in outcomes]
         return outcomes
 
@@ -61,7 +62,7 @@ def test_what_cannot_fit_is_refused_before_any_phase(tiny_model: TinyModel, tmp_
     assert "host memory" in message
     assert "--batch-size 4" in message
     assert "--force" in message
-    assert executor.phases == ["room"]
+    assert executor.phases == ["free_memory"]
     assert not (tmp_path / "output").exists()
 
 
@@ -80,21 +81,21 @@ def test_the_advice_fits(tiny_model: TinyModel) -> None:
     model = tiny_model("llama", hidden=256, intermediate=512, num_attention_heads=8)
     skeleton = open_skeleton(model, dtype=None, trust_remote_code=False)
     config = PruneConfig(executor="ray", dataset="text.txt", **SMALL)
-    tight = [Room("one", 30e6)] * 2
+    tight = [FreeMemory("one", 30e6)] * 2
     with pytest.raises(ResourceError, match="node one") as error:
         check_memory(skeleton, config, tight, Silent())
     assert "--workers 1" in str(error.value) or "--method wanda" in str(error.value)
     # Another node, with room, changes nothing for the first; room on both is enough.
     with pytest.raises(ResourceError, match="node one"):
-        check_memory(skeleton, config, [*tight, Room("two", PLENTY)], Silent())
-    check_memory(skeleton, config, [Room("one", PLENTY)] * 2, Silent())
+        check_memory(skeleton, config, [*tight, FreeMemory("two", PLENTY)], Silent())
+    check_memory(skeleton, config, [FreeMemory("one", PLENTY)] * 2, Silent())
 
 
 def test_a_gpu_that_two_ranks_share(tiny_model: TinyModel) -> None:
     model = tiny_model("llama", hidden=256, intermediate=512, num_attention_heads=8)
     skeleton = open_skeleton(model, dtype=None, trust_remote_code=False)
     config = PruneConfig(dataset="text.txt", **SMALL)
-    alone = Room("one", PLENTY, "gpu-0", 20e6, 80e9)
+    alone = FreeMemory("one", PLENTY, "gpu-0", 20e6, 80e9)
     check_memory(skeleton, config, [alone], Silent())
     with pytest.raises(ResourceError, match="GPU gpu-0"):
         check_memory(skeleton, config, [alone] * 3, Silent())
@@ -121,4 +122,7 @@ def test_the_quick_bound_is_above_the_plan(tiny_model: TinyModel) -> None:
             config = PruneConfig(method=method, nsamples=8, seqlen=512, batch_size=4)
             plan = Plan(job_of(shape, method=method, batch_size=4, rates=cpu_rates()))
             most = max(p.held.device + p.held.host for _, _, p in plan.phases())
-            assert not fit._surely_fits(skeleton, config, [Room("one", most)]), (options, method)
+            assert not fit._surely_fits(skeleton, config, [FreeMemory("one", most)]), (
+                options,
+                method,
+            )

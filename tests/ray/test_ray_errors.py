@@ -89,6 +89,6 @@ def test_a_failed_allocation_is_told_from_other_errors() -> None:
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
-    told = str(explained(caught.value, "calibrate", (7,)))
+    told = str(explained(caught.value, "calibrate", 7))
     for text in ("block 7", "phase calibrate", "out of memory", "--batch-size"):
         assert text in told

@@ -22,6 +22,7 @@ import pipeline.reporting.write as write
 from cluster.command_line import run
 from pipeline.config.pattern import Pattern
 from pipeline.config.prune import PruneConfig
+from pipeline.loop.rank import Call
 from pipeline.messages import Outcome
 from pipeline.prune import PruneResult, prune
 from pipeline.runtime.progress import Silent
@@ -299,11 +300,11 @@ class Losing(LocalExecutor):
 
     lost = False
 
-    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
-        if phase == "solve" and arguments[0][0] == 1 and not self.lost:
+    def run(self, calls: Sequence[Call[Any]]) -> list[Outcome[Any]]:
+        if calls[0].phase == "solve" and calls[0].block == 1 and not self.lost:
             self.lost = True
             raise WorkerLostError("worker 1 <b>is gone</b>")
-        return super().run(phase, arguments)
+        return super().run(calls)
 
 
 def test_what_failed_on_the_way(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from cluster.command_line import run as command
 from cluster.commands.status import main
+from pipeline.loop.rank import Call
 from pipeline.messages import Outcome
 from pipeline.records.live_status import recorded
 from pipeline.records.status import find_run_directory, read_status
@@ -126,11 +127,11 @@ class Failing(LocalExecutor):
         self.run_path, self.failures, self.error = run, failures, error
         self.seen: list[dict[str, Any]] = []
 
-    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
-        if phase == "solve" and self.failures:
+    def run(self, calls: Sequence[Call[Any]]) -> list[Outcome[Any]]:
+        if calls[0].phase == "solve" and self.failures:
             self.failures -= 1
             raise self.error("worker 0 is gone")
-        return super().run(phase, arguments)
+        return super().run(calls)
 
     def recover(self) -> None:
         super().recover()

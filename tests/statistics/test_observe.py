@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.loop.rank import Call, Rank, call
 from pipeline.messages import Advanced, Outcome
 from pipeline.models.forward_capture import BlockCall, ModelEnds, find_groups, linear_layers
 from pipeline.models.skeleton import open_skeleton
@@ -34,25 +35,28 @@ class Recording(LocalExecutor):
         self.phases: list[str] = []
         self.seen: list[dict[str, tuple[Statistics, ...]]] = []
 
-    def run(self, phase: str, arguments: Any) -> list[Outcome]:
-        self.phases.append(phase)
-        if phase == "advance" and not self.one_pass:
-            return self._in_two_passes(arguments)
-        return super().run(phase, arguments)
+    def run(self, calls: Sequence[Call[Any]]) -> list[Outcome[Any]]:
+        self.phases.append(calls[0].phase)
+        if calls[0].phase == "advance" and not self.one_pass:
+            return self._in_two_passes(calls)
+        return super().run(calls)
 
     def reduce(self) -> list[Outcome]:
         self.seen += [
-            {name: tuple(f.statistics() for f in folds) for name, folds in worker.sums.items()}
+            {name: tuple(f.statistics() for f in folds) for name, folds in worker.held.sums.items()}
             for worker in self._workers
         ]
         return super().reduce()
 
-    def _in_two_passes(self, arguments: Any) -> list[Outcome]:
+    def _in_two_passes(self, calls: Sequence[Call[Any]]) -> list[Outcome[Any]]:
         """What `advance` promises, the plain way: all of the store is written, then read."""
-        block = arguments[0][0]
-        written = super().run("propagate", [own[:4] for own in arguments])
+        written: list[Outcome[Any]] = super().run(
+            [call(Rank.propagate, *each.arguments[:4]) for each in calls]
+        )
         shards = [shard for outcome in written for shard in outcome.value]
-        groups = super().run("calibrate", [(block + 1, shards)] * self.world)
+        block = calls[0].block
+        assert block is not None
+        groups = super().run([call(Rank.calibrate, block + 1, shards, None, 0)] * self.world)
         for outcome, own in zip(written, groups, strict=True):
             object.__setattr__(outcome, "value", Advanced(outcome.value, own.value))
         return written

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.solve import SolveConfig
+from pipeline.loop.rank import Call
 from pipeline.messages import Outcome
 from pipeline.records.block import block_error, read_record
 from pipeline.records.manifest import (
@@ -47,10 +48,10 @@ NAMES = ("../../outside.arrow", "../outside.arrow", "link.arrow", "record.json")
 class Stopped(LocalExecutor):
     """Ends the job in its second block."""
 
-    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
-        if phase == "solve" and arguments[0][0] == 1:
+    def run(self, calls: Sequence[Call[Any]]) -> list[Outcome[Any]]:
+        if calls[0].phase == "solve" and calls[0].block == 1:
             raise Prox24Error("stopped")
-        return super().run(phase, arguments)
+        return super().run(calls)
 
 
 @pytest.fixture(scope="module")

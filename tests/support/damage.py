@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.config.prune import PruneConfig
 from pipeline.loop.executor import Executor
+from pipeline.loop.rank import Call
 from pipeline.messages import Job, Outcome
 from pipeline.prune import PruneResult, prune
 from pipeline.runtime.progress import Silent
@@ -112,10 +113,9 @@ class Interrupting(LocalExecutor):
         super().start(job)
         self.folder = Path(job.run_directory)
 
-    def run(self, phase: str, arguments: Sequence[tuple[Any, ...]]) -> list[Outcome]:
-        first = arguments[0][0] if arguments[0] else None
-        self.before(phase, first if isinstance(first, int) else None)
-        return super().run(phase, arguments)
+    def run(self, calls: Sequence[Call[Any]]) -> list[Outcome[Any]]:
+        self.before(calls[0].phase, calls[0].block)
+        return super().run(calls)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from actors.worker import RankActor, Whereabouts
+from pipeline.loop.rank import Call
 from storage.run.shared_folders import Marked
 
 # Where a worker may be struck: the function at whose n-th call in the phase it happens.
@@ -129,15 +130,15 @@ class FaultyActor(RankActor):
         self._enter("join", None)
         super().join(host, port, backend, timeout)
 
-    def perform(self, phase: str, *arguments: Any) -> Any:
-        block = arguments[0] if arguments and isinstance(arguments[0], int) else None
+    def perform(self, call: Call[Any]) -> Any:
+        phase, block = call.phase, call.block
         if phase == "reduce":
             # It is told no block: it is the one that was observed last.
             block = self._observed
         self._enter(phase, block)
         if block is not None and phase in ("calibrate", "advance"):
             self._observed = block + (phase == "advance")
-        return super().perform(phase, *arguments)
+        return super().perform(call)
 
     def _install(self) -> None:
         self._plan = Plan(self.plan_folder)

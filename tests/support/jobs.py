@@ -6,7 +6,7 @@ import json
 import random
 import string
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.config.prune import PruneConfig
+from pipeline.loop.rank import Call
+from pipeline.messages import Outcome
 from pipeline.prune import PruneResult, prune
 from pipeline.runtime.progress import Silent
 from pipeline.worker.local_executor import LocalExecutor
@@ -62,12 +64,12 @@ class StopsAt(LocalExecutor):
         super().__init__(world, 1)
         self._phase, self._left = phase, calls
 
-    def run(self, phase: str, arguments: Any) -> Any:
-        if phase == self._phase:
+    def run(self, calls: Sequence[Call[Any]]) -> list[Outcome[Any]]:
+        if calls[0].phase == self._phase:
             self._left -= 1
             if self._left < 0:
                 raise Interrupted
-        return super().run(phase, arguments)
+        return super().run(calls)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

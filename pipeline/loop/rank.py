@@ -1,0 +1,180 @@
+"""What a rank can be asked to do: the phases of a job, as calls with types.
+
+The block loop names phases by reference, `call(Rank.solve, block, stamp, choices)`, so that their
+arguments and results are checked. A call travels to a worker, which runs its method of that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
+
+from pipeline.messages import (
+    Advanced,
+    Likelihood,
+    Observed,
+    Reference,
+    SequenceDistance,
+    SolvedSlices,
+    Target,
+)
+from pipeline.models.forward_capture import LayerGroup
+from pipeline.records.scratch import FreeScratch
+from pipeline.runtime.device import FreeMemory
+from storage.files.hashing import StoredFile
+from storage.model.files import WeightFileFingerprint
+from storage.run.checkpoints import BlockRecord
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Rank(Protocol):
+    """One rank of a job. `pipeline.worker.block_worker.BlockWorker` is one.
+
+    block: number of a decoder block. shards: the activation shards of the block's inputs, all
+    ranks', by number. stamp: a part of file names that no other attempt uses. only: numbers of the
+    activation shards that are wanted; None for all.
+    """
+
+    # -- before the blocks ------------------------------------------------------------------
+
+    def free_memory(self) -> FreeMemory:
+        """What is free on the rank's node and GPU."""
+        ...
+
+    def hessian_memory(self) -> float | None:
+        """Bytes of statistics that the rank's device should hold at once; None for any number."""
+        ...
+
+    def fingerprint(self, files: list[str]) -> list[WeightFileFingerprint]:
+        """Hashes whole weight files and refuses NaN or Inf in them."""
+        ...
+
+    # -- a block ----------------------------------------------------------------------------
+
+    def embed(self, stamp: str, only: Sequence[int] | None = None) -> list[StoredFile]:
+        """Writes the rank's activation shards of block 0: the embedded tokens."""
+        ...
+
+    def calibrate(
+        self, block: int, shards: list[StoredFile], limit: float | None, number: int
+    ) -> Observed:
+        """Runs the dense block over the rank's shards, summing statistics of pass `number`.
+
+        limit: bytes of statistics to hold at once. Every rank must be given the same.
+        """
+        ...
+
+    def reduce(self) -> None:
+        """Makes the statistics of the sums over all ranks."""
+        ...
+
+    def groups_held(self) -> tuple[LayerGroup, ...]:
+        """The groups of layers whose statistics are held: the same on every rank."""
+        ...
+
+    def choose(self, block: int) -> dict[str, dict[str, Any]]:
+        """Chooses regularization for the groups dealt to the rank: group → settings as JSON."""
+        ...
+
+    def solve(
+        self, block: int, stamp: str, choices: dict[str, dict[str, Any]] | None
+    ) -> SolvedSlices:
+        """Solves the rank's rows of the layers whose statistics are held; writes them to a file.
+
+        choices: what `choose` gave for all groups; None where nothing is chosen.
+        """
+        ...
+
+    def propagate(
+        self,
+        block: int,
+        record: BlockRecord | None,
+        shards: Sequence[StoredFile] | Mapping[int, StoredFile],
+        stamp: str,
+        only: Sequence[int] | None = None,
+    ) -> list[StoredFile]:
+        """Runs the block, pruned as `record` says (None: dense), and writes the next inputs."""
+        ...
+
+    def advance(
+        self,
+        block: int,
+        record: BlockRecord | None,
+        shards: list[StoredFile],
+        stamp: str,
+        limit: float | None,
+    ) -> Advanced:
+        """`propagate` of a block and `calibrate` of the next one, in one pass over the shards."""
+        ...
+
+    # -- after the blocks -------------------------------------------------------------------
+
+    def write_output(
+        self, files: list[str], records: list[BlockRecord], folder: str
+    ) -> list[StoredFile]:
+        """Rewrites source weight files into `folder`, a path or URI, with the pruned tensors."""
+        ...
+
+    def losses(self, block: int, shards: list[StoredFile]) -> list[float]:
+        """Summed next-token loss (nats) of each of the rank's sequences."""
+        ...
+
+    def likelihoods(
+        self, block: int, shards: list[StoredFile], targets: Sequence[Sequence[Target]]
+    ) -> list[list[Likelihood]]:
+        """The likelihoods of the targets of each of the rank's sequences."""
+        ...
+
+    def distances(
+        self, block: int, shards: list[StoredFile], reference: Reference
+    ) -> list[SequenceDistance]:
+        """The distances of each of the rank's sequences from another model."""
+        ...
+
+    # -- the node's scratch (--scratch-dir) -------------------------------------------------
+
+    def free_scratch(self) -> FreeScratch:
+        """What is free on the node's scratch, and what of this job is there already."""
+        ...
+
+    def damaged_shards(self, block: int, shards: list[StoredFile], hashed: bool) -> dict[int, str]:
+        """Number → what is wrong, of the rank's activation shards that are not as recorded."""
+        ...
+
+    def drop_shards(self, block: int, names: list[str]) -> None:
+        """Deletes activation shards by name."""
+        ...
+
+    def sweep_scratch(self, kept: Mapping[int, list[str]]) -> None:
+        """Deletes every activation shard but those in `kept`, block → names."""
+        ...
+
+    def clear_scratch(self) -> None:
+        """Deletes the job's folder."""
+        ...
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """A phase to run on one rank, and its arguments; made by `call`."""
+
+    phase: str
+    arguments: tuple[Any, ...]
+
+    @property
+    def block(self) -> int | None:
+        """The block that the phase is of; None where it is of none."""
+        first = self.arguments[0] if self.arguments else None
+        return first if isinstance(first, int) else None
+
+
+def call(
+    phase: Callable[Concatenate[Rank, P], T], *arguments: P.args, **named: P.kwargs
+) -> Call[T]:
+    """A call of a phase, named by its method of `Rank`. Arguments are given by position."""
+    if named:
+        raise TypeError(f"{phase.__name__}: give arguments by position")
+    return Call(phase.__name__, arguments)

@@ -78,17 +78,17 @@ def _knows_pattern(config: SolveConfig, method: str) -> bool:
 
 
 def _solve(
-    weight: Tensor, folds: tuple[Statistics, ...], settings: SolverSettings, device: torch.device
+    weight: Tensor, halves: tuple[Statistics, ...], settings: SolverSettings, device: torch.device
 ) -> tuple[Tensor, dict[str, Any]]:
     reset_peaks(device)
     before = host_peak()
     _synchronize(device)
     began = time.perf_counter()
     if settings.shrinkage == AUTO:
-        choice = choose_regularization({"layer": weight}, (folds[0], folds[1]), settings)
+        choice = choose_regularization({"layer": weight}, (halves[0], halves[1]), settings)
         settings = dataclasses.replace(settings, shrinkage=choice.shrinkage, damping=choice.damping)
     solver = solver_for(settings)
-    solution = solver.solve(weight, solver.prepare(merged(folds)))
+    solution = solver.solve(weight, solver.prepare(merged(halves)))
     _synchronize(device)
     seconds = time.perf_counter() - began
     figures: dict[str, Any] = {"relative_error": None, "seconds": seconds}

@@ -64,9 +64,9 @@ class PruneConfig(ModelOptions, ExpertOptions, RuntimeConfig):
     eval_nsamples: int | None = option(None, "sequences of --eval-dataset; unset: the whole text")
     hessian_memory: float | None = option(
         None,
-        "GB of Hessians that a worker may hold at once: a block's layers are taken in turns where "
-        "theirs are more, with one more pass over the block's inputs each; unset: half of a GPU's "
-        "memory, any number on a CPU",
+        "GB of Hessians that a worker may hold at once: where a block's are more, its layers are "
+        "taken in several passes over the block's inputs; unset: half of a GPU's memory, any "
+        "number on a CPU",
         placement=True,
     )
     save_layers: str | None = option(

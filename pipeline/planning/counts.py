@@ -79,18 +79,18 @@ def solve_counts(
     )
 
 
-def statistic_bytes(settings: SolverSettings, columns: int, folds: int = 1) -> int:
-    """Bytes of one group's statistics on one rank: one sum, or one for each half (folds 2)."""
+def statistic_bytes(settings: SolverSettings, columns: int, halves: int = 1) -> int:
+    """Bytes of one group's statistics on one rank: one sum, or one for each half (halves 2)."""
     needs = solver_for(settings).needs
     if needs == "none":
         return 0
-    return folds * 4 * (columns * columns + 2 * columns if needs == "full" else columns)
+    return halves * 4 * (columns * columns + 2 * columns if needs == "full" else columns)
 
 
-def summed_bytes(settings: SolverSettings, columns: int, folds: int = 1) -> int:
+def summed_bytes(settings: SolverSettings, columns: int, halves: int = 1) -> int:
     """Bytes of one group's running sums on one rank, of which the statistics are made."""
     needs = solver_for(settings).needs
-    return 0 if needs == "none" else folds * statistics_bytes(columns, needs)
+    return 0 if needs == "none" else halves * statistics_bytes(columns, needs)
 
 
 def reduced_bytes(size: float, world: int) -> float:

@@ -63,14 +63,14 @@ def sums_held(job: PlannedJob, block: BlockShape) -> float:
 def multiplies(job: PlannedJob, group: GroupShape) -> bool:
     """Whether products of a group's inputs are summed as they come."""
     full = solver_for(job.settings_of(group)).needs == "full"
-    return full and not (group.kept and job.own_tokens(group) / job.folds < group.columns)
+    return full and not (group.kept and job.own_tokens(group) / job.halves < group.columns)
 
 
 def phase_memory(
     job: PlannedJob, block: BlockShape, before: BlockShape | None, after: BlockShape | None
 ) -> dict[str, Held]:
     """Peaks of a pruned block's phases: name -> bytes. `before`, `after`: its neighbours, None at
-    the ends, and `before` in every turn but the first."""
+    the ends, and `before` in every pass but the first."""
     if not job.calibrates:
         return {"solve": _solve(job, block, None)}
     size = job.shape.forward_itemsize
@@ -90,7 +90,7 @@ def phase_memory(
         forward = max(hidden + batch * before.full.live, hidden + observed)
         found["advance"] = Held(both + sums + forward, staged + 2 * hidden)
     found["reduce"] = _reduce(job, block)
-    if job.folds > 1:
+    if job.halves > 1:
         found["choose"] = _choose(job, block)
     found["solve"] = _solve(job, block, after)
     return found

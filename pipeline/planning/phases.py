@@ -116,12 +116,12 @@ class PhaseModel:
         """
         phases: list[Phase] = []
         if not block.groups:
-            passes = before is not None and self.job.calibrates
-            return [self._propagate(before)] if passes and before is not None else []
-        turns = self.job.turns(block)
-        for number, own in enumerate(turns):
+            through = before if self.job.calibrates else None
+            return [self._propagate(through)] if through is not None else []
+        passes = self.job.passes(block)
+        for number, own in enumerate(passes):
             memory = phase_memory(self.job, own, before if not number else None, after)
-            last = after if number + 1 == len(turns) else None
+            last = after if number + 1 == len(passes) else None
             if self.job.calibrates and (number or before is None):
                 held = memory["calibrate"]
                 ahead = ahead_bytes(self.job, after) if number else 0.0

@@ -120,7 +120,7 @@ class Plan:
             if self.job.in_process and self.job.calibrates:
                 kinds = self.job.shape.kinds
                 kept = max(
-                    sums_held(self.job, turn) for kind in kinds for turn in self.job.turns(kind)
+                    sums_held(self.job, each) for kind in kinds for each in self.job.passes(kind)
                 )
                 held += (self.job.workers - 1) * kept
         return self.job.rates.host_bytes + held

@@ -13,7 +13,7 @@ from pipeline.planning.counts import statistic_bytes, summed_bytes
 from pipeline.planning.rates import Rates
 from pipeline.planning.shapes.experts import most_held
 from pipeline.planning.shapes.model import BlockShape, GroupShape, ModelShape
-from pipeline.runtime.split import batch_ranges, deal, even_range, shard_ranges, turns
+from pipeline.runtime.split import batch_ranges, deal, even_range, in_passes, shard_ranges
 from pipeline.solvers.registry import solver_for
 from pipeline.worker.few_tokens import simpler_settings
 from pipeline.worker.solve import deal_rows
@@ -63,7 +63,7 @@ class PlannedJob:
         return any(solver_for(settings).needs != "none" for settings in self.every)
 
     @cached_property
-    def folds(self) -> int:
+    def halves(self) -> int:
         """2 where statistics of both halves of the calibration are held, to choose by; else 1."""
         return 2 if any(settings.shrinkage == AUTO for settings in self.every) else 1
 
@@ -118,7 +118,7 @@ class PlannedJob:
 
     def sums(self, groups: Iterable[GroupShape]) -> float:
         """Bytes of groups' running sums on one rank, of which the statistics are made."""
-        tokens = self.busiest[0] * self.seqlen / self.folds
+        tokens = self.busiest[0] * self.seqlen / self.halves
         return self._held(groups, tokens, summed_bytes, self.shape.forward_itemsize)
 
     def _held(
@@ -132,26 +132,26 @@ class PlannedJob:
         total = 0.0
         for group, count in Counter(groups).items():
             settings, columns = self.settings_of(group), group.columns
-            matrix = float(whole(settings, columns, self.folds))
+            matrix = float(whole(settings, columns, self.halves))
             each = float(columns * itemsize)
             if not group.kept or solver_for(settings).needs != "full":
                 total += count * matrix
             elif self.uneven and group.active:
                 # Of two halves each is routed for itself.
-                one = most_held(count, group.active, tokens, columns, matrix / self.folds, each)
-                total += self.folds * one
+                one = most_held(count, group.active, tokens, columns, matrix / self.halves, each)
+                total += self.halves * one
             else:
                 own = group.share * tokens
-                total += count * (matrix if own >= columns else self.folds * own * each)
+                total += count * (matrix if own >= columns else self.halves * own * each)
         return total
 
     def counted(self, groups: Iterable[GroupShape]) -> float:
         """Bytes of groups' running sums as `--hessian-memory` counts them: matrices, whatever
         inputs are kept."""
-        return float(sum(summed_bytes(self.settings_of(g), g.columns, self.folds) for g in groups))
+        return float(sum(summed_bytes(self.settings_of(g), g.columns, self.halves) for g in groups))
 
-    def turns(self, block: BlockShape) -> list[BlockShape]:
-        """The block with the groups of each turn: as many as the statistics' memory asks for."""
+    def passes(self, block: BlockShape) -> list[BlockShape]:
+        """The block with the groups of each pass: as many as the statistics' memory asks for."""
         limit = self.hessian_memory
         if limit is None and self.device_memory:
             limit = self.device_memory / 2
@@ -160,7 +160,7 @@ class PlannedJob:
         sizes = {number: self.counted([group]) for number, group in enumerate(block.groups)}
         return [
             replace(block, groups=tuple(block.groups[number] for number in numbers))
-            for numbers in turns(sizes, limit)
+            for numbers in in_passes(sizes, limit)
         ]
 
     @property

@@ -58,7 +58,7 @@ def held_bytes(job: PlannedJob, what: str) -> tuple[float, str]:
     where, _, phase = max(Plan(job).phases(), key=lambda item: of(item[2]))
     held = of(phase)
     if job.in_process and job.calibrates:
-        kept = (sums_held(job, turn) for k in job.shape.kinds for turn in job.turns(k))
+        kept = (sums_held(job, each) for k in job.shape.kinds for each in job.passes(k))
         held += (job.workers - 1) * max(kept)
     return held, where
 

@@ -17,7 +17,7 @@ class PhaseTimes:
     """Seconds of one phase: wall time at the driver, and each rank's by kind of work.
 
     `counts`: what each rank counted meanwhile (see `pipeline.runtime.stopwatch`). `spans`: each
-    turn's `start` in seconds since the epoch, its wall `seconds`, and each rank's seconds in
+    pass's `start` in seconds since the epoch, its wall `seconds`, and each rank's seconds in
     `ranks`.
     """
 
@@ -35,7 +35,7 @@ class PhaseTimes:
 def add_phase(
     times: dict[str, PhaseTimes], phase: str, wall: float, outcomes: list[Outcome[Any]]
 ) -> None:
-    """Adds the times of a phase that ends now; a block may take it in several turns."""
+    """Adds the times of a phase that ends now; a block may take it in several passes."""
     busy = [round(sum(o.seconds.values()), 3) for o in outcomes]
     spans = [{"start": round(time.time() - wall, 3), "seconds": round(wall, 3), "ranks": busy}]
     seconds, memory = [o.seconds for o in outcomes], [o.memory for o in outcomes]

@@ -111,11 +111,11 @@ def _whole(order: Sequence[GroupRows]) -> dict[str, tuple[int, int]]:
     return {name: (0, rows) for group in order for name, rows in group.layers.items() if rows}
 
 
-def turns(sizes: Mapping[T, float], limit: float | None) -> list[list[T]]:
-    """Groups, by the bytes of their statistics, in as many turns as `limit` bytes at once ask for.
+def in_passes(sizes: Mapping[T, float], limit: float | None) -> list[list[T]]:
+    """Groups, by the bytes of their statistics, in as many passes as `limit` bytes at once ask for.
 
-    In order, so that a turn's forward can end early; what is larger than the limit by itself has a
-    turn of its own. None: all at once.
+    In order, so that the forward of a pass can end early; what is larger than the limit by itself
+    has a pass of its own. None: all at once.
     """
     found: list[list[T]] = []
     room = 0.0

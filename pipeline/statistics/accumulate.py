@@ -148,10 +148,10 @@ def _add_in_strips(total: Tensor, product: Tensor) -> None:
         total[start : start + _STRIP] += product[start : start + _STRIP]
 
 
-FoldedSums = tuple[Sums, ...]
+HalvedSums = tuple[Sums, ...]
 """One group's sums: of all sequences, or of their first and second half."""
 
-FoldedStatistics = tuple[Statistics, ...]
+HalvedStatistics = tuple[Statistics, ...]
 """One group's statistics: of all sequences, or of their first and second half."""
 
 
@@ -170,8 +170,8 @@ class GroupAccumulator:
         boundary: int | None,
         keep: bool = False,
     ) -> None:
-        folds = 1 if boundary is None else 2
-        self.folds = [Accumulator(columns, needs, device, keep) for _ in range(folds)]
+        halves = 1 if boundary is None else 2
+        self.halves = [Accumulator(columns, needs, device, keep) for _ in range(halves)]
         self._columns, self._boundary = columns, boundary
         self._start, self._size, self._length = 0, 1, 1
 
@@ -191,25 +191,25 @@ class GroupAccumulator:
         if tokens is not None:
             sequences = tokens // self._length
             cut = int((sequences < first).sum())
-            for fold, own in zip(self.folds, (slice(0, cut), slice(cut, None)), strict=False):
+            for half, own in zip(self.halves, (slice(0, cut), slice(cut, None)), strict=False):
                 if len(inputs[own]):
-                    fold.add(inputs[own], len(torch.unique(sequences[own])))
+                    half.add(inputs[own], len(torch.unique(sequences[own])))
             return
         x_STC = inputs.reshape(self._size, -1, self._columns)
-        for fold, part in zip(self.folds, (x_STC[:first], x_STC[first:]), strict=False):
+        for half, part in zip(self.halves, (x_STC[:first], x_STC[first:]), strict=False):
             if part.shape[0]:
-                fold.add(part, part.shape[0])
+                half.add(part, part.shape[0])
 
-    def sums(self) -> FoldedSums:
+    def sums(self) -> HalvedSums:
         """The sums so far."""
-        return tuple(fold.sums for fold in self.folds)
+        return tuple(half.sums for half in self.halves)
 
 
-def merged(folds: FoldedStatistics) -> Statistics | None:
+def merged(halves: HalvedStatistics) -> Statistics | None:
     """The statistics of all sequences; None where none were kept."""
-    if len(folds) < 2:
-        return folds[0] if folds else None
-    return joined(*folds)
+    if len(halves) < 2:
+        return halves[0] if halves else None
+    return joined(*halves)
 
 
 def statistics_bytes(columns: int, needs: str) -> int:

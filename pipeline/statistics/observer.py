@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.models.experts import Expert, expert_of
 from pipeline.models.forward_capture import BlockCall, LayerGroup
 from pipeline.runtime.stopwatch import Stopwatch
-from pipeline.statistics.accumulate import FoldedSums, GroupAccumulator
+from pipeline.statistics.accumulate import GroupAccumulator, HalvedSums
 
 
 class _Observed(Exception):
@@ -73,12 +73,12 @@ class BlockObserver:
             except _Observed:
                 return
 
-    def sums(self) -> dict[str, FoldedSums]:
+    def sums(self) -> dict[str, HalvedSums]:
         """The sums so far by group name. Ends the observation."""
         for handle in self._handles:
             handle.remove()
         found = {group.name: total.sums() for group, total in self._sums.items()}
-        for sums in (fold for folds in found.values() for fold in folds):
+        for sums in (half for halves in found.values() for half in halves):
             self._watch.count("statistics_bytes", sums.nbytes)
         return found
 

@@ -35,11 +35,11 @@ from pipeline.runtime.device import (
     statistics_room,
 )
 from pipeline.runtime.out_of_memory import explaining
-from pipeline.runtime.split import deal, turns
+from pipeline.runtime.split import deal, in_passes
 from pipeline.runtime.stopwatch import Stopwatch, peak_memory
 from pipeline.solvers.auto_shrinkage import choose_regularization
 from pipeline.solvers.registry import solver_for
-from pipeline.statistics.accumulate import FoldedStatistics, FoldedSums, merged, statistics_bytes
+from pipeline.statistics.accumulate import HalvedStatistics, HalvedSums, merged, statistics_bytes
 from pipeline.statistics.all_reduce import Collective
 from pipeline.statistics.observer import BlockObserver, accumulators
 from pipeline.worker.block_loader import BlockLoader
@@ -84,8 +84,8 @@ class Held:
     """
 
     groups: tuple[LayerGroup, ...] = ()
-    sums: dict[str, FoldedSums] = field(default_factory=dict)
-    statistics: dict[str, FoldedStatistics] = field(default_factory=dict)
+    sums: dict[str, HalvedSums] = field(default_factory=dict)
+    statistics: dict[str, HalvedStatistics] = field(default_factory=dict)
 
 
 class BlockWorker(Scoring):
@@ -163,12 +163,12 @@ class BlockWorker(Scoring):
     def reduce(self) -> None:
         """Makes the statistics of the sums over all ranks."""
         for name in list(self.held.sums):
-            folds = self.held.sums.pop(name)
+            halves = self.held.sums.pop(name)
             if self.collective is not None:
                 with self.watch("reduce"):
-                    folds = tuple(self.collective.sum_statistics(fold) for fold in folds)
+                    halves = tuple(self.collective.sum_statistics(half) for half in halves)
             with self.watch("hessian"):
-                self.held.statistics[name] = tuple(fold.statistics() for fold in folds)
+                self.held.statistics[name] = tuple(half.statistics() for half in halves)
         if self.collective is not None:
             sent, self.collective.sent = self.collective.sent, 0
             self.watch.count("statistics_sent_bytes", sent)
@@ -222,12 +222,12 @@ class BlockWorker(Scoring):
         for group in groups:
             self._save_layers(block, group)
             mine = {layer: ranges[layer] for layer in group.layers if layer in ranges}
-            folds = self.held.statistics.pop(group.name, ())
+            halves = self.held.statistics.pop(group.name, ())
             if not mine:
                 continue
             choice = choices.get(group.name) if choices is not None else None
             began = time.perf_counter()
-            solved = self._solve_group(block, settings[group.name], mine, folds, choice)
+            solved = self._solve_group(block, settings[group.name], mine, halves, choice)
             costs[group.name] = {
                 "seconds": time.perf_counter() - began,
                 **peak_memory(self.device),
@@ -363,13 +363,13 @@ class BlockWorker(Scoring):
         if self.job.all_experts:
             send_every_token(module)
         groups = self._find_groups(block, module, settings, first)
-        folds = 2 if any(own.shrinkage == AUTO for own in settings.values()) else 1
+        halves = 2 if any(own.shrinkage == AUTO for own in settings.values()) else 1
         needs = {group: self._needs(block, group, settings) for group in groups}
-        sizes = {group: folds * statistics_bytes(group.columns, needs[group]) for group in groups}
-        passes = turns(sizes, limit)
+        sizes = {group: halves * statistics_bytes(group.columns, needs[group]) for group in groups}
+        passes = in_passes(sizes, limit)
         own = tuple(passes[number])
         # Two halves of the sequences, where a choice is made on the one for the other.
-        boundary = self.job.nsamples // 2 if folds == 2 else None
+        boundary = self.job.nsamples // 2 if halves == 2 else None
         sums = accumulators(module, own, needs, self.device, boundary)
         observer = BlockObserver(module, sums, partial(self.forward.call, block), self.watch)
         return observer, Observed(groups, len(passes)), own
@@ -404,14 +404,14 @@ class BlockWorker(Scoring):
         block: int,
         settings: SolverSettings,
         rows: dict[str, tuple[int, int]],
-        folds: FoldedStatistics,
+        halves: HalvedStatistics,
         choice: dict[str, Any] | None,
     ) -> dict[str, tuple[Tensor, dict[str, Any]]]:
         weights = {layer: self._read_weight(block, layer, part) for layer, part in rows.items()}
         with self.watch("solve"):
             try:
                 least = least_tokens(self.skeleton.blocks[block], rows, self.job.expert_tokens)
-                return solve_group(weights, merged(folds), settings, choice, least)
+                return solve_group(weights, merged(halves), settings, choice, least)
             except NumericalError as error:
                 raise NumericalError(f"block {block}: {error}") from error
 
@@ -426,8 +426,8 @@ class BlockWorker(Scoring):
         """Rank 0 writes the layers that `--save-layers` names."""
         if self.rank or group.name not in self.held.statistics:
             return
-        prefix, folds = self.skeleton.block_prefix(block), self.held.statistics[group.name]
+        prefix, halves = self.skeleton.block_prefix(block), self.held.statistics[group.name]
         for layer in saved_layers(self.job.save_layers, prefix, group.layers):
             with self.watch("io"):
                 weight = self._read_weight(block, layer)
-                save_layer(self.job, self.run, prefix + layer, weight, folds)
+                save_layer(self.job, self.run, prefix + layer, weight, halves)

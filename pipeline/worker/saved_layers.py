@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.messages import Job
 from pipeline.solvers.hessian import require_hessian
-from pipeline.statistics.accumulate import FoldedStatistics, merged
+from pipeline.statistics.accumulate import HalvedStatistics, merged
 from storage.run.directory import RunDirectory
 from storage.run.layer_files import write_layer_file
 from storage.run.lock import require_owner
@@ -23,10 +23,10 @@ def saved_layers(pattern: str | None, prefix: str, layers: Iterable[str]) -> lis
 
 
 def save_layer(
-    job: Job, run: RunDirectory, name: str, weight: Tensor, folds: FoldedStatistics
+    job: Job, run: RunDirectory, name: str, weight: Tensor, halves: HalvedStatistics
 ) -> None:
     """Writes a layer's weight (R, C) and its Hessian, if it saw any token, to `layers/NAME`."""
-    total = merged(folds)
+    total = merged(halves)
     if total is None or not total.full or not total.tokens:
         return
     write_layer_file(

@@ -15,10 +15,10 @@ from pipeline.runtime.split import (
     batch_ranges,
     deal,
     even_range,
+    in_passes,
     row_ranges,
     sequences_per_shard,
     shard_ranges,
-    turns,
     whole_layers,
 )
 from pipeline.solvers.registry import solve_cost
@@ -188,12 +188,12 @@ def test_sequences_of_a_shard(batch_size: int, sequences: int) -> None:
     limit=st.one_of(st.none(), st.integers(0, 3000)),
 )
 def test_groups_are_taken_in_as_few_turns_as_fit(sizes: dict[int, int], limit: int | None) -> None:
-    found = turns({key: float(size) for key, size in sizes.items()}, limit)
-    assert [item for turn in found for item in turn] == list(sizes)
-    totals = [sum(sizes[item] for item in turn) for turn in found]
+    found = in_passes({key: float(size) for key, size in sizes.items()}, limit)
+    assert [item for own in found for item in own] == list(sizes)
+    totals = [sum(sizes[item] for item in own) for own in found]
     if limit is None:
         assert len(found) == 1
         return
-    assert all(total <= limit or len(turn) == 1 for total, turn in zip(totals, found, strict=True))
+    assert all(total <= limit or len(own) == 1 for total, own in zip(totals, found, strict=True))
     for total, following in zip(totals, found[1:], strict=False):
-        assert total + sizes[following[0]] > limit, "what fits a turn is not put off"
+        assert total + sizes[following[0]] > limit, "what fits a pass is not put off"

@@ -232,7 +232,7 @@ def test_experts_without_a_token_are_groups_of_their_own() -> None:
     """Tensors without rows all have the same address."""
     sequences = random_states(1, seqlen=1)
     found = observed(None, sequences, 1)
-    counts = {name: folds[0].tokens for name, folds in found.items()}
+    counts = {name: halves[0].tokens for name, halves in found.items()}
     assert sum(counts.values()) == 2 * 2
     assert sorted(counts.values()) == [0, 0, 0, 0, 1, 1, 1, 1]
 
@@ -248,7 +248,7 @@ def test_with_every_token_all_experts_share_their_input_and_outputs_stay() -> No
     (shared,) = found["experts.0.gate_proj"]
     assert (shared.tokens, shared.sequences) == (24, 3)
     assert torch.allclose(shared.hessian, rows.T @ rows, rtol=1e-4, atol=1e-4)
-    assert {folds[0].tokens for folds in found.values()} == {24}
+    assert {halves[0].tokens for halves in found.values()} == {24}
     send_every_token(block)
     with torch.no_grad():
         assert torch.allclose(call.run(block, sequences), routed, rtol=1e-4, atol=1e-4)

@@ -166,7 +166,7 @@ def test_bytes_of_a_sum_over_ranks() -> None:
     assert reduced_bytes(summed, 4) == pytest.approx(1.5 * summed)
     assert statistic_bytes(SolverSettings(method="wanda").resolved(), 1024) == 4 * 1024
     assert statistic_bytes(SolverSettings(method="magnitude").resolved(), 1024) == 0
-    assert statistic_bytes(settings, 1024, folds=2) == 2 * full
+    assert statistic_bytes(settings, 1024, halves=2) == 2 * full
 
 
 # -- a real job's bytes --------------------------------------------------------------------------

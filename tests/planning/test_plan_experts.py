@@ -63,8 +63,8 @@ class Noted(LocalExecutor):
 
     def reduce(self) -> list[Outcome]:
         self.phases.append("reduce")
-        folds = itertools.chain(*(worker.held.sums.values() for worker in self._workers))
-        self.summed = sum(sums.nbytes for sums in itertools.chain(*folds))
+        halves = itertools.chain(*(worker.held.sums.values() for worker in self._workers))
+        self.summed = sum(sums.nbytes for sums in itertools.chain(*halves))
         return super().reduce()
 
 
@@ -150,12 +150,12 @@ def test_memory_holds_for_any_routing_and_time_for_an_even_one(tmp_path: Path) -
     assert all(even < most for even, most in zip(*held, strict=True))
     # A limit is one of matrices: with it, any routing holds no more.
     limited = planned(model, nsamples=8, seqlen=128, batch_size=2, hessian_memory=0.003)
-    turns = limited.turns(limited.shape.kind(0))
-    assert len(turns) > 1
-    for turn in turns:
-        assert replace(limited, uneven=True).sums(turn.groups) <= 0.003e9
-    assert sum(len(turn.groups) for turn in turns) == len(limited.shape.kind(0).groups)
-    assert Plan(limited).totals()["calibrate"]["count"] == 2 * len(turns) - 1
+    passes = limited.passes(limited.shape.kind(0))
+    assert len(passes) > 1
+    for each in passes:
+        assert replace(limited, uneven=True).sums(each.groups) <= 0.003e9
+    assert sum(len(each.groups) for each in passes) == len(limited.shape.kind(0).groups)
+    assert Plan(limited).totals()["calibrate"]["count"] == 2 * len(passes) - 1
     assert "routing is taken as even, 128 of 1,024" in " ".join(plan_text(plan).split())
     (first, _) = plan_to_json(plan)["experts"]
     assert (first["tokens_each"], first["columns"], first["inputs_kept"]) == (128, 256, True)

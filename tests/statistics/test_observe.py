@@ -43,7 +43,10 @@ class Recording(LocalExecutor):
 
     def reduce(self) -> list[Outcome]:
         self.seen += [
-            {name: tuple(f.statistics() for f in folds) for name, folds in worker.held.sums.items()}
+            {
+                name: tuple(f.statistics() for f in halves)
+                for name, halves in worker.held.sums.items()
+            }
             for worker in self._workers
         ]
         return super().reduce()

@@ -30,9 +30,9 @@ def plan_command(model: str, config: PlanConfig) -> int:
     shape = replace(shape, name=source.name)
     rates = None
     if config.calibrate and config.rates is not None:
-        from pipeline.planning.measure_rates import calibrate
+        from pipeline.planning.measure_rates import measure_rates
 
-        measured = calibrate(
+        measured = measure_rates(
             source.folder,
             shape,
             batch_size=config.batch_size,

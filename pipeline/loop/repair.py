@@ -29,7 +29,7 @@ from pipeline.loop.block_steps import BlockSteps
 from pipeline.loop.rank import Rank, call
 from pipeline.messages import Outcome
 from pipeline.records.inputs import read_choices, read_inputs, replace_shards, write_choices
-from pipeline.records.manifest import MANIFEST_SCHEMA
+from pipeline.records.schemas import MANIFEST_SCHEMA
 from storage.errors import CorruptFileError
 from storage.files.commit import read_json, replace_by, replace_json, sha256_file
 from storage.files.damage import damage

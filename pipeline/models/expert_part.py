@@ -10,7 +10,7 @@ from storage.model.files import ModelFiles
 
 
 @dataclass(frozen=True)
-class Part:
+class ExpertPart:
     """One expert's weight, or bias, in a stored tensor whose first dimension counts the experts.
 
     tensor: its name in the weight files. index: the expert's number. transposed: whether the files

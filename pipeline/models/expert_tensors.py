@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.models.expert_part import Part
+from pipeline.models.expert_part import ExpertPart
 from pipeline.models.experts import Experts, is_stacked
 from storage.errors import ModelError
 from storage.model.files import TensorEntry
@@ -34,7 +34,7 @@ class ExpertNames:
     """Weights of experts' layers -> their tensors: `whole` by name, `parts` of stacked ones."""
 
     whole: dict[str, str] = field(default_factory=dict)
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, ExpertPart] = field(default_factory=dict)
 
 
 class _Sources:
@@ -144,7 +144,7 @@ def _stacked_names(experts: Experts) -> Iterator[str]:
 
 def _parts(
     experts: Experts, path: str, name: str, key: str, shape: tuple[int, ...], turned: bool
-) -> dict[str, Part]:
+) -> dict[str, ExpertPart]:
     """Parameter -> its part of the stored tensor `key`; `turned`: transposed on loading."""
     layer, bias, _ = name.partition("_bias")
     if shape[0] != experts.count:
@@ -160,7 +160,7 @@ def _parts(
     kind = "bias" if bias else "weight"
     transposed = experts.transposed != turned and not bias
     return {
-        f"{path}.{expert}.{layer}.{kind}": Part(key, expert, transposed)
+        f"{path}.{expert}.{layer}.{kind}": ExpertPart(key, expert, transposed)
         for expert in range(experts.count)
     }
 

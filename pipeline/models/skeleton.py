@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pipeline.models.expert_part import Part
+from pipeline.models.expert_part import ExpertPart
 from pipeline.models.expert_tensors import expert_names, stored_together
 from pipeline.models.experts import unstack_experts
 from pipeline.models.from_config import build, load_config, rehearse
@@ -48,7 +48,7 @@ class Skeleton:
     blocks_path: str
     dtype: torch.dtype
     renamed: Mapping[str, str] = field(default_factory=dict)
-    parts: Mapping[str, Part] = field(default_factory=dict)
+    parts: Mapping[str, ExpertPart] = field(default_factory=dict)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -81,7 +81,7 @@ class Skeleton:
             raise ModelError(f"{self.files.place}: block {block} lacks {layer}.weight")
         return name
 
-    def part(self, block: int, layer: str) -> Part | None:
+    def part(self, block: int, layer: str) -> ExpertPart | None:
         """Which part of a stored tensor a block's linear `layer` is; None where it is all of it."""
         return self.parts.get(f"{self.block_prefix(block)}{layer}.weight")
 

@@ -55,7 +55,7 @@ _MOST_COLUMNS = 4096
 _ADMM_ITERATIONS = 12
 
 
-def calibrate(
+def measure_rates(
     model: Place, shape: ModelShape, *, batch_size: int, workers: int, threads: int, folder: Path
 ) -> Rates:
     """Rates of one of `workers` workers with `threads` threads each, all of them busy.

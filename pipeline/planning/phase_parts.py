@@ -12,7 +12,7 @@ DISK, HASH, NETWORK, HOST = "disk", "hashing", "network", "host copy"
 
 
 @dataclass(frozen=True)
-class Part:
+class PhasePart:
     """Seconds of one kind of work, and what sets its pace."""
 
     what: str
@@ -26,7 +26,7 @@ class Phase:
     and what all ranks together read, write and send, in bytes."""
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[PhasePart, ...]
     held: Held = field(default_factory=lambda: Held(0.0))
     read: float = 0.0
     written: float = 0.0
@@ -46,10 +46,10 @@ class Phase:
         return max(totals, key=lambda limit: totals[limit]) if totals else LATENCY
 
 
-def merge(parts: Iterable[Part]) -> tuple[Part, ...]:
+def merge(parts: Iterable[PhasePart]) -> tuple[PhasePart, ...]:
     """Parts of the same name and limit as one."""
     totals: dict[tuple[str, str], float] = {}
     for part in parts:
         key = (part.what, part.limit)
         totals[key] = totals.get(key, 0.0) + part.seconds
-    return tuple(Part(what, limit, seconds) for (what, limit), seconds in totals.items())
+    return tuple(PhasePart(what, limit, seconds) for (what, limit), seconds in totals.items())

@@ -27,8 +27,8 @@ from pipeline.planning.phase_parts import (
     HOST,
     LATENCY,
     NETWORK,
-    Part,
     Phase,
+    PhasePart,
     merge,
 )
 from pipeline.planning.planned_job import PlannedJob
@@ -46,7 +46,7 @@ class PhaseModel:
 
     def __init__(self, job: PlannedJob) -> None:
         self.job, self.rates, self.shape = job, job.rates, job.shape
-        self._dispatch = Part("dispatch", LATENCY, job.rates.dispatch)
+        self._dispatch = PhasePart("dispatch", LATENCY, job.rates.dispatch)
         plain = job.rates.on_gpu and self.shape.dtype == "float32"
         # That of the statistics' products.
         self._precision = "float32" if plain else "statistics"
@@ -55,14 +55,14 @@ class PhaseModel:
 
     def start(self) -> Phase:
         """Ray and the workers."""
-        return Phase(name="start workers", parts=(Part("start", LATENCY, self.rates.start),))
+        return Phase(name="start workers", parts=(PhasePart("start", LATENCY, self.rates.start),))
 
     def fingerprint(self) -> Phase:
         """Every weight file hashed and checked for NaN."""
         job, total = self.job, float(self.shape.weight_bytes)
         parts = (
-            Part("read", DISK, total / self.rates.disk_read),
-            Part("hash and check", HASH, job.busiest_files / self.rates.check),
+            PhasePart("read", DISK, total / self.rates.disk_read),
+            PhasePart("hash and check", HASH, job.busiest_files / self.rates.check),
             self._dispatch,
         )
         return Phase(name="check weights", parts=parts, read=total)
@@ -87,11 +87,11 @@ class PhaseModel:
         pruned = self.pruned_bytes()
         share = own / total if total else 0.0
         parts = (
-            Part("read", DISK, (total + pruned) / self.rates.disk_read),
-            Part("write", DISK, total / self.rates.disk_write),
-            Part("hash", HASH, (own + 2 * share * pruned) / self.rates.hash),
-            Part("copy", HOST, (own + share * pruned) / self.rates.copy),
-            Part("sync", LATENCY, 2 * self.rates.sync * len(self.shape.files)),
+            PhasePart("read", DISK, (total + pruned) / self.rates.disk_read),
+            PhasePart("write", DISK, total / self.rates.disk_write),
+            PhasePart("hash", HASH, (own + 2 * share * pruned) / self.rates.hash),
+            PhasePart("copy", HOST, (own + share * pruned) / self.rates.copy),
+            PhasePart("sync", LATENCY, 2 * self.rates.sync * len(self.shape.files)),
             self._dispatch,
         )
         largest = max(r * c for k in self.shape.kinds for g in k.groups for _, r, c in g.layers)
@@ -165,7 +165,7 @@ class PhaseModel:
         return self._pass("propagate", before, [], 0.0, propagate_memory(self.job, before))
 
     def _pass(
-        self, name: str, before: BlockShape, observed: list[Part], more: float, held: Held
+        self, name: str, before: BlockShape, observed: list[PhasePart], more: float, held: Held
     ) -> Phase:
         """Every batch through the block before, and what is `observed` behind it.
 
@@ -179,7 +179,7 @@ class PhaseModel:
         computed = [*self._forward(before.full, ran), *observed]
         parts = (
             *self._load(weights + slices),
-            Part("verify slices", HASH, slices / self.rates.hash),
+            PhasePart("verify slices", HASH, slices / self.rates.hash),
             *computed,
             *self._hide([*read, *written], computed, self.job.busiest[2]),
             self._dispatch,
@@ -192,7 +192,9 @@ class PhaseModel:
             written=size,
         )
 
-    def _hide(self, beside: list[Part], computed: list[Part], pieces: int) -> list[Part]:
+    def _hide(
+        self, beside: list[PhasePart], computed: list[PhasePart], pieces: int
+    ) -> list[PhasePart]:
         """What is left to wait for of work that runs beside the computation in `pieces`."""
         busy = () if self.rates.on_gpu else (HASH, HOST)
         shown = [part for part in beside if part.limit in busy]
@@ -203,7 +205,7 @@ class PhaseModel:
         first = 1 / max(pieces, 1)
         cover = (1 - first) * sum(part.seconds for part in computed)
         share = max(first, 1 - cover / total)
-        return shown + [Part(p.what, p.limit, share * p.seconds) for p in hidden]
+        return shown + [PhasePart(p.what, p.limit, share * p.seconds) for p in hidden]
 
     def _reduce(self, block: BlockShape, held: Held) -> Phase:
         job, rates = self.job, self.rates
@@ -220,10 +222,10 @@ class PhaseModel:
         # What leaves the node goes over its network, the rest over the link inside.
         outside = (job.workers - job.per_node) / max(job.workers - 1, 1) if job.nodes > 1 else 0.0
         parts = (
-            Part("between nodes", NETWORK, own * outside / rates.network),
-            Part("inside a node", NETWORK, own * (1 - outside) / rates.link),
-            Part("add", BANDWIDTH, 8.0 * added / rates.memory if rates.on_gpu else 0.0),
-            Part("Hessian", COMPUTE, products / rates.product(self._precision)),
+            PhasePart("between nodes", NETWORK, own * outside / rates.network),
+            PhasePart("inside a node", NETWORK, own * (1 - outside) / rates.link),
+            PhasePart("add", BANDWIDTH, 8.0 * added / rates.memory if rates.on_gpu else 0.0),
+            PhasePart("Hessian", COMPUTE, products / rates.product(self._precision)),
             self._dispatch,
         )
         return Phase(name="reduce", parts=parts, held=held, sent=own * job.workers)
@@ -237,17 +239,17 @@ class PhaseModel:
             ),
             default=0.0,
         )
-        parts = (Part("trials", COMPUTE, _CHOICE_SHARE * worst), self._dispatch)
+        parts = (PhasePart("trials", COMPUTE, _CHOICE_SHARE * worst), self._dispatch)
         return Phase(name="choose", parts=parts, held=held)
 
     def _solve(self, block: BlockShape, held: Held, after: BlockShape | None) -> Phase:
         """The rank that takes longest; meanwhile the next block's weights are read."""
         job = self.job
-        cache: dict[tuple[GroupShape, int], list[Part]] = {}
-        computed: list[Part] = []
+        cache: dict[tuple[GroupShape, int], list[PhasePart]] = {}
+        computed: list[PhasePart] = []
         most = 0.0
         for own in job.deal(block):
-            parts, entries = list[Part](), 0
+            parts, entries = list[PhasePart](), 0
             for group, rows in own:
                 if rows and (group, rows) not in cache:
                     cache[group, rows] = self._group(group, rows)
@@ -264,16 +266,16 @@ class PhaseModel:
             parts += self._hide(self._load(ahead), computed, 1 << 30)
             read += ahead * job.nodes
         parts += [
-            Part("write slices", DISK, slices / self.rates.disk_write),
-            Part("hash slices", HASH, most / self.rates.hash),
-            Part("sync", LATENCY, 4 * self.rates.sync),
+            PhasePart("write slices", DISK, slices / self.rates.disk_write),
+            PhasePart("hash slices", HASH, most / self.rates.hash),
+            PhasePart("sync", LATENCY, 4 * self.rates.sync),
             self._dispatch,
         ]
         return Phase(name="solve", parts=merge(parts), held=held, read=read, written=slices)
 
     # -- parts ----------------------------------------------------------------------------------
 
-    def _group(self, group: GroupShape, rows: int) -> list[Part]:
+    def _group(self, group: GroupShape, rows: int) -> list[PhasePart]:
         """One group's solve: what is done for the rows, and what every rank does alike."""
         rates, columns = self.rates, group.columns
         most = rows_at_once(group)
@@ -294,39 +296,43 @@ class PhaseModel:
             self._product(
                 "objective", counts.wide, share * one, 2 * square + 16 * entries, "float64"
             ),
-            Part("products", COMPUTE, counts.other / rates.float32),
-            Part("inverse, same on all", COMPUTE, counts.inverse / rates.inverse),
-            Part("factor, same on all", COMPUTE, counts.factor / rates.factor),
-            Part("iterations", BANDWIDTH, counts.steps * entries / rates.iteration),
-            Part("passes over H and W", BANDWIDTH, counts.moved / rates.memory),
-            Part("operators", LATENCY, counts.operators * rates.operator),
+            PhasePart("products", COMPUTE, counts.other / rates.float32),
+            PhasePart("inverse, same on all", COMPUTE, counts.inverse / rates.inverse),
+            PhasePart("factor, same on all", COMPUTE, counts.factor / rates.factor),
+            PhasePart("iterations", BANDWIDTH, counts.steps * entries / rates.iteration),
+            PhasePart("passes over H and W", BANDWIDTH, counts.moved / rates.memory),
+            PhasePart("operators", LATENCY, counts.operators * rates.operator),
         ]
         return parts
 
-    def _product(self, what: str, count: float, flops: float, moved: float, precision: str) -> Part:
+    def _product(
+        self, what: str, count: float, flops: float, moved: float, precision: str
+    ) -> PhasePart:
         """Products as fast as the slower of arithmetic and memory; on a CPU caches hold them."""
         compute = count * flops / self.rates.product(precision)
         memory = count * moved / self.rates.memory if self.rates.on_gpu else 0.0
-        return Part(what, BANDWIDTH if memory > compute else COMPUTE, max(compute, memory))
+        return PhasePart(what, BANDWIDTH if memory > compute else COMPUTE, max(compute, memory))
 
-    def _forward(self, profile: ForwardProfile, what: str) -> list[Part]:
+    def _forward(self, profile: ForwardProfile, what: str) -> list[PhasePart]:
         job, rates = self.job, self.rates
         sequences, batches, _ = job.busiest
         flops = profile.products / rates.product(self.shape.dtype)
         # A block's result is checked for NaN: read, a mask written and read.
         checked = 2.0 * job.seqlen * self.shape.hidden * self.shape.forward_itemsize
         return [
-            Part(f"{what}: products", COMPUTE, sequences * flops),
-            Part(f"{what}: attention", COMPUTE, sequences * profile.attention / rates.attention),
-            Part(
+            PhasePart(f"{what}: products", COMPUTE, sequences * flops),
+            PhasePart(
+                f"{what}: attention", COMPUTE, sequences * profile.attention / rates.attention
+            ),
+            PhasePart(
                 f"{what}: elementwise",
                 BANDWIDTH,
                 sequences * (profile.moved + checked) / rates.memory,
             ),
-            Part(f"{what}: operators", LATENCY, batches * profile.operators * rates.operator),
+            PhasePart(f"{what}: operators", LATENCY, batches * profile.operators * rates.operator),
         ]
 
-    def _hessian(self, block: BlockShape) -> list[Part]:
+    def _hessian(self, block: BlockShape) -> list[PhasePart]:
         job, rates = self.job, self.rates
         batches = job.busiest[1]
         flops, moved = 0.0, 0.0
@@ -340,34 +346,34 @@ class PhaseModel:
             elif solver_for(job.settings_of(group)).needs != "full":
                 moved += 12.0 * seen * group.columns
         return [
-            Part("Hessian", COMPUTE, flops / rates.product(self._precision)),
-            Part("Hessian: copies", BANDWIDTH, moved / rates.memory),
+            PhasePart("Hessian", COMPUTE, flops / rates.product(self._precision)),
+            PhasePart("Hessian: copies", BANDWIDTH, moved / rates.memory),
         ]
 
-    def _load(self, size: float, sharers: int = 1) -> list[Part]:
+    def _load(self, size: float, sharers: int = 1) -> list[PhasePart]:
         """`size` bytes read by a rank, the same by all ranks (sharers 1) or each its own."""
         fetched = size * (self.job.nodes if sharers == 1 else sharers)
         return [
-            Part("load weights", DISK, fetched / self.rates.disk_read),
-            Part("load weights", HOST, size / self.rates.copy),
+            PhasePart("load weights", DISK, fetched / self.rates.disk_read),
+            PhasePart("load weights", HOST, size / self.rates.copy),
         ]
 
-    def _store_read(self) -> tuple[list[Part], float]:
+    def _store_read(self) -> tuple[list[PhasePart], float]:
         total, own, _ = self._store()
         parts = [
-            Part("read store", DISK, total / self.rates.disk_read),
-            Part("verify store", HASH, own / self.rates.hash),
+            PhasePart("read store", DISK, total / self.rates.disk_read),
+            PhasePart("verify store", HASH, own / self.rates.hash),
         ]
         if self.rates.on_gpu:
-            parts.append(Part("read store", HOST, own / self.rates.copy))
+            parts.append(PhasePart("read store", HOST, own / self.rates.copy))
         return parts, total
 
-    def _store_written(self) -> tuple[list[Part], float]:
+    def _store_written(self) -> tuple[list[PhasePart], float]:
         total, own, shards = self._store()
         parts = [
-            Part("write store", DISK, total / self.rates.disk_write),
-            Part("hash store", HASH, own / self.rates.hash),
-            Part("sync", LATENCY, 2 * shards * self.rates.sync),
+            PhasePart("write store", DISK, total / self.rates.disk_write),
+            PhasePart("hash store", HASH, own / self.rates.hash),
+            PhasePart("sync", LATENCY, 2 * shards * self.rates.sync),
         ]
         return parts, total
 
@@ -378,5 +384,5 @@ class PhaseModel:
         return self.job.nsamples * one, sequences * one, shards
 
 
-def _sum(parts: Iterable[Part]) -> float:
+def _sum(parts: Iterable[PhasePart]) -> float:
     return sum(part.seconds for part in parts)

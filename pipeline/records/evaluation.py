@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pipeline.records.schemas import EVALUATION_SCHEMA
 from storage.files.commit import read_json, replace_json
 from storage.run.directory import RunDirectory
-
-EVALUATION_SCHEMA = 1
 
 
 def write_evaluation(

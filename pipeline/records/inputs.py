@@ -6,14 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.records.schemas import ACTIVATIONS_SCHEMA, CHOICES_SCHEMA
 from pipeline.records.times import PhaseTimes
 from storage.errors import CorruptFileError
 from storage.files.commit import publish_json, read_json, replace_json
 from storage.files.hashing import StoredFile
 from storage.run.directory import RunDirectory
-
-ACTIVATIONS_SCHEMA = 1
-CHOICES_SCHEMA = 1
 
 
 def read_inputs(record: Path) -> list[StoredFile]:

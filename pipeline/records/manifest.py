@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.config.prune import PruneConfig
 from pipeline.models.skeleton import Skeleton
+from pipeline.records.schemas import MANIFEST_SCHEMA
 from pipeline.text.documents import is_local
 from pipeline.version import VERSION
 from storage.errors import CorruptFileError, DataError, RunDirectoryError
@@ -18,7 +19,6 @@ from storage.output.weight_files import hash_side_files
 from storage.run.directory import RunDirectory, differences
 from storage.run.lock import RunLock
 
-MANIFEST_SCHEMA = 1
 # Raised whenever a change gives other bytes for the same job: a half-done job must not mix both.
 SOLVER_VERSION = 5
 # What a manifest must hold.

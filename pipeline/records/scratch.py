@@ -8,16 +8,14 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.records.inputs import ACTIVATIONS_SCHEMA, read_inputs
+from pipeline.records.inputs import read_inputs
+from pipeline.records.schemas import ACTIVATIONS_SCHEMA, SCRATCH_SCHEMA
 from storage.errors import InputError
 from storage.files.commit import read_json, replace_json
 from storage.run.directory import RunDirectory
 
-SCRATCH_SCHEMA = 1
-
 FOLDER_PREFIX = "prox24-run-"
-
-_TOKEN_BYTES = 8
+TOKEN_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,9 @@ def scratch_folder(
     """
     if scratch_dir is None:
         return None
-    token = _token(run)
+    token = read_token(run)
     if token is None:
-        token = secrets.token_hex(_TOKEN_BYTES)
+        token = secrets.token_hex(TOKEN_BYTES)
         payload = {"schema_version": SCRATCH_SCHEMA, "token": token}
         replace_json(run.scratch(), payload, guard=guard)
     return os.path.join(scratch_dir, f"{FOLDER_PREFIX}{token}")
@@ -80,7 +78,8 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _token(run: RunDirectory) -> str | None:
+def read_token(run: RunDirectory) -> str | None:
+    """What tells the job's folders on scratch from others'; None where it has none."""
     with contextlib.suppress(InputError):
         token = read_json(run.scratch(), SCRATCH_SCHEMA).get("token")
         if isinstance(token, str) and token.isalnum():

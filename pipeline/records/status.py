@@ -15,16 +15,18 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
+from pipeline.records.schemas import MANIFEST_SCHEMA, SUMMARY_SCHEMA
 from storage.errors import CorruptFileError, RunDirectoryError
 from storage.files.checked_json import is_count
 from storage.files.commit import read_json
-from storage.run.directory import RunDirectory
+from storage.run.directory import BLOCK_SCHEMA, RunDirectory
 from storage.run.lock import Owner, is_alive, read_owner
 from storage.run.status_file import STATUS_NAME, STATUS_SCHEMA
 
 # A heartbeat of another host that is older than this may be a dead owner's (see `RunLock`).
 STALE_SECONDS = 30.0
-_SCHEMA = 1  # of run.json, block records and the summary, and of what `read_status` returns
+STATUS_OUTPUT_SCHEMA = 1
+"""Of what `read_status` returns."""
 _AVERAGED_BLOCKS = 8
 _LONGEST_TEXT = 500
 
@@ -65,13 +67,13 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     problems: list[str] = []
     owner = _owner(run, problems)
     said = _said(run, problems)
-    manifest = _record(run, run.manifest, problems)
+    manifest = _record(run, run.manifest, problems, MANIFEST_SCHEMA)
     blocks, total, finished = _blocks(run, manifest, said, problems)
     state = _state(owner, said, finished)
     current = said if owner is None or said.get("nonce") == owner["nonce"] else {}
     going = owner is not None
     return {
-        "schema_version": _SCHEMA,
+        "schema_version": STATUS_OUTPUT_SCHEMA,
         "run_directory": str(run.path),
         "state": state,
         "job": _job(manifest, said),
@@ -88,9 +90,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     }
 
 
-def _record(
-    run: RunDirectory, path: Path, problems: list[str], schema: int = _SCHEMA
-) -> dict[str, Any]:
+def _record(run: RunDirectory, path: Path, problems: list[str], schema: int) -> dict[str, Any]:
     """A record, or an empty one where the file is missing; a damaged one is also a problem."""
     if not os.path.lexists(path):
         return {}
@@ -150,11 +150,11 @@ def _blocks(
     blocks = []
     committed = run.committed_blocks()
     for block in committed:
-        record = _record(run, run.record(block), problems)
+        record = _record(run, run.record(block), problems, BLOCK_SCHEMA)
         results, layers = _mapping(record.get("results")), _mapping(record.get("layers"))
         blocks.append(_figures(block, record, results.get("seconds"), _error(layers)))
     total = next((n for n in (manifest.get("blocks"), said.get("blocks")) if is_count(n)), None)
-    summary = _record(run, run.report() / "summary.json", problems)
+    summary = _record(run, run.report() / "summary.json", problems, SUMMARY_SCHEMA)
     reported = summary.get("blocks")
     # The summary comes before the output, the records go after it.
     finished = isinstance(reported, list) and not committed and bool(manifest)

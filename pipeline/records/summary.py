@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pipeline.records.block import block_error
-from pipeline.records.inputs import ACTIVATIONS_SCHEMA
+from pipeline.records.schemas import ACTIVATIONS_SCHEMA, SUMMARY_SCHEMA
 from pipeline.records.times import Work, by_worker, sum_counts, timeline
 from pipeline.runtime.stopwatch import peak_memory
 from storage.errors import CorruptFileError
@@ -14,7 +14,6 @@ from storage.files.commit import read_json, replace_json
 from storage.run.checkpoints import BlockRecord
 from storage.run.directory import RunDirectory
 
-SUMMARY_SCHEMA = 1
 # Kinds of work that the summary names; the rest of the wall time is "other".
 KINDS = ("forward", "hessian", "reduce", "choose", "solve", "io", "load")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.reporting.run_summary import RunFigures, Scalar, read_figures
+from pipeline.reporting.run_summary import RunSummary, Scalar, read_figures
 from pipeline.reporting.tables import Column, Table
 from storage.errors import ConfigError
 
@@ -30,7 +30,7 @@ _STATISTIC_NOTE = (
 _WORLD_NOTE = "Times of runs on different numbers of workers or machines compare with care."
 
 
-def read_runs(paths: Sequence[Path]) -> list[RunFigures]:
+def read_runs(paths: Sequence[Path]) -> list[RunSummary]:
     """The figures of each run directory or OUTPUT, named by what tells them apart.
 
     Raises `ConfigError` where one is given twice; else as `read_figures`.
@@ -44,7 +44,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunFigures]:
     return [read_figures(path, name) for path, name in zip(paths, names, strict=True)]
 
 
-def comparison(runs: Sequence[RunFigures]) -> Table:
+def comparison(runs: Sequence[RunSummary]) -> Table:
     """The table of `runs`, a row each."""
     columns = [*_settings(runs), *_model(runs)]
     columns += _by_kind(runs, "relative_error", ERRORS, ".3f")
@@ -58,7 +58,7 @@ def comparison(runs: Sequence[RunFigures]) -> Table:
     return Table(tuple(run.name for run in runs), tuple(columns), tuple(notes))
 
 
-def _settings(runs: Sequence[RunFigures]) -> list[Column]:
+def _settings(runs: Sequence[RunSummary]) -> list[Column]:
     """The settings that are not the same in all runs; one that a run does not have is None."""
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     columns = []
@@ -69,7 +69,7 @@ def _settings(runs: Sequence[RunFigures]) -> list[Column]:
     return columns
 
 
-def _model(runs: Sequence[RunFigures]) -> list[Column]:
+def _model(runs: Sequence[RunSummary]) -> list[Column]:
     """How well the pruned models predict text, where they were evaluated."""
     evaluated = [run.evaluation or {} for run in runs]
     against = [evaluation.get("against_dense") or {} for evaluation in evaluated]
@@ -81,7 +81,7 @@ def _model(runs: Sequence[RunFigures]) -> list[Column]:
     return columns
 
 
-def _by_kind(runs: Sequence[RunFigures], what: str, part: str, form: str) -> list[Column]:
+def _by_kind(runs: Sequence[RunSummary], what: str, part: str, form: str) -> list[Column]:
     """A figure of all layers, and of each kind that a run has."""
     kinds = list(dict.fromkeys(kind for run in runs for kind in run.kinds))
     columns = [Column(what, "all layers", part, tuple(getattr(r.whole, what) for r in runs), form)]
@@ -100,7 +100,7 @@ def _told_apart(kinds: Sequence[str]) -> bool:
     return len({kind.rsplit(".", 1)[-1] for kind in kinds}) == len(kinds)
 
 
-def _costs(runs: Sequence[RunFigures]) -> list[Column]:
+def _costs(runs: Sequence[RunSummary]) -> list[Column]:
     columns = [Column("seconds", "seconds", COSTS, tuple(run.wall for run in runs), ".1f")]
     for kind in dict.fromkeys(kind for run in runs for kind in run.seconds):
         values = tuple(run.seconds.get(kind) for run in runs)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.records.evaluation import read_evaluation
+from pipeline.records.schemas import MANIFEST_SCHEMA
 from pipeline.records.status import find_run_directory, read_status
 from pipeline.records.summary import read_summary
 from pipeline.solvers.types import percentage
@@ -18,7 +19,6 @@ from storage.run.directory import RunDirectory
 
 Scalar = str | int | float | bool | None
 
-_MANIFEST_SCHEMA = 1
 # What decides how a perplexity compares with others.
 _EVALUATION_SETTINGS = ("dataset", "revision", "seqlen", "nsamples", "dtype")
 
@@ -51,7 +51,7 @@ NO_LAYERS = KindError(0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
-class RunFigures:
+class RunSummary:
     """One finished job.
 
     settings: everything that decides its result, flat, the solver's defaults filled in; with those
@@ -79,7 +79,7 @@ class RunFigures:
         return sum(self.kinds.values(), NO_LAYERS)
 
 
-def read_figures(path: Path, name: str) -> RunFigures:
+def read_figures(path: Path, name: str) -> RunSummary:
     """The figures of the job whose run directory, or whose OUTPUT, is `path`.
 
     Raises `RunDirectoryError` where it is none, or its job has not finished, `CorruptFileError`
@@ -91,7 +91,7 @@ def read_figures(path: Path, name: str) -> RunFigures:
         raise RunDirectoryError(
             f"{run.path}: its job has not finished ({state}); run its command again to finish it"
         )
-    manifest, summary = read_json(run.manifest, _MANIFEST_SCHEMA), read_summary(run)
+    manifest, summary = read_json(run.manifest, MANIFEST_SCHEMA), read_summary(run)
     try:
         return _figures(run, name, manifest, summary)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -103,7 +103,7 @@ def read_figures(path: Path, name: str) -> RunFigures:
 
 def _figures(
     run: RunDirectory, name: str, manifest: dict[str, Any], summary: dict[str, Any]
-) -> RunFigures:
+) -> RunSummary:
     evaluation = read_evaluation(run)
     kinds: dict[str, KindError] = {}
     statistics: set[str] = set()
@@ -119,7 +119,7 @@ def _figures(
     settings |= {key: value for key, value in job.items() if key not in ("settings", "solver")}
     if evaluation is not None:
         settings["evaluation"] = {key: evaluation.get(key) for key in _EVALUATION_SETTINGS}
-    return RunFigures(
+    return RunSummary(
         name=name,
         settings=dict(_flat(settings)),
         evaluation=evaluation,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipeline.reporting.run_summary import RunFigures
+from pipeline.reporting.run_summary import RunSummary
 from pipeline.reporting.tables import Table
 from pipeline.sweep.grid import Point
 from pipeline.sweep.plots import Line, Panel
@@ -28,14 +28,14 @@ def with_dense(table: Table, dense: dict[str, Any]) -> Table:
 
 
 def panels(
-    points: Sequence[Point], figures: dict[str, RunFigures], dense: dict[str, Any]
+    points: Sequence[Point], figures: dict[str, RunSummary], dense: dict[str, Any]
 ) -> list[Panel]:
     """What is plotted: perplexity, divergence from the dense model, and error of the layers.
 
     Errors on other statistics than the full second moment do not compare, and are left out.
     """
 
-    def lines(of: Callable[[RunFigures], float | None]) -> tuple[Line, ...]:
+    def lines(of: Callable[[RunSummary], float | None]) -> tuple[Line, ...]:
         made = []
         for name in dict.fromkeys(point.line for point in points):
             own = [point for point in points if point.line == name]
@@ -43,10 +43,10 @@ def panels(
             made.append(Line(name, tuple(point.x for point in own), tuple(ys)))
         return tuple(made)
 
-    def evaluation(run: RunFigures) -> dict[str, Any]:
+    def evaluation(run: RunSummary) -> dict[str, Any]:
         return run.evaluation or {}
 
-    def error(run: RunFigures) -> float | None:
+    def error(run: RunSummary) -> float | None:
         return run.whole.relative_error if run.statistic == "full" else None
 
     found = [

@@ -40,7 +40,7 @@ from pipeline.records.evaluation import finite, read_evaluation, write_evaluatio
 from pipeline.records.manifest import data_identity, describe_job
 from pipeline.records.tokens import cut_tokens
 from pipeline.reporting.compare_runs import comparison
-from pipeline.reporting.run_summary import RunFigures, read_figures
+from pipeline.reporting.run_summary import RunSummary, read_figures
 from pipeline.reporting.tables import Table, write_table
 from pipeline.runtime.progress import Progress
 from pipeline.sweep.grid import Point
@@ -341,7 +341,7 @@ def _written(wanted: Sweep, lock: RunLock, *, plots: bool = False) -> tuple[Tabl
     return table, files
 
 
-def _require_one_model(runs: Sequence[RunFigures]) -> None:
+def _require_one_model(runs: Sequence[RunSummary]) -> None:
     """Raises `RunDirectoryError` where the source's weights changed between two runs."""
     for run in runs[1:]:
         changed = differences(runs[0].weight_files, run.weight_files)

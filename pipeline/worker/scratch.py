@@ -21,13 +21,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.records.scratch import (
-    _TOKEN_BYTES,
-    FOLDER_PREFIX,
-    SCRATCH_SCHEMA,
-    FreeScratch,
-    _token,
-)
+from pipeline.records.schemas import SCRATCH_SCHEMA
+from pipeline.records.scratch import FOLDER_PREFIX, TOKEN_BYTES, FreeScratch, read_token
 from storage.errors import InputError, ResourceError
 from storage.files.commit import make_directory, read_json, replace_json
 from storage.files.damage import damage
@@ -54,7 +49,7 @@ class Scratch:
             _sweep_others(path)
             self._place = path / _PLACE
             if not self._place.exists():
-                place = {"place": secrets.token_hex(_TOKEN_BYTES), "run_directory": str(run.path)}
+                place = {"place": secrets.token_hex(TOKEN_BYTES), "run_directory": str(run.path)}
                 replace_json(self._place, {"schema_version": SCRATCH_SCHEMA, **place})
         except OSError as error:
             raise ResourceError(
@@ -109,5 +104,5 @@ def _sweep_others(own: Path) -> None:
             run = RunDirectory(Path(str(read_json(path / _PLACE, SCRATCH_SCHEMA)["run_directory"])))
         except (InputError, KeyError):
             continue  # another job's that is just being made, or none of ours
-        if path.name != f"{FOLDER_PREFIX}{_token(run)}":
+        if path.name != f"{FOLDER_PREFIX}{read_token(run)}":
             shutil.rmtree(path, ignore_errors=True)

@@ -27,8 +27,7 @@ from storage.model.safetensors_format import (
     tensor_bytes,
     torch_dtype,
 )
-
-BLOCK_SCHEMA = 1
+from storage.run.directory import BLOCK_SCHEMA
 
 
 class RowSlice(NamedTuple):

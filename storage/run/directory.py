@@ -34,6 +34,7 @@ from storage.files.commit import fsync_directory, is_temporary, open_own
 
 logger = logging.getLogger(__name__)
 
+BLOCK_SCHEMA = 1  # of a block's record
 RECORD_NAME = "record.json"
 SCRATCH_PREFIX = "prox24-scratch-"
 """Begins the names of folders for one owner's use, which the next one deletes."""

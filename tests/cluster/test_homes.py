@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cluster.dispatch.placement import NodeRoom, Placement, pack
 from cluster.dispatch.scratch_nodes import Home, at_home, bundles_at_home, spread
-from pipeline.records.inputs import ACTIVATIONS_SCHEMA
+from pipeline.records.schemas import ACTIVATIONS_SCHEMA
 from pipeline.records.scratch import written_by
 from storage.files.commit import replace_json
 from storage.run.directory import RunDirectory

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 import ray
@@ -15,13 +16,12 @@ import ray
 from actors.logs import open_log
 from actors.metrics import Meter
 from actors.network import choose_endpoint, own_interfaces, use_interface
-from pipeline.loop.rank import Call
-from pipeline.messages import Job, Outcome
-from pipeline.preflight.shared_folders import complaints
-from pipeline.runtime.stopwatch import reset_peaks
-from pipeline.statistics.all_reduce import Collective, host_meeting
-from pipeline.worker.block_worker import BlockWorker
-from storage.run.shared_folders import Marked
+
+# Workers are started before the driver has imported torch: what needs it is imported in methods.
+if TYPE_CHECKING:
+    from pipeline.loop.rank import Call
+    from pipeline.messages import Job, Outcome
+    from storage.run.shared_folders import Marked
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +47,19 @@ class Whereabouts:
 class RankActor:
     """Holds a `BlockWorker` and its place in the collective. The driver makes it a Ray actor."""
 
-    def __init__(self, job: Job, rank: int, world: int) -> None:
-        self.job, self.rank, self.world = job, rank, world
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
         self._store: Any = None
         self._log = open_log(rank)
+
+    def warm_up(self) -> None:
+        """Imports what a rank computes with, which takes seconds: meanwhile the driver does what
+        must be done before there is a job."""
+        importlib.import_module("pipeline.worker.block_worker")
+
+    def assign(self, job: Job) -> None:
+        """Gives the rank its job, before anything else is asked of it."""
+        self.job = job
         self._meter = Meter(Path(job.run_directory).name)
 
     def where(self) -> Whereabouts:
@@ -68,6 +77,8 @@ class RankActor:
 
     def look(self, marks: tuple[Marked, ...]) -> list[str]:
         """What this node does not see as the driver does."""
+        from pipeline.preflight.shared_folders import complaints
+
         return complaints(self.job, marks, self.rank)
 
     def build(self) -> str:
@@ -75,11 +86,15 @@ class RankActor:
 
         Apart from the constructor, whose errors Ray reports as a dead actor.
         """
+        from pipeline.worker.block_worker import BlockWorker
+
         self.worker = BlockWorker(self.job, self.rank, self.world)
         return self.worker.device.type
 
     def host(self) -> tuple[str, int]:
         """Rank 0 only: opens a meeting point on a fresh port; returns its address."""
+        from pipeline.statistics.all_reduce import host_meeting
+
         self._store = host_meeting(self._endpoint.address)
         return self._endpoint.address, self._store.port
 
@@ -88,6 +103,8 @@ class RankActor:
 
         Again after a peer was lost: what the abandoned attempt left in this rank is dropped.
         """
+        from pipeline.statistics.all_reduce import Collective
+
         if self.worker.collective is not None:
             self.worker.collective.close()
             self.worker.collective = None
@@ -105,6 +122,8 @@ class RankActor:
 
     def perform(self, phase: Call[T]) -> Outcome[T]:
         """Runs one phase of the rank; its peaks of memory are the phase's own."""
+        from pipeline.runtime.stopwatch import reset_peaks
+
         with self._log.during(phase.phase, phase.arguments):
             logger.info("begins")
             reset_peaks(self.worker.device)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeline.config.layers import LayerRules
-from pipeline.models.forward_capture import LayerGroup
 from storage.files.hashing import StoredFile
 from storage.run.shared_folders import SharedFolder
+
+if TYPE_CHECKING:
+    from pipeline.models.forward_capture import LayerGroup
 
 T = TypeVar("T")
 

@@ -12,7 +12,6 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from pipeline.runtime.out_of_memory import remedy
 from storage.errors import Prox24Error, ResourceError, WorkerLostError, WorkerMemoryError
 
 # Ray's own words on a death: why the process ended, in the line that says so.
@@ -34,6 +33,9 @@ def translate(error: Exception, phase: str, worker: str) -> Exception:
     `WorkerLostError` with the cause. A node that cannot import prox24 or what it needs is a
     `ResourceError`: that would only come again.
     """
+    # It imports torch, which the driver has imported when a phase can fail.
+    from pipeline.runtime.out_of_memory import remedy
+
     if isinstance(error, OutOfMemoryError):
         found = _NODE_MEMORY.search(str(error))
         of_node = f" ({found[1]} of its node's memory)" if found else ""

@@ -48,9 +48,10 @@ class _NodeLost(Exception):
 
 @dataclass
 class _Rank:
-    """One rank's actor, and what is known of its process."""
+    """One rank's actor, and what is known of its process. `fresh`: it has no job yet."""
 
     actor: Any
+    fresh: bool = True
     where: Whereabouts | None = None
     device: str = ""
     joined: bool = False
@@ -94,11 +95,28 @@ class RayExecutor:
         """Number of ranks; another one after `recover` where a node was lost for good."""
         return self.placement.workers
 
+    def place(self) -> None:
+        """Places the actors before there is a job: they import torch while the driver reads.
+
+        Not where ranks go back to nodes that only the job's run directory names. Raises
+        `ResourceError` where the cluster makes no room.
+        """
+        self._ranks = [None] * self.world
+        self._reserved = reserve(self.placement, self._config.placement_timeout, self._note)
+        for rank in range(self.world):
+            self._ranks[rank] = _Rank(self._place(rank))
+            self._actor(rank).warm_up.remote()
+
     def start(self, job: Job) -> None:
-        """Places the actors, builds their ranks, and joins them in a collective."""
-        self._stop_actors()
+        """Places the actors, if that is not done, builds their ranks, and joins them."""
         self._job, self._homes = job, list(job.homes)
-        self._restart()
+        if not all(rank is not None and rank.fresh for rank in self._ranks) or not self._ranks:
+            self._restart()
+            return
+        try:
+            self._fill()
+        except _NodeLost:
+            self._restart()
 
     def run(self, calls: Sequence[Call[T]]) -> list[Outcome[T]]:
         """One phase on all ranks at once."""
@@ -198,8 +216,12 @@ class RayExecutor:
         # does one whose joining failed: torch counts groups in each process, and they must agree.
         missing = [rank for rank, r in enumerate(self._ranks) if r is None or not r.joined]
         for rank in missing:
-            self._drop(rank)
-            self._ranks[rank] = _Rank(self._place(rank))
+            found = self._ranks[rank]
+            if found is None or not found.fresh:
+                self._drop(rank)
+                self._ranks[rank] = _Rank(self._place(rank))
+            self._known(rank).fresh = False
+            self._actor(rank).assign.remote(self._job)
         built = self._look(missing)
         for rank, device in self._collect(built, "start", timeout, watch=True).items():
             self._known(rank).device = device
@@ -243,7 +265,7 @@ class RayExecutor:
                 placement_group_bundle_index=self._held().bundles[rank],
             ),
         }
-        return ray.remote(RankActor).options(**options).remote(self._job, rank, self.world)
+        return ray.remote(RankActor).options(**options).remote(rank, self.world)
 
     def _known(self, rank: int) -> _Rank:
         found = self._ranks[rank]

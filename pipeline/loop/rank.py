@@ -8,23 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
-from pipeline.messages import (
-    Advanced,
-    Likelihood,
-    Observed,
-    Reference,
-    SequenceDistance,
-    SolvedSlices,
-    Target,
-)
-from pipeline.models.forward_capture import LayerGroup
-from pipeline.records.scratch import FreeScratch
-from pipeline.runtime.device import FreeMemory
-from storage.files.hashing import StoredFile
-from storage.model.files import WeightFileFingerprint
-from storage.run.checkpoints import BlockRecord
+# Types only: executors start workers before the driver has imported torch.
+if TYPE_CHECKING:
+    from pipeline.messages import (
+        Advanced,
+        Likelihood,
+        Observed,
+        Reference,
+        SequenceDistance,
+        SolvedSlices,
+        Target,
+    )
+    from pipeline.models.forward_capture import LayerGroup
+    from pipeline.records.scratch import FreeScratch
+    from pipeline.runtime.device import FreeMemory
+    from storage.files.hashing import StoredFile
+    from storage.model.files import WeightFileFingerprint
+    from storage.run.checkpoints import BlockRecord
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from storage.errors import CorruptFileError, ModelError, OutputError
 from storage.files.commit import sha256_file
 from storage.model.files import INDEX_FILE, ModelFiles
+from storage.output import weight_files as output_module
 from storage.output.weight_files import (
     copy_side_files,
     publish_output,
     recover_output,
     write_weight_file,
 )
-from storage.output import weight_files as output_module
 
 UNTOUCHED: Callable[[str], Iterable[torch.Tensor] | None] = lambda name: None  # noqa: E731
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.statistics.accumulate import Accumulator, Sums, add_in_rank_order
 from pipeline.statistics import all_reduce as collective
+from pipeline.statistics.accumulate import Accumulator, Sums, add_in_rank_order
 from pipeline.statistics.all_reduce import Collective, host_meeting
 from storage.errors import WorkerLostError
 from tests.support.processes import CONTEXT

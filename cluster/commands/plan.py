@@ -12,8 +12,8 @@ from rich.table import Table
 
 from cluster.source import config_source
 from cluster.terminal import as_text
-from pipeline.planning.plan import Plan, scaling, size_text
-from pipeline.runtime.units import duration
+from pipeline.planning.plan import Plan, scaling
+from pipeline.runtime.units import duration, size_text
 
 if TYPE_CHECKING:
     from pipeline.planning.options import PlanConfig
@@ -41,7 +41,7 @@ def plan_command(model: str, config: PlanConfig) -> int:
             folder=Path.cwd(),
         )
         save_rates(measured, Path(config.rates))
-        rates = worker_rates(config, config.workers or 1)
+        rates = worker_rates(config)
     plan = Plan(planned_job(shape, config, rates))
     if config.json:
         print(json.dumps(plan_to_json(plan)))

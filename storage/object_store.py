@@ -28,9 +28,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-import pyarrow as pa
-import pyarrow.fs
-
 from storage.errors import ConfigError, ResourceError, first_line
 from storage.files.hashing import HashingStream
 
@@ -128,14 +125,13 @@ class ObjectFolder:
 
     def files(self) -> dict[str, int]:
         """Name, relative to the folder, → size of all objects in it; empty if there are none."""
+        import pyarrow.fs  # in functions: telling a URI from a path needs no pyarrow
+
         selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True, recursive=True)
         with reaching(self):
             found = self._filesystem().get_file_info(selector)
-        return {
-            info.path.removeprefix(f"{self.path}/"): int(info.size)
-            for info in found
-            if info.type == pyarrow.fs.FileType.File
-        }
+        start = f"{self.path}/"
+        return {info.path.removeprefix(start): int(info.size) for info in found if info.is_file}
 
     def state(self, name: str) -> tuple[str, ...] | None:
         """What changes when an object is replaced: its size, ETag and time; None for no object."""
@@ -148,7 +144,7 @@ class ObjectFolder:
         """Whether there is an object of that name."""
         with reaching(self / name):
             info = self._filesystem().get_file_info(f"{self.path}/{name}")
-        return bool(info.type == pyarrow.fs.FileType.File)
+        return bool(info.is_file)
 
     def open(self, name: str, *, ahead: bool = False) -> ObjectFile:
         """An object, open for reading; ResourceError if it is not there.
@@ -246,6 +242,8 @@ def location(where: Place) -> str:
 @contextlib.contextmanager
 def reaching(what: ObjectFolder) -> Iterator[None]:
     """Say in one line which object the store did not give, or did not take."""
+    import pyarrow as pa
+
     try:
         yield
     except (OSError, pa.ArrowException) as error:
@@ -280,6 +278,8 @@ def _require_google_credentials(bucket: str) -> None:
 def _filesystem(
     scheme: str, bucket: str, options: tuple[tuple[str, str], ...], environment: str
 ) -> Any:
+    import pyarrow.fs
+
     given = dict(options)
     address = given.get("endpoint_override", environment)
     protocol, _, host = address.rpartition("://")
@@ -345,6 +345,8 @@ class ObjectFile:
 
     def readinto(self, view: memoryview) -> int:
         """Fill `view`, unless the object ends; returns how many bytes were read."""
+        import pyarrow as pa
+
         begin, stop = self._position, min(self._position + len(view), self.size)
         while self._position < stop:
             self._request(self.size if self._ahead else stop)

@@ -43,12 +43,18 @@ class Parser(argparse.ArgumentParser):
 
 def add_options(parser: argparse.ArgumentParser, config: type[Any]) -> None:
     """Adds an option to `parser` for every field of the dataclass that is declared as one."""
+    for name, argument in option_arguments(config).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **argument)
+
+
+def option_arguments(config: type[Any]) -> dict[str, dict[str, Any]]:
+    """Field → what `add_argument` is given for it, of the fields that are declared as options."""
     hints = get_type_hints(config)
-    for field in dataclasses.fields(config):
-        declared = declaration(field)
-        if declared is not None:
-            names = f"--{field.name.replace('_', '-')}"
-            parser.add_argument(names, **_argument(field, declared, hints[field.name]))
+    return {
+        field.name: _argument(field, declared, hints[field.name])
+        for field in dataclasses.fields(config)
+        if (declared := declaration(field)) is not None
+    }
 
 
 def _argument(

@@ -10,10 +10,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cluster.command_line import COMMANDS, command_named
-from cluster.options import option_arguments
-from pipeline.config.fields import Declaration, declaration
-from pipeline.config.methods import METHODS, method_facts
+from cluster.command_line import COMMANDS, command_named  # noqa: E402
+from cluster.options import option_arguments  # noqa: E402
+from pipeline.config.fields import Declaration, declaration  # noqa: E402
+from pipeline.config.methods import METHODS, method_facts  # noqa: E402
 
 HEAD = """\
 <!-- Written by docs/make_options.py (`make docs`) from the config classes. Do not edit. -->

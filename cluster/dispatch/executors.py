@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from cluster.console import Console
@@ -29,6 +32,39 @@ def make_executor(config: RuntimeConfig, console: Console) -> Callable[[], Execu
         return RayExecutor(config, console.note)
 
     return make
+
+
+@contextlib.contextmanager
+def started_early(
+    config: RuntimeConfig, console: Console, *, module: str, place: bool = True
+) -> Iterator[Callable[[], Executor]]:
+    """`make_executor`, but on Ray its workers are placed now, if `place`.
+
+    They import torch while this process does: `module`, which needs it, is imported meanwhile, and
+    what must be done before there is a job (the text is read) takes no time of its own. An executor
+    that nobody asked for, because the job was refused, is closed.
+    """
+    if config.executor != "ray" or not place:
+        yield make_executor(config, console)
+        return
+    from cluster.dispatch.ray_executor import RayExecutor
+
+    # A daemon: a refusal need not wait for it.
+    threading.Thread(target=importlib.import_module, args=(module,), daemon=True).start()
+    executor = RayExecutor(config, console.note)
+    taken = False
+
+    def take() -> Executor:
+        nonlocal taken
+        taken = True
+        return executor
+
+    try:
+        executor.place()
+        yield take
+    finally:
+        if not taken:
+            executor.close()
 
 
 def seen_by_prometheus(console: Console, config: RuntimeConfig, run: str) -> Progress:

@@ -196,6 +196,8 @@ def _judge(
         return None, "is a table inside a block, which prox24 cannot prune"
     if name in use.others and name not in use.products:
         return ELEMENTWISE, ""
+    if name in use.products and parameter.dim() == 2:
+        return None, "is multiplied as a matrix, but by no linear layer; prox24 cannot prune it"
     if parameter.dim() >= 3:
         return None, (
             "has three dimensions (a stack of experts, or of other matrices) and is computed in a "

@@ -9,7 +9,13 @@ from torch import nn
 from pipeline.config.layers import Choice, LayerRules
 from pipeline.config.prune import PruneConfig
 from pipeline.config.solver import SolverSettings
-from pipeline.models.linears import linear_layers, unsupported_parameters, unsupported_reason
+from pipeline.models.linears import (
+    dense_weights,
+    is_linear,
+    linear_layers,
+    unsupported_parameters,
+    unsupported_reason,
+)
 from pipeline.models.skeleton import Skeleton, check_seqlen
 from pipeline.solvers.registry import solver_for
 from storage.errors import ModelError
@@ -17,10 +23,12 @@ from storage.errors import ModelError
 
 @dataclass(frozen=True)
 class Selection:
-    """A model's layers: how many are pruned, and those that stay dense, name -> why."""
+    """A model's layers. pruned: how many; skipped: those that the options leave dense, name -> why;
+    dense: what else of the blocks is never pruned and has two or more dimensions, name -> why."""
 
     pruned: int
     skipped: dict[str, str]
+    dense: dict[str, str]
 
 
 def choices_of(skeleton: Skeleton, block: int, rules: LayerRules) -> dict[str, Choice]:
@@ -59,7 +67,9 @@ def layers_to_prune(
 def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
     """Checks every block. Raises `ModelError` where a weight would stay dense unseen, and
     `ConfigError` where an option names nothing."""
-    pruned, skipped = 0, {}
+    _check_shared(skeleton)
+    _check_other_lists(skeleton)
+    pruned, skipped, dense = 0, {}, {}
     for block, module in enumerate(skeleton.blocks):
         prefix = skeleton.block_prefix(block)
         for path, child in module.named_modules():
@@ -75,6 +85,7 @@ def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
                 f"{prefix}{unsupported_reason(module, hidden)}; "
                 f"{type(skeleton.model).__name__} is not supported"
             )
+        dense |= {prefix + name: why for name, why in dense_weights(module).items()}
         for name, choice in choices_of(skeleton, block, rules).items():
             if choice.reason is None:
                 pruned += 1
@@ -83,7 +94,39 @@ def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
     check_rules(skeleton, rules)
     if not pruned:
         raise ModelError(f"{skeleton.files.place}: no layer is left to prune")
-    return Selection(pruned, skipped)
+    return Selection(pruned, skipped, dense)
+
+
+def _check_shared(skeleton: Skeleton) -> None:
+    """Raises `ModelError` where two blocks have a matrix in common (Zamba): pruned for one of them,
+    it would not be right for the other."""
+    owners: dict[int, tuple[int, str]] = {}
+    for block, module in enumerate(skeleton.blocks):
+        for name, parameter in module.named_parameters():
+            first, _ = owners.setdefault(id(parameter), (block, name))
+            if first != block and parameter.dim() >= 2:
+                raise ModelError(
+                    f"blocks {first} and {block} of {type(skeleton.model).__name__} share their "
+                    f"weights ({name}), which prox24 would prune for one of them alone; this "
+                    "architecture is not supported"
+                )
+
+
+def _check_other_lists(skeleton: Skeleton) -> None:
+    """Raises `ModelError` where a block's layers lie in several lists (XLM: attention and MLPs):
+    those in the others would stay dense unseen."""
+    count, path = len(skeleton.blocks), skeleton.blocks_path
+    outer = path.rpartition(".")[0]
+    owner = skeleton.model.get_submodule(outer)
+    for name, module in owner.named_children():
+        full = f"{outer}.{name}".lstrip(".")
+        if full == path or not isinstance(module, nn.ModuleList) or len(module) != count > 1:
+            continue
+        if all(any(is_linear(part) for part in entry.modules()) for entry in module):
+            raise ModelError(
+                f"{full} holds linear layers of each block beside {path}; prox24 prunes blocks that "
+                f"are one module each; {type(skeleton.model).__name__} is not supported"
+            )
 
 
 def check_rules(skeleton: Skeleton, rules: LayerRules) -> None:

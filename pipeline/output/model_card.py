@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from pipeline.config.methods import METHODS
+from pipeline.output.dense_weights import dense_in_words
 from pipeline.solvers.registry import solver_class
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -55,6 +56,7 @@ def model_card(
     settings: Mapping[str, Any],
     results: Sequence[Mapping[str, Any]],
     perplexity: Mapping[str, Any] | None,
+    dense: Mapping[str, str],
     license: str | None,
 ) -> str:
     """The card as Markdown with the front matter that the Hugging Face hub reads.
@@ -62,7 +64,8 @@ def model_card(
     source_name: hub id or folder name of the dense model. settings: the options by name (those of
     `prune`, solver defaults filled in). results: one entry per pruned layer with `name`, `block`,
     `layer`, `shape` and the fields of its `SolveReport`. perplexity: what `evaluate` returns, with
-    `dense` added if the dense model was measured too; None if it was not measured. license: as in
+    `dense` added if the dense model was measured too; None if it was not measured. dense: weights of the
+    blocks that are never pruned, name -> why. license: as in
     the source's card, None if that names none.
     """
     parts = [
@@ -70,6 +73,7 @@ def model_card(
         _introduction(source_name, settings, results),
         _settings_table(settings),
         _error_tables(results),
+        _left_dense(dense),
         _perplexity(perplexity),
         _LOADING,
     ]
@@ -191,6 +195,14 @@ def _deviations(results: Sequence[Mapping[str, Any]]) -> str:
         return ""
     lines = [f"- {_escape(what)} ({count} layers)" for what, count in sorted(layers.items())]
     return "Done other than asked:\n\n" + "\n".join(lines)
+
+
+def _left_dense(dense: Mapping[str, str]) -> str:
+    """What of the blocks is never pruned besides vectors, and why; empty where there is nothing."""
+    if not dense:
+        return ""
+    lines = [f"- {_code(names)}: {_escape(reason)}" for reason, names in dense_in_words(dense)]
+    return "## Left dense\n\nBesides embeddings, head, norms and biases:\n\n" + "\n".join(lines)
 
 
 def _perplexity(measured: Mapping[str, Any] | None) -> str:

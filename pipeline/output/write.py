@@ -99,6 +99,7 @@ def describe_output(
     skeleton: Skeleton,
     config: PruneConfig,
     skipped: Mapping[str, str],
+    dense: Mapping[str, str],
     source_name: str,
     records: Sequence[BlockRecord],
     weight_files: Sequence[StoredFile],
@@ -106,7 +107,8 @@ def describe_output(
 ) -> tuple[str, str]:
     """The output's model card, and its `prox24.json`, as texts.
 
-    skipped: layers that stay dense, name -> why. records: of the blocks that the weight files were
+    skipped: layers that the options leave dense, name -> why; dense: what else of two or more
+    dimensions the blocks have that is never pruned. records: of the blocks that the weight files were
     made from. perplexity: the finished model's, or None if it was not measured.
     """
     layers = layer_results(records, skeleton.blocks_path)
@@ -120,6 +122,7 @@ def describe_output(
         "layers": layers,
         "skipped_layers": list(skipped),
         "skipped_because": dict(skipped),
+        "dense_weights": dict(dense),
         "few_tokens": few_tokens(layers, config.expert_tokens),
         "perplexity": perplexity,
         "weight_files": [file.to_json() for file in weight_files],
@@ -134,6 +137,7 @@ def describe_output(
         settings=card_settings(job),
         results=layers,
         perplexity=perplexity,
+        dense=dense,
         license=source_license(skeleton.files.folder),
     )
     return card, json.dumps(results, indent=1) + "\n"

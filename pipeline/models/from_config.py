@@ -8,6 +8,7 @@ where nothing takes memory, before it is built with the buffers that its constru
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,20 @@ MAX_COUNT_ALONE = 10_000
 """Of layers, heads or experts that a config.json may state without weight files to show them."""
 
 _LONGEST_REASON = 300
+# What configs call the longest input; where a class has several, the first counts.
+_LONGEST_NAMES = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "max_target_positions",
+    "model_max_length",
+    "n_ctx",
+    "seq_length",
+    "seq_len",
+    "context_length",
+)
 # Numbers of modules, or of entries in a list that a config class makes.
 _COUNTS = re.compile(r"((num|n|max)_)?(\w+_)?(layers?|blocks?|heads?|experts?|labels)")
 _IMPLEMENTATION = re.compile(r"\w*")
@@ -117,6 +132,30 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
 
 def _shown(number: int) -> str:
     return str(number) if number < 2**63 else "beyond all measure"
+
+
+def longest_input(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model's config allows at most; None where it sets no limit.
+
+    A limit goes by several names. A name counts where the config's class has it: what else is in
+    config.json, the class does not know and the model does not keep to (BLOOM's `seq_length`).
+    """
+    text = config.get_text_config()
+    for name in _LONGEST_NAMES:
+        value = getattr(text, name, None)
+        if type(value) is int and value > 0 and _declares(type(text), name):
+            return value
+    return None
+
+
+def _declares(kind: type, name: str) -> bool:
+    """Whether a config class has an attribute `name`: as a field, a keyword or another's name."""
+    own = (vars(each) for each in kind.__mro__)
+    return (
+        name in getattr(kind, "attribute_map", {})
+        or any(name in each or name in each.get("__annotations__", ()) for each in own)
+        or name in inspect.signature(kind).parameters
+    )
 
 
 def build(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, trust: bool) -> Any:

@@ -17,6 +17,7 @@ from pipeline.models.linears import (
     unsupported_reason,
 )
 from pipeline.models.skeleton import Skeleton, check_seqlen
+from pipeline.models.text_forward import NOT_REACHED, text_forward
 from pipeline.solvers.registry import solver_for
 from storage.errors import ModelError
 
@@ -35,9 +36,11 @@ def choices_of(skeleton: Skeleton, block: int, rules: LayerRules) -> dict[str, C
     """Module path inside the block -> what is done with it, for every linear, in module order.
 
     Raises `ConfigError` for a width that the layer's pattern does not divide, unless such are
-    skipped.
+    skipped, and `ModelError` as `text_forward` does.
     """
     prefix, blocks = skeleton.block_prefix(block), len(skeleton.blocks)
+    if block not in text_forward(skeleton).reached:
+        return dict.fromkeys(linear_layers(skeleton.blocks[block]), Choice(None, NOT_REACHED))
     return {
         name: rules.choose(prefix + name, block, blocks, columns)
         for name, (_, columns) in linear_layers(skeleton.blocks[block]).items()
@@ -67,9 +70,9 @@ def layers_to_prune(
 def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
     """Checks every block. Raises `ModelError` where a weight would stay dense unseen, and
     `ConfigError` where an option names nothing."""
-    _check_shared(skeleton)
     _check_other_lists(skeleton)
     pruned, skipped, dense = 0, {}, {}
+    reached = text_forward(skeleton).reached
     for block, module in enumerate(skeleton.blocks):
         prefix = skeleton.block_prefix(block)
         for path, child in module.named_modules():
@@ -79,7 +82,7 @@ def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
                     "prunes experts that are stacked, as transformers 5 has them; "
                     f"{type(skeleton.model).__name__} is not supported"
                 )
-        hidden = unsupported_parameters(module)
+        hidden = unsupported_parameters(module) if block in reached else []
         if hidden:
             raise ModelError(
                 f"{prefix}{unsupported_reason(module, hidden)}; "
@@ -95,21 +98,6 @@ def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
     if not pruned:
         raise ModelError(f"{skeleton.files.place}: no layer is left to prune")
     return Selection(pruned, skipped, dense)
-
-
-def _check_shared(skeleton: Skeleton) -> None:
-    """Raises `ModelError` where two blocks have a matrix in common (Zamba): pruned for one of them,
-    it would not be right for the other."""
-    owners: dict[int, tuple[int, str]] = {}
-    for block, module in enumerate(skeleton.blocks):
-        for name, parameter in module.named_parameters():
-            first, _ = owners.setdefault(id(parameter), (block, name))
-            if first != block and parameter.dim() >= 2:
-                raise ModelError(
-                    f"blocks {first} and {block} of {type(skeleton.model).__name__} share their "
-                    f"weights ({name}), which prox24 would prune for one of them alone; this "
-                    "architecture is not supported"
-                )
 
 
 def _check_other_lists(skeleton: Skeleton) -> None:

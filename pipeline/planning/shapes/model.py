@@ -18,6 +18,7 @@ from pipeline.models.forward_capture import BlockCall, ModelEnds
 from pipeline.models.linears import linear_layers, unsupported_parameters, unsupported_reason
 from pipeline.models.selection import check_rules, settings_of
 from pipeline.models.skeleton import FORWARD_DTYPES, Skeleton
+from pipeline.models.text_forward import HollowSkeleton
 from pipeline.models.text_stack import ties_embeddings
 from pipeline.planning.shapes.experts import route_evenly, stub_others, with_others
 from pipeline.planning.shapes.profile import (
@@ -27,7 +28,7 @@ from pipeline.planning.shapes.profile import (
     on_meta,
     profile_forward,
 )
-from pipeline.planning.shapes.source import HollowSkeleton, open_source
+from pipeline.planning.shapes.source import open_source
 from pipeline.solvers.registry import solver_for
 from pipeline.worker.solve import parted
 from storage.errors import ModelError
@@ -83,7 +84,8 @@ class ModelShape:
     kinds: its different blocks; blocks: the kind of each block, in order. ends, head: elements of
     what is loaded to embed, and of the output embedding where it is another. files: bytes of the
     weight files. itemsize: bytes of a stored weight; dtype: of the forward, by name. seqlen: of the
-    profiles. unsupported: why it cannot be pruned, if so.
+    profiles. passed_by: blocks that a forward of text does not reach. unsupported: why it cannot be
+    pruned, if so.
     """
 
     name: str
@@ -97,6 +99,7 @@ class ModelShape:
     itemsize: int
     dtype: str
     seqlen: int
+    passed_by: tuple[int, ...] = ()
     unsupported: str | None = None
 
     @property
@@ -168,13 +171,13 @@ def shape_of(
     hidden_states = torch.empty((1, seqlen, hidden), dtype=skeleton.dtype, device=META)
     kinds: dict[tuple[object, ...], int] = {}
     shapes: list[BlockShape] = []
-    blocks = []
+    blocks, passed_by = [], []
     reason = None
     check_rules(hollow, rules)
     for index, (block, call) in enumerate(zip(hollow.blocks, calls, strict=True)):
         settings = settings_of(hollow, index, rules)
         sizes = tuple(p.shape for p in block.parameters())
-        key = (str(block), _signature(call), sizes, tuple(settings.items()))
+        key = (str(block), call.passed_by, _signature(call), sizes, tuple(settings.items()))
         if key not in kinds:
             kinds[key] = len(shapes)
             config = hollow.model.config.get_text_config()
@@ -184,6 +187,8 @@ def shape_of(
             shapes.append(kind)
             reason = reason or why
         blocks.append(kinds[key])
+        if call.passed_by:
+            passed_by.append(index)
     if not any(kind.groups for kind in shapes):
         raise ModelError(f"{name}: no layer is left to prune")
     shape = ModelShape(
@@ -198,6 +203,7 @@ def shape_of(
         itemsize=itemsize,
         dtype=str(skeleton.dtype).removeprefix("torch."),
         seqlen=seqlen,
+        passed_by=tuple(passed_by),
         unsupported=reason,
     )
     return shape if files else replace(shape, files=_assumed_files(shape))

@@ -48,11 +48,14 @@ _UNSET = {"head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2}
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 _SECTIONS = {"rope_parameters": _MROPE}
+_HALVED = {"rope_parameters": _MROPE | {"mrope_section": [1, 1, 0]}}
 _CONV = ["conv", "full_attention"] * 3
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA2 | {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 4},
     "cosmos3_edge": {"text_config": _SECTIONS},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}},
+    "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": _MAMBA2 | {"mamba_d_ssm": 64},
@@ -76,10 +79,27 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "olmo_hybrid": {"linear_num_value_heads": 4},
     "xglm": {"attention_heads": 4},
+    "glm4v": {"text_config": _SECTIONS},
+    "paddleocr_vl": {"text_config": _SECTIONS},
+    "qwen2_5_omni_thinker": {"text_config": _SECTIONS},
+    "qwen2_5_vl": {"text_config": _SECTIONS},
+    "qwen2_vl": {"text_config": _SECTIONS},
+    "ernie4_5_vl_moe": {"text_config": _SECTIONS},
+    "glm46v": {"text_config": _SECTIONS | {"model_type": "glm4v_text"}},
+    "glm4v_moe": {"text_config": _HALVED},
+    "glm_ocr": {"text_config": _HALVED},
+    "glmga": {"text_config": _SECTIONS | {"model_type": "glm4v_text"}},
     "zamba": {"use_mamba_kernels": False, "layers_block_type": ["mamba", "hybrid"] * 3},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 3, "n_mamba_heads": 8},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
+NOT_MADE = {
+    "hunyuan_vl": "its defaults lack the sections of its rotary embedding",
+    "kimi_k25": "its defaults make a table of 30 GB",
+    "step3p7": "its defaults lack the sliding window of its text stack",
+    "xmod": "its defaults name no language",
+}
+"""Families whose default configs make no model that runs, and why."""
 # Latent attention has as many heads of keys as of queries.
 _LATENT = {"num_key_value_heads": 4}
 
@@ -96,6 +116,8 @@ FAMILIES: dict[str, str] = {
 
 def class_config(model_type: str) -> PretrainedConfig:
     """The tiny config of a family of FAMILIES, with the class that it is of. May raise anything."""
+    if model_type in NOT_MADE:
+        raise ValueError(NOT_MADE[model_type])
     config = _shrunk(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}))
     config.architectures = [FAMILIES[model_type]]
     return config
@@ -119,7 +141,10 @@ def _shrunk(kind: Any, overrides: dict[str, Any]) -> PretrainedConfig:
         own |= _LATENT
     parts: dict[str, Any] = getattr(kind, "sub_configs", None) or {}
     for name, part in parts.items():
+        own_part = dict(overrides.get(name, {}))
+        if "model_type" in own_part:
+            part = CONFIG_MAPPING[own_part.pop("model_type")]
         if part is not AutoConfig and name in fields:
-            own[name] = _shrunk(part, overrides.get(name, {})).to_dict()
+            own[name] = _shrunk(part, own_part).to_dict()
     config: PretrainedConfig = kind(**(own | {k: v for k, v in overrides.items() if k not in parts}))
     return config

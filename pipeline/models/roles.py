@@ -91,6 +91,8 @@ def _routing(block: nn.Module, roles: Roles) -> dict[str, str]:
                 )
             found |= dict.fromkeys((prefix + name for name in chosen), ROUTER)
             for name, parameter in owner.named_parameters():
+                if owner is block:
+                    break
                 one = parameter.dim() == 2 and parameter.shape[0] == 1 and parameter.shape[1] > 1
                 if one and name.endswith("weight") and not _in_experts(owner, name):
                     found.setdefault(prefix + name, SHARED_GATE)
@@ -136,13 +138,18 @@ def _choosing(owner: nn.Module, experts: Experts) -> set[str]:
 
 
 def _beside(owner: nn.Module, experts: Experts) -> set[str]:
-    """Parameters of the modules beside the experts whose only matrices have a row for each."""
-    found: set[str] = set()
+    """Parameters of the module beside the experts whose only matrices have a row for each.
+
+    Of several such modules those count whose names say so.
+    """
+    found: dict[str, set[str]] = {}
     for name, child in owner.named_children():
         matrices = [p for p in child.parameters() if p.dim() >= 2]
         if child is not experts and matrices and all(p.shape[0] == experts.count for p in matrices):
-            found |= {f"{name}.{inner}" for inner, _ in child.named_parameters()}
-    return found
+            found[name] = {f"{name}.{inner}" for inner, _ in child.named_parameters()}
+    if len(found) > 1:
+        found = {name: own for name, own in found.items() if "router" in name or "gate" in name}
+    return set().union(*found.values())
 
 
 def _in_experts(owner: nn.Module, name: str) -> bool:

@@ -11,7 +11,7 @@ from typing import TypeGuard
 
 from torch import Tensor, nn
 
-from pipeline.models.roles import LINEAR_CLASSES, roles_of
+from pipeline.models.roles.block_roles import LINEAR_CLASSES, roles_of
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

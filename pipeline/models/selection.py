@@ -71,7 +71,9 @@ def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
     """Checks every block. Raises `ModelError` where a weight would stay dense unseen, and
     `ConfigError` where an option names nothing."""
     _check_other_lists(skeleton)
-    pruned, skipped, dense = 0, {}, {}
+    pruned = 0
+    skipped: dict[str, str] = {}
+    dense: dict[str, str] = {}
     reached = text_forward(skeleton).reached
     for block, module in enumerate(skeleton.blocks):
         prefix = skeleton.block_prefix(block)
@@ -112,8 +114,8 @@ def _check_other_lists(skeleton: Skeleton) -> None:
             continue
         if all(any(is_linear(part) for part in entry.modules()) for entry in module):
             raise ModelError(
-                f"{full} holds linear layers of each block beside {path}; prox24 prunes blocks that "
-                f"are one module each; {type(skeleton.model).__name__} is not supported"
+                f"{full} holds linear layers of each block beside {path}; prox24 prunes blocks "
+                f"that are one module each; {type(skeleton.model).__name__} is not supported"
             )
 
 

@@ -64,9 +64,9 @@ def model_card(
     source_name: hub id or folder name of the dense model. settings: the options by name (those of
     `prune`, solver defaults filled in). results: one entry per pruned layer with `name`, `block`,
     `layer`, `shape` and the fields of its `SolveReport`. perplexity: what `evaluate` returns, with
-    `dense` added if the dense model was measured too; None if it was not measured. dense: weights of the
-    blocks that are never pruned, name -> why. license: as in
-    the source's card, None if that names none.
+    `dense` added if the dense model was measured too; None if it was not measured. dense: weights
+    of the blocks that are never pruned, name -> why. license: as in the source's card, None if that
+    names none.
     """
     parts = [
         _front_matter(source_name, settings, license),

@@ -108,8 +108,8 @@ def describe_output(
     """The output's model card, and its `prox24.json`, as texts.
 
     skipped: layers that the options leave dense, name -> why; dense: what else of two or more
-    dimensions the blocks have that is never pruned. records: of the blocks that the weight files were
-    made from. perplexity: the finished model's, or None if it was not measured.
+    dimensions the blocks have that is never pruned. records: of the blocks that the weight files
+    were made from. perplexity: the finished model's, or None if it was not measured.
     """
     layers = layer_results(records, skeleton.blocks_path)
     results = {

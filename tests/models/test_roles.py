@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from pipeline.models.experts import Expert, Experts
 from pipeline.models.linears import dense_weights, linear_layers, unsupported_parameters
-from pipeline.models.roles import (
+from pipeline.models.roles.block_roles import (
     DEPTHWISE,
     ELEMENTWISE,
     NEVER_CALLED,

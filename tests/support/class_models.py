@@ -146,5 +146,7 @@ def _shrunk(kind: Any, overrides: dict[str, Any]) -> PretrainedConfig:
             part = CONFIG_MAPPING[own_part.pop("model_type")]
         if part is not AutoConfig and name in fields:
             own[name] = _shrunk(part, own_part).to_dict()
-    config: PretrainedConfig = kind(**(own | {k: v for k, v in overrides.items() if k not in parts}))
+    config: PretrainedConfig = kind(
+        **(own | {k: v for k, v in overrides.items() if k not in parts})
+    )
     return config

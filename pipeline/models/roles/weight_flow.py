@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 META = torch.device("meta")
 _PRODUCTS = frozenset(
-    "linear matmul __matmul__ __rmatmul__ mm bmm mv dot addmm addbmm baddbmm einsum tensordot "
-    "bilinear inner chain_matmul conv1d conv2d conv3d conv_transpose1d grouped_mm _grouped_mm "
-    "scaled_mm _scaled_mm lstm gru rnn_tanh rnn_relu".split()
+    ("linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "inner")
+    + ("addmm", "addbmm", "addmv", "baddbmm", "einsum", "tensordot", "chain_matmul")
+    + ("grouped_mm", "_grouped_mm", "scaled_mm", "_scaled_mm", "conv1d", "conv2d", "conv3d")
+    + ("conv_transpose1d", "lstm", "gru", "rnn_tanh", "rnn_relu")
 )
 _LOOKUPS = frozenset({"embedding", "embedding_bag"})
 _TOKENS = 8

@@ -8,7 +8,6 @@ pruned, and the model is refused.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.models.experts import Expert, Experts
-from pipeline.models.weight_flow import Flow, Use, follow, hollow
+from pipeline.models.roles.weight_flow import Flow, Use, follow, hollow
 
 ROUTER = "it chooses the experts of a token"
 SHARED_GATE = "it weighs the shared expert"
@@ -120,7 +119,7 @@ def _choosing(owner: nn.Module, experts: Experts) -> set[str]:
     Empty where its forward cannot be run by itself.
     """
     first = next(next(iter(experts)).children())
-    widths = [int(first.weight.shape[1])]  # type: ignore[arg-type, union-attr, index]
+    widths = [int(first.weight.shape[1])]  # type: ignore[index]
     widths += [
         int(parameter.shape[-1])
         for name, parameter in owner.named_parameters()
@@ -153,7 +152,8 @@ def _beside(owner: nn.Module, experts: Experts) -> set[str]:
 
 
 def _in_experts(owner: nn.Module, name: str) -> bool:
-    return isinstance(owner.get_submodule(name.partition(".")[0]), Experts) if "." in name else False
+    child, _, rest = name.partition(".")
+    return bool(rest) and isinstance(owner.get_submodule(child), Experts)
 
 
 # -- what is no linear layer ---------------------------------------------------------------------

@@ -17,12 +17,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 META = torch.device("meta")
-_PRODUCTS = frozenset(
-    ("linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "inner")
-    + ("addmm", "addbmm", "addmv", "baddbmm", "einsum", "tensordot", "chain_matmul")
-    + ("grouped_mm", "_grouped_mm", "scaled_mm", "_scaled_mm", "conv1d", "conv2d", "conv3d")
-    + ("conv_transpose1d", "lstm", "gru", "rnn_tanh", "rnn_relu")
-)
+_PRODUCTS = frozenset({
+    "linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "inner",
+    "addmm", "addbmm", "addmv", "baddbmm", "einsum", "tensordot", "chain_matmul", "grouped_mm",
+    "_grouped_mm", "scaled_mm", "_scaled_mm", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
+    "lstm", "gru", "rnn_tanh", "rnn_relu",
+})  # fmt: skip
 _LOOKUPS = frozenset({"embedding", "embedding_bag"})
 _TOKENS = 8
 

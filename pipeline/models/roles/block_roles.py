@@ -8,6 +8,7 @@ pruned, and the model is refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +81,8 @@ def _routing(block: nn.Module, roles: Roles) -> dict[str, str]:
     """Parameter -> why it stays dense, of what decides how much of which expert a token gets."""
     found: dict[str, str] = {}
     for path, owner in block.named_modules():
+        if isinstance(owner, Expert):
+            continue
         experts = [child for child in owner.children() if isinstance(child, Experts)]
         for each in experts:
             chosen = _choosing(owner, each) or _beside(owner, each)
@@ -89,12 +92,11 @@ def _routing(block: nn.Module, roles: Roles) -> dict[str, str]:
                     "is a mixture of experts in which prox24 cannot tell what chooses the experts"
                 )
             found |= dict.fromkeys((prefix + name for name in chosen), ROUTER)
-            for name, parameter in owner.named_parameters():
-                if owner is block:
-                    break
-                one = parameter.dim() == 2 and parameter.shape[0] == 1 and parameter.shape[1] > 1
-                if one and name.endswith("weight") and not _in_experts(owner, name):
-                    found.setdefault(prefix + name, SHARED_GATE)
+            if owner is not block:
+                for name, parameter in _besides(owner):
+                    one = parameter.dim() == 2 and parameter.shape[0] == 1 < parameter.shape[1]
+                    if one and name.endswith("weight"):
+                        found.setdefault(prefix + name, SHARED_GATE)
     return found
 
 
@@ -120,11 +122,7 @@ def _choosing(owner: nn.Module, experts: Experts) -> set[str]:
     """
     first = next(next(iter(experts)).children())
     widths = [int(first.weight.shape[1])]  # type: ignore[index]
-    widths += [
-        int(parameter.shape[-1])
-        for name, parameter in owner.named_parameters()
-        if parameter.dim() == 2 and not _in_experts(owner, name)
-    ]
+    widths += [int(parameter.shape[-1]) for _, parameter in _besides(owner) if parameter.dim() == 2]
     for width in dict.fromkeys(widths):
         recorder = _Recorder()
         copied = hollow(owner, {id(experts): recorder})
@@ -151,9 +149,13 @@ def _beside(owner: nn.Module, experts: Experts) -> set[str]:
     return set().union(*found.values())
 
 
-def _in_experts(owner: nn.Module, name: str) -> bool:
-    child, _, rest = name.partition(".")
-    return bool(rest) and isinstance(owner.get_submodule(child), Experts)
+def _besides(owner: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a mixture that are not its experts', by path."""
+    yield from owner.named_parameters(recurse=False)
+    for path, child in owner.named_children():
+        if not isinstance(child, Experts):
+            for name, parameter in child.named_parameters():
+                yield f"{path}.{name}", parameter
 
 
 # -- what is no linear layer ---------------------------------------------------------------------

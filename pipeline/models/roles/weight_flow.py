@@ -7,7 +7,7 @@ known which weight a matrix product takes, whatever holds the weight and whateve
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +85,7 @@ class Flow(TorchFunctionMode):
 def hollow(module: nn.Module, instead: Mapping[int, nn.Module]) -> nn.Module:
     """A copy of a module without data; `instead`: by id, what takes the place of parts of it."""
     memo: dict[int, Any] = dict(instead)
-    for part in module.modules():
+    for part in _parts(module, instead):
         for held in (part._parameters, part._buffers):
             for tensor in held.values():
                 if tensor is None or id(tensor) in memo:
@@ -94,6 +94,14 @@ def hollow(module: nn.Module, instead: Mapping[int, nn.Module]) -> nn.Module:
                 is_parameter = isinstance(tensor, nn.Parameter)
                 memo[id(tensor)] = nn.Parameter(empty, False) if is_parameter else empty
     return copy.deepcopy(module, memo).eval()
+
+
+def _parts(module: nn.Module, without: Mapping[int, nn.Module]) -> Iterator[nn.Module]:
+    """A module and all in it, but for those `without`, by id, and what is in them."""
+    if id(module) not in without:
+        yield module
+        for child in module.children():
+            yield from _parts(child, without)
 
 
 @torch.no_grad()

@@ -26,7 +26,17 @@ MIXTURES = (*moe_models.FAMILIES, *moe_models.STACKED)
 WRAPPERS = {f"{name}, with images": name for name in multimodal.WRAPPERS}
 NAMES = (*FAMILIES, *MIXTURES, *WRAPPERS)
 # Blocks that return tuples and such that return tensors, mixtures stored both ways, a wrapper.
-QUICK = ("falcon", "bloom", "mpt", "gpt2", "opt", "llama", "mixtral", "gpt_oss", "llava, with images")
+QUICK = (
+    "falcon",
+    "bloom",
+    "mpt",
+    "gpt2",
+    "opt",
+    "llama",
+    "mixtral",
+    "gpt_oss",
+    "llava, with images",
+)
 CASES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 Saved = Callable[[str], Path]
 

@@ -42,10 +42,15 @@ def text(folder: Path) -> Path:
     return write_text(folder / "text.txt", characters=40 * SEQLEN)
 
 
+def out_of(model: Path) -> Path:
+    """Where the pruned model goes: transformers keeps code by the name of its folder."""
+    return model.with_name(f"{model.name}_out")
+
+
 def commands(model: Path, folder: Path, *trust: str) -> list[list[str]]:
     """What plans, prunes and evaluates a model."""
     dataset = ["--dataset", str(text(folder))]
-    pruned = ["prune", str(model), str(folder / "out"), *dataset, "--nsamples", "2", *LOCAL]
+    pruned = ["prune", str(model), str(out_of(model)), *dataset, "--nsamples", "2", *LOCAL]
     pruned += ["--method", "wanda"]
     return [
         ["plan", str(model), "--seqlen", str(SEQLEN), *trust],
@@ -66,7 +71,7 @@ def test_what_is_no_chain_of_blocks_is_refused(
         said.append(capsys.readouterr().err.strip().splitlines()[-1])
         assert REFUSED[name] in said[-1]
     assert len(set(said)) == 1
-    assert not (tmp_path / "out.run").exists()
+    assert not (tmp_path / f"{model.name}_out.run").exists()
 
 
 @torch.no_grad()
@@ -96,16 +101,16 @@ def test_a_block_that_is_not_called_stays_dense(
     model, trust = save_own_code(tmp_path, name), "--trust-remote-code"
     plan, prune, _ = commands(model, tmp_path, trust)
     assert run([*prune, "--no-report"]) == 0
-    pruned = dict(tensors(tmp_path / "out"))
+    pruned = dict(tensors(out_of(model)))
     for block in range(BLOCKS):
         for layer in ("up", "down"):
             weight = pruned[f"model.layers.{block}.{layer}.weight"]
             assert fits(weight, 2, 4) == (block not in dense), block
-    results = json.loads((tmp_path / "out" / "prox24.json").read_text())
+    results = json.loads((out_of(model) / "prox24.json").read_text())
     names = [f"model.layers.{block}.{layer}" for block in dense for layer in ("up", "down")]
     assert results["skipped_because"] == dict.fromkeys(names, NOT_REACHED)
-    assert run(["verify", str(tmp_path / "out"), "--source", str(model), trust]) == 0
-    for folder in (model, tmp_path / "out"):
+    assert run(["verify", str(out_of(model)), "--source", str(model), trust]) == 0
+    for folder in (model, out_of(model)):
         expected = plain_perplexity(folder, trust_remote_code=True)
         assert perplexity(folder, capsys, trust) == pytest.approx(expected, rel=1e-5)
     assert run(plan) == 0
@@ -118,17 +123,17 @@ def test_llama_with_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     model = save_mllama(tmp_path / "model")
     _, prune, _ = commands(model, tmp_path)
     assert run(prune) == 0
-    results = json.loads((tmp_path / "out" / "prox24.json").read_text())
+    results = json.loads((out_of(model) / "prox24.json").read_text())
     because = results["skipped_because"]
     assert set(because.values()) == {NOT_REACHED}
     assert {name.split(".layers.")[1][0] for name in because} == {"1"}
     assert {layer["block"] for layer in results["layers"]} == {0, 2}
-    report = (tmp_path / "out.run" / "report" / "report.html").read_text()
+    report = (tmp_path / f"{model.name}_out.run" / "report" / "report.html").read_text()
     assert NOT_REACHED in report
-    for folder in (model, tmp_path / "out"):
+    for folder in (model, out_of(model)):
         expected = plain_perplexity(folder, AutoModelForImageTextToText)
         assert perplexity(folder, capsys) == pytest.approx(expected, rel=1e-5)
-    assert run(["verify", str(tmp_path / "out"), "--source", str(model)]) == 0
+    assert run(["verify", str(out_of(model)), "--source", str(model)]) == 0
     capsys.readouterr()
     assert run(["plan", str(model), "--seqlen", "16", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
@@ -147,11 +152,20 @@ def test_four_streams_of_gemma_are_refused_alike(
 ) -> None:
     config = AutoConfig.for_model(
         "gemma3n_text",
-        **{"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
-        **{"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8, "laurel_rank": 8},
-        **{"vocab_size_per_layer_input": 260, "hidden_size_per_layer_input": 8},
-        **{"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2},
-        **{"activation_sparsity_pattern": [0.0] * 2, "pad_token_id": 258},
+        vocab_size=260,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        head_dim=8,
+        laurel_rank=8,
+        vocab_size_per_layer_input=260,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0,
+        layer_types=["full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 2,
+        pad_token_id=258,
     )
     model = tmp_path / "model"
     random_model(config).save_pretrained(model)

@@ -100,10 +100,17 @@ def save_mllama(folder: Path) -> Path:
         "tie_word_embeddings": False,
     }
     vision = {
-        **{"hidden_size": 32, "num_hidden_layers": 1, "num_global_layers": 1},
-        **{"attention_heads": 4, "intermediate_size": 64, "vision_output_dim": 64},
-        **{"image_size": 28, "patch_size": 14, "intermediate_layers_indices": [0]},
-        **{"max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]},
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_global_layers": 1,
+        "attention_heads": 4,
+        "intermediate_size": 64,
+        "vision_output_dim": 64,
+        "image_size": 28,
+        "patch_size": 14,
+        "intermediate_layers_indices": [0],
+        "max_num_tiles": 1,
+        "supported_aspect_ratios": [[1, 1]],
     }
     config = AutoConfig.for_model("mllama", text_config=text, vision_config=vision)
     with torch.random.fork_rng(devices=[]):

@@ -29,7 +29,7 @@ MAX_BUFFER_BYTES = 2**30
 MAX_COUNT_ALONE = 10_000
 """Of layers, heads or experts that a config.json may state without weight files to show them."""
 
-_LONGEST_REASON = 300
+_LONGEST_REASON, _END = 300, 100  # characters of a reason, and of them at its end
 # What configs call the longest input; where a class has several, the first counts.
 _LONGEST_NAMES = (
     "max_position_embeddings",
@@ -50,10 +50,20 @@ _IMPLEMENTATION = re.compile(r"\w*")
 
 
 def reason(error: BaseException) -> str:
-    """An error's message on one line, without unprintable characters, cut if it is long."""
+    """An error's message on one line, without unprintable characters.
+
+    Of a long one the middle is left out: what to do stands at the end.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"
+    if len(text) <= _LONGEST_REASON:
+        return text
+    return f"{text[: _LONGEST_REASON - _END - 3]} … {text[-_END:]}"
+
+
+def needs_own_code(error: BaseException) -> bool:
+    """Whether transformers asks for the leave to run a repository's own code."""
+    return "trust_remote_code" in str(error)
 
 
 def load_config(files: ModelFiles, trust_remote_code: bool) -> PreTrainedConfig:
@@ -89,6 +99,8 @@ def _checked_config(
             str(source), trust_remote_code=trust, local_files_only=True
         )
     except Exception as error:  # transformers raises nearly anything, and its validators too
+        if needs_own_code(error):
+            raise _own_code(path) from error
         raise ModelError(
             f"{path} is not a config that transformers knows: {reason(error)}"
         ) from error
@@ -190,7 +202,16 @@ def rehearse(config: PreTrainedConfig, folder: Path, dtype: torch.dtype) -> PreT
     return model
 
 
+def _own_code(path: Path) -> ModelError:
+    return ModelError(
+        f"{path}: the model comes with its own code (`auto_map`), which prox24 runs only with "
+        "--trust-remote-code; read the code before you give it"
+    )
+
+
 def _cannot_build(folder: Path, error: Exception) -> ModelError:
+    if needs_own_code(error):
+        return _own_code(folder / "config.json")
     return ModelError(
         f"{folder}: transformers cannot build a causal LM from its config.json: {reason(error)}"
     )

@@ -45,7 +45,8 @@ class BlockLoader:
     def pruned(self, block: int, record: BlockRecord | None) -> nn.Module:
         """A block as `record` says; dense where that is None.
 
-        One that no forward calls is not read: nothing stands in its place. Raises `CorruptFileError` where a file that the record names is damaged.
+        One that no forward calls is not read: nothing stands in its place. Raises
+        `CorruptFileError` where a file that the record names is damaged.
         """
         if block not in text_forward(self.skeleton).reached:
             return nn.Identity()

@@ -77,13 +77,6 @@ def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
     reached = text_forward(skeleton).reached
     for block, module in enumerate(skeleton.blocks):
         prefix = skeleton.block_prefix(block)
-        for path, child in module.named_modules():
-            if isinstance(child, nn.ModuleList) and path.rpartition(".")[2] == "experts":
-                raise ModelError(
-                    f"{prefix}{path} is a list of modules that only some tokens reach; prox24 "
-                    "prunes experts that are stacked, as transformers 5 has them; "
-                    f"{type(skeleton.model).__name__} is not supported"
-                )
         hidden = unsupported_parameters(module) if block in reached else []
         if hidden:
             raise ModelError(

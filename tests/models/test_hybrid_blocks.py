@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -93,6 +94,21 @@ def test_what_stays_dense_is_listed_with_the_reason(made: Made, family: str) -> 
             assert dense[f"{name}.weight"] == "a depthwise convolution: it mixes no channels"
     if dense:
         assert "## Left dense" in (output / "README.md").read_text()
+
+
+def test_verify_finds_a_router_that_was_pruned(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a prox24 did that took Hunyuan's for a layer to prune."""
+    source, output = made("hunyuan_v1_moe")
+    copied, name = tmp_path / "copy", "model.layers.0.mlp.gate.wg"
+    shutil.copytree(output, copied)
+    results = json.loads((copied / "prox24.json").read_text())
+    results["layers"].append({**results["layers"][0], "name": name})
+    (copied / "prox24.json").write_text(json.dumps(results))
+    capsys.readouterr()
+    assert run(["verify", str(copied), "--source", str(source)]) != 0
+    assert f"{name}: pruned, but it is no layer to prune" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -94,6 +94,14 @@ def test_a_router_is_what_chooses_the_experts(router: nn.Module, names: set[str]
     assert len(pruned) == 3 + EXPERTS
 
 
+def test_a_list_of_experts_is_refused_whatever_its_name() -> None:
+    mlps = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(EXPERTS))
+    choice = nn.Sequential(nn.Linear(HIDDEN, EXPERTS))
+    refused = roles_of(Block(mlp=Block(mlps=mlps, choice=choice))).refused
+    assert "only some tokens reach" in refused["mlp.mlps"]
+    assert roles_of(Block(mlp=Block(mlps=mlps))).refused == {}
+
+
 class Closed(Mixture):
     """Its forward cannot be run with hidden states alone."""
 

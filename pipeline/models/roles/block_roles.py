@@ -53,6 +53,7 @@ def roles_of(block: nn.Module) -> Roles:
 def _look(block: nn.Module) -> Roles:
     roles = Roles()
     routing = _routing(block, roles)
+    _refuse_lists(block, roles)
     for path, module in block.named_modules():
         if isinstance(module, Expert):
             continue
@@ -147,6 +148,27 @@ def _beside(owner: nn.Module, experts: Experts) -> set[str]:
     if len(found) > 1:
         found = {name: own for name, own in found.items() if "router" in name or "gate" in name}
     return set().union(*found.values())
+
+
+def _refuse_lists(block: nn.Module, roles: Roles) -> None:
+    """Refuses experts that are a list of modules: not all are called in every forward.
+
+    A list counts as one of experts where a layer beside it has an output for each of its entries,
+    or where it is called so.
+    """
+    for path, owner in block.named_modules():
+        for name, entries in owner.named_children():
+            if not isinstance(entries, (nn.ModuleList, nn.ModuleDict)) or len(entries) < 2:
+                continue
+            inside = {id(parameter) for parameter in entries.parameters()}
+            beside = (p for p in owner.parameters() if id(p) not in inside and p.dim() == 2)
+            linears = [m for m in entries.modules() if isinstance(m, LINEAR_CLASSES)]
+            chosen = any(len(entries) in parameter.shape for parameter in beside)
+            if linears and (chosen or name == "experts"):
+                roles.refused[f"{path}.{name}".lstrip(".")] = (
+                    "is a list of modules that only some tokens reach; prox24 prunes experts that "
+                    "are stacked, as transformers 5 has them"
+                )
 
 
 def _besides(owner: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

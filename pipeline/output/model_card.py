@@ -138,7 +138,7 @@ def _pattern_in_words(pattern: str) -> str:
 
 def _settings_table(settings: Mapping[str, Any]) -> str:
     others = set(METHODS) - {settings["method"]}
-    unused = {name for other in others for name in solver_class(other).own_settings}
+    unused = {name for other in others for name in solver_class(other).method_settings}
     if settings.get("refine") == "none":
         unused.add("refine_steps")
     unused |= {key for key in ("dense_first", "dense_last") if not settings.get(key)}

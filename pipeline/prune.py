@@ -31,7 +31,7 @@ from pipeline.output.write import (
 )
 from pipeline.preflight.disk import activation_bytes, check_job_space
 from pipeline.preflight.memory import check_memory
-from pipeline.preflight.scratch import check_scratch_room
+from pipeline.preflight.scratch import check_scratch_space
 from pipeline.preflight.shared_folders import folders_of
 from pipeline.records.evaluation import write_evaluation
 from pipeline.records.live_status import recorded
@@ -293,7 +293,7 @@ def _check_room(loop: BlockLoop, skeleton: Skeleton, config: PruneConfig) -> Non
     check_memory(skeleton, config, free, steps.progress)
     if steps.scratch and steps.calibrates:
         scratch = [outcome.value for outcome in loop.on_all(call(Rank.free_scratch))]
-        check_scratch_room(scratch, activation_bytes(skeleton, config.nsamples, config.seqlen))
+        check_scratch_space(scratch, activation_bytes(skeleton, config.nsamples, config.seqlen))
 
 
 def _files_of_ranks(skeleton: Skeleton, world: int) -> list[list[str]]:

@@ -13,7 +13,7 @@ from actors.worker import Whereabouts
 from cluster.dispatch.visibility import require_sight
 from pipeline.messages import Job
 from pipeline.output.write import recover
-from pipeline.preflight.shared_folders import complaints, folders_of
+from pipeline.preflight.shared_folders import folders_of, visibility_problems
 from storage.errors import OutputError, ResourceError
 from storage.model.files import ModelFiles
 from storage.run import shared_folders
@@ -133,10 +133,10 @@ def test_the_model_may_be_a_copy_but_no_other(
 ) -> None:
     model, copy, other = tiny_model(), tiny_model(), tiny_model(blocks=1)
     identity = ModelFiles.open(model).identity()
-    assert complaints(job(copy, identity), (), 0) == []
-    (complaint,) = complaints(job(other, identity), (), 0)
+    assert visibility_problems(job(copy, identity), (), 0) == []
+    (complaint,) = visibility_problems(job(other, identity), (), 0)
     assert complaint == f"has another model at MODEL, {other}"
-    (complaint,) = complaints(job(tmp_path / "absent", identity), (), 0)
+    (complaint,) = visibility_problems(job(tmp_path / "absent", identity), (), 0)
     assert "does not see MODEL" in complaint
     assert str(tmp_path / "absent") in complaint
 

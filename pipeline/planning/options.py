@@ -1,4 +1,4 @@
-"""The options of `prox24 plan`, and the job that they describe."""
+"""The options of `prox24 plan`, and the job they describe."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class PlanConfig(ModelOptions, ExpertOptions):
     calibrate: bool = option(
         False, "measure the rates of this machine first, at the model's shapes (about a minute)"
     )
-    executor: Literal["ray", "local"] = option("ray", "what runs the workers")
+    executor: Literal["ray", "local"] = option("ray", "who runs the ranks")
     trust_remote_code: bool = option(False, "run model code that the model folder carries")
     json: bool = option(False, "print one JSON object on standard output and nothing else there")
     verbose: bool = option(False, "show debug messages")
@@ -87,17 +87,17 @@ class PlanConfig(ModelOptions, ExpertOptions):
 
 
 def size_of(text: str, name: str) -> float:
-    """Bytes of `80GB`, `1.5 TiB` or a number. Raises `ConfigError` that names the option `name`."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ConfigError(f"--{name} {text!r} is not a size: write it as in 80GB or 1.5TiB")
-    number, prefix, binary = match.groups()
+    """`80GB`, `1.5 TiB` or a number, in bytes. Raises `ConfigError` naming the option."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ConfigError(f"--{name} {text!r} is no size: write it as in 80GB or 1.5TiB")
+    number, prefix, binary = found.groups()
     power = " kmgtp".index(prefix.lower() or " ")
     return float(number) * (1024.0 if binary else 1000.0) ** power
 
 
 def planned_shape(model: Place, config: PlanConfig) -> ModelShape:
-    """The shape of the model with these options."""
+    """The shape of the model, read for these options."""
     return read_shape(
         model,
         seqlen=config.seqlen,
@@ -109,23 +109,20 @@ def planned_shape(model: Place, config: PlanConfig) -> ModelShape:
 
 
 def planned_job(shape: ModelShape, config: PlanConfig, rates: Rates | None = None) -> PlannedJob:
-    """The job that the options describe. rates: measured ones; None: those of the options.
-
-    Raises `ConfigError` for options that do not go together.
-    """
+    """The job that the options describe; `rates` if they have been measured just now."""
     on_gpus = config.gpus is not None
     workers = config.gpus or config.workers or 1
     nodes = config.nodes or (-(-workers // _GPUS_PER_NODE) if on_gpus else 1)
     if nodes > workers:
         raise ConfigError(f"--nodes {nodes} is more than the {workers} workers")
     rates = rates or worker_rates(config, workers)
+    here = not on_gpus
     memory = size_of(config.gpu_memory, "gpu-memory") if config.gpu_memory else rates.device_memory
-    # CPU workers would run on this machine, GPU workers on others.
     if config.node_memory:
         host: float | None = size_of(config.node_memory, "node-memory")
     else:
-        host = None if on_gpus else available_memory()
-    free = None if on_gpus else float(shutil.disk_usage(Path.cwd()).free)
+        host = available_memory() if here else None
+    free = float(shutil.disk_usage(Path.cwd()).free) if here else None
     return PlannedJob(
         shape=shape,
         settings=config.solver_settings(config.method),
@@ -150,10 +147,7 @@ def threads_of(config: PlanConfig) -> int:
 
 
 def worker_rates(config: PlanConfig, workers: int) -> Rates:
-    """Rates from the file of `--rates`, else of the GPU, else of CPU threads.
-
-    Rates that are options of their own replace them.
-    """
+    """Rates from the file given, else of the GPU named, else of CPU threads; options win."""
     if config.rates is not None:
         rates = load_rates(Path(config.rates))
     elif config.gpus is not None:

@@ -66,7 +66,7 @@ class PlanConfig(ModelOptions, ExpertOptions):
     calibrate: bool = option(
         False, "measure the rates of this machine first, at the model's shapes (about a minute)"
     )
-    executor: Literal["ray", "local"] = option("ray", "who runs the ranks")
+    executor: Literal["ray", "local"] = option("ray", "what runs the workers")
     trust_remote_code: bool = option(False, "run model code that the model folder carries")
     json: bool = option(False, "print one JSON object on standard output and nothing else there")
     verbose: bool = option(False, "show debug messages")

@@ -276,7 +276,7 @@ def _message(
         save_layers=config.save_layers,
         lock_file=str(lock.path),
         scratch=scratch_folder(run, config.scratch_dir, lock.assert_held),
-        homes=() if config.scratch_dir is None else written_by(run),
+        scratch_nodes=() if config.scratch_dir is None else written_by(run),
         source_identity=skeleton.files.identity(),
         shared=folders_of(run, output),
         interface=config.network_interface,

@@ -35,16 +35,14 @@ def make_executor(config: RuntimeConfig, console: Console) -> Callable[[], Execu
 
 
 @contextlib.contextmanager
-def started_early(
-    config: RuntimeConfig, console: Console, *, module: str, place: bool = True
+def connected_early(
+    config: RuntimeConfig, console: Console, *, module: str
 ) -> Iterator[Callable[[], Executor]]:
-    """`make_executor`, but on Ray its workers are placed now, if `place`.
+    """`make_executor`, but Ray is connected to now, while a thread imports `module`, and torch.
 
-    They import torch while this process does: `module`, which needs it, is imported meanwhile, and
-    what must be done before there is a job (the text is read) takes no time of its own. An executor
-    that nobody asked for, because the job was refused, is closed.
+    An executor that nobody asked for, because the job was refused, is closed.
     """
-    if config.executor != "ray" or not place:
+    if config.executor != "ray":
         yield make_executor(config, console)
         return
     from cluster.dispatch.ray_executor import RayExecutor
@@ -60,7 +58,6 @@ def started_early(
         return executor
 
     try:
-        executor.place()
         yield take
     finally:
         if not taken:

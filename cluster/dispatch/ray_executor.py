@@ -95,11 +95,11 @@ class RayExecutor:
         """Number of ranks; another one after `recover` where a node was lost for good."""
         return self.placement.workers
 
-    def place(self) -> None:
-        """Places the actors before there is a job: they import torch while the driver reads.
+    def prepare(self) -> None:
+        """Places the actors: they import torch while the driver reads the text.
 
-        Not where ranks go back to nodes that only the job's run directory names. Raises
-        `ResourceError` where the cluster makes no room.
+        Not for ranks that go back to nodes which only the job knows. Raises `ResourceError` where
+        the cluster makes no room.
         """
         self._ranks = [None] * self.world
         self._reserved = reserve(self.placement, self._config.placement_timeout, self._note)

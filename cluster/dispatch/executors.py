@@ -38,11 +38,17 @@ def make_executor(config: RuntimeConfig, console: Console) -> Callable[[], Execu
 def connected_early(
     config: RuntimeConfig, console: Console, *, module: str
 ) -> Iterator[Callable[[], Executor]]:
-    """`make_executor`, but Ray is connected to now, while a thread imports `module`, and torch.
+    """`make_executor`, but a running cluster is connected to now, while `module` is imported.
 
-    An executor that nobody asked for, because the job was refused, is closed.
+    An executor that nobody asked for, because the job was refused, is closed. A Ray of our own is
+    not started early: ending it again would keep a refusal waiting for seconds.
     """
     if config.executor != "ray":
+        yield make_executor(config, console)
+        return
+    from cluster.dispatch.connection import cluster_address
+
+    if cluster_address(config) is None:
         yield make_executor(config, console)
         return
     from cluster.dispatch.ray_executor import RayExecutor

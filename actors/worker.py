@@ -79,11 +79,11 @@ class RankActor:
             started=psutil.Process().create_time(),
         )
 
-    def look(self, marks: tuple[Marked, ...]) -> list[str]:
-        """What this node does not see as the driver does: see `visibility_problems`."""
-        from pipeline.preflight.shared_folders import visibility_problems
+    def check_folders(self, marks: tuple[Marked, ...]) -> list[str]:
+        """What this node does not see as the driver does: see `what_is_not_seen`."""
+        from pipeline.preflight.shared_folders import what_is_not_seen
 
-        return visibility_problems(self.job, marks, self.rank)
+        return what_is_not_seen(self.job, marks, self.rank)
 
     def build(self) -> str:
         """Creates the `BlockWorker`; returns the type of its device.

@@ -26,7 +26,8 @@ class Job:
     file. `save_layers` is a pattern of layer names whose weight and Hessian are saved, or None.
     `trace`: whether outcomes tell what was done when. `lock_file`: the driver's hold on the run
     directory. `scratch`: the job's folder on each node's own scratch, for activation shards, or
-    None; `homes`: the node of each rank that wrote there, as Ray's id and address, "" for unknown.
+    None; `scratch_nodes`: the node of each rank that wrote there, as Ray's id and address, "" where
+    it is not known.
     `shared`: folders that must be the same on every node, and `source_identity` (see `ModelFiles`)
     that of the model. `interface`: the network interface that ranks talk through, or None for the
     one of the address by which Ray knows their node. `expert_tokens`: see
@@ -49,7 +50,7 @@ class Job:
     trace: bool = False
     lock_file: str | None = None
     scratch: str | None = None
-    homes: tuple[tuple[str, str], ...] = ()
+    scratch_nodes: tuple[tuple[str, str], ...] = ()
     source_identity: str | None = None
     shared: tuple[SharedFolder, ...] = ()
     interface: str | None = None

@@ -94,7 +94,8 @@ def prune(
 ) -> PruneResult:
     """Prunes the model at `source` into the new folder `output`.
 
-    `make_executor` is called after everything that can be checked without workers has been.
+    `make_executor` is called when the model and the options have been checked; its workers start
+    while the text is read.
     `source_name` names the source in the model card (a hub id); by default its folder's name.
     `cut` gives the calibration tokens, for who has cut them already.
 
@@ -121,15 +122,17 @@ def prune(
                 return _conclude(run, lock, len(skeleton.blocks), output, job, config, progress)
         check_output(output, run, config.overwrite)
         run.sweep_uncommitted(guard=lock.assert_held)
-        progress.phase("read text")
-        evaluation = config.evaluation()
-        # A text that is missing or too short is found now.
-        sequences = 0 if evaluation is None else len(prepare(source, evaluation).tokens)
-        with _forced(config, progress):
-            check_job_space(run, output, skeleton, config, sequences)
-        tokens = committed_tokens(run, lock, skeleton, config, manifest, progress, cut)
         executor = traced(make_executor(), config.trace)
         try:
+            if config.scratch_dir is None:  # else the run directory says who goes to which node
+                executor.prepare()
+            progress.phase("read text")
+            evaluation = config.evaluation()
+            # A text that is missing or too short is found now.
+            sequences = 0 if evaluation is None else len(prepare(source, evaluation).tokens)
+            with _forced(config, progress):
+                check_job_space(run, output, skeleton, config, sequences)
+            tokens = committed_tokens(run, lock, skeleton, config, manifest, progress, cut)
             loop = BlockLoop(
                 _block_steps(executor, run, lock, progress, skeleton, config),
                 config.max_attempts,
@@ -276,7 +279,7 @@ def _message(
         save_layers=config.save_layers,
         lock_file=str(lock.path),
         scratch=scratch_folder(run, config.scratch_dir, lock.assert_held),
-        homes=() if config.scratch_dir is None else written_by(run),
+        scratch_nodes=() if config.scratch_dir is None else written_by(run),
         source_identity=skeleton.files.identity(),
         shared=folders_of(run, output),
         interface=config.network_interface,

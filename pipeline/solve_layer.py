@@ -1,4 +1,4 @@
-"""`prox24 solve`: solvers replayed on one saved layer, and held against each other."""
+"""`prox24 solve`: solvers replayed on one saved layer, and compared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.methods import method_names
 from pipeline.config.pattern import Pattern
 from pipeline.config.solve import SolveConfig
 from pipeline.config.solver import AUTO, SolverSettings
@@ -58,14 +57,10 @@ def solve_layer(path: Path, config: SolveConfig) -> dict[str, dict[str, Any]]:
 
 
 def methods_of(config: SolveConfig) -> list[str]:
-    """The methods to run; `all` leaves out those that do not know the pattern."""
-    known = method_names()
+    """The methods to run; `all` leaves out those that cannot solve for the pattern."""
+    names = config.named_methods()
     if config.methods == "all":
-        return [name for name in known if _knows_pattern(config, name)]
-    names = [name.strip() for name in config.methods.split(",")]
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"--methods {name} is not one of {', '.join(known)}")
+        return [name for name in names if _knows_pattern(config, name)]
     return names
 
 

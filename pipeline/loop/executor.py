@@ -28,6 +28,13 @@ class Executor(Protocol):
         """Number of ranks. `recover` may change it: read it anew for each phase."""
         ...
 
+    def prepare(self) -> None:
+        """Begins to make the ranks before there is a job, where that takes time; may be left out.
+
+        Raises `ResourceError` where there is no place for them.
+        """
+        ...
+
     def start(self, job: Job) -> None:
         """Makes the ranks, before anything else; again, for another job, in place of the first."""
         ...

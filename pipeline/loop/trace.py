@@ -89,6 +89,10 @@ class TracingExecutor:
         """Who runs the ranks."""
         return self._executor.workers()
 
+    def prepare(self) -> None:
+        """Begins to make the ranks."""
+        self._driver("prepare", {}, self._executor.prepare)
+
     def start(self, job: Job) -> None:
         """Has the ranks note when they do what."""
         self._driver(

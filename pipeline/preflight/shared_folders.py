@@ -32,7 +32,7 @@ def scratch_of(run: RunDirectory) -> tuple[SharedFolder, ...]:
     return (SharedFolder("the scratch folder (--scratch-dir)", str(run.path), SCRATCH_PREFIX),)
 
 
-def visibility_problems(job: Job, marks: Sequence[Marked], rank: int) -> list[str]:
+def what_is_not_seen(job: Job, marks: Sequence[Marked], rank: int) -> list[str]:
     """What the node of this worker does not see as the driver does, as phrases; empty if nothing.
 
     Runs before anything else. The model may be a copy at the same path: its config, headers and

@@ -17,9 +17,11 @@ from pipeline.reporting.plots import (
     time_and_memory,
     workers_timeline,
 )
-from pipeline.reporting.template import TEMPLATE
 from pipeline.runtime.units import size
 from pipeline.version import VERSION
+
+TEMPLATE_NAME = "page.html.j2"
+"""In the folder of this module; pyproject.toml lists it as package data."""
 
 _WORST = 20
 _WORKERS_SHOWN = 16
@@ -50,9 +52,13 @@ _AROUND_BLOCKS = {
 
 
 def report_page(facts: Facts) -> str:
-    """The whole page. Pure but for drawing; every value that comes from a file is escaped."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(TEMPLATE)
+    """The page as HTML. Every value that comes from a file is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.reporting", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    template = environment.get_template(TEMPLATE_NAME)
     blocks = facts.summary["blocks"]
     options = {**facts.settings, **facts.solver}
     return template.render(

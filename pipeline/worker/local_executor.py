@@ -27,6 +27,9 @@ class LocalExecutor:
         """Number of ranks; fixed."""
         return self._world
 
+    def prepare(self) -> None:
+        """Nothing: ranks in this process need no process of their own."""
+
     def start(self, job: Job) -> None:
         """Makes the ranks in this process."""
         self._workers = [BlockWorker(job, rank, self.world) for rank in range(self.world)]

@@ -21,5 +21,5 @@ class RightmostSolver(BaseSolver):
     def _find(self, original: Tensor, prepared: GroupData) -> MethodResult:
         column = torch.arange(original.shape[1], device=original.device, dtype=torch.float32)
         mask = keep_mask(self.pattern, column.expand_as(original))
-        still = torch.zeros(len(original), device=original.device)
-        return MethodResult(original * mask, mask, 1, still)
+        no_change = torch.zeros(len(original), device=original.device)
+        return MethodResult(original * mask, mask, 1, no_change)

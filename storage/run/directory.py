@@ -188,17 +188,17 @@ class RunDirectory:
                 path.unlink(missing_ok=True)
         return doomed
 
-    def sweep_own(self, stamp: str) -> None:
-        """Delete the files of attempts whose names hold `stamp` that no record names.
+    def sweep_attempts(self, stamp: str) -> None:
+        """Delete files of this owner's attempts, with `stamp` in their names, that no record names.
 
-        For an owner that was displaced: no one will ever commit them, and no one else uses `stamp`.
+        For an owner that was displaced: it can no longer commit them, and no one else uses `stamp`.
         """
         for area in ("activations", "checkpoints"):
             for directory in self._block_directories(area):
                 self.contained(directory)
-                found = [path for path in directory.iterdir() if f".{stamp}-" in path.name]
+                attempts = [path for path in directory.iterdir() if f".{stamp}-" in path.name]
                 names = _named_files(directory / RECORD_NAME)
-                for path in found:
+                for path in attempts:
                     if names is not None and path.name not in names:
                         path.unlink(missing_ok=True)
 

@@ -282,7 +282,7 @@ class _Check:
     ) -> None:
         """Checks a tensor, or an expert of a stack, for its pattern or against the source's."""
         dtype = torch_dtype(entry.dtype)
-        zeros, whole, finite, same = 0, True, True, True
+        zeros, obeys, finite, same = 0, True, True, True
         for at, raw in pieces:
             values = raw.view(dtype)
             if dtype.is_floating_point:
@@ -292,7 +292,7 @@ class _Check:
                 rows = values.reshape(-1, entry.shape[-1])
                 rows = rows.T if pruned.transposed else rows
                 zeros += int((rows == 0).sum())
-                whole &= not pruned.pattern.structured or holds(pruned.pattern, rows)
+                obeys &= not pruned.pattern.structured or holds(pruned.pattern, rows)
             elif theirs is not None:
                 same &= torch.equal(raw, self._range(theirs, at, len(raw)))
         if not finite:
@@ -301,18 +301,18 @@ class _Check:
             self._problem(f"{entry.name}: not pruned, but not the source's either")
         if pruned is not None:
             shape = entry.shape[::-1] if pruned.transposed else entry.shape
-            self._layer(pruned.name, shape, pruned.pattern, zeros, whole)
+            self._layer(pruned.name, shape, pruned.pattern, zeros, obeys)
 
     def _layer(
-        self, name: str, shape: tuple[int, ...], pattern: Pattern, zeros: int, whole: bool
+        self, name: str, shape: tuple[int, ...], pattern: Pattern, zeros: int, obeys: bool
     ) -> None:
         rows, columns = shape[0], shape[-1]
         if not pattern.structured:
-            whole = zeros >= int(rows * columns * pattern.sparsity) - rows
-        if not whole:
+            obeys = zeros >= int(rows * columns * pattern.sparsity) - rows
+        if not obeys:
             self._problem(f"{name}: does not hold {pattern}")
         share = zeros / max(rows * columns, 1)
-        self.result.layers.append(LayerCheck(name, shape, str(pattern), share, whole))
+        self.result.layers.append(LayerCheck(name, shape, str(pattern), share, obeys))
 
     def _range(self, entry: TensorEntry, at: int, count: int) -> torch.Tensor:
         """Bytes `at` to `at + count` of a tensor of the source, (count,) uint8."""

@@ -26,7 +26,6 @@ from pipeline.models.selection import settings_of
 from pipeline.models.skeleton import Skeleton, open_skeleton
 from pipeline.output.replacements import Replacements
 from pipeline.records.manifest import expect_source
-from pipeline.records.scratch import FreeScratch
 from pipeline.runtime.device import (
     FreeMemory,
     choose_device,
@@ -47,9 +46,9 @@ from pipeline.worker.few_tokens import least_tokens
 from pipeline.worker.forward import Forward
 from pipeline.worker.saved_layers import save_layer, saved_layers
 from pipeline.worker.scoring import Scoring
-from pipeline.worker.scratch import Scratch
+from pipeline.worker.scratch_phases import ScratchPhases
 from pipeline.worker.solve import TOO_FEW_TOKENS, deal_rows, solve_group, split_groups
-from storage.errors import ConfigError, ModelError, NumericalError
+from storage.errors import ModelError, NumericalError
 from storage.files.hashing import StoredFile
 from storage.model.files import WeightFileFingerprint, fingerprint_weight_file
 from storage.object_store import place
@@ -89,7 +88,7 @@ class PassState:
     statistics: dict[str, HalvedStatistics] = field(default_factory=dict)
 
 
-class BlockWorker(Scoring):
+class BlockWorker(Scoring, ScratchPhases):
     """One rank, as `pipeline.loop.rank.Rank` describes it."""
 
     def __init__(self, job: Job, rank: int, world: int) -> None:
@@ -119,8 +118,8 @@ class BlockWorker(Scoring):
         events = self.watch.take_events()
         if self.job.trace:
             events = (("", start, time.perf_counter() - began), *events)
-        counts = self.watch.take_counts()
-        return Outcome(value, self.watch.take(), peak_memory(self.device), events, counts)
+        seconds, counts = self.watch.take(), self.watch.take_counts()
+        return Outcome(value, seconds, peak_memory(self.device), events, counts)
 
     # -- phases -----------------------------------------------------------------------------
 
@@ -130,10 +129,7 @@ class BlockWorker(Scoring):
             return [fingerprint_weight_file(self.skeleton.files.source, file) for file in files]
 
     def embed(self, stamp: str, only: Sequence[int] | None = None) -> list[StoredFile]:
-        """Writes this rank's activation shards of the inputs of block 0: the embedded tokens.
-
-        only: numbers of the activation shards that are wanted; None for all.
-        """
+        """Writes this rank's activation shards of the embedded tokens; `only`: some, by number."""
         with self.watch("load"):
             ends = ModelEnds(self.skeleton, self.device, head=False)
         return self.forward.write(0, stamp, self.forward.embedded(ends, only))
@@ -305,27 +301,6 @@ class BlockWorker(Scoring):
         with self.watch("io"):
             return write_files(self.skeleton.files, files, place(folder), replacement, sending)
 
-    def free_scratch(self) -> FreeScratch:
-        """Bytes free on this node's scratch, and bytes of this job's files there."""
-        return self._scratch().free()
-
-    def damaged_shards(self, block: int, shards: list[StoredFile], hashed: bool) -> dict[int, str]:
-        """This rank's damaged activation shards: number → what is wrong."""
-        rank_shards = {index: shards[index] for index, _ in self.forward.rank_shards()}
-        return self._scratch().damaged(block, rank_shards, hashed)
-
-    def drop_shards(self, block: int, names: list[str]) -> None:
-        """Deletes activation shards by name."""
-        self._scratch_of_owner().drop(block, names)
-
-    def sweep_scratch(self, kept: Mapping[int, list[str]]) -> None:
-        """Deletes every activation shard that `kept`, block → names, does not list."""
-        self._scratch_of_owner().sweep(kept)
-
-    def clear_scratch(self) -> None:
-        """Deletes the job's scratch folder."""
-        self._scratch_of_owner().clear()
-
     def forget(self) -> None:
         """Drops the statistics of an abandoned attempt or of a solved block."""
         self.state = PassState()
@@ -343,24 +318,10 @@ class BlockWorker(Scoring):
             raise ModelError("this job evaluates; it has no solver")
         return settings_of(self.skeleton, block, self.job.rules)
 
-    def _scratch(self) -> Scratch:
-        """The job's scratch on this node."""
-        if self.forward.scratch is None:
-            raise ConfigError("this job has no --scratch-dir")
-        return self.forward.scratch
-
-    def _scratch_of_owner(self) -> Scratch:
-        """The same, to change it. Raises if this job's driver no longer holds the run directory."""
-        require_owner(self.job.lock_file)
-        return self._scratch()
-
     def _observer(
         self, block: int, first: Callable[[], Tensor], limit: float | None, number: int
     ) -> tuple[BlockObserver, Observed, tuple[LayerGroup, ...]]:
-        """An observer of the dense block in pass `number`; all groups; the pass's groups.
-
-        first: returns the first batch, (n, seqlen, hidden).
-        """
+        """An observer of the dense block for pass `number`, all groups, and the pass's groups."""
         settings = self._settings(block)
         module = self.loader.dense(block)
         if self.job.all_experts:
@@ -390,7 +351,7 @@ class BlockWorker(Scoring):
         settings: dict[str, SolverSettings],
         first: Callable[[], Tensor],
     ) -> tuple[LayerGroup, ...]:
-        """The block's groups, from one forward pass; cached for blocks of the same modules.
+        """The block's groups, from a forward pass of `first()`; cached for blocks of equal modules.
 
         Every rank uses the first sequences: a rank without any must know the groups too. A group
         whose layers differ in settings is split, so that each part has the statistics it needs.

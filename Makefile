@@ -10,7 +10,7 @@ QUIET := RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # One thread a process: the tests start several processes on few cores.
 SINGLE := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-slow test-cluster lint venv clean
+.PHONY: demo test test-slow test-cluster lint docs venv clean
 
 demo: $(VENV)/.demo-installed
 	$(QUIET) $(BIN)/prox24 demo $(DEMO_ARGS)
@@ -28,6 +28,10 @@ test-cluster: $(VENV)/.test-installed
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# docs/options.md from the config classes.
+docs: $(VENV)/.test-installed
+	$(BIN)/python docs/make_options.py
 
 venv: $(VENV)/.test-installed
 

@@ -75,11 +75,11 @@ class RankActor:
             started=psutil.Process().create_time(),
         )
 
-    def look(self, marks: tuple[Marked, ...]) -> list[str]:
+    def check_folders(self, marks: tuple[Marked, ...]) -> list[str]:
         """What this node does not see as the driver does."""
-        from pipeline.preflight.shared_folders import complaints
+        from pipeline.preflight.shared_folders import what_is_not_seen
 
-        return complaints(self.job, marks, self.rank)
+        return what_is_not_seen(self.job, marks, self.rank)
 
     def build(self) -> str:
         """Makes the rank; returns the type of its device.

@@ -21,10 +21,11 @@ from pipeline.planning import phases
 from pipeline.planning import planned_job as planning
 from pipeline.planning.options import PlanConfig, planned_job
 from pipeline.planning.phase_parts import merge
-from pipeline.planning.plan import Plan, size_text
+from pipeline.planning.plan import Plan
 from pipeline.planning.planned_job import PlannedJob
 from pipeline.planning.rates import gpu_rates
 from pipeline.planning.shapes.model import ModelShape, read_shape
+from pipeline.runtime.units import size_text
 from pipeline.solvers.cost import SolveCost
 from pipeline.solvers.registry import solve_cost
 from pipeline.worker import solve as solving

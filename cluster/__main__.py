@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from cluster.command_line import run
+
 
 def main() -> None:
     """Runs the command line and exits with its status."""
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["status"]:
-        # Answers at once, without the seconds that importing torch takes.
-        from cluster.commands.status import main as status
-
-        sys.exit(status(arguments[1:]))
-    from cluster.command_line import run
-
-    sys.exit(run(arguments))
+    sys.exit(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from cluster.terminal import as_text, bar, plain_table, print_labelled, shows_bars, terminal
+from cluster.terminal import bar, print_labelled, shows_bars, terminal
 from pipeline.config.prune import PruneConfig
 from pipeline.runtime.units import duration, size
 
@@ -93,7 +93,7 @@ class Console:
             self._evaluating(self._blocks if block is None else block)
 
     def _evaluating(self, done: int) -> None:
-        """Of an evaluation only the beginnings of blocks are told."""
+        """An evaluation reports the start of each block: it has no event for the end."""
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
@@ -184,60 +184,3 @@ def ranges(blocks: list[int]) -> str:
             runs.append([block])
     text = ", ".join("-".join(map(str, run)) for run in runs)
     return f"block{'s' if len(blocks) > 1 else ''} {text}"
-
-
-def solve_table(results: dict[str, dict[str, Any]]) -> str:
-    """`prox24 solve`'s results as text, a line per method; what was done otherwise, below."""
-    table = plain_table(("method", "relative error", "seconds", "iterations", "MiB"))
-    for method, figures in results.items():
-        table.add_row(
-            method,
-            f"{figures['relative_error']:.4f} %",
-            f"{figures['seconds']:.2f}",
-            str(figures["report"]["iterations"]),
-            f"{figures['peak_memory_bytes'] / 2**20:.0f}",
-        )
-    notes = [
-        f"{method}: {text}"
-        for method, figures in results.items()
-        for text in figures["report"]["deviations"]
-    ]
-    return as_text([table, *notes])
-
-
-def comparison_table(results: list[dict[str, Any]]) -> str:
-    """`prox24 eval`'s results for several models as text of at most 80 columns."""
-    first = results[0]
-    table = plain_table(("model", "perplexity", "loss", "JS", "KL", "top-1"))
-    for result in results:
-        cells = [str(result["model"]), f"{result['perplexity']:.4f}"]
-        if against := result.get("against_first"):
-            error = against["standard_error"]
-            spread = "" if error is None else f" ± {error:.4f}"
-            cells += [
-                f"{against['loss_difference']:+.4f}{spread}",
-                f"{against['jensen_shannon']:.4f}",
-                f"{against['kullback_leibler']:.4f}",
-                f"{100 * against['same_token']:.2f} %",
-            ]
-        table.add_row(*cells)
-    return as_text(
-        [
-            f"{first['dataset']}, {first['nsamples']} x {first['seqlen']} tokens; differences from "
-            f"{first['model']}",
-            table,
-            "Loss, JS and KL in nats a token; the loss with the standard error of its mean "
-            f"difference over the {first['nsamples']} sequences, paired.",
-            provenance(first),
-        ]
-    )
-
-
-def provenance(result: dict[str, Any]) -> str:
-    """What a perplexity is of, on one line: the text's commit or hash, and the tokenizer."""
-    tokenizer = result["tokenizer"]
-    kind, _, value = result["dataset_revision"].rpartition(":")
-    return (
-        f"dataset {kind or 'revision'} {value[:12]}, tokenizer {tokenizer['class']} of "
-        f"{tokenizer['tokens']} tokens"
-    )

@@ -43,34 +43,40 @@ class Parser(argparse.ArgumentParser):
 
 def add_options(parser: argparse.ArgumentParser, config: type[Any]) -> None:
     """Adds an option to `parser` for every field of the dataclass that is declared as one."""
+    for name, argument in option_arguments(config).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **argument)
+
+
+def option_arguments(config: type[Any]) -> dict[str, dict[str, Any]]:
+    """Field → what `add_argument` is given for it, of the fields that are declared as options."""
     hints = get_type_hints(config)
-    for field in dataclasses.fields(config):
-        declared = declaration(field)
-        if declared is not None:
-            names = f"--{field.name.replace('_', '-')}"
-            parser.add_argument(names, **_argument(field, declared, hints[field.name]))
+    return {
+        field.name: _argument(field, declared, hints[field.name])
+        for field in dataclasses.fields(config)
+        if (declared := declaration(field)) is not None
+    }
 
 
 def _argument(
     field: dataclasses.Field[Any], declared: Declaration, annotation: Any
 ) -> dict[str, Any]:
-    """What argparse is told of a field; its type is that of the annotation beside None."""
+    """The arguments of `add_argument` for a field; its type is the annotation without None."""
     # argparse interpolates percent signs in help texts.
-    found: dict[str, Any] = {"help": declared.help_text().replace("%", "%%")}
+    argument: dict[str, Any] = {"help": declared.help_text().replace("%", "%%")}
     kinds = [kind for kind in _alternatives(annotation) if kind is not type(None)]
     if kinds == [bool]:
-        return found | {"action": "store_true"}
-    found["default"] = field.default
+        return argument | {"action": "store_true"}
+    argument["default"] = field.default
     if field.name == "workers":
-        return found | {"type": number_or_auto}
+        return argument | {"type": number_or_auto}
     if field.name == "override":
-        return found | {"action": _Joined}
+        return argument | {"action": _Joined}
     if declared.choices is not None:
-        return found | {"choices": declared.choices()}
+        return argument | {"choices": declared.choices()}
     if get_origin(kinds[0]) is Literal:
-        return found | {"choices": get_args(kinds[0])}
-    # Words beside numbers are told apart by the config.
-    return found | {"type": str if str in kinds else kinds[0]}
+        return argument | {"choices": get_args(kinds[0])}
+    # An option that is a number or a word is parsed by the config.
+    return argument | {"type": str if str in kinds else kinds[0]}
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:

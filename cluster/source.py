@@ -13,6 +13,12 @@ from storage.model.folder import Source
 from storage.model.other_formats import refuse_other_formats
 from storage.object_store import is_uri, place
 
+MODEL_HELP = "local Hugging Face folder, s3:// or gs:// URI of one, or hub id"
+"""What MODEL may be, for the help of the commands that take one."""
+
+CONFIG_HELP = f"{MODEL_HELP}, or a config.json alone"
+"""The same of the commands that read its config only."""
+
 # What a download needs: weights as safetensors only, configs, tokenizers.
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -32,8 +32,8 @@ class Job:
     trace: whether outcomes carry `events`.
     lock_file: the driver's lock on the run directory; workers check it before they write.
     scratch: the job's folder on each node's local disk, for activation shards; None: they are in
-    the run directory. homes: by rank, the node that wrote the newest shards there, as (Ray's node
-    id, address), "" where unknown.
+    the run directory. scratch_nodes: by rank, the node that wrote the newest shards there, as
+    (Ray's node id, address), "" where unknown.
     source_identity: `ModelFiles.identity` of the model that every node must see.
     shared: folders that every node must see as one.
     interface: network interface that workers talk through; None: that of the node's Ray address.
@@ -56,7 +56,7 @@ class Job:
     trace: bool = False
     lock_file: str | None = None
     scratch: str | None = None
-    homes: tuple[tuple[str, str], ...] = ()
+    scratch_nodes: tuple[tuple[str, str], ...] = ()
     source_identity: str | None = None
     shared: tuple[SharedFolder, ...] = ()
     interface: str | None = None

@@ -98,9 +98,10 @@ def prune(
 ) -> PruneResult:
     """Prunes the model at `source` into the new folder `output`, or resumes such a job.
 
-    `make_executor` is called once all checks that need no workers have passed. `source_name` names
-    the source in the model card (a hub id); by default its folder's name. `cut` returns the
-    calibration tokens, (nsamples, seqlen) int64; a sweep passes a function that has them already.
+    `make_executor` is called when the model and the options have been checked; its workers start
+    while the text is read. `source_name` names the source in the model card (a hub id); by default
+    its folder's name. `cut` returns the calibration tokens, (nsamples, seqlen) int64; a sweep
+    passes a function that has them already.
 
     Raises an `InputError` for bad input before any compute, `NumericalError` if a value is not
     finite, `RunDirectoryError` if the run directory belongs to another job or is in use.
@@ -125,15 +126,17 @@ def prune(
                 return _conclude(run, lock, len(skeleton.blocks), output, job, config, progress)
         check_output(output, run, config.overwrite)
         run.sweep_uncommitted(guard=lock.assert_held)
-        progress.phase("read text")
-        evaluation = config.evaluation()
-        # Tokenized before compute, so that a missing or too short text is reported at once.
-        sequences = 0 if evaluation is None else len(prepare(source, evaluation).tokens)
-        with _forced(config, progress):
-            check_job_space(run, output, skeleton, config, sequences)
-        tokens = committed_tokens(run, lock, skeleton, config, manifest, progress, cut)
         executor = traced(make_executor(), config.trace)
         try:
+            if config.scratch_dir is None:  # else each rank goes where its activation shards are
+                executor.prepare()
+            progress.phase("read text")
+            evaluation = config.evaluation()
+            # Tokenized before compute, so that a missing or too short text is reported at once.
+            sequences = 0 if evaluation is None else len(prepare(source, evaluation).tokens)
+            with _forced(config, progress):
+                check_job_space(run, output, skeleton, config, sequences)
+            tokens = committed_tokens(run, lock, skeleton, config, manifest, progress, cut)
             loop = BlockLoop(
                 _block_steps(executor, run, lock, progress, skeleton, config),
                 config.max_attempts,
@@ -281,7 +284,7 @@ def _message(
         save_layers=config.save_layers,
         lock_file=str(lock.path),
         scratch=scratch_folder(run, config.scratch_dir, lock.assert_held),
-        homes=() if config.scratch_dir is None else written_by(run),
+        scratch_nodes=() if config.scratch_dir is None else written_by(run),
         source_identity=skeleton.files.identity(),
         shared=folders_of(run, output),
         interface=config.network_interface,

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.methods import method_names
 from pipeline.config.pattern import Pattern
 from pipeline.config.solve import SolveConfig
 from pipeline.config.solver import AUTO, SolverSettings
@@ -62,13 +61,9 @@ def methods_of(config: SolveConfig) -> list[str]:
 
     Raises `ConfigError` for an unknown method.
     """
-    known = method_names()
+    names = config.named_methods()
     if config.methods == "all":
-        return [name for name in known if _supports_pattern(config, name)]
-    names = [name.strip() for name in config.methods.split(",")]
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"--methods {name} is not one of {', '.join(known)}")
+        return [name for name in names if _supports_pattern(config, name)]
     return names
 
 

@@ -13,26 +13,19 @@ again by the store's own client, with growing pauses; what still fails then is a
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import io
-import os
 import re
-import socket
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-import pyarrow as pa
-import pyarrow.fs
-
 from storage.errors import ConfigError, ResourceError, first_line
 from storage.files.hashing import HashingStream
+from storage.object_client import filesystem, never_freed, reaching, store_errors
 
 PART_BYTES = 8 * 2**20
 """What one request reads."""
@@ -45,17 +38,8 @@ PARALLEL = 8
 """Requests at a time for one file; with PART_BYTES the bound on what is in memory."""
 
 _SCHEMES = ("s3", "gs")
-_ADDRESSES = {
-    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
-    "gs": ("STORAGE_EMULATOR_HOST",),
-}
 _OPTIONS = ("endpoint_override", "scheme", "region")
 _URI = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_TRIES = 8
-_CONNECT_SECONDS, _SILENT_SECONDS = 10.0, 60.0
-_GS_TRY_SECONDS = 120.0
-_GS_CREDENTIALS = ".config/gcloud/application_default_credentials.json"
-_GS_METADATA = "metadata.google.internal"
 
 
 @dataclass(frozen=True)
@@ -128,13 +112,15 @@ class ObjectFolder:
 
     def files(self) -> dict[str, int]:
         """Name, relative to the folder, → size of all objects in it; empty if there are none."""
+        import pyarrow.fs
+
         selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True, recursive=True)
         with reaching(self):
             found = self._filesystem().get_file_info(selector)
         return {
             info.path.removeprefix(f"{self.path}/"): int(info.size)
             for info in found
-            if info.type == pyarrow.fs.FileType.File
+            if info.is_file
         }
 
     def state(self, name: str) -> tuple[str, ...] | None:
@@ -148,7 +134,7 @@ class ObjectFolder:
         """Whether there is an object of that name."""
         with reaching(self / name):
             info = self._filesystem().get_file_info(f"{self.path}/{name}")
-        return bool(info.type == pyarrow.fs.FileType.File)
+        return bool(info.is_file)
 
     def open(self, name: str, *, ahead: bool = False) -> ObjectFile:
         """An object, open for reading; ResourceError if it is not there.
@@ -178,33 +164,21 @@ class ObjectFolder:
         """Write an object in parts; it appears whole when the block ends, or not at all.
 
         What was sent before an error, or before this process was killed, stays in the store as an
-        incomplete upload, which no one sees: a lifecycle rule of the bucket deletes such.
+        incomplete upload, which no one sees: a lifecycle rule of the bucket deletes such. pyarrow
+        has no call that aborts an upload (apache/arrow#40502), and a stream that is freed completes
+        its object, also at the process's end: so a stream that was not closed is never freed.
         """
+        kept = never_freed()
         with reaching(self / name):
             stream = self._filesystem().open_output_stream(f"{self.path}/{name}")
-        writer = HashingStream(stream)
-        try:
-            with reaching(self / name):
-                yield writer
-                stream.close()
-        except BaseException:
-            _abandon(stream)
-            raise
+        kept.append(stream)
+        with reaching(self / name):
+            yield HashingStream(stream)
+            stream.close()
+        kept.remove(stream)
 
     def _filesystem(self) -> Any:
-        return _filesystem(
-            self.scheme, self.path.partition("/")[0], self.options, _environment(self.scheme)
-        )
-
-
-def _abandon(stream: Any) -> None:
-    """Let an upload be neither completed nor waited for, now or at the process's end.
-
-    pyarrow has no call that gives an upload up. Its destructor completes it; after the interpreter
-    has shut the store's client down, it waits for ever. So the stream gets a reference that no one
-    gives back.
-    """
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))
+        return filesystem(self.scheme, self.path.partition("/")[0], self.options)
 
 
 def is_uri(text: str) -> bool:
@@ -241,70 +215,6 @@ def lies_in(inner: Place, outer: Place) -> bool:
 def location(where: Place) -> str:
     """What `place` reads, for another process."""
     return where.uri if isinstance(where, ObjectFolder) else str(where)
-
-
-@contextlib.contextmanager
-def reaching(what: ObjectFolder) -> Iterator[None]:
-    """Say in one line which object the store did not give, or did not take."""
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise ResourceError(
-            f"{what}: {first_line(error)}; look at the address, the credentials and the bucket's "
-            "permissions, then run the same command again"
-        ) from error
-
-
-def _environment(scheme: str) -> str:
-    """The address that the store's own tools take from the environment."""
-    given = (os.environ.get(name) for name in _ADDRESSES[scheme])
-    return next((address for address in given if address), "")
-
-
-def _require_google_credentials(bucket: str) -> None:
-    """ResourceError where there is nowhere to get them from, which the client tries for minutes."""
-    file = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
-    if file or (Path.home() / _GS_CREDENTIALS).exists():
-        return
-    try:
-        socket.getaddrinfo(os.environ.get("GCE_METADATA_ROOT") or _GS_METADATA, 80)
-    except OSError as error:
-        raise ResourceError(
-            f"gs://{bucket}: found no credentials (none in GOOGLE_APPLICATION_CREDENTIALS, in "
-            f"~/{_GS_CREDENTIALS}, or of this machine); run 'gcloud auth application-default "
-            "login', or name a key file in the variable"
-        ) from error
-
-
-@functools.lru_cache(maxsize=32)
-def _filesystem(
-    scheme: str, bucket: str, options: tuple[tuple[str, str], ...], environment: str
-) -> Any:
-    given = dict(options)
-    address = given.get("endpoint_override", environment)
-    protocol, _, host = address.rpartition("://")
-    common = {
-        "scheme": given.get("scheme") or protocol or "https",
-        "endpoint_override": host or None,
-    }
-    if scheme == "gs":
-        patience = timedelta(seconds=_GS_TRY_SECONDS)
-        # Credentials are for who can be believed to be the store, and not to be read on the way.
-        open_to_all = common["scheme"] == "http"
-        if not open_to_all:
-            _require_google_credentials(bucket)
-        return pyarrow.fs.GcsFileSystem(**common, anonymous=open_to_all, retry_time_limit=patience)
-    region = given.get("region") or os.environ.get("AWS_REGION")
-    region = region or os.environ.get("AWS_DEFAULT_REGION")
-    if region is None and not host:
-        region = pyarrow.fs.resolve_s3_region(bucket)
-    return pyarrow.fs.S3FileSystem(
-        **common,
-        region=region,
-        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=_TRIES),
-        connect_timeout=_CONNECT_SECONDS,
-        request_timeout=_SILENT_SECONDS,
-    )
 
 
 class ObjectFile:
@@ -351,7 +261,7 @@ class ObjectFile:
             offset, coming = self._parts[0]
             try:
                 data = coming.result()
-            except (OSError, pa.ArrowException) as error:
+            except store_errors() as error:
                 raise ResourceError(
                     f"{self._where}: {first_line(error)}; run the same command again"
                 ) from error

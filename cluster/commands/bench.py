@@ -1,7 +1,8 @@
-"""`prox24 bench`: how fast a model's 2:4 products are on this GPU, beside published figures."""
+"""`prox24 bench`: how fast a model's 2:4 products are on this GPU, beside published results."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -11,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from cluster.source import config_source
+from cluster.commands.command import Command
+from cluster.options import config_from
+from cluster.source import CONFIG_HELP, config_source
 from cluster.terminal import as_text, bar, plain_table, shows_bars, terminal
+from pipeline.config.prune import ModelOptions
+from pipeline.speed.options import BenchConfig
 from pipeline.speed.published import A100, PUBLISHED_BATCHES
 
 if TYPE_CHECKING:
     from pipeline.speed.machine import Machine
-    from pipeline.speed.options import BenchConfig
     from pipeline.speed.products import Measured
     from pipeline.speed.whole import ModelSpeed
 
@@ -25,18 +29,27 @@ NO_GPU = 3
 _COLUMNS_BESIDE = 6
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The argument of `prox24 bench` beside the options of its config class."""
+    parser.add_argument("model", metavar="MODEL", help=CONFIG_HELP)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and prints; returns the exit status, as `bench_command`."""
+    return bench_command(options.model, config_from(options, BenchConfig))
+
+
 def bench_command(model: str, config: BenchConfig, machine: Machine | None = None) -> int:
     """Measures and prints; returns the exit status: 0, or 3 without a GPU that can do 2:4.
 
     machine: where to measure; None for this machine's GPU.
     """
-    from pipeline.config.prune import ModelOptions
+    source = config_source(model)
     from pipeline.planning.shapes.model import read_shape
     from pipeline.speed.machine import missing_gpu, this_gpu
     from pipeline.speed.products import forward_dtype, measure_products, products_of
     from pipeline.speed.whole import measure_model, workloads
 
-    source = config_source(model)
     trusted = config.trust_remote_code
     shape = read_shape(
         source.folder,
@@ -57,14 +70,14 @@ def bench_command(model: str, config: BenchConfig, machine: Machine | None = Non
             return NO_GPU
         machine = this_gpu(config.repeats)
     loads = workloads(config.seqlen)
-    with _teller(len(products) + len(loads)) as tell:
+    with _progress(len(products) + len(loads)) as report:
         measured = measure_products(
             products, config.batches(), forward_dtype(config.dtype), machine,
-            lambda product: tell(f"{product.title} {product.rows} x {product.columns}"),
+            lambda product: report(f"{product.title} {product.rows} x {product.columns}"),
         )  # fmt: skip
         speeds = measure_model(
             source.folder, shape, loads, config.dtype, trusted, machine,
-            lambda load: tell(f"model, {load.sequences} x {load.seqlen}"),
+            lambda load: report(f"model, {load.sequences} x {load.seqlen}"),
         )  # fmt: skip
     heading = f"{source.name} on {machine.name}, {config.dtype}"
     if config.json:
@@ -75,8 +88,8 @@ def bench_command(model: str, config: BenchConfig, machine: Machine | None = Non
 
 
 @contextlib.contextmanager
-def _teller(total: int) -> Iterator[Callable[[str], None]]:
-    """Says on a terminal what is being measured, of `total` measurements, and the time left."""
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """Shows on a terminal which of `total` measurements is running, and the time left."""
     console = terminal()
     if not shows_bars(console):
         yield lambda what: None
@@ -84,10 +97,10 @@ def _teller(total: int) -> Iterator[Callable[[str], None]]:
     with bar(console, "{task.completed:.0f}/{task.total:.0f}") as progress:
         task = progress.add_task("measuring", total=total, completed=-1, error="")
 
-        def tell(what: str) -> None:
+        def report(what: str) -> None:
             progress.update(task, advance=1, description=what)
 
-        yield tell
+        yield report
 
 
 def as_json(
@@ -143,12 +156,12 @@ def _beside_published(measured: Sequence[Measured]) -> Table:
     table = plain_table(columns, f"Batch {batches}", fold=True)
     for each in measured:
         product = each.product
-        own = {timed.batch: f"{timed.speedup:.2f}" for timed in each.times}
+        speedups = {timed.batch: f"{timed.speedup:.2f}" for timed in each.times}
         published = A100.get((product.rows, product.columns))
         table.add_row(
             product.title,
             f"{product.rows} x {product.columns}",
-            " / ".join(own.get(batch, "-") for batch in PUBLISHED_BATCHES),
+            " / ".join(speedups.get(batch, "-") for batch in PUBLISHED_BATCHES),
             " / ".join(f"{value:.2f}" for value in published) if published else "",
         )
     return table
@@ -157,9 +170,9 @@ def _beside_published(measured: Sequence[Measured]) -> Table:
 def _by_batch(measured: Sequence[Measured]) -> Table:
     sizes = [f"{each.product.rows} x {each.product.columns}" for each in measured]
     table = plain_table(("batch", *sizes), "By batch size", fold=True)
-    own = [{timed.batch: timed.speedup for timed in each.times} for each in measured]
-    for batch in sorted({batch for column in own for batch in column}):
-        cells = (f"{column[batch]:.2f}" if batch in column else "-" for column in own)
+    columns = [{timed.batch: timed.speedup for timed in each.times} for each in measured]
+    for batch in sorted({batch for column in columns for batch in column}):
+        cells = (f"{column[batch]:.2f}" if batch in column else "-" for column in columns)
         table.add_row(str(batch), *cells)
     return table
 
@@ -202,14 +215,25 @@ def verdict(measured: Sequence[Measured], speeds: Sequence[ModelSpeed]) -> list[
     return lines
 
 
-def batch_ranges(found: Sequence[int], all_sizes: Sequence[int]) -> str:
+def batch_ranges(sizes: Sequence[int], all_sizes: Sequence[int]) -> str:
     """Batch sizes as runs of those that were measured: `1-64, 1024`."""
     runs: list[list[int]] = []
     for index, batch in enumerate(all_sizes):
-        if batch not in found:
+        if batch not in sizes:
             continue
         if runs and index and runs[-1][-1] == all_sizes[index - 1]:
             runs[-1].append(batch)
         else:
             runs.append([batch])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+COMMAND = Command(
+    name="bench",
+    help="time a model's 2:4 products on this GPU",
+    epilog="Reads the config, no weights. Exit status 3: there is no GPU here that multiplies 2:4 "
+    "weights.",
+    config=BenchConfig,
+    arguments=add_arguments,
+    run=run,
+)

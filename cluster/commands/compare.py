@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.commands.command import Command
 from cluster.terminal import WIDTH, as_text, plain_table
-from pipeline.reporting.tables import Column, Table, known_rows
+from pipeline.records.status import find_run_directory
+from pipeline.reporting.tables import Column, Table, arrow, known_rows, write_table
 
-DESCRIPTION = (
-    "Compare finished jobs by their run directories alone: the settings that differ, perplexity "
-    "where it was measured, errors by kind of layer, time and memory."
-)
 _LONGEST_NAME = 30
 
 
@@ -28,15 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write compare.md, compare.csv and compare.parquet there",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def compare_command(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Prints and writes the comparison; returns the exit status, 0."""
+    paths = [Path(run) for run in options.runs]
+    for path in paths:  # a wrong path is refused before torch is imported
+        find_run_directory(path)
     from pipeline.reporting.compare_runs import comparison, read_runs
-    from pipeline.reporting.tables import arrow, write_table
 
-    table = comparison(read_runs([Path(run) for run in options.runs]))
+    table = comparison(read_runs(paths))
     if options.output is not None:
         write_table(Path(options.output), "compare", table)
     if options.json:
@@ -52,7 +51,7 @@ def table_text(table: Table, only: str | None = None) -> str:
     `only`: the one part that is wanted, without notes.
     """
     parts: list[Any] = []
-    # Long names are told once, and then stand for by numbers.
+    # Long names are listed once, with numbers that stand for them in the tables.
     names = table.rows
     if max(map(len, names)) > _LONGEST_NAME:
         for number, name in enumerate(names, start=1):
@@ -83,3 +82,13 @@ def _beside(columns: Sequence[Column], rows: int, room: int) -> list[list[Column
         tables[-1].append(column)
         left -= width
     return tables
+
+
+COMMAND = Command(
+    name="compare",
+    help="compare finished jobs by their run directories",
+    description="Compare finished jobs by their run directories alone: the settings that differ, "
+    "perplexity where it was measured, errors by kind of layer, time and memory.",
+    arguments=add_arguments,
+    run=run,
+)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+from cluster.commands.command import Command
 from cluster.console import Console
 from cluster.terminal import as_text, plain_table
 from pipeline.config.evaluate import EvalConfig
 from pipeline.config.prune import PruneConfig
 from pipeline.config.runtime import RuntimeConfig
-from pipeline.demo_model import demo_model, demo_texts
-from pipeline.evaluation.perplexity import evaluate
-from pipeline.prune import prune
 from pipeline.runtime.units import duration
 
 _WORKERS = 2
@@ -23,10 +22,19 @@ _CALIBRATION_SEQUENCES = 32
 _EVALUATION_SEQUENCES = 24
 
 
-def demo(folder: Path) -> int:
-    """Prunes SmolLM2-135M-Instruct in `folder` on a Ray of its own; prints a table. Returns 0."""
-    from cluster.dispatch.ray_executor import RayExecutor
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The option of `prox24 demo`."""
+    parser.add_argument("--folder", default="demo", help="where models and texts go")
 
+
+def run(options: argparse.Namespace) -> int:
+    """Prunes SmolLM2-135M-Instruct on a Ray started for it; prints a table. Returns 0."""
+    from cluster.dispatch.ray_executor import RayExecutor
+    from pipeline.demo_model import demo_model, demo_texts
+    from pipeline.evaluation.perplexity import evaluate
+    from pipeline.prune import prune
+
+    folder = Path(options.folder)
     console = Console()
     began = time.monotonic()
     console.print("preparing SmolLM2-135M-Instruct and text that ships with Python")
@@ -94,3 +102,14 @@ def _table(rows: list[tuple[str, float, Path, float]], seconds: float) -> None:
     print(f"The pruned model: {rows[-1][2].absolute()}")
     print("Prune your own:")
     print("  prox24 prune MODEL OUTPUT --dataset TEXT --nsamples 128 --seqlen 2048")
+
+
+COMMAND = Command(
+    name="demo",
+    help="prune a small real model on this machine",
+    description="Prune SmolLM2-135M-Instruct on a Ray cluster of this machine, by magnitude and by "
+    "prox_admm, and compare perplexities. The model comes as a Python package, so that a package "
+    "index is all it needs.",
+    arguments=add_arguments,
+    run=run,
+)

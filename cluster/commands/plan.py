@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,25 +11,38 @@ from typing import TYPE_CHECKING
 import rich.box
 from rich.table import Table
 
-from cluster.source import config_source
+from cluster.commands.command import Command
+from cluster.options import config_from
+from cluster.source import CONFIG_HELP, config_source
 from cluster.terminal import as_text
-from pipeline.planning.plan import Plan, scaling, size_text
-from pipeline.runtime.units import duration
+from pipeline.planning.options import (
+    PlanConfig,
+    planned_job,
+    planned_shape,
+    threads_of,
+    worker_rates,
+)
+from pipeline.planning.rates import save_rates
+from pipeline.runtime.units import duration, size_text
 
 if TYPE_CHECKING:
-    from pipeline.planning.options import PlanConfig
+    from pipeline.planning.plan import Plan
 
 
-def plan_command(model: str, config: PlanConfig) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The argument of `prox24 plan` beside the options of its config class."""
+    parser.add_argument("model", metavar="MODEL", help=CONFIG_HELP)
+
+
+def run(options: argparse.Namespace) -> int:
     """Plans and prints; returns the exit status: 0, or 3 where the job would not fit."""
-    from pipeline.planning.options import planned_job, planned_shape, threads_of, worker_rates
-    from pipeline.planning.rates import save_rates
+    config: PlanConfig = config_from(options, PlanConfig)
+    rates = None if config.calibrate else worker_rates(config)
+    source = config_source(options.model)
+    from pipeline.planning.plan import Plan
     from pipeline.planning.to_json import plan_to_json
 
-    source = config_source(model)
-    shape = planned_shape(source.folder, config)
-    shape = replace(shape, name=source.name)
-    rates = None
+    shape = replace(planned_shape(source.folder, config), name=source.name)
     if config.calibrate and config.rates is not None:
         from pipeline.planning.measure_rates import measure_rates
 
@@ -41,7 +55,7 @@ def plan_command(model: str, config: PlanConfig) -> int:
             folder=Path.cwd(),
         )
         save_rates(measured, Path(config.rates))
-        rates = worker_rates(config, config.workers or 1)
+        rates = worker_rates(config)
     plan = Plan(planned_job(shape, config, rates))
     if config.json:
         print(json.dumps(plan_to_json(plan)))
@@ -88,11 +102,11 @@ def _heading(plan: Plan) -> list[str]:
 def _experts(plan: Plan) -> str:
     """What is assumed of routing, and what it comes to."""
     job = plan.job
-    found = {g for kind in job.shape.kinds for g in kind.groups if g.active}
-    group = max(found, key=lambda g: (g.experts, g.columns))
-    kept = sorted({g.columns for g in found if job.inputs(g) is not None}, reverse=True)
+    experts = {g for kind in job.shape.kinds for g in kind.groups if g.active}
+    group = max(experts, key=lambda g: (g.experts, g.columns))
+    kept = sorted({g.columns for g in experts if job.inputs(g) is not None}, reverse=True)
     how = ""
-    if any(job.solved_with(g) != job.settings_of(g) for g in found):
+    if any(job.solved_with(g) != job.settings_of(g) for g in experts):
         how = f", fewer than --expert-tokens {job.expert_tokens}: pruned by wanda"
     elif kept:
         how = f", kept in place of Hessians of {' and '.join(map(str, kept))} columns"
@@ -123,7 +137,9 @@ def _phases(plan: Plan) -> Table:
     )
     for name, total in plan.totals().items():
         limits = sorted(total["limits"].items(), key=lambda item: -item[1])
-        shares = [f"{limit} {100 * own / total['seconds']:.0f} %" for limit, own in limits if own]
+        shares = [
+            f"{limit} {100 * part / total['seconds']:.0f} %" for limit, part in limits if part
+        ]
         table.add_row(
             *(name, str(total["count"]), seconds_text(total["seconds"])),
             f"{100 * total['seconds'] / plan.seconds:.0f} %",
@@ -179,6 +195,8 @@ def _needs(plan: Plan) -> Table:
 
 
 def _scaling(plan: Plan) -> Table:
+    from pipeline.planning.plan import scaling
+
     table = _table("By number of workers", ("workers", True), ("time", True), ("efficiency", True))
     plans = scaling(plan.job)
     alone = plans[0][1].seconds
@@ -202,3 +220,14 @@ def _closing(plan: Plan) -> list[str]:
 def seconds_text(value: float) -> str:
     """Seconds, or hours and minutes from two minutes on."""
     return duration(value) if value >= 120 else f"{value:.1f} s"
+
+
+COMMAND = Command(
+    name="plan",
+    help="say what pruning MODEL will take",
+    epilog="Reads the config and the headers of the weight files, no weights. Exit status 3: the "
+    "job would not fit.",
+    config=PlanConfig,
+    arguments=add_arguments,
+    run=run,
+)

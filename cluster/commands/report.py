@@ -5,23 +5,32 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-DESCRIPTION = (
-    "Make report/report.html and report/report.parquet of a finished job again, from its run "
-    "directory alone: no cluster, no model."
-)
+from cluster.commands.command import Command
+from pipeline.records.status import find_run_directory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `prox24 report`."""
+    """The argument of `prox24 report`."""
     parser.add_argument(
         "run_dir", metavar="RUN_DIR", help="a job's run directory, or the OUTPUT that it is of"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def report_command(options: argparse.Namespace) -> int:
-    """Makes the report, prints where it is. Raises `RunDirectoryError` without a finished job."""
+def run(options: argparse.Namespace) -> int:
+    """Makes the report and prints its path. Raises `RunDirectoryError` without a finished job."""
+    path = Path(options.run_dir)
+    find_run_directory(path)  # a wrong path is refused before pyarrow and matplotlib are imported
     from pipeline.reporting.write import report_again
 
-    print(f"wrote {report_again(Path(options.run_dir))}")
+    print(f"wrote {report_again(path)}")
     return 0
+
+
+COMMAND = Command(
+    name="report",
+    help="make a finished job's report again",
+    description="Make report/report.html and report/report.parquet of a finished job again, from "
+    "its run directory alone: no cluster, no model.",
+    arguments=add_arguments,
+    run=run,
+)

@@ -1,4 +1,4 @@
-"""`prox24 status`: what a run directory tells, for people and for programs.
+"""`prox24 status`: the state of a job by its run directory, as text or as JSON.
 
 Imports neither Ray nor torch: it answers at once, on any machine that sees the directory.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cluster.commands.command import Command
 from cluster.terminal import print_labelled, terminal
 from pipeline.records.status import find_run_directory, read_status
 from pipeline.runtime.units import duration, size
-from storage.errors import Prox24Error
 
-DESCRIPTION = "Show how far a job is, from its run directory alone; nothing is changed."
 _SHOWN_ATTEMPTS = 5
 _SHOWN_BLOCKS = 8
 _ENDED = ("dead", "interrupted", "failed", "stopped")
@@ -37,26 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run_dir", metavar="RUN_DIR", help="a job's run directory, or the OUTPUT that it is of"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`prox24 status ARGUMENTS` without the rest of the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="prox24 status", description=DESCRIPTION, allow_abbrev=False
-    )
-    add_arguments(parser)
-    options = parser.parse_args(arguments)
-    try:
-        return show(options)
-    except Prox24Error as error:
-        if options.debug:
-            raise
-        print(f"prox24: {error}", file=sys.stderr)
-        return error.exit_code
-
-
-def show(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Prints the status of `options.run_dir`. Raises `RunDirectoryError` if it is none."""
     status = read_status(find_run_directory(Path(options.run_dir)))
     if options.json:
@@ -104,13 +85,13 @@ def _state(status: dict[str, Any]) -> str:
         }.get(state, str(state))
     beat = f"last heartbeat {duration(owner['heartbeat_age'])} ago"
     who = f"process {owner['pid']} on {owner['host']}"
-    said = {
+    words = {
         "running": "running",
         "frozen": "frozen or suspended: it lives, but its heartbeat stopped",
         "silent": "silent: perhaps dead, which only its own host can tell",
         "dead": "dead: it ended without giving up the run directory",
     }[state]
-    return f"{said}: {who}, {beat}"
+    return f"{words}: {who}, {beat}"
 
 
 def _job(job: dict[str, Any]) -> str:
@@ -150,3 +131,12 @@ def _errors(blocks: list[dict[str, Any]]) -> str:
     return ", ".join(
         f"block {block['block']} {block['relative_error']:.3f}%" for block in known[-_SHOWN_BLOCKS:]
     )
+
+
+COMMAND = Command(
+    name="status",
+    help="show how far a job is, from its run directory",
+    description="Show how far a job is, from its run directory alone; nothing is changed.",
+    arguments=add_arguments,
+    run=run,
+)

@@ -1,4 +1,4 @@
-"""`prox24 sweep`: its YAML file as jobs, and what people see of it."""
+"""`prox24 sweep`: its YAML file as jobs, and what is printed of them."""
 
 from __future__ import annotations
 
@@ -6,28 +6,26 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from cluster.commands.command import Command
 from cluster.commands.compare import table_text
 from cluster.console import Console
+from cluster.dispatch.executors import make_executor
 from cluster.options import Parser, add_options, as_arguments, config_from, read_yaml
 from cluster.source import resolve_model
 from pipeline.config.evaluate import EvalConfig
 from pipeline.config.prune import PruneConfig
 from pipeline.config.runtime import RuntimeConfig
-from pipeline.loop.executor import Executor
+from pipeline.reporting.tables import arrow
 from pipeline.sweep.grid import SweepPlan, read_plan
+from pipeline.text.documents import check_dataset
 from storage.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.sweep.run import Sweep
-
-DESCRIPTION = (
-    "Prune a model with many settings, evaluate each, and write a table and plots. The same "
-    "command goes on with what is missing. Exit status 1 where a run failed."
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,22 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--verbose", action="store_true", help="show debug messages")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def sweep_command(
-    options: argparse.Namespace,
-    executors: Callable[[RuntimeConfig, Console], Callable[[], Executor]],
-) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs the sweep; returns the exit status: 0, or 1 where a run failed."""
-    from pipeline.reporting.compare_runs import SETTINGS
-    from pipeline.reporting.tables import arrow
-    from pipeline.sweep.run import sweep
-
     where = f"--config {options.config}"
     wanted = sweep_from(read_plan(read_yaml(Path(options.config)), where), where)
+    from pipeline.reporting.compare_runs import SETTINGS
+    from pipeline.sweep.run import sweep
+
     console = _SweepConsole()
-    result = sweep(wanted, lambda config: executors(config, console), console)
+    result = sweep(wanted, lambda config: make_executor(config, console), console)
     if options.json:
         print(json.dumps({"runs": arrow(result.table).to_pylist(), "failed": result.failed}))
     else:
@@ -65,16 +58,18 @@ def sweep_command(
 
 
 def sweep_from(plan: SweepPlan, where: str) -> Sweep:
-    """The sweep that a plan asks for. Raises `ConfigError` for an option that is wrong."""
-    from pipeline.sweep.run import Sweep
-
+    """The sweep that a plan asks for. Raises an `InputError` for an option that is wrong."""
     configs = tuple(
         _parsed(PruneConfig, point.options, f"{where}: {point.name}") for point in plan.points
     )
     runtime = {field.name.replace("_", "-") for field in dataclasses.fields(RuntimeConfig)}
     placed = {key: value for key, value in plan.points[0].options.items() if key in runtime}
     evaluation = _parsed(EvalConfig, {**placed, **plan.evaluation}, f"{where}: eval")
+    for dataset in dict.fromkeys([*(config.dataset for config in configs), evaluation.dataset]):
+        check_dataset(dataset)
     source = resolve_model(plan.model)
+    from pipeline.sweep.run import Sweep
+
     return Sweep(
         source=source.folder,
         source_name=source.name,
@@ -113,3 +108,14 @@ class _SweepConsole(Console):
         """Moves the bar where there is one."""
         if self.console.is_terminal:
             super().block_done(block, relative_error)
+
+
+COMMAND = Command(
+    name="sweep",
+    help="prune with many settings, and compare them",
+    description="Prune a model with many settings, evaluate each, and write a table and plots. The "
+    "same command continues with what is missing. Exit status 1 where a run failed.",
+    arguments=add_arguments,
+    run=run,
+    resumes="finished runs and blocks",
+)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.config.fields import internal, option, require
+from pipeline.config.methods import method_names
 from pipeline.config.solver import DEFAULT_METHOD, SolverSettings
+from storage.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +32,15 @@ class SolveConfig(SolverSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "threads", at_least=1)
+        self.named_methods()
+
+    def named_methods(self) -> list[str]:
+        """The methods that `methods` names; for `all`, every method."""
+        known = method_names()
+        if self.methods == "all":
+            return list(known)
+        names = [name.strip() for name in self.methods.split(",")]
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"--methods {name} is not one of {', '.join(known)}")
+        return names

@@ -28,6 +28,13 @@ class Executor(Protocol):
         """Number of ranks. `recover` may change it: read it anew for each phase."""
         ...
 
+    def prepare(self) -> None:
+        """Begins to start the ranks before there is a job, if that takes time. Optional.
+
+        Raises `ResourceError` if there is no room for them.
+        """
+        ...
+
     def start(self, job: Job) -> None:
         """Starts the ranks; called before any phase. A second call replaces them by a new job's."""
         ...

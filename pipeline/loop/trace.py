@@ -89,6 +89,10 @@ class TracingExecutor:
         """The executor's worker processes."""
         return self._executor.workers()
 
+    def prepare(self) -> None:
+        """Begins to start the ranks."""
+        self._driver("prepare", {}, self._executor.prepare)
+
     def start(self, job: Job) -> None:
         """Starts the ranks with `Job.trace` set."""
         self._driver(

@@ -1,4 +1,7 @@
-"""The options of `prox24 plan`, and the job they describe."""
+"""The options of `prox24 plan`, and the job they describe.
+
+The options alone need no torch, which `PlannedJob` and `read_shape` import.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,19 @@ import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.config.fields import option, require
 from pipeline.config.layers import ExpertOptions
 from pipeline.config.prune import ModelOptions
-from pipeline.planning.planned_job import PlannedJob
 from pipeline.planning.rates import GPUS, Rates, cpu_rates, gpu_rates, load_rates, with_threads
-from pipeline.planning.shapes.model import ModelShape, read_shape
 from pipeline.runtime.free_memory import available_memory
 from storage.errors import ConfigError
 from storage.object_store import Place
+
+if TYPE_CHECKING:
+    from pipeline.planning.planned_job import PlannedJob
+    from pipeline.planning.shapes.model import ModelShape
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE)
 _GPUS_PER_NODE = 8
@@ -78,6 +83,12 @@ class PlanConfig(ModelOptions, ExpertOptions):
         for name in ("nsamples", "batch_size", "gpus", "nodes", "workers", "threads"):
             require(self, name, at_least=1)
         require(self, "seqlen", at_least=2)
+        for name in ("gpu_memory", "node_memory", "disk", "disk_speed", "network_speed"):
+            if getattr(self, name):
+                size_of(getattr(self, name), name.replace("_", "-"))
+        workers = self.gpus or self.workers or 1
+        if self.nodes is not None and self.nodes > workers:
+            raise ConfigError(f"--nodes {self.nodes} is more than the {workers} workers")
         if self.gpus is not None and self.workers is not None:
             raise ConfigError("--gpus counts workers already: leave --workers out")
         if self.gpus is not None and self.calibrate:
@@ -88,16 +99,18 @@ class PlanConfig(ModelOptions, ExpertOptions):
 
 def size_of(text: str, name: str) -> float:
     """`80GB`, `1.5 TiB` or a number, in bytes. Raises `ConfigError` naming the option."""
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
         raise ConfigError(f"--{name} {text!r} is no size: write it as in 80GB or 1.5TiB")
-    number, prefix, binary = found.groups()
+    number, prefix, binary = match.groups()
     power = " kmgtp".index(prefix.lower() or " ")
     return float(number) * (1024.0 if binary else 1000.0) ** power
 
 
 def planned_shape(model: Place, config: PlanConfig) -> ModelShape:
     """The shape of the model, read for these options."""
+    from pipeline.planning.shapes.model import read_shape
+
     return read_shape(
         model,
         seqlen=config.seqlen,
@@ -109,13 +122,13 @@ def planned_shape(model: Place, config: PlanConfig) -> ModelShape:
 
 
 def planned_job(shape: ModelShape, config: PlanConfig, rates: Rates | None = None) -> PlannedJob:
-    """The job that the options describe; `rates` if they have been measured just now."""
+    """The job that the options describe; `rates` if they are known already."""
+    from pipeline.planning.planned_job import PlannedJob
+
     on_gpus = config.gpus is not None
     workers = config.gpus or config.workers or 1
     nodes = config.nodes or (-(-workers // _GPUS_PER_NODE) if on_gpus else 1)
-    if nodes > workers:
-        raise ConfigError(f"--nodes {nodes} is more than the {workers} workers")
-    rates = rates or worker_rates(config, workers)
+    rates = rates or worker_rates(config)
     here = not on_gpus
     memory = size_of(config.gpu_memory, "gpu-memory") if config.gpu_memory else rates.device_memory
     if config.node_memory:
@@ -146,7 +159,7 @@ def threads_of(config: PlanConfig) -> int:
     return config.threads or max(1, len(os.sched_getaffinity(0)) // (config.workers or 1))
 
 
-def worker_rates(config: PlanConfig, workers: int) -> Rates:
+def worker_rates(config: PlanConfig) -> Rates:
     """Rates from the file given, else of the GPU named, else of CPU threads; options win."""
     if config.rates is not None:
         rates = load_rates(Path(config.rates))

@@ -302,13 +302,3 @@ def scaling(job: PlannedJob, most: int | None = None) -> list[tuple[int, Plan]]:
         workers *= 2
     counts.add(job.workers)
     return [(n, Plan(with_workers(job, n))) for n in sorted(counts)]
-
-
-def size_text(value: float) -> str:
-    """Bytes in decimal units with three digits: `1.23 GB`."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.5 or unit == "TB":
-            break
-        value /= 1000
-    digits = 0 if unit == "B" or value >= 99.95 else 1 if value >= 9.995 else 2
-    return f"{value:.{digits}f} {unit}"

@@ -10,12 +10,13 @@ from pipeline.models.selection import layers_to_prune
 from pipeline.models.skeleton import Skeleton
 from pipeline.planning.memory import sums_held
 from pipeline.planning.phase_parts import Phase
-from pipeline.planning.plan import Plan, remedies, size_text
+from pipeline.planning.plan import Plan, remedies
 from pipeline.planning.planned_job import PlannedJob
 from pipeline.planning.rates import cpu_rates, gpu_rates
 from pipeline.planning.shapes.model import read_shape
 from pipeline.runtime.device import FreeMemory
 from pipeline.runtime.progress import Progress
+from pipeline.runtime.units import size_text
 from pipeline.solvers.registry import solver_for
 from storage.errors import ModelError, ResourceError
 

@@ -32,7 +32,7 @@ def scratch_of(run: RunDirectory) -> tuple[SharedFolder, ...]:
     return (SharedFolder("the scratch folder (--scratch-dir)", str(run.path), SCRATCH_PREFIX),)
 
 
-def complaints(job: Job, marks: Sequence[Marked], rank: int) -> list[str]:
+def what_is_not_seen(job: Job, marks: Sequence[Marked], rank: int) -> list[str]:
     """What this rank's node does not see as the driver does, in words; run before anything else.
 
     The model may be another copy at the same path: its config, headers and sizes are compared here,

@@ -17,9 +17,11 @@ from pipeline.reporting.plots import (
     time_and_memory,
     workers_timeline,
 )
-from pipeline.reporting.template import TEMPLATE
 from pipeline.runtime.units import size
 from pipeline.version import VERSION
+
+TEMPLATE_NAME = "page.html.j2"
+"""Lies beside this module; pyproject.toml names it as package data."""
 
 _WORST = 20
 _WORKERS_SHOWN = 16
@@ -51,8 +53,12 @@ _AROUND_BLOCKS = {
 
 def report_page(facts: Facts) -> str:
     """The whole page. Pure but for drawing; every value that comes from a file is escaped."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(TEMPLATE)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.reporting", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    template = environment.get_template(TEMPLATE_NAME)
     blocks = facts.summary["blocks"]
     options = {**facts.settings, **facts.solver}
     return template.render(

@@ -8,10 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
-
 from storage.files.commit import replace_file
 
 Value = str | int | float | bool | None
@@ -86,6 +82,8 @@ def markdown(table: Table) -> str:
 
 def arrow(table: Table) -> Any:
     """The same as a `pyarrow.Table`: `run`, then a column for each of the table's."""
+    import pyarrow as pa  # in functions: the commands that print tables start without it
+
     data = {"run": pa.array(table.rows, pa.string())}
     for column in table.columns:
         data[column.name] = _array(column.values)
@@ -100,19 +98,24 @@ def write_table(
     `guard` as in `replace_file`. Returns their paths. Raises `ResourceError` where the disk is
     full.
     """
+    import pyarrow.csv
+    import pyarrow.parquet
+
     data = arrow(table)
     paths = [folder / f"{stem}.{kind}" for kind in ("md", "csv", "parquet")]
     with replace_file(paths[0], guard) as file:
         file.write(markdown(table).encode("utf-8"))
     with replace_file(paths[1], guard) as file:
-        pa.csv.write_csv(data, file)
+        pyarrow.csv.write_csv(data, file)
     with replace_file(paths[2], guard) as file:
-        pa.parquet.write_table(data, file)
+        pyarrow.parquet.write_table(data, file)
     return paths
 
 
 def _array(values: Sequence[Value]) -> Any:
     """A column of one type: text where the values are of several."""
+    import pyarrow as pa
+
     kinds = {type(value) for value in values if value is not None}
     if kinds == {int, float}:
         return pa.array([None if value is None else float(value) for value in values])

@@ -5,7 +5,8 @@
     .parquet, .arrow  one document per row (.arrow: IPC file or stream, as `datasets` writes it)
     ID, ID:CONFIG     a data set of the hub, streamed: `some/data`, `some/data:en`
 
-`datasets` is imported for hub data sets only: local files do not need it.
+`datasets` is imported for hub data sets only: local files do not need it. pyarrow is imported for
+its two formats only, so that a missing file is refused at once.
 """
 
 from __future__ import annotations
@@ -15,9 +16,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from storage.errors import DataError, first_line
 
@@ -39,6 +37,27 @@ def is_local(dataset: str) -> bool:
         or not _HUB_ID.fullmatch(identifier)
         or identifier.startswith(".")
     )
+
+
+def check_dataset(dataset: str) -> None:
+    """Raises `DataError` where `dataset` names a local file that is missing or of no known kind.
+
+    Opens no file and asks no hub.
+    """
+    if is_local(dataset):
+        _require_readable(Path(dataset).expanduser())
+
+
+def _require_readable(path: Path) -> None:
+    if not path.exists():
+        raise DataError(f"no such file: {path}: --dataset takes a file or the id of a hub data set")
+    if not path.is_file():
+        raise DataError(f"{path} is not a file: give one of its {', '.join(LOCAL_SUFFIXES)} files")
+    if path.suffix.lower() not in LOCAL_SUFFIXES:
+        raise DataError(
+            f"{path}: unknown kind of file '{path.suffix}': give one that ends in "
+            + ", ".join(LOCAL_SUFFIXES)
+        )
 
 
 def read_documents(
@@ -78,16 +97,8 @@ def _local_documents(path: Path, text_column: str | None) -> Iterator[str]:
         ".parquet": _parquet_documents,
         ".arrow": _arrow_documents,
     }
-    if not path.exists():
-        raise DataError(f"no such file: {path}: --dataset takes a file or the id of a hub data set")
-    if not path.is_file():
-        raise DataError(f"{path} is not a file: give one of its {', '.join(LOCAL_SUFFIXES)} files")
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(
-            f"{path}: unknown kind of file '{path.suffix}': give one that ends in "
-            + ", ".join(LOCAL_SUFFIXES)
-        )
+    _require_readable(path)
+    reader = readers[path.suffix.lower()]
     try:
         yield from reader(path, text_column)
     except OSError as error:
@@ -187,6 +198,9 @@ def _no_text_column(name: str, columns: Iterable[str], text_column: str | None =
 
 
 def _parquet_documents(path: Path, text_column: str | None) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         with pq.ParquetFile(path) as file:
             column = _column_of(file.schema_arrow, path, text_column)
@@ -197,6 +211,8 @@ def _parquet_documents(path: Path, text_column: str | None) -> Iterator[str]:
 
 
 def _arrow_documents(path: Path, text_column: str | None) -> Iterator[str]:
+    import pyarrow as pa
+
     try:
         with pa.memory_map(str(path)) as source:
             for batch in _arrow_batches(source):
@@ -211,6 +227,8 @@ def _arrow_documents(path: Path, text_column: str | None) -> Iterator[str]:
 
 def _validate(column: Any, path: Path) -> None:
     """Checks a column first: Arrow trusts its offsets, and damaged ones would end the process."""
+    import pyarrow as pa
+
     try:
         column.validate(full=True)
     except pa.ArrowInvalid as error:
@@ -221,6 +239,8 @@ def _validate(column: Any, path: Path) -> None:
 
 def _arrow_batches(source: Any) -> Iterator[Any]:
     """The record batches of an IPC file, or of an IPC stream (what `datasets` writes)."""
+    import pyarrow as pa
+
     try:
         file = pa.ipc.open_file(source)
     except pa.ArrowInvalid:
@@ -232,12 +252,12 @@ def _arrow_batches(source: Any) -> Iterator[Any]:
 
 
 def _column_of(schema: Any, path: Path, text_column: str | None) -> str:
+    from pyarrow import types
+
     def holds_text(kind: Any) -> bool:
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        kind = kind.value_type if types.is_dictionary(kind) else kind
         return bool(
-            pa.types.is_string(kind)
-            or pa.types.is_large_string(kind)
-            or pa.types.is_string_view(kind)
+            types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
         )
 
     strings = [field.name for field in schema if holds_text(field.type)]

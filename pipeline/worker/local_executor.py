@@ -30,6 +30,9 @@ class LocalExecutor:
         """Number of ranks; fixed."""
         return self._world
 
+    def prepare(self) -> None:
+        """Does nothing: ranks in this process start at once."""
+
     def start(self, job: Job) -> None:
         """Creates the ranks."""
         self._workers = [BlockWorker(job, rank, self.world) for rank in range(self.world)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import rich.console
 
-from cluster.command_line import run
+from cluster.command_line import COMMANDS, run
 from cluster.console import Console
 from cluster.terminal import as_text, plain_table
 from tests.support.jobs import prune_here, write_text
@@ -20,10 +20,6 @@ from tests.support.tiny_models import save_tiny_model
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 COLOUR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:3|38;5;|9)\d+m")
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
-COMMANDS = (
-    *("prune", "eval", "solve", "status", "report", "verify"),
-    *("compare", "sweep", "plan", "bench", "demo"),
-)
 # What is 80 columns at most is so whatever the terminal has.
 TERMINALS = {
     "terminal": {"TERM": "xterm-256color", "COLUMNS": "200"},

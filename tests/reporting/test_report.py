@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import pipeline.reporting.page
 import pipeline.reporting.write as write
 from cluster.command_line import run
 from pipeline.config.pattern import Pattern
@@ -148,6 +150,15 @@ def test_the_page_stands_alone(page: Page) -> None:
     policies = [value for name, value in page.attributes if value.startswith("default-src 'none'")]
     assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
     assert NAME in page.text  # as text
+
+
+def test_the_template_goes_into_the_wheel(repository: Path) -> None:
+    """The template lies in the package, and pyproject.toml names it as package data."""
+    project = tomllib.loads((repository / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["pipeline.reporting"]
+    folder = Path(pipeline.reporting.page.__file__).parent
+    packed = {path.name for pattern in patterns for path in folder.glob(pattern)}
+    assert pipeline.reporting.page.TEMPLATE_NAME in packed
 
 
 def test_the_table_has_every_layer_and_what_its_mask_is(whole: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from cluster.command_line import run as command
-from cluster.commands.status import main
 from pipeline.loop.rank import Call
 from pipeline.messages import Outcome
 from pipeline.records.live_status import recorded
@@ -56,7 +55,7 @@ def without_locks(folder: Path) -> dict[str, bytes]:
 def shown(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """What the command prints, which fits 80 columns."""
     capsys.readouterr()
-    assert main([str(path)]) == 0
+    assert command(["status", str(path)]) == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
     return " ".join(text.split())
@@ -238,10 +237,9 @@ def test_what_is_no_run_directory_is_refused(
     (tmp_path / "file").write_text("text")
     with pytest.raises(RunDirectoryError):
         find_run_directory(tmp_path / name)
-    for run in (main, lambda arguments: command(["status", *arguments])):
-        assert run([str(tmp_path / name)]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("prox24: neither ")
+    assert command(["status", str(tmp_path / name)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("prox24: neither ")
 
 
 def test_a_damaged_manifest_and_records_are_named(tmp_path: Path) -> None:

@@ -68,6 +68,23 @@ def test_a_uri_that_cannot_be_used_is_refused(uri: str, why: str) -> None:
     assert "SECRET" not in str(refusal.value)
 
 
+def test_a_place_is_named_without_pyarrow(repository: Path) -> None:
+    """Commands that reach no store start without it, and without torch."""
+    program = (
+        "import sys\n"
+        "import storage.files.commit, storage.files.damage, storage.files.hashing\n"
+        "import storage.model.folder, storage.output.uploads\n"
+        "import storage.run.directory, storage.run.lock, storage.run.status_file\n"
+        "from storage.object_store import place\n"
+        "place('s3://bucket/a')\n"
+        "sys.exit(str(sorted({'numpy', 'pyarrow', 'torch'} & set(sys.modules))))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=repository, capture_output=True, text=True
+    )
+    assert ended.stderr.strip() == "[]"
+
+
 def test_an_object_is_read_in_ranges(bucket: ObjectFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage.object_store, "PART_BYTES", 1000)
     data = bytes(torch.randint(256, (23_456,), dtype=torch.uint8).tolist())

@@ -89,7 +89,7 @@ def test_no_text_column_lists_the_columns(
     tmp_path: Path, write: Writer, column: str | None
 ) -> None:
     path = write(tmp_path / "d", {"title": ["a"], "summary": ["b"]})
-    with pytest.raises(DataError, match=r"--text-column, of: title, summary") as caught:
+    with pytest.raises(DataError, match=r"--text-column: title, summary") as caught:
         list(read_documents(str(path), column))
     assert str(path) in str(caught.value)
     assert column is None or f"no column '{column}'" in str(caught.value)

@@ -1,13 +1,12 @@
-"""`prox24 eval --tasks`: zero-shot tasks by lm-eval, whose requests the block loop answers.
+"""Zero-shot tasks by lm-eval, whose requests the block loop answers: `prox24 eval --tasks`.
 
-lm-eval (the extra prox24[tasks]) makes the prompts and the metrics; models run block by block, as
-everywhere here. Imported only where --tasks is given.
+lm-eval (the extra prox24[tasks]) makes the prompts and computes the metrics; models run block by
+block, as everywhere here. Imported only where --tasks is given: lm-eval imports `datasets`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +16,10 @@ from typing import Any
 
 import lm_eval
 import lm_eval.api.task
-import rich.box
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate as run_tasks
 from lm_eval.tasks import TaskManager
-from rich.table import Table
 
-from cluster.terminal import as_text
 from pipeline.config.evaluate import EvalConfig
 from pipeline.evaluation.likelihood import log_likelihoods
 from pipeline.evaluation.task_scores import Metric, task_metrics
@@ -35,13 +31,17 @@ from pipeline.text.tokens import load_tokenizer
 from storage.errors import ConfigError, DataError, InputError, first_line
 from storage.model.folder import Source
 
-# Of the examples before a question: lm-eval's own.
+# lm-eval's default seed for drawing the examples before a question.
 _FEWSHOT_SEED = 1234
 _ANSWERED = ("multiple_choice", "loglikelihood")
 
 
 class BlockwiseModel(TemplateLM):  # type: ignore[misc]
-    """A model to lm-eval: texts are tokenized as its `hf` model does, and scored block by block."""
+    """A model as lm-eval sees it: tokenizes as lm-eval's `hf` model, and scores block by block.
+
+    score: the log-likelihood of each continuation given its context, both as tokens, and whether
+    greedy decoding would give that continuation.
+    """
 
     def __init__(
         self,
@@ -58,14 +58,14 @@ class BlockwiseModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands in for an empty context."""
+        """The token that an empty context is replaced with."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else int(begin)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Tokens of a text; with those the tokenizer adds, unless the text begins with them."""
+        """Tokens of a text; with special tokens, unless the text begins with them already."""
         options: dict[str, Any] = {"verbose": False}
         prefix = self.tokenizer.decode(self.prefix_token_id)
         if add_special_tokens is not None:
@@ -76,27 +76,27 @@ class BlockwiseModel(TemplateLM):  # type: ignore[misc]
         return ids
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """As lm-eval's, without its bar: ours is shown."""
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return found
+        """As the base class, without its progress bar: prox24 shows one of its own."""
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return scores
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
         return self._score([(context, continuation) for _, context, continuation in requests])
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
-        """Refused before: see `load_tasks`."""
+        """Never called: `load_tasks` refuses such tasks."""
         raise ConfigError("tasks that score whole texts are not supported")
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-        """Refused before: see `load_tasks`."""
+        """Never called: `load_tasks` refuses such tasks."""
         raise ConfigError("tasks that generate text are not supported")
 
 
 def find_tasks(config: EvalConfig) -> tuple[TaskManager, list[str]]:
-    """lm-eval's catalogue, and the names in it of the tasks that are asked for.
+    """lm-eval's catalogue of tasks, and the names of those that `--tasks` asks for.
 
-    Its own tasks, of which there are ten thousand and more, are looked through only where
-    --tasks-folder has not all of them. Raises `ConfigError` for names that it does not know, and
+    The more than ten thousand tasks that come with lm-eval are searched only where --tasks-folder
+    does not have all of them. Raises `ConfigError` for names that it does not know, and
     for code in --tasks-folder without --trust-remote-code.
     """
     names = [name.strip() for name in (config.tasks or "").split(",") if name.strip()]
@@ -135,9 +135,9 @@ def load_tasks(manager: TaskManager, names: list[str], config: EvalConfig) -> di
                 f"--tasks: {name} is a task of kind {task.OUTPUT_TYPE}; prox24 runs those of "
                 f"{' and '.join(_ANSWERED)}"
             )
-        own = task.get_config("num_fewshot")
+        default = task.get_config("num_fewshot")
         # As lm-eval does: what a task sets to 0 stays 0.
-        if own is None or (own != 0 and config.num_fewshot is not None):
+        if default is None or (default != 0 and config.num_fewshot is not None):
             task.set_config(key="num_fewshot", value=config.num_fewshot or 0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     return loaded
@@ -158,13 +158,15 @@ def evaluate_tasks(
     make_executor: Callable[[], Executor],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Every model's metrics, each but the first held against the first, paired by document.
+    """Every model's metrics; each model but the first is compared with it, paired by document.
 
     Returns `lm_eval` (its version), `num_fewshot` by task, and `models`: `model` and `tasks`, task
-    -> metric -> `value`, `standard_error`, `documents`, and of those after the first
-    `against_first`: `difference` and its `standard_error`. What is not known is None.
+    -> metric -> `value`, `standard_error`, `documents`, and for models after the first
+    `against_first`: `difference` and its `standard_error`. An unknown number is None.
     Raises an `InputError` for bad input before any compute.
     """
+    if not config.verbose:
+        _quieten()
     manager, names = find_tasks(config)
     load_tasks(manager, names, config)
     skeletons = [
@@ -173,12 +175,12 @@ def evaluate_tasks(
     ]
     executor = traced(make_executor(), config.trace)
     try:
-        found, fewshot = [], {}
+        metrics, fewshot = [], {}
         for skeleton in skeletons:
-            # Loaded anew: examples are drawn by a generator that goes on.
+            # Loaded again for each model: a task's generator of examples keeps its state.
             tasks = load_tasks(manager, names, config)
             fewshot = {n: task.get_config("num_fewshot") for n, task in tasks["tasks"].items()}
-            found.append(_metrics(tasks, skeleton, config, executor, progress))
+            metrics.append(_metrics(tasks, skeleton, config, executor, progress))
     finally:
         progress.end()
         executor.close()
@@ -186,8 +188,8 @@ def evaluate_tasks(
         "lm_eval": lm_eval.__version__,
         "num_fewshot": fewshot,
         "models": [
-            {"model": source.name, "tasks": _as_json(own, found[0] if index else None)}
-            for index, (source, own) in enumerate(zip(sources, found, strict=True))
+            {"model": source.name, "tasks": _as_json(each, metrics[0] if index else None)}
+            for index, (source, each) in enumerate(zip(sources, metrics, strict=True))
         ],
     }
 
@@ -216,9 +218,17 @@ def _metrics(
     return task_metrics(results)
 
 
+def _quieten() -> None:
+    """Turns off the progress bars of `datasets` and the warnings of lm-eval."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
 @contextlib.contextmanager
 def _without_its_bar() -> Iterator[None]:
-    """lm-eval draws a bar while it makes prompts, terminal or not, and has no option against it."""
+    """lm-eval draws a bar while it makes prompts, terminal or not, with no option to disable it."""
     module = lm_eval.api.task
     drawn = module.tqdm
     module.tqdm = partial(drawn, disable=True)
@@ -232,76 +242,22 @@ def _as_json(
     metrics: dict[str, dict[str, Metric]], first: dict[str, dict[str, Metric]] | None
 ) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
-    for task, own in metrics.items():
-        for name, metric in own.items():
-            figures: dict[str, Any] = {
+    for task, by_name in metrics.items():
+        for name, metric in by_name.items():
+            result: dict[str, Any] = {
                 "value": metric.value,
                 "standard_error": _known(metric.standard_error),
                 "documents": None if metric.documents is None else len(metric.documents),
             }
             if first is not None:
                 difference, spread = metric.against(first[task][name])
-                figures["against_first"] = {
+                result["against_first"] = {
                     "difference": difference,
                     "standard_error": _known(spread),
                 }
-            tasks.setdefault(task, {})[name] = figures
+            tasks.setdefault(task, {})[name] = result
     return tasks
 
 
 def _known(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def tasks_command(
-    sources: Sequence[Source],
-    config: EvalConfig,
-    make_executor: Callable[[], Executor],
-    progress: Progress,
-) -> int:
-    """Evaluates and prints; returns the exit status, 0."""
-    if not config.verbose:
-        import datasets
-
-        datasets.disable_progress_bars()
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    found = evaluate_tasks(sources, config, make_executor, progress)
-    print(json.dumps(found) if config.json else tasks_text(found), end="\n" if config.json else "")
-    return 0
-
-
-def tasks_text(found: dict[str, Any]) -> str:
-    """What `evaluate_tasks` returns as a table of at most 80 columns."""
-    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("task", "metric", "model"):
-        table.add_column(title, overflow="fold")
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("difference", justify="right", no_wrap=True)
-    models = found["models"]
-    for task, metrics in models[0]["tasks"].items():
-        for name in metrics:
-            for index, model in enumerate(models):
-                figures = model["tasks"][task][name]
-                against = figures.get("against_first")
-                table.add_row(
-                    "" if index else task,
-                    "" if index else name,
-                    model["model"],
-                    _with_error(figures["value"], figures["standard_error"], ""),
-                    _with_error(against["difference"], against["standard_error"], "+")
-                    if against
-                    else "",
-                )
-    shots = ", ".join(f"{task} {count}" for task, count in found["num_fewshot"].items())
-    return as_text(
-        [
-            table,
-            f"lm-eval {found['lm_eval']}; examples before each question: {shots}.",
-            "With standard errors; differences are from the first model, paired by document.",
-        ]
-    )
-
-
-def _with_error(value: float, error: float | None, sign: str) -> str:
-    spread = "" if error is None else f" ± {error:.4f}"
-    return f"{value:{sign}.4f}{spread}"

@@ -63,7 +63,7 @@ class Noted(LocalExecutor):
 
     def reduce(self) -> list[Outcome]:
         self.phases.append("reduce")
-        halves = itertools.chain(*(worker.held.sums.values() for worker in self._workers))
+        halves = itertools.chain(*(worker.state.sums.values() for worker in self._workers))
         self.summed = sum(sums.nbytes for sums in itertools.chain(*halves))
         return super().reduce()
 

@@ -94,7 +94,7 @@ class Plan:
     def totals(self) -> dict[str, dict[str, Any]]:
         """Phase name -> totals over all blocks, in the order in which the phases first run.
 
-        Of `host_bytes` and `device_bytes` the maximum; `limits`: seconds by what limits the speed.
+        `host_bytes` and `device_bytes` are maxima. `limits`: seconds by what limits the speed.
         """
         totals: dict[str, dict[str, Any]] = {}
         for _, count, phase in self.phases():

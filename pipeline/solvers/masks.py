@@ -16,7 +16,7 @@ _PAIRWISE_LIMIT = 16  # above this width, sorting beats the M(M-1)/2 comparisons
 def keep_mask(pattern: Pattern, score: Tensor) -> Tensor:
     """The entries with the largest `score`: (R, C) float -> (R, C) bool, True where kept.
 
-    N:M: the N largest of each group; unstructured: the largest of each row. Of equal scores the
+    N:M: the N largest of each group; unstructured: the largest of each row. Among equal scores the
     later column is kept, on every device: the choice does not depend on other rows or on an
     unstable sort. Raises ConfigError where the pattern does not divide C.
     """

@@ -219,7 +219,7 @@ def _claim_folder(folder: Path, identity: dict[str, Any], lock: RunLock) -> None
         if differing:
             raise RunDirectoryError(
                 f"{folder} is the folder of another sweep ({'; '.join(differing[:3])}); name "
-                "another folder, or delete it to start anew"
+                "another folder, or delete it to start again"
             )
         return
     payload = {"schema_version": SWEEP_SCHEMA, "sweep": identity}

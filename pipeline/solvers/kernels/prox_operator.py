@@ -76,7 +76,7 @@ def prox_operator(z: Tensor, lambda_: float | Tensor) -> Tensor:
             keeps the two largest.
 
     Returns:
-        (..., C) in the dtype of `z`, a new tensor, with the signs and the order of `z`. Of equal
+        (..., C) in the dtype of `z`, a new tensor, with the signs and the order of `z`. Among equal
         magnitudes any one may be pruned. bfloat16 and float16 are computed in float32, float64 in
         float64. A NaN in a group, or as its λ, makes the whole group NaN.
 

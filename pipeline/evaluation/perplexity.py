@@ -95,10 +95,10 @@ def compare(
     executor = traced(make_executor(), config.trace)
     try:
         with evaluated(prepared[0], config, executor, progress) as first:
-            results = [first.figures()]
+            results = [first.metrics()]
             for each in prepared[1:]:
                 with evaluated(each, config, executor, progress) as other:
-                    results.append(other.figures() | {"against_first": other.against(first)})
+                    results.append(other.metrics() | {"against_first": other.against(first)})
         return results
     finally:
         progress.end()
@@ -156,7 +156,7 @@ class Evaluated:
     loop: BlockLoop
     losses: list[float]
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """What `measure_perplexity` returns. Raises `NumericalError` where it is not finite."""
         skeleton, seqlen = self.prepared.skeleton, self.config.seqlen
         predicted = len(self.losses) * (seqlen - 1)
@@ -225,7 +225,7 @@ def measure_perplexity(
     Raises `NumericalError` if the loss is not finite.
     """
     with evaluated(prepared, config, executor, progress) as evaluation:
-        return evaluation.figures()
+        return evaluation.metrics()
 
 
 @contextlib.contextmanager

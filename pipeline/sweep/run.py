@@ -249,7 +249,7 @@ def _run(
     evaluation = replace(wanted.evaluation, scratch_dir=str(wanted.folder))
     check_evaluation_space(evaluation, prepared.skeleton, -(-3 * len(prepared.tokens) // 2))
     with _evaluated(prepared, evaluation, executors, progress) as dense:
-        payload = {"schema_version": SWEEP_SCHEMA, **dense.figures()}
+        payload = {"schema_version": SWEEP_SCHEMA, **dense.metrics()}
         replace_json(wanted.folder / "dense.json", payload, guard=lock.assert_held)
         began = time.monotonic()
         for number, (point, config) in enumerate(missing):
@@ -300,7 +300,7 @@ def _one(
     )
     pruned = replace(dense.prepared, skeleton=skeleton)
     with _evaluated(pruned, evaluation, executors, progress) as other:
-        return finite(other.figures() | {"against_dense": other.against(dense)})
+        return finite(other.metrics() | {"against_dense": other.against(dense)})
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ PRUNE_OPTIONS = {
     "--gpus-per-worker": "1 if the cluster has GPUs",
     "--ray-address": "a new Ray on this machine",
     "--placement-timeout": "300",
-    "--network-interface": "by which Ray knows the node",
+    "--network-interface": "that of the node's address in Ray",
     "--executor": "ray",
     "--dtype": "the source's",
     "--device": "cuda where there is one",

@@ -42,7 +42,7 @@ def complaints(job: Job, marks: Sequence[Marked], rank: int) -> list[str]:
     if job.source_identity is None:
         return found
     try:
-        same = ModelFiles.open(place(job.source)).identity() == job.source_identity
+        same = ModelFiles.read_headers(place(job.source)).identity() == job.source_identity
     except (InputError, OSError) as error:
         return [f"does not see MODEL, {job.source} ({error})", *found]
     return found if same else [f"has another model at MODEL, {job.source}", *found]

@@ -110,9 +110,7 @@ def write_manifest(
     blocks: int,
 ) -> dict[str, Any]:
     """Publishes `run.json`, after which the directory belongs to this job; returns it."""
-    hashes: dict[str, str] = {}
-    for fingerprint in fingerprints:
-        hashes |= fingerprint.tensors
+    hashes = source.hashes(fingerprints)
     payload = {
         "schema_version": MANIFEST_SCHEMA,
         "prox24": VERSION,

@@ -126,7 +126,8 @@ class BlockWorker(Scoring):
     def fingerprint(self, files: list[str]) -> list[WeightFileFingerprint]:
         """Hashes whole weight files and refuses NaN or Inf in them, each file read once."""
         with self.watch("load"):
-            return [fingerprint_weight_file(self.skeleton.files.source, file) for file in files]
+            source, loaded = self.skeleton.files.source, self.skeleton.loaded
+            return [fingerprint_weight_file(source, file, loaded) for file in files]
 
     def embed(self, stamp: str, only: Sequence[int] | None = None) -> list[StoredFile]:
         """Writes this rank's activation shards of block 0: the embedded tokens.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,7 +77,7 @@ class ModelFiles:
     source: where its files are. files: names of its weight files, sorted. tensors: name → entry.
     config: the contents of config.json. index: name of the index file, None for a single file.
     expected: tensor → sha256 that its bytes must have wherever they are read; empty where no one
-    has hashed the model yet.
+    has hashed the model yet. Of a tensor that another file has too, see `key`.
     """
 
     def __init__(
@@ -87,22 +87,36 @@ class ModelFiles:
         tensors: dict[str, TensorEntry],
         config: dict[str, Any],
         index: str | None,
+        contradictions: Mapping[str, str] | None = None,
+        repeated: Sequence[TensorEntry] = (),
     ) -> None:
+        """contradictions: tensor → how index and weight files disagree on it. repeated: tensors
+        whose name is also in an earlier file."""
         self.source = source
         self.files = files
         self.tensors = tensors
         self.config = config
         self.index = index
+        self.contradictions = dict(contradictions or {})
+        self.repeated = tuple(repeated)
         self.expected: Mapping[str, str] = {}
         # Tensor → state of its file when the tensor was last found to be the expected one.
         self._seen: dict[str, tuple[object, ...]] = {}
 
     @staticmethod
     def open(place: Place) -> ModelFiles:
-        """Read config, index and headers of the model at `place`, and check that they agree.
+        """`read_headers`, where index and weight files must agree on every tensor."""
+        files = ModelFiles.read_headers(place)
+        files.require_consistent()
+        return files
 
-        Raises ModelError if something is missing or of an unsupported kind, CorruptFileError if
-        something is there but malformed, truncated or contradictory. Weights are not read.
+    @staticmethod
+    def read_headers(place: Place) -> ModelFiles:
+        """Read config, index and headers of the model at `place`.
+
+        What index and weight files do not agree on is noted only, since no one may load it: see
+        `require_consistent`. Raises ModelError if something is missing or of an unsupported kind,
+        CorruptFileError if something is there but malformed or truncated. Weights are not read.
         """
         source = model_folder(place)
         if not (source.folder / "config.json").is_file():
@@ -113,19 +127,31 @@ class ModelFiles:
         weight_map = _weight_map(source)
         names = (SINGLE_FILE,) if weight_map is None else tuple(sorted(set(weight_map.values())))
         tensors: dict[str, TensorEntry] = {}
-        for file in names:
-            for entry in _header(source, file):
-                if entry.name in tensors:
-                    raise CorruptFileError(
-                        f"{place}: tensor {entry.name} is in {tensors[entry.name].file} and in "
-                        f"{file}; download the model again"
-                    )
+        repeated = []
+        contradictions = {}
+        for entry in (entry for file in names for entry in _header(source, file)):
+            if entry.name in tensors:
+                repeated.append(entry)
+                contradictions[entry.name] = (
+                    f"tensor {entry.name} is in {tensors[entry.name].file} and in {entry.file}"
+                )
+            else:
                 tensors[entry.name] = entry
         if not tensors:
             raise ModelError(f"{place}: the weight files hold no tensors")
         if weight_map is not None:
-            _check_index(place, weight_map, tensors)
-        return ModelFiles(source, names, tensors, config, INDEX_FILE if weight_map else None)
+            contradictions = _index_contradictions(weight_map, tensors) | contradictions
+        index = INDEX_FILE if weight_map else None
+        return ModelFiles(source, names, tensors, config, index, contradictions, repeated)
+
+    def require_consistent(self, names: Collection[str] | None = None) -> None:
+        """Raise CorruptFileError where index and weight files disagree on one of the tensors.
+
+        names: those that are loaded; None for all.
+        """
+        for name, said in self.contradictions.items():
+            if names is None or name in names:
+                raise CorruptFileError(f"{self.place}: {said}; download the model again")
 
     @property
     def folder(self) -> Path:
@@ -149,6 +175,31 @@ class ModelFiles:
             raise ModelError(
                 f"{self.place}: no tensor {name}; the weight files do not fit config.json"
             ) from None
+
+    def entries(self, file: str) -> list[TensorEntry]:
+        """All tensors of a weight file in the order of their bytes, repeated ones too."""
+        own = [e for e in (*self.tensors.values(), *self.repeated) if e.file == file]
+        return sorted(own, key=lambda entry: (entry.start, entry.end))
+
+    def key(self, entry: TensorEntry) -> str:
+        """What `expected` calls a tensor: its name, and its file if an earlier one has it too."""
+        if self.tensors.get(entry.name) == entry:
+            return entry.name
+        return f"{entry.name} in {entry.file}"
+
+    def hashes(self, fingerprints: Iterable[WeightFileFingerprint]) -> dict[str, str]:
+        """What is `expected` of every tensor, by the fingerprints of all weight files."""
+        by_file = {fingerprint.file: fingerprint.tensors for fingerprint in fingerprints}
+        return {
+            self.key(entry): by_file[file][entry.name]
+            for file in self.files
+            for entry in self.entries(file)
+        }
+
+    def state(self, name: str) -> tuple[object, ...]:
+        """What changes when someone writes to the file that tensor `name` is in."""
+        with self.source.open(self.entry(name).file) as file:
+            return _state(file)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """A copy of tensor `name` on the CPU, in its own dtype.
@@ -201,7 +252,7 @@ class ModelFiles:
 
     def check(self, entry: TensorEntry, digest: Digest) -> None:
         """Raise CorruptFileError if the bytes in `digest` are not the expected ones of a tensor."""
-        if self.expected.get(entry.name, digest.hexdigest()) != digest.hexdigest():
+        if self.expected.get(self.key(entry), digest.hexdigest()) != digest.hexdigest():
             raise CorruptFileError(
                 f"{self.source.where(entry.file)}: tensor {entry.name} is not what it was when the "
                 "job began; restore the file and run the same command again"
@@ -298,26 +349,27 @@ def _weight_map(source: ModelFolder) -> dict[str, str] | None:
     return weight_map
 
 
-def _check_index(place: Place, weight_map: dict[str, str], tensors: dict[str, TensorEntry]) -> None:
+def _index_contradictions(
+    weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]
+) -> dict[str, str]:
+    """Tensor → what the index says of it that the weight files do not, or the other way round."""
+    found = {}
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != file:
-            found = f"is in {tensors[name].file}" if name in tensors else "is in no file"
-            raise CorruptFileError(
-                f"{place}: {INDEX_FILE} puts tensor {name} in {file}, but it {found}; "
-                "download the model again"
-            )
+            where = f"is in {tensors[name].file}" if name in tensors else "is in no file"
+            found[name] = f"{INDEX_FILE} puts tensor {name} in {file}, but it {where}"
     for name, entry in tensors.items():
         if name not in weight_map:
-            raise CorruptFileError(
-                f"{place}: tensor {name} of {entry.file} is not in {INDEX_FILE}; "
-                "download the model again"
-            )
+            found[name] = f"tensor {name} of {entry.file} is not in {INDEX_FILE}"
+    return found
 
 
-def fingerprint_weight_file(source: Path | ModelFolder, file: str) -> WeightFileFingerprint:
-    """Read a weight file through once, hashing it and checking that every value is finite.
+def fingerprint_weight_file(
+    source: Path | ModelFolder, file: str, loaded: Collection[str] | None = None
+) -> WeightFileFingerprint:
+    """Read a weight file through once, hashing it and checking that values are finite.
 
-    Memory is bounded by CHUNK_BYTES, or by what an ObjectFile holds, whatever the tensors' sizes.
+    loaded: names of the tensors that must be finite; None for all. All are hashed. Memory is bounded by CHUNK_BYTES, or by what an ObjectFile holds, whatever the tensors' sizes.
     Raises ModelError naming tensor and file for NaN or Inf in a floating-point tensor,
     CorruptFileError as `header_entries` does.
     """
@@ -332,12 +384,13 @@ def fingerprint_weight_file(source: Path | ModelFolder, file: str) -> WeightFile
         digest.update(raw_header(stream, size_of(stream), where))
         for entry in entries:
             dtype, own = torch_dtype(entry.dtype), hashlib.sha256()
+            checked = dtype.is_floating_point and (loaded is None or entry.name in loaded)
             for start in range(entry.start, entry.end, CHUNK_BYTES):
                 part = chunk[: min(CHUNK_BYTES, entry.end - start)]
                 read_into(stream, part, f"{where}: tensor {entry.name}")
                 digest.update(part.numpy().data)
                 own.update(part.numpy().data)
-                if dtype.is_floating_point and not _finite(part.view(dtype)):
+                if checked and not _finite(part.view(dtype)):
                     raise ModelError(
                         f"{where}: tensor {entry.name} holds NaN or Inf; the model is damaged, "
                         "download it again"

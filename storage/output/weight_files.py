@@ -82,10 +82,12 @@ def rewrite_weight_file(
     path = source.source.where(file)
     with source.source.open(file) as stream:
         writer.write(source.header_bytes(file))
-        for entry in header_entries(stream, size_of(stream), path, file):
-            if source.tensors.get(entry.name) != entry:
-                raise CorruptFileError(f"{path}: changed while it was read; download it again")
-            pieces = replacement(entry.name)
+        entries = header_entries(stream, size_of(stream), path, file)
+        if entries != source.entries(file):
+            raise CorruptFileError(f"{path}: changed while it was read; download it again")
+        for entry in entries:
+            # No one loads a tensor whose name an earlier file has too.
+            pieces = None if entry in source.repeated else replacement(entry.name)
             if pieces is None:
                 _copy(source, stream, entry, writer, path)
             else:

@@ -18,7 +18,6 @@ from pipeline.models.forward_capture import BlockCall, ModelEnds
 from pipeline.models.linears import linear_layers, unsupported_parameters, unsupported_reason
 from pipeline.models.selection import check_rules, settings_of
 from pipeline.models.skeleton import FORWARD_DTYPES, Skeleton
-from pipeline.models.text_stack import ties_embeddings
 from pipeline.planning.shapes.experts import route_evenly, stub_others, with_others
 from pipeline.planning.shapes.profile import (
     META,
@@ -210,14 +209,12 @@ def _outside(model: Skeleton) -> tuple[int, int]:
     embedding = model.model.get_input_embeddings()
     output = model.model.get_output_embeddings()
     outside = {id(p): p.numel() for p in model.model.parameters() if id(p) not in inside}
-    tied = ties_embeddings(model.model.config)
     head = 0 if output is None else sum(outside.get(id(p), 0) for p in output.parameters())
     if output is not None and any(
         p is q for p in output.parameters() for q in embedding.parameters()
     ):
-        head, tied = 0, False  # counted once already
-    ends = sum(outside.values()) - head
-    return ends, 0 if tied else head
+        head = 0  # counted once already
+    return sum(outside.values()) - head, head
 
 
 def _assumed_files(shape: ModelShape) -> tuple[int, ...]:

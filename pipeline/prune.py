@@ -52,6 +52,7 @@ from pipeline.runtime.split import deal
 from pipeline.solvers.registry import solver_for
 from storage.errors import ConfigError, CorruptFileError, ResourceError, RunDirectoryError
 from storage.files.hashing import StoredFile
+from storage.model.adapter import ADAPTER_CONFIG, has_adapter
 from storage.model.files import WeightFileFingerprint
 from storage.object_store import ObjectFolder, Place, absolute, location
 from storage.run.checkpoints import BlockRecord
@@ -120,6 +121,11 @@ def prune(
                 # Killed between the output's rename and the end: only the tidying up is left.
                 return _conclude(run, lock, len(skeleton.blocks), output, job, config, progress)
         check_output(output, run, config.overwrite)
+        if has_adapter(skeleton.files.folder):
+            progress.note(
+                f"the adapter in {source} ({ADAPTER_CONFIG}) is left out: the model is pruned "
+                "without it"
+            )
         run.sweep_uncommitted(guard=lock.assert_held)
         progress.phase("read text")
         evaluation = config.evaluation()

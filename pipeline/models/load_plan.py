@@ -151,13 +151,11 @@ def same_values(files: ModelFiles, one: str, other: str, dtype: torch.dtype) -> 
     entries = [files.entry(name) for name in (one, other)]
     key = (str(files.place), dtype, *((entry, files.state(entry.name)) for entry in entries))
     if key not in _COMPARED:
-        _COMPARED[key] = _compare(files, *entries, dtype)
+        _COMPARED[key] = _compare(files, entries[0], entries[1], dtype)
     return _COMPARED[key]
 
 
-def _compare(
-    files: ModelFiles, one: TensorEntry, other: TensorEntry, dtype: torch.dtype
-) -> bool:
+def _compare(files: ModelFiles, one: TensorEntry, other: TensorEntry, dtype: torch.dtype) -> bool:
     if one.shape != other.shape or not one.shape:
         return False
     rows = one.shape[0]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,11 +82,11 @@ class Skeleton:
         name = self.tensor_name(parameter)
         if name is None:
             if parameter in self.plan.converted:
+                made_of = self.plan.converted[parameter]
                 raise ModelError(
-                    f"{self.files.place}: transformers makes {parameter} of "
-                    f"{self.plan.converted[parameter]} when it loads it, so that a pruned one could "
-                    "not be written back; save the model anew with transformers, or leave the "
-                    "layer out with --exclude"
+                    f"{self.files.place}: transformers makes {parameter} of {made_of} when it "
+                    "loads it, so that a pruned one could not be written back; leave such layers "
+                    "dense with --exclude, or save the model anew in the layout of its class"
                 )
             raise ModelError(f"{self.files.place}: block {block} lacks {layer}.weight")
         return name
@@ -237,8 +236,8 @@ def open_skeleton(place: Place, *, dtype: str | None, trust_remote_code: bool) -
     for two stored embeddings that ought to be tied: they are compared.
 
     Raises `ModelError` for a folder that is no decoder-only causal LM, and for tensors that are
-    missing or have the wrong shape; `CorruptFileError` for damaged files. What is stored and becomes
-    nothing in the model is no reason.
+    missing or have the wrong shape; `CorruptFileError` for damaged files. What is stored and
+    becomes nothing in the model is no reason.
     """
     files = ModelFiles.read_headers(place)
     config = load_config(files, trust_remote_code)

@@ -1,9 +1,9 @@
 """transformers' private interface for loading weights: each use of it is behind one function here.
 
-What `from_pretrained` makes of a folder is what prox24 computes with, so its own machinery is asked:
-which names it renames, what it converts, what it ties, what it keeps in float32. transformers 4 has
-less of it: there a stored tensor is the parameter of its name, with or without the base model's
-prefix, and embeddings are tied where the config says so.
+What `from_pretrained` makes of a folder is what prox24 computes with, so its own machinery is
+asked: which names it renames, what it converts, what it ties, what it keeps in float32.
+transformers 4 has less of it: there a stored tensor is the parameter of its name, with or without
+the base model's prefix, and embeddings are tied where the config says so.
 tests/models/test_transformers_loading.py fails where a transformers does something else.
 """
 
@@ -39,6 +39,8 @@ except ImportError:  # transformers 4
 
 WRAPPERS = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
 """Names of transformers' classes that answer to images and text with text."""
+
+_MAY_BE_ENCODERS = frozenset({*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"})
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,7 @@ class Routes:
         return [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
 
     def _route(self, name: str, renamings: list[Any], converters: list[Any]) -> Route | None:
-        target, pattern = rename_source_key(
-            name, renamings, converters, self._prefix, self._state
-        )
+        target, pattern = rename_source_key(name, renamings, converters, self._prefix, self._state)
         if target not in self._state and name in self._state:
             # A name that is the model's already, which a renaming for another form of it met.
             target, pattern = rename_source_key(name, [], [], self._prefix, self._state)
@@ -164,7 +164,7 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
     embedding = model.get_input_embeddings()
     source = next((n for n, m in model.named_modules() if m is embedding), None)
     targets = getattr(model, "_tied_weights_keys", None) or []
-    return {} if source is None else {name: f"{source}.weight" for name in targets}
+    return {} if source is None else dict.fromkeys(targets, f"{source}.weight")
 
 
 def tie(model: PreTrainedModel, missing: set[str]) -> set[str]:
@@ -209,6 +209,16 @@ def is_base_class(name: str, model_type: object) -> bool:
     return name in (names if isinstance(names, (list, tuple)) else (names,))
 
 
-def may_be_encoder(model_type: object) -> bool:
-    """Whether models of a model_type see all tokens unless `is_decoder` says otherwise."""
-    return model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or model_type == "bert-generation"
+def sees_later_tokens(model: PreTrainedModel) -> bool:
+    """Whether a model's attention is that of an encoder: each token sees those after it.
+
+    Classes of encoders have a causal LM too, which is one if `is_decoder` is set in the config.
+    Others have a flag for it in their attention modules.
+    """
+    config = model.config.get_text_config()
+    if hasattr(model.config, "vision_config"):  # the flags may be another tower's
+        return False
+    if config.model_type in _MAY_BE_ENCODERS:
+        return not (getattr(config, "is_decoder", False) or getattr(config, "causal", False))
+    flags = {getattr(module, "is_causal", None) for module in model.modules()} - {None}
+    return flags == {False}

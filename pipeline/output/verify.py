@@ -26,6 +26,7 @@ from pipeline.output.write import RESULT_FILE, RESULT_SCHEMA
 from pipeline.solvers.masks import holds
 from storage.errors import CorruptFileError, ModelError, Prox24Error
 from storage.files.commit import CHUNK_BYTES, sha256_file
+from storage.model.adapter import ADAPTER_CONFIG, has_adapter
 from storage.model.files import ModelFiles
 from storage.model.folder import inside
 from storage.model.safetensors_format import TensorEntry, raw_header, read_into, torch_dtype
@@ -72,8 +73,8 @@ def verify(
 
     Checked: names, shapes, dtypes, headers and index are the source's; the weight files have the
     hashes that prox24.json states; every linear of a block is pruned or stated as skipped; every
-    pruned one obeys its pattern; every value is finite; every other tensor and file is the source's
-    byte by byte.
+    pruned one obeys its pattern; every value that is loaded is finite; every other tensor and file
+    is the source's byte by byte.
     `advance` is told file, bytes done and bytes in all.
 
     Raises `ModelError` or `CorruptFileError` where there is nothing to check: no prox24.json, a
@@ -82,7 +83,7 @@ def verify(
     began = time.perf_counter()
     skeleton = open_skeleton(absolute(output), dtype=None, trust_remote_code=trust_remote_code)
     results = read_results(skeleton.files)
-    check = _Check(skeleton, ModelFiles.open(absolute(source)), results, advance)
+    check = _Check(skeleton, ModelFiles.read_headers(absolute(source)), results, advance)
     check.names()
     check.side_files()
     with check:
@@ -171,6 +172,11 @@ class _Check:
         self._pruned: dict[str, dict[int, _Pruned]] = {}
         self._stacks = {part.tensor for part in skeleton.parts.values()}
         self._open: dict[str, Readable] = {}
+        # A name may be in several files, where no one loads it.
+        self._own = {
+            (entry.file, entry.name): entry
+            for entry in (*source.tensors.values(), *source.repeated)
+        }
 
     def __enter__(self) -> _Check:
         return self
@@ -229,6 +235,8 @@ class _Check:
                 inside(self._source.folder, name)
             ):
                 self._problem(f"{name} is not the source's")
+        if has_adapter(self._output.folder):
+            self._problem(f"{ADAPTER_CONFIG} is of an adapter that was not pruned; delete it")
 
     def weight_file(self, file: str) -> None:
         """Everything in one weight file, read once."""
@@ -240,11 +248,12 @@ class _Check:
             known = file in self._source.files
             if known and header != self._source.header_bytes(file):
                 self._problem(f"{file}: its header is not the source's")
-            own = (entry for entry in self._output.tensors.values() if entry.file == file)
-            for entry in sorted(own, key=lambda entry: entry.start):
+            for entry in self._output.entries(file):
+                loaded = entry.name in self._skeleton.loaded
                 for one, theirs, pruned in self._cut(entry):
                     multiple = 1 if pruned is None else pruned.multiple
-                    self._tensor(one, theirs, pruned, _pieces(stream, one, where, digest, multiple))
+                    pieces = _pieces(stream, one, where, digest, multiple)
+                    self._tensor(one, theirs, pruned, pieces, loaded)
                     self.found.bytes += one.end - one.start
                     self._advance(file, self.found.bytes, self._total)
         if self._hashes.get(file, digest.hexdigest()) != digest.hexdigest():
@@ -264,7 +273,7 @@ class _Check:
 
     def _theirs(self, entry: TensorEntry) -> TensorEntry | None:
         """The source's tensor of that name; None where it is not like this one."""
-        theirs = self._source.tensors.get(entry.name)
+        theirs = self._own.get((entry.file, entry.name), self._source.tensors.get(entry.name))
         if theirs is None or (theirs.shape, theirs.dtype) == (entry.shape, entry.dtype):
             return theirs
         self._problem(
@@ -279,13 +288,17 @@ class _Check:
         theirs: TensorEntry | None,
         pruned: _Pruned | None,
         pieces: Iterator[tuple[int, torch.Tensor]],
+        loaded: bool,
     ) -> None:
-        """A tensor, or an expert of a stack, against its pattern or against the source's."""
+        """A tensor, or an expert of a stack, against its pattern or against the source's.
+
+        loaded: whether the model is made of it, so that its values matter.
+        """
         dtype = torch_dtype(entry.dtype)
         zeros, whole, finite, same = 0, True, True, True
         for at, raw in pieces:
             values = raw.view(dtype)
-            if dtype.is_floating_point:
+            if loaded and dtype.is_floating_point:
                 wide = values if dtype.itemsize > 1 else values.float()
                 finite &= bool(torch.isfinite(wide).all())
             if pruned is not None:

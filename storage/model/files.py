@@ -7,7 +7,6 @@ into memory.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,15 @@ import torch
 
 from storage.errors import CorruptFileError, ModelError
 from storage.files.commit import CHUNK_BYTES
-from storage.model.folder import WEIGHTS, LocalFolder, ModelFolder, inside, model_folder
+from storage.model.adapter import refuse_adapter_alone
+from storage.model.folder import LocalFolder, ModelFolder, inside, model_folder
+from storage.model.index_file import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    index_contradictions,
+    read_object,
+    weight_map,
+)
 from storage.model.other_formats import refuse_other_formats, refuse_quantized
 from storage.model.safetensors_format import (
     TensorEntry,
@@ -31,6 +38,7 @@ from storage.model.safetensors_format import (
 from storage.object_store import ObjectFile, Place, Readable
 
 __all__ = [
+    "INDEX_FILE",
     "ModelFiles",
     "TensorEntry",
     "WeightFileFingerprint",
@@ -39,11 +47,6 @@ __all__ = [
     "safetensors_dtype",
     "torch_dtype",
 ]
-
-MAX_CONFIG_BYTES = 16 * 2**20
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 
 class Digest(Protocol):
@@ -120,12 +123,13 @@ class ModelFiles:
         """
         source = model_folder(place)
         if not (source.folder / "config.json").is_file():
+            refuse_adapter_alone(source.folder, place)
             refuse_other_formats(source.folder, place)
             raise ModelError(f"{place}: no config.json; give a Hugging Face model folder")
-        config = _read_object(inside(source.folder, "config.json"))
+        config = read_object(inside(source.folder, "config.json"))
         refuse_quantized(config, source.where("config.json"))
-        weight_map = _weight_map(source)
-        names = (SINGLE_FILE,) if weight_map is None else tuple(sorted(set(weight_map.values())))
+        listed = weight_map(source)
+        names = (SINGLE_FILE,) if listed is None else tuple(sorted(set(listed.values())))
         tensors: dict[str, TensorEntry] = {}
         repeated = []
         contradictions = {}
@@ -139,9 +143,9 @@ class ModelFiles:
                 tensors[entry.name] = entry
         if not tensors:
             raise ModelError(f"{place}: the weight files hold no tensors")
-        if weight_map is not None:
-            contradictions = _index_contradictions(weight_map, tensors) | contradictions
-        index = INDEX_FILE if weight_map else None
+        if listed is not None:
+            contradictions = index_contradictions(listed, tensors) | contradictions
+        index = None if listed is None else INDEX_FILE
         return ModelFiles(source, names, tensors, config, index, contradictions, repeated)
 
     def require_consistent(self, names: Collection[str] | None = None) -> None:
@@ -315,61 +319,13 @@ def _header(source: ModelFolder, file: str) -> list[TensorEntry]:
         return header_entries(stream, size_of(stream), source.where(file), file)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the source model; CorruptFileError if it is none."""
-    with open(path, "rb") as file:
-        raw = file.read(MAX_CONFIG_BYTES + 1)
-    try:
-        if len(raw) > MAX_CONFIG_BYTES:
-            raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
-        data = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CorruptFileError(f"{path}: not a JSON object")
-    return data
-
-
-def _weight_map(source: ModelFolder) -> dict[str, str] | None:
-    """Tensor → weight file from the index; None if the model is one file, as transformers reads."""
-    if source.exists(SINGLE_FILE):
-        return None
-    if not source.exists(INDEX_FILE):
-        refuse_other_formats(source.folder, source.place)
-        raise ModelError(f"{source.place}: neither {SINGLE_FILE} nor {INDEX_FILE}")
-    path = inside(source.folder, INDEX_FILE)
-    weight_map = _read_object(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptFileError(f"{path}: no weight_map; download the file again")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(WEIGHTS):
-            raise CorruptFileError(f"{path}: tensor {name} is said to be in {file!r}")
-    for file in set(weight_map.values()):
-        source.require(file)
-    return weight_map
-
-
-def _index_contradictions(
-    weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]
-) -> dict[str, str]:
-    """Tensor → what the index says of it that the weight files do not, or the other way round."""
-    found = {}
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file != file:
-            where = f"is in {tensors[name].file}" if name in tensors else "is in no file"
-            found[name] = f"{INDEX_FILE} puts tensor {name} in {file}, but it {where}"
-    for name, entry in tensors.items():
-        if name not in weight_map:
-            found[name] = f"tensor {name} of {entry.file} is not in {INDEX_FILE}"
-    return found
-
-
 def fingerprint_weight_file(
     source: Path | ModelFolder, file: str, loaded: Collection[str] | None = None
 ) -> WeightFileFingerprint:
     """Read a weight file through once, hashing it and checking that values are finite.
 
-    loaded: names of the tensors that must be finite; None for all. All are hashed. Memory is bounded by CHUNK_BYTES, or by what an ObjectFile holds, whatever the tensors' sizes.
+    loaded: names of the tensors that must be finite; None for all. All are hashed.
+    Memory is bounded by CHUNK_BYTES, or by what an ObjectFile holds, whatever the tensors' sizes.
     Raises ModelError naming tensor and file for NaN or Inf in a floating-point tensor,
     CorruptFileError as `header_entries` does.
     """

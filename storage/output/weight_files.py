@@ -33,6 +33,7 @@ from storage.files.commit import (
     sha256_file,
 )
 from storage.files.hashing import HashingStream, StoredFile
+from storage.model.adapter import ADAPTER_CONFIG
 from storage.model.files import ModelFiles, size_of, torch_dtype
 from storage.model.folder import NOT_COPIED, SIDE_FOLDERS, inside
 from storage.model.safetensors_format import TensorEntry, header_entries, read_into, tensor_bytes
@@ -46,6 +47,7 @@ Replacement = Callable[[str], Iterable[torch.Tensor] | None]
 
 # The card and the results are written anew.
 _WRITTEN_ANEW = frozenset({"README.md", "prox24.json"})
+_NO_SIDE_FILES = _WRITTEN_ANEW | {ADAPTER_CONFIG}
 
 
 class ByteSink(Protocol):
@@ -86,8 +88,7 @@ def rewrite_weight_file(
         if entries != source.entries(file):
             raise CorruptFileError(f"{path}: changed while it was read; download it again")
         for entry in entries:
-            # No one loads a tensor whose name an earlier file has too.
-            pieces = None if entry in source.repeated else replacement(entry.name)
+            pieces = replacement(entry.name)
             if pieces is None:
                 _copy(source, stream, entry, writer, path)
             else:
@@ -131,8 +132,8 @@ def side_files(source: ModelFiles) -> list[str]:
 
     That is every regular file at the top of the model folder (config, generation config, tokenizer,
     chat template, code, license, the index if the model has one) and the chat templates in
-    additional_chat_templates/; not hidden files, weights of any format, README.md or an earlier
-    prox24.json.
+    additional_chat_templates/; not hidden files, weights of any format, an adapter's config,
+    README.md or an earlier prox24.json.
     """
     names = [path.name for path in source.folder.iterdir() if _is_side_file(path, source.index)]
     for folder in SIDE_FOLDERS:
@@ -197,7 +198,7 @@ def _require_unchanged(source: ModelFiles, name: str, sha256: str, expected: str
 
 def _is_side_file(path: Path, index: str | None) -> bool:
     name = path.name
-    if name.startswith(".") or name in _WRITTEN_ANEW or not path.is_file():
+    if name.startswith(".") or name in _NO_SIDE_FILES or not path.is_file():
         return False
     if name.endswith(".index.json"):
         return name == index  # the index of weights that are not copied would mislead

@@ -158,7 +158,9 @@ def shape_of(
     all_experts: bool,
 ) -> ModelShape:
     """The shape of a model whose skeleton is there; the skeleton's model is used up."""
-    hollow = HollowSkeleton(skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype)
+    hollow = HollowSkeleton(
+        skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype, skeleton.plan
+    )
     ends, head = _outside(hollow)
     tokens = torch.zeros((1, seqlen), dtype=torch.int64)
     module_ends = ModelEnds(hollow, torch.device("cpu"), head=False)
@@ -172,6 +174,8 @@ def shape_of(
     check_rules(hollow, rules)
     for index, (block, call) in enumerate(zip(hollow.blocks, calls, strict=True)):
         settings = settings_of(hollow, index, rules)
+        for layer in settings if hollow.files.tensors else ():
+            hollow.weight_name(index, layer)  # or it could not be written back
         sizes = tuple(p.shape for p in block.parameters())
         key = (str(block), _signature(call), sizes, tuple(settings.items()))
         if key not in kinds:

@@ -314,6 +314,7 @@ def _check_tensors(skeleton: Skeleton) -> None:
     What is stored and becomes nothing is not looked at.
     """
     files, model, plan = skeleton.files, skeleton.model, skeleton.plan
+    files.require_consistent(plan.loaded)
     for name in sorted(plan.loaded):
         dtype = torch_dtype(files.tensors[name].dtype)
         if dtype.is_floating_point and dtype.itemsize == 1:
@@ -333,7 +334,6 @@ def _check_tensors(skeleton: Skeleton) -> None:
             f"{files.place}: the weight files lack {', '.join(missing[:3])}{more}, which "
             f"{type(model).__name__} needs; the download may be incomplete"
         )
-    files.require_consistent(plan.loaded)
 
 
 def _require_loaded(

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from pipeline.models.text_stack import auto_class
 from pipeline.models.transformers_loading import (
     WRAPPERS,
+    compute_buffers,
     is_base_class,
     is_causal_lm,
     sees_later_tokens,
@@ -49,7 +50,7 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"
 
 
-def load_config(files: ModelFiles, trust_remote_code: bool) -> PreTrainedConfig:
+def load_config(files: ModelFiles, trust_remote_code: bool) -> PretrainedConfig:
     """transformers' config object of a model folder. ModelError if there is none to be had."""
     # Of layers, heads or experts there is a tensor each, or an entry of a tensor each.
     most = max(len(files.tensors), *(n for e in files.tensors.values() for n in (0, *e.shape)))
@@ -58,7 +59,7 @@ def load_config(files: ModelFiles, trust_remote_code: bool) -> PreTrainedConfig:
     return _checked_config(files.config, path, files.folder, most, held, trust_remote_code)
 
 
-def load_config_alone(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
+def load_config_alone(path: Path, trust_remote_code: bool) -> PretrainedConfig:
     """transformers' config object of a config.json without a model. Raises ModelError."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
@@ -72,7 +73,7 @@ def load_config_alone(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
 
 def _checked_config(
     said: Mapping[str, Any], path: Path, source: Path, most: int, held: str, trust: bool
-) -> PreTrainedConfig:
+) -> PretrainedConfig:
     _require_causal(said, path)
     _check_contents(said, path, most, held, trust)
     try:
@@ -83,7 +84,7 @@ def _checked_config(
         raise ModelError(
             f"{path} is not a config that transformers knows: {reason(error)}"
         ) from error
-    if not isinstance(config, PreTrainedConfig):
+    if not isinstance(config, PretrainedConfig):
         raise ModelError(f"{path} does not describe a model")
     # Again: what config.json does not say, a class may.
     _require_causal({name: getattr(config, name, None) for name in _ROLE}, path)
@@ -124,7 +125,7 @@ def _shown(number: int) -> str:
     return str(number) if number < 2**63 else "beyond all measure"
 
 
-def build(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, trust: bool) -> Any:
+def build(config: PretrainedConfig, folder: Path, dtype: torch.dtype, trust: bool) -> Any:
     """The model on the meta device, but for the buffers that its constructors compute.
 
     trust: whether the model's own code may be run. Raises ModelError if transformers cannot build
@@ -134,13 +135,14 @@ def build(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, trust: boo
         with init_empty_weights(include_buffers=False):
             factory = auto_class(config)
             model = factory.from_config(config, dtype=dtype, trust_remote_code=trust)
+        compute_buffers(model)
     except Exception as error:  # whatever its constructors make of such a config
         raise _cannot_build(folder, error) from error
     _require_decoder(model, folder)
     return model
 
 
-def rehearse(config: PreTrainedConfig, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def rehearse(config: PretrainedConfig, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with nothing in memory at all, to be checked before `build`; errors as there."""
     try:
         with torch.device("meta"):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.models.expert_part import ExpertPart
 from pipeline.models.from_config import build, load_config, rehearse
@@ -275,7 +275,7 @@ def check_tokens(skeleton: Skeleton, tokens: Tensor) -> None:
         )
 
 
-def _forward_dtype(config: PreTrainedConfig, files: ModelFiles, name: str | None) -> torch.dtype:
+def _forward_dtype(config: PretrainedConfig, files: ModelFiles, name: str | None) -> torch.dtype:
     if name is not None:
         if name not in FORWARD_DTYPES:
             raise ConfigError(f"--dtype {name} is not one of {', '.join(FORWARD_DTYPES)}")
@@ -283,9 +283,11 @@ def _forward_dtype(config: PreTrainedConfig, files: ModelFiles, name: str | None
     declared = getattr(config.get_text_config(), "dtype", None)
     if isinstance(declared, torch.dtype) and declared.is_floating_point:
         return declared
-    for entry in files.tensors.values():
-        if torch_dtype(entry.dtype).is_floating_point:
-            return torch_dtype(entry.dtype)
+    # As transformers takes it: of the first that it sees, whether it loads that one or not.
+    for entry in sorted(files.tensors.values(), key=lambda entry: (entry.file, entry.name)):
+        stored = torch_dtype(entry.dtype)
+        if stored.is_floating_point and stored.itemsize > 1:
+            return stored
     raise ModelError(f"{files.place} holds no floating-point tensor")
 
 

@@ -12,14 +12,14 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
 from pipeline.models.transformers_loading import WRAPPERS
 
 
-def auto_class(config: PreTrainedConfig) -> Any:
+def auto_class(config: PretrainedConfig) -> Any:
     """transformers' factory for the class that `config` says the weights were saved from."""
     names = config.architectures or []
     if any(name in WRAPPERS for name in names):

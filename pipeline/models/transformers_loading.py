@@ -188,6 +188,20 @@ def tie(model: PreTrainedModel, missing: set[str]) -> set[str]:
     return missing & set(tied_names(model))
 
 
+def compute_buffers(model: PreTrainedModel) -> None:
+    """Computes again the buffers of a model on the meta device that its constructors computed.
+
+    transformers 5 takes those that come after loading, when tensors are float32 by default; while
+    a model is constructed they have the model's dtype, and rotary tables are less exact.
+    """
+    if get_model_conversion_mapping is None:
+        return
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    with torch.no_grad():
+        model.initialize_weights()
+
+
 def kept_wide(model: PreTrainedModel, dtype: torch.dtype) -> list[re.Pattern[str]]:
     """Patterns of the parameters that stay float32 when a model is loaded in `dtype`."""
     wider: set[str] = set()

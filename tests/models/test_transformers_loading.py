@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -33,6 +34,7 @@ from tests.support.published import SIZE, change, publish
 from tests.support.tiny_models import random_model
 
 CPU = torch.device("cpu")
+only_in_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 has none")
 LLAMA = {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
 MIXTRAL = LLAMA | {"num_local_experts": 2, "num_experts_per_tok": 1}
 
@@ -50,6 +52,7 @@ def one(model: PreTrainedModel, name: str) -> Route | None:
     return next(iter(Routes(model, [name]).all), None)
 
 
+@only_in_5
 def test_names() -> None:
     llama, neox = on_meta("llama"), on_meta("gpt_neox")
     norm = "model.layers.0.input_layernorm.weight"
@@ -62,6 +65,7 @@ def test_names() -> None:
         assert one(llama, name) is None
 
 
+@only_in_5
 def test_a_name_of_the_model_that_a_renaming_for_older_files_meets() -> None:
     """transformers tries such a name as it is once the renamed one is none of the model's."""
     mixtral = on_meta("mixtral", **MIXTRAL)
@@ -71,6 +75,7 @@ def test_a_name_of_the_model_that_a_renaming_for_older_files_meets() -> None:
     assert (route.target, route.pattern) == (name, None)
 
 
+@only_in_5
 def test_experts_are_merged_in_order() -> None:
     mixtral = on_meta("mixtral", **MIXTRAL)
     prefix = "model.layers.0.block_sparse_moe.experts"
@@ -92,6 +97,7 @@ def test_experts_are_merged_in_order() -> None:
     assert operations(rules.converter(pattern)) == "MergeModulelist, Concatenate"
 
 
+@only_in_5
 def test_one_tensor_that_becomes_several() -> None:
     hrm = on_meta("hrm_text")
     name = next(n for n in hrm.state_dict() if n.endswith("mlp.gate_proj.weight"))
@@ -108,6 +114,7 @@ def test_one_tensor_that_becomes_several() -> None:
     ]
 
 
+@only_in_5
 def test_ties() -> None:
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     assert tied_names(on_meta("llama")) == {}
@@ -120,6 +127,7 @@ def test_ties() -> None:
     assert {"missing_keys", "recompute_mapping"} <= arguments.keys()
 
 
+@only_in_5
 def test_what_stays_wide() -> None:
     model = on_meta("llama")
     model._keep_in_fp32_modules = {"norm"}  # type: ignore[assignment]
@@ -178,10 +186,12 @@ def test_each_tensor_is_what_transformers_loads(tmp_path: Path, name: str) -> No
             folder, name, dtype=torch.float16, **(MIXTRAL if name == "mixtral" else LLAMA | moe)
         )
     change(folder, lambda tensors: tensors.update(nobody=torch.zeros(2)))
-    expected, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    expected, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True
+    )
     skeleton = open_skeleton(folder, dtype=None, trust_remote_code=False)
     assert set(load_file(folder / "model.safetensors")) - skeleton.loaded == {"nobody"}
-    assert info["unexpected_keys"] == {"nobody"}
+    assert set(info["unexpected_keys"]) == {"nobody"}
     model = skeleton.load_ends(CPU, head=True)
     blocks = model.get_submodule(skeleton.blocks_path)
     for number in range(len(skeleton.blocks)):

@@ -70,7 +70,7 @@ def rename(tensors: Tensors, how: Callable[[str], str]) -> None:
 @torch.no_grad()
 def plain_perplexity(folder: Path, text: Path) -> float:
     """What transformers makes of a folder, on the tokens that `prox24 eval` takes of a text."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     seqlen, count = int(EVAL[7]), int(EVAL[5])
     tokens = evaluation_tokens(load_tokenizer(folder), str(text), None, seqlen, count)
     logits = model(input_ids=tokens, use_cache=False).logits.float()

@@ -23,7 +23,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the source model; CorruptFileError if it is none."""
+    """A JSON object from a file of the source model; CorruptFileError if it is not one."""
     with open(path, "rb") as file:
         raw = file.read(MAX_CONFIG_BYTES + 1)
     try:
@@ -38,7 +38,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def weight_map(source: ModelFolder) -> dict[str, str] | None:
-    """Tensor → weight file from the index; None if the model is one file, as transformers reads."""
+    """Tensor → weight file, from the index; None if there is a single weight file.
+
+    The single file has precedence, as in transformers.
+    """
     if source.exists(SINGLE_FILE):
         return None
     if not source.exists(INDEX_FILE):
@@ -51,7 +54,9 @@ def weight_map(source: ModelFolder) -> dict[str, str] | None:
         raise CorruptFileError(f"{path}: no weight_map; download the file again")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(WEIGHTS):
-            raise CorruptFileError(f"{path}: tensor {name} is said to be in {file!r}")
+            raise CorruptFileError(
+                f"{path}: puts tensor {name} in {file!r}, which is not a {WEIGHTS} file"
+            )
     for file in set(weight_map.values()):
         source.require(file)
     return weight_map

@@ -44,7 +44,7 @@ PRUNE_OPTIONS = {
     "--run-dir": "OUTPUT with `.run` appended",
     "--workers": "one per GPU",
     "--gpus-per-worker": "1 if the cluster has GPUs",
-    "--ray-address": "Ray of its own",
+    "--ray-address": "a new Ray on this machine",
     "--placement-timeout": "300",
     "--network-interface": "by which Ray knows the node",
     "--executor": "ray",

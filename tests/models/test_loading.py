@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,11 @@ NEO = {
 NEOX = {"intermediate_size": 64, "max_position_embeddings": 64}
 LAYERS = 14  # linears of the two blocks of a Llama
 MASK = torch.ones(64, 64).tril()[None, None]
+
+
+def slow(*cases: str) -> list[Any]:
+    """Cases that are left out of the quick tests: they take two seconds each."""
+    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 # -- what the class computes itself ---------------------------------------------------------------
@@ -86,7 +92,7 @@ RECOMPUTED: dict[str, tuple[str, dict[str, object], Callable[[Tensors], None]]] 
 }
 
 
-@pytest.mark.parametrize("case", RECOMPUTED)
+@pytest.mark.parametrize("case", [*list(RECOMPUTED)[:2], *slow(*list(RECOMPUTED)[2:])])
 def test_what_the_class_computes_itself_is_copied_and_not_loaded(
     tmp_path: Path, capsys: Capture, case: str
 ) -> None:
@@ -122,14 +128,14 @@ TIED: dict[str, Callable[[Tensors], object]] = {
 }
 
 
-@pytest.mark.parametrize("case", TIED)
+@pytest.mark.parametrize("case", [*list(TIED)[:3], *slow("only the embedding")])
 def test_embeddings_that_the_config_ties(tmp_path: Path, capsys: Capture, case: str) -> None:
     source = publish(tmp_path / "source", "llama", tie_word_embeddings=True, **LLAMA)
     output = as_transformers(change(source, TIED[case]), tmp_path, capsys)
     assert len(changed(source, output)) == LAYERS
 
 
-@pytest.mark.parametrize("case", ["both", "only the head"])
+@pytest.mark.parametrize("case", slow("both", "only the head"))
 def test_tied_embeddings_by_other_names(tmp_path: Path, capsys: Capture, case: str) -> None:
     """GPT-NeoX stores its head as `embed_out`, its embedding as `embed_in`."""
     source = publish(tmp_path / "source", "gpt_neox", tie_word_embeddings=True, **NEOX)
@@ -143,6 +149,7 @@ def test_tied_embeddings_by_other_names(tmp_path: Path, capsys: Capture, case: s
     as_transformers(change(source, how), tmp_path, capsys)
 
 
+@pytest.mark.slow
 def test_a_gpt2_whose_head_is_its_own(tmp_path: Path, capsys: Capture) -> None:
     source = publish(tmp_path / "source", "gpt2", **GPT2)
 
@@ -192,7 +199,9 @@ def repeat(source: Path, name: str, file: str) -> None:
     save_file(tensors, source / file, {"format": "pt"})
 
 
-@pytest.mark.parametrize("case", ["not in a file", "not in the index", "elsewhere", "in both"])
+@pytest.mark.parametrize(
+    "case", ["in both", *slow("not in a file", "not in the index", "elsewhere")]
+)
 def test_files_that_disagree_on_what_no_one_loads(
     tmp_path: Path, capsys: Capture, case: str
 ) -> None:
@@ -243,7 +252,7 @@ def test_nan_in_what_is_loaded_is_refused(tmp_path: Path, capsys: Capture) -> No
 # -- the class in config.json ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", ["qwen3", *slow("gpt2")])
 def test_a_base_class_with_its_own_names(tmp_path: Path, capsys: Capture, kind: str) -> None:
     """Saved without a head, which is the embedding."""
     options = GPT2 if kind == "gpt2" else LLAMA | {"head_dim": 8, "tie_word_embeddings": True}

@@ -86,7 +86,7 @@ class Skeleton:
                 raise ModelError(
                     f"{self.files.place}: transformers makes {parameter} of {made_of} when it "
                     "loads it, so that a pruned one could not be written back; leave such layers "
-                    "dense with --exclude, or save the model anew in the layout of its class"
+                    "dense with --exclude"
                 )
             raise ModelError(f"{self.files.place}: block {block} lacks {layer}.weight")
         return name

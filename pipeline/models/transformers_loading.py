@@ -9,9 +9,10 @@ tests/models/test_transformers_loading.py fails where a transformers does someth
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
+from transformers.utils import logging
 
 try:
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -182,10 +184,22 @@ def tie(model: PreTrainedModel, missing: set[str]) -> set[str]:
             setattr(owner, own, nn.Parameter(torch.empty_like(parameter), requires_grad=False))
     left = set(missing)
     if isinstance(getattr(model, "all_tied_weights_keys", None), Mapping):
-        model.tie_weights(missing_keys=left, recompute_mapping=False)
+        with _silent():  # what is missing is told by who looks for it
+            model.tie_weights(missing_keys=left, recompute_mapping=False)
         return missing - left
     model.tie_weights()  # type: ignore[call-arg,unused-ignore]
     return missing & set(tied_names(model))
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps transformers from logging what it finds in a model's files."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def compute_buffers(model: PreTrainedModel) -> None:

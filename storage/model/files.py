@@ -194,9 +194,8 @@ class ModelFiles:
         """What is `expected` of every tensor, by the fingerprints of all weight files."""
         by_file = {fingerprint.file: fingerprint.tensors for fingerprint in fingerprints}
         return {
-            self.key(entry): by_file[file][entry.name]
-            for file in self.files
-            for entry in self.entries(file)
+            self.key(entry): by_file[entry.file][entry.name]
+            for entry in (*self.tensors.values(), *self.repeated)
         }
 
     def state(self, name: str) -> tuple[object, ...]:

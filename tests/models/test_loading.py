@@ -6,6 +6,7 @@ line, beside plain transformers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 from cluster.command_line import run
+from pipeline.models import load_plan
+from storage.model.files import ModelFiles
 from tests.support.jobs import write_text
 from tests.support.published import (
     Tensors,
@@ -328,13 +331,30 @@ def test_an_adapter_alone_is_refused(tmp_path: Path, capsys: Capture, config: bo
 # -- conversions ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fused(tmp_path: Path) -> Iterator[Path]:
-    """A Llama with gate and up in one stored tensor, which its class splits on loading."""
-    from transformers import conversion_mapping as mapping
-    from transformers.core_model_loading import Chunk, WeightConverter
+def conversions(operation: str) -> tuple[Any, Any]:
+    """An operation of transformers' conversions, and what holds them; skips in transformers 4."""
+    loading = pytest.importorskip("transformers.core_model_loading")
+    return getattr(loading, operation), loading.WeightConverter
 
-    source = publish(tmp_path / "source", "llama", **LLAMA)
+
+@contextlib.contextmanager
+def converting(kind: str, converter: Any) -> Iterator[None]:
+    """While it lasts, transformers has a conversion for the files of a model type."""
+    from transformers import conversion_mapping as mapping
+
+    before = mapping.get_checkpoint_conversion_mapping(kind)
+    mapping.register_checkpoint_conversion_mapping(kind, [converter], overwrite=True)
+    try:
+        yield
+    finally:
+        mapping._checkpoint_conversion_mapping_cache.pop(kind)
+        if before is not None:
+            mapping.register_checkpoint_conversion_mapping(kind, before)
+
+
+def test_what_is_split_on_loading_is_not_pruned(tmp_path: Path, capsys: Capture) -> None:
+    """A Llama with gate and up in one stored tensor, which its class splits."""
+    chunk, converter = conversions("Chunk")
 
     def how(tensors: Tensors) -> None:
         for block in range(2):
@@ -342,21 +362,59 @@ def fused(tmp_path: Path) -> Iterator[Path]:
             parts = [tensors.pop(f"{prefix}{name}_proj.weight") for name in ("gate", "up")]
             tensors[f"{prefix}gate_up_proj.weight"] = torch.cat(parts)
 
-    change(source, how)
+    source = change(publish(tmp_path / "source", "llama", **LLAMA), how)
     targets = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
-    split = WeightConverter("mlp.gate_up_proj.weight", targets, [Chunk(dim=0)])
-    mapping.register_checkpoint_conversion_mapping("llama", [split], overwrite=True)
-    yield source
-    mapping._checkpoint_conversion_mapping_cache.pop("llama")
+    with converting("llama", converter("mlp.gate_up_proj.weight", targets, [chunk(dim=0)])):
+        found = refusal(source, tmp_path, capsys)
+        for word in ("mlp.gate_proj.weight", "mlp.gate_up_proj.weight (Chunk)", "--exclude"):
+            assert word in found
+        assert run(["plan", str(source), "--seqlen", "32"]) == 2
+        assert "gate_up_proj.weight (Chunk)" in capsys.readouterr().err
+        output = as_transformers(source, tmp_path, capsys, "--exclude", r".*(gate|up)_proj")
+    assert len(changed(source, output)) == 10
 
 
-def test_what_is_converted_on_loading_is_not_pruned(
-    fused: Path, tmp_path: Path, capsys: Capture
+def test_what_is_joined_on_loading_is_not_pruned(tmp_path: Path, capsys: Capture) -> None:
+    """A Phi-3 with gate and up stored apart, which its class holds in one."""
+    concatenate, converter = conversions("Concatenate")
+
+    def how(tensors: Tensors) -> None:
+        for block in range(2):
+            prefix = f"model.layers.{block}.mlp."
+            gate, up = tensors.pop(f"{prefix}gate_up_proj.weight").chunk(2)
+            tensors |= {f"{prefix}gate_proj.weight": gate, f"{prefix}up_proj.weight": up}
+
+    source = change(publish(tmp_path / "source", "phi3", **LLAMA), how)
+    parts = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    with converting("phi3", converter(parts, "mlp.gate_up_proj.weight", [concatenate(0)])):
+        found = refusal(source, tmp_path, capsys)
+        assert "mlp.gate_proj.weight, model.layers.0.mlp.up_proj.weight (Concatenate)" in found
+        output = as_transformers(source, tmp_path, capsys, "--exclude", ".*gate_up_proj")
+    assert len(changed(source, output)) == 6
+
+
+# -- two stored embeddings ------------------------------------------------------------------------
+
+
+def test_two_tensors_are_compared_some_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = refusal(fused, tmp_path, capsys)
-    for word in ("mlp.gate_proj.weight", "mlp.gate_up_proj.weight (Chunk)", "--exclude"):
-        assert word in found
-    assert run(["plan", str(fused), "--seqlen", "32"]) == 2
-    assert "gate_up_proj.weight (Chunk)" in capsys.readouterr().err
-    output = as_transformers(fused, tmp_path, capsys, "--exclude", r".*(gate|up)_proj")
-    assert len(changed(fused, output)) == 10
+    source = publish(tmp_path / "source", "llama", tie_word_embeddings=True, **LLAMA)
+    change(source, equal_head)
+    monkeypatch.setattr(load_plan, "_ROWS_BYTES", 1000)
+    files = ModelFiles.open(source)
+    read, rows = files.read, []
+
+    def counted(name: str, rows_: tuple[int, int] | None = None, **more: Any) -> torch.Tensor:
+        rows.append(more.get("rows", rows_))
+        return read(name, **more)
+
+    monkeypatch.setattr(files, "read", counted)
+    assert load_plan.same_values(files, HEAD, EMBEDDING, torch.float32)
+    assert len(rows) == 2 * -(-260 // 7)
+    assert rows[-1] == (259, 260)
+    # Once, until someone writes to the file.
+    assert load_plan.same_values(files, HEAD, EMBEDDING, torch.float32)
+    assert len(rows) == 2 * -(-260 // 7)
+    change(source, lambda tensors: tensors[HEAD][259, 31].add_(1))
+    assert not load_plan.same_values(files, HEAD, EMBEDDING, torch.float32)

@@ -18,6 +18,16 @@ def has_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
+def adapter_note(folder: Path, place: object) -> str | None:
+    """One line for the user where an adapter lies beside a model, in `folder`; otherwise None.
+
+    `place`: how the user named the folder. transformers would add the adapter if peft is installed.
+    """
+    if not has_adapter(folder):
+        return None
+    return f"{place}: the adapter beside the model ({ADAPTER_CONFIG}) is left out"
+
+
 def refuse_adapter_alone(folder: Path, place: object) -> None:
     """Raises ModelError where a folder in which no model was found has an adapter.
 

@@ -27,6 +27,7 @@ from pipeline.loop.executor import Executor
 from pipeline.loop.trace import traced
 from pipeline.messages import Job, Reference
 from pipeline.models.skeleton import Skeleton, check_seqlen, check_tokens, open_skeleton
+from pipeline.models.text_forward import text_forward
 from pipeline.preflight.disk import check_evaluation_space
 from pipeline.preflight.shared_folders import scratch_of
 from pipeline.records.inputs import read_inputs
@@ -126,6 +127,7 @@ def prepare(source: Place, config: EvalConfig) -> Prepared:
     skeleton = open_skeleton(
         absolute(source), dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
+    text_forward(skeleton)  # a model whose blocks cannot be run one at a time is refused now
     check_seqlen(skeleton, config.seqlen)
     identity = data_identity(config.dataset)
     wanted = config.dataset_revision

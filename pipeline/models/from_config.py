@@ -8,6 +8,7 @@ where nothing takes memory, before it is built with the buffers that its constru
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -35,7 +36,21 @@ MAX_BUFFER_BYTES = 2**30
 MAX_COUNT_ALONE = 10_000
 """Of layers, heads or experts that a config.json may state without weight files to show them."""
 
-_LONGEST_REASON = 300
+_LONGEST_REASON, _END = 300, 100  # characters of a reason, and of them at its end
+# What configs call the longest input; where a class has several, the first counts.
+_LONGEST_NAMES = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "max_target_positions",
+    "model_max_length",
+    "n_ctx",
+    "seq_length",
+    "seq_len",
+    "context_length",
+)
 # What a config.json says of a model's part in a task.
 _ROLE = ("architectures", "is_encoder_decoder", "model_type", "auto_map")
 # Numbers of modules, or of entries in a list that a config class makes.
@@ -44,10 +59,20 @@ _IMPLEMENTATION = re.compile(r"\w*")
 
 
 def reason(error: BaseException) -> str:
-    """An error's message on one line, without unprintable characters, cut if it is long."""
+    """An error's message on one line, without unprintable characters.
+
+    Of a long one the middle is left out: what to do stands at the end.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"
+    if len(text) <= _LONGEST_REASON:
+        return text
+    return f"{text[: _LONGEST_REASON - _END - 3]} … {text[-_END:]}"
+
+
+def needs_own_code(error: BaseException) -> bool:
+    """Whether transformers asks for the leave to run a repository's own code."""
+    return "trust_remote_code" in str(error)
 
 
 def load_config(files: ModelFiles, trust_remote_code: bool) -> PretrainedConfig:
@@ -81,6 +106,8 @@ def _checked_config(
             str(source), trust_remote_code=trust, local_files_only=True
         )
     except Exception as error:  # transformers raises nearly anything, and its validators too
+        if needs_own_code(error):
+            raise _own_code(path) from error
         raise ModelError(
             f"{path} is not a config that transformers knows: {reason(error)}"
         ) from error
@@ -125,6 +152,30 @@ def _shown(number: int) -> str:
     return str(number) if number < 2**63 else "beyond all measure"
 
 
+def longest_input(config: PretrainedConfig) -> int | None:
+    """Tokens that a model's config allows at most; None where it sets no limit.
+
+    A limit goes by several names. A name counts where the config's class has it: what else is in
+    config.json, the class does not know and the model does not keep to (BLOOM's `seq_length`).
+    """
+    text = config.get_text_config()
+    for name in _LONGEST_NAMES:
+        value = getattr(text, name, None)
+        if type(value) is int and value > 0 and _declares(type(text), name):
+            return value
+    return None
+
+
+def _declares(kind: type, name: str) -> bool:
+    """Whether a config class has an attribute `name`: as a field, a keyword or another's name."""
+    own = (vars(each) for each in kind.__mro__)
+    return (
+        name in getattr(kind, "attribute_map", {})
+        or any(name in each or name in each.get("__annotations__", ()) for each in own)
+        or name in inspect.signature(kind).parameters
+    )
+
+
 def build(config: PretrainedConfig, folder: Path, dtype: torch.dtype, trust: bool) -> Any:
     """The model on the meta device, but for the buffers that its constructors compute.
 
@@ -161,7 +212,16 @@ def rehearse(config: PretrainedConfig, folder: Path, dtype: torch.dtype) -> PreT
     return model
 
 
+def _own_code(path: Path) -> ModelError:
+    return ModelError(
+        f"{path}: the model comes with its own code (`auto_map`), which prox24 runs only with "
+        "--trust-remote-code; read the code before you give it"
+    )
+
+
 def _cannot_build(folder: Path, error: Exception) -> ModelError:
+    if needs_own_code(error):
+        return _own_code(folder / "config.json")
     return ModelError(
         f"{folder}: transformers cannot build a causal LM from its config.json: {reason(error)}"
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.models.expert_part import ExpertPart
-from pipeline.models.from_config import build, load_config, rehearse
+from pipeline.models.from_config import build, load_config, longest_input, rehearse
 from pipeline.models.linears import as_held, is_linear, is_transposed
 from pipeline.models.load_plan import LoadPlan, plan_loading
 from pipeline.models.text_stack import decoder_path, outside_text
@@ -259,9 +259,8 @@ def _take_apart(model: PreTrainedModel, files: ModelFiles, dtype: torch.dtype) -
 
 def check_seqlen(skeleton: Skeleton, seqlen: int) -> None:
     """Raises `ConfigError` where `seqlen` tokens are more than the model's config allows."""
-    config = skeleton.model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest and seqlen > longest:
+    longest = longest_input(skeleton.model.config)
+    if longest is not None and seqlen > longest:
         raise ConfigError(f"--seqlen {seqlen} is above the model's maximum of {longest}")
 
 

@@ -18,6 +18,7 @@ from pipeline.models.forward_capture import BlockCall, ModelEnds
 from pipeline.models.linears import linear_layers, unsupported_parameters, unsupported_reason
 from pipeline.models.selection import check_rules, settings_of
 from pipeline.models.skeleton import FORWARD_DTYPES, Skeleton
+from pipeline.models.text_forward import HollowSkeleton
 from pipeline.planning.shapes.experts import route_evenly, stub_others, with_others
 from pipeline.planning.shapes.profile import (
     META,
@@ -26,7 +27,7 @@ from pipeline.planning.shapes.profile import (
     on_meta,
     profile_forward,
 )
-from pipeline.planning.shapes.source import HollowSkeleton, open_source
+from pipeline.planning.shapes.source import open_source
 from pipeline.solvers.registry import solver_for
 from pipeline.worker.solve import parted
 from storage.errors import ModelError
@@ -87,8 +88,8 @@ class ModelShape:
     the hidden states. vocabulary: tokens. ends: number of weights outside the blocks, without the
     output embedding. head: those of the output embedding; 0 where it is tied to the input's. files:
     bytes of the weight files. itemsize: bytes of a stored weight. dtype: name of the dtype of
-    forwards. seqlen: tokens of a sequence in the profiles. unsupported: why the model cannot be
-    pruned; None if it can be.
+    forwards. seqlen: tokens of a sequence in the profiles. passed_by: blocks that a forward of text
+    does not reach. unsupported: why the model cannot be pruned; None if it can be.
     """
 
     name: str
@@ -102,6 +103,7 @@ class ModelShape:
     itemsize: int
     dtype: str
     seqlen: int
+    passed_by: tuple[int, ...] = ()
     unsupported: str | None = None
 
     @property
@@ -178,7 +180,7 @@ def shape_of(
     hidden_states = torch.empty((1, seqlen, hidden), dtype=skeleton.dtype, device=META)
     kinds: dict[tuple[object, ...], int] = {}
     shapes: list[BlockShape] = []
-    blocks = []
+    blocks, passed_by = [], []
     reason = None
     check_rules(hollow, rules)
     for index, (block, call) in enumerate(zip(hollow.blocks, calls, strict=True)):
@@ -186,7 +188,7 @@ def shape_of(
         for layer in settings if hollow.files.tensors else ():
             hollow.weight_name(index, layer)  # or it could not be written back
         sizes = tuple(p.shape for p in block.parameters())
-        key = (str(block), _signature(call), sizes, tuple(settings.items()))
+        key = (str(block), call.passed_by, _signature(call), sizes, tuple(settings.items()))
         if key not in kinds:
             kinds[key] = len(shapes)
             config = hollow.model.config.get_text_config()
@@ -196,6 +198,8 @@ def shape_of(
             shapes.append(kind)
             reason = reason or why
         blocks.append(kinds[key])
+        if call.passed_by:
+            passed_by.append(index)
     if not any(kind.groups for kind in shapes):
         raise ModelError(f"{name}: no layer is left to prune")
     shape = ModelShape(
@@ -210,6 +214,7 @@ def shape_of(
         itemsize=itemsize,
         dtype=str(skeleton.dtype).removeprefix("torch."),
         seqlen=seqlen,
+        passed_by=tuple(passed_by),
         unsupported=reason,
     )
     return shape if files else replace(shape, files=_assumed_files(shape))

@@ -1,4 +1,4 @@
-"""A model to be planned: a folder, of whose weight files headers are read, or a config.json."""
+"""The model of a plan: a model folder, of which only file headers are read, or a config.json."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pipeline.models.forward_capture import BlockCall, ModelEnds
 from pipeline.models.from_config import build, load_config_alone, rehearse
 from pipeline.models.skeleton import FORWARD_DTYPES, Skeleton, find_blocks, open_skeleton
 from pipeline.models.text_forward import HollowSkeleton, text_forward
+from pipeline.models.transformers_loading import Routes, tie, tied_names
 from storage.errors import ConfigError
 from storage.model.files import ModelFiles
 from storage.model.folder import LocalFolder
@@ -22,8 +23,10 @@ from storage.object_store import ObjectFolder, Place
 
 @dataclass(frozen=True)
 class PlannedSource:
-    """The model on the meta device, bytes of its weight files if there are any, and bytes of a
-    stored weight."""
+    """A model on the meta device.
+
+    files: bytes of its weight files, empty for a bare config. itemsize: bytes of a stored weight.
+    """
 
     skeleton: Skeleton
     name: str
@@ -32,7 +35,7 @@ class PlannedSource:
 
 
 def open_source(model: Place, dtype: str | None, trust_remote_code: bool) -> PlannedSource:
-    """The model at a place, or of a config.json alone; `dtype` as for `open_skeleton`.
+    """The model of a folder, or of a bare config.json; `dtype` as for `open_skeleton`.
 
     Raises `ModelError` and `ConfigError` as `open_skeleton` does.
     """
@@ -52,7 +55,8 @@ def open_source(model: Place, dtype: str | None, trust_remote_code: bool) -> Pla
     if not trust_remote_code:
         rehearse(config, path, forward)
     built = build(config, path, forward, trust_remote_code)
-    unstack_experts(built, stored_together(built, None))
+    tie(built, set(tied_names(built)))  # as a model of this config is published
+    unstack_experts(built, stored_together(built, Routes(built, ()), None))
     nothing = ModelFiles(LocalFolder(path.parent), (), {}, {}, None)
     skeleton = Skeleton(built.eval(), nothing, find_blocks(built, path), forward)
     name = path.parent.name if path.name == "config.json" else path.stem
@@ -69,8 +73,11 @@ def example_block(
     block: int | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, BlockCall, Tensor]:
-    """A block (None: in the middle of the model) with random weights on the CPU, what it is called
-    with, and random inputs (batch_size, seqlen, hidden)."""
+    """A block with random weights on the CPU, its arguments, and random inputs.
+
+    block: its index; None: in the middle of the model. The inputs are (batch_size, seqlen, hidden)
+    in `dtype`.
+    """
     skeleton = open_source(model, dtype, trust_remote_code).skeleton
     hollow = HollowSkeleton(skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype)
     tokens = torch.zeros((batch_size, seqlen), dtype=torch.int64)

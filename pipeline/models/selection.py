@@ -70,19 +70,12 @@ def layers_to_prune(
 def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
     """Checks every block. Raises `ModelError` where a weight would stay dense unseen, and
     `ConfigError` where an option names nothing."""
-    _check_other_lists(skeleton)
+    check_structure(skeleton)
     pruned = 0
     skipped: dict[str, str] = {}
     dense: dict[str, str] = {}
-    reached = text_forward(skeleton).reached
     for block, module in enumerate(skeleton.blocks):
         prefix = skeleton.block_prefix(block)
-        hidden = unsupported_parameters(module) if block in reached else []
-        if hidden:
-            raise ModelError(
-                f"{prefix}{unsupported_reason(module, hidden)}; "
-                f"{type(skeleton.model).__name__} is not supported"
-            )
         dense |= {prefix + name: why for name, why in dense_weights(module).items()}
         for name, choice in choices_of(skeleton, block, rules).items():
             if choice.reason is None:
@@ -96,7 +89,20 @@ def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
     return Selection(pruned, skipped, dense)
 
 
-def _check_other_lists(skeleton: Skeleton) -> None:
+def check_structure(skeleton: Skeleton) -> None:
+    """Raises `ModelError` where a block holds what cannot be pruned, nor left dense unseen."""
+    check_lists(skeleton)
+    for block in text_forward(skeleton).reached:
+        module = skeleton.blocks[block]
+        hidden = unsupported_parameters(module)
+        if hidden:
+            raise ModelError(
+                f"{skeleton.block_prefix(block)}{unsupported_reason(module, hidden)}; "
+                f"{type(skeleton.model).__name__} is not supported"
+            )
+
+
+def check_lists(skeleton: Skeleton) -> None:
     """Raises `ModelError` where a block's layers lie in several lists (XLM: attention and MLPs):
     those in the others would stay dense unseen."""
     count, path = len(skeleton.blocks), skeleton.blocks_path

@@ -21,7 +21,7 @@ import transformers
 from pipeline.config.layers import LayerOptions, LayerRules
 from pipeline.config.solver import SolverSettings
 from pipeline.models.linears import dense_weights, linear_layers
-from pipeline.models.selection import select_layers
+from pipeline.models.selection import check_structure
 from pipeline.planning.shapes.model import shape_of
 from pipeline.planning.shapes.source import open_source
 from storage.errors import Prox24Error
@@ -58,7 +58,7 @@ def _looked_at(path: Path) -> dict[str, Any]:
     rules = LayerRules(settings=SolverSettings(), options=LayerOptions(skip_unsupported=True))
     source = open_source(path, "float32", False)
     skeleton = source.skeleton
-    select_layers(skeleton, rules)
+    check_structure(skeleton)
     kinds: list[dict[str, Any]] = []
     for block in skeleton.blocks:
         kind = {

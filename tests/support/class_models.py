@@ -128,7 +128,9 @@ def _shrunk(kind: Any, overrides: dict[str, Any]) -> PretrainedConfig:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name, field in fields.items():
         number = field.default
-        if name in _TOKENS:
+        if name == "is_decoder":
+            own[name] = True
+        elif name in _TOKENS:
             own[name] = _TOKENS[name]
         elif name in _UNSET and number is None:
             own[name] = _UNSET[name]

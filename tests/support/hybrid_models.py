@@ -116,6 +116,8 @@ HYBRIDS: dict[str, Hybrid] = {
         },
         stays=("dt_proj",),
     ),
+    # Its convolution is stored as three, of queries, keys and values.
+    "olmo_hybrid": Hybrid({**_DELTA, "linear_num_key_heads": 4, "num_key_value_heads": 4}),
     "hunyuan_v1_moe": Hybrid(
         {"head_dim": 8, "num_experts": 4, "moe_topk": 2}, stays=("gate.wg",), kinds=1, quick=True
     ),

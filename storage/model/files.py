@@ -18,7 +18,7 @@ import torch
 from storage.errors import CorruptFileError, ModelError
 from storage.files.commit import CHUNK_BYTES
 from storage.model.folder import WEIGHTS, LocalFolder, ModelFolder, inside, model_folder
-from storage.model.other_formats import refuse_other_formats, refuse_quantized
+from storage.model.other_formats import refuse_other_formats, refuse_packed, refuse_quantized
 from storage.model.safetensors_format import (
     TensorEntry,
     header_entries,
@@ -122,6 +122,7 @@ class ModelFiles:
                 tensors[entry.name] = entry
         if not tensors:
             raise ModelError(f"{place}: the weight files hold no tensors")
+        refuse_packed(tensors, source.folder, place)
         if weight_map is not None:
             _check_index(place, weight_map, tensors)
         return ModelFiles(source, names, tensors, config, INDEX_FILE if weight_map else None)

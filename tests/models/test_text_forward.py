@@ -109,6 +109,7 @@ def test_a_block_that_is_not_called_stays_dense(
     results = json.loads((out_of(model) / "prox24.json").read_text())
     names = [f"model.layers.{block}.{layer}" for block in dense for layer in ("up", "down")]
     assert results["skipped_because"] == dict.fromkeys(names, NOT_REACHED)
+    assert (NOT_REACHED in (out_of(model) / "README.md").read_text()) == bool(dense)
     assert run(["verify", str(out_of(model)), "--source", str(model), trust]) == 0
     for folder in (model, out_of(model)):
         expected = plain_perplexity(folder, trust_remote_code=True)

@@ -36,6 +36,7 @@ from pipeline.runtime.progress import Progress
 from pipeline.text.documents import hub_revision
 from pipeline.text.tokens import describe_tokenizer, evaluation_tokens, load_tokenizer
 from storage.errors import ConfigError, NumericalError
+from storage.model.adapter import adapter_note
 from storage.object_store import Place, absolute, location
 from storage.run.activations import write_tokens
 from storage.run.directory import SCRATCH_PREFIX, RunDirectory
@@ -244,6 +245,8 @@ def started(
     skeleton: Skeleton, tokens: Tensor, config: EvalConfig, executor: Executor, progress: Progress
 ) -> Iterator[tuple[RunDirectory, BlockLoop]]:
     """A started block loop over `tokens`, (n, seqlen) int64, in a temporary run directory."""
+    if note := adapter_note(skeleton.files.folder, skeleton.files.place):
+        progress.note(note)
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=config.scratch_dir) as scratch:
         run = RunDirectory(Path(scratch).absolute())
         stored = write_tokens(run.tokens(), tokens)

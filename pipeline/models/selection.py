@@ -81,6 +81,7 @@ def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
             )
         for name, choice in choices_of(skeleton, block, rules).items():
             if choice.reason is None:
+                skeleton.weight_name(block, name)  # or it could not be written back
                 pruned += 1
             else:
                 skipped[prefix + name] = choice.reason

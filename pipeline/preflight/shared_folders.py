@@ -42,7 +42,7 @@ def what_is_not_seen(job: Job, marks: Sequence[Marked], rank: int) -> list[str]:
     if job.source_identity is None:
         return problems
     try:
-        same = ModelFiles.open(place(job.source)).identity() == job.source_identity
+        same = ModelFiles.read_headers(place(job.source)).identity() == job.source_identity
     except (InputError, OSError) as error:
         return [f"does not see MODEL, {job.source} ({error})", *problems]
     return problems if same else [f"has another model at MODEL, {job.source}", *problems]

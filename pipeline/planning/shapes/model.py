@@ -19,7 +19,6 @@ from pipeline.models.linears import linear_layers, unsupported_parameters, unsup
 from pipeline.models.selection import check_rules, settings_of
 from pipeline.models.skeleton import FORWARD_DTYPES, Skeleton
 from pipeline.models.text_forward import HollowSkeleton
-from pipeline.models.text_stack import ties_embeddings
 from pipeline.planning.shapes.experts import route_evenly, stub_others, with_others
 from pipeline.planning.shapes.profile import (
     META,
@@ -170,7 +169,9 @@ def shape_of(
 
     files, itemsize: see `ModelShape`. Others: see `read_shape`.
     """
-    hollow = HollowSkeleton(skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype)
+    hollow = HollowSkeleton(
+        skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype, skeleton.plan
+    )
     ends, head = _outside(hollow)
     tokens = torch.zeros((1, seqlen), dtype=torch.int64)
     module_ends = ModelEnds(hollow, torch.device("cpu"), head=False)
@@ -184,6 +185,8 @@ def shape_of(
     check_rules(hollow, rules)
     for index, (block, call) in enumerate(zip(hollow.blocks, calls, strict=True)):
         settings = settings_of(hollow, index, rules)
+        for layer in settings if hollow.files.tensors else ():
+            hollow.weight_name(index, layer)  # or it could not be written back
         sizes = tuple(p.shape for p in block.parameters())
         key = (str(block), call.passed_by, _signature(call), sizes, tuple(settings.items()))
         if key not in kinds:
@@ -226,14 +229,12 @@ def _outside(model: Skeleton) -> tuple[int, int]:
     embedding = model.model.get_input_embeddings()
     output = model.model.get_output_embeddings()
     outside = {id(p): p.numel() for p in model.model.parameters() if id(p) not in inside}
-    tied = ties_embeddings(model.model.config)
     head = 0 if output is None else sum(outside.get(id(p), 0) for p in output.parameters())
     if output is not None and any(
         p is q for p in output.parameters() for q in embedding.parameters()
     ):
-        head, tied = 0, False  # counted once already
-    ends = sum(outside.values()) - head
-    return ends, 0 if tied else head
+        head = 0  # counted once already
+    return sum(outside.values()) - head, head
 
 
 def _assumed_files(shape: ModelShape) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from pipeline.models.forward_capture import BlockCall, ModelEnds
 from pipeline.models.from_config import build, load_config_alone, rehearse
 from pipeline.models.skeleton import FORWARD_DTYPES, Skeleton, find_blocks, open_skeleton
 from pipeline.models.text_forward import HollowSkeleton, text_forward
+from pipeline.models.transformers_loading import Routes, tie, tied_names
 from storage.errors import ConfigError
 from storage.model.files import ModelFiles
 from storage.model.folder import LocalFolder
@@ -54,7 +55,8 @@ def open_source(model: Place, dtype: str | None, trust_remote_code: bool) -> Pla
     if not trust_remote_code:
         rehearse(config, path, forward)
     built = build(config, path, forward, trust_remote_code)
-    unstack_experts(built, stored_together(built, None))
+    tie(built, set(tied_names(built)))  # as a model of this config is published
+    unstack_experts(built, stored_together(built, Routes(built, ()), None))
     nothing = ModelFiles(LocalFolder(path.parent), (), {}, {}, None)
     skeleton = Skeleton(built.eval(), nothing, find_blocks(built, path), forward)
     name = path.parent.name if path.name == "config.json" else path.stem

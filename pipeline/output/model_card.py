@@ -18,6 +18,7 @@ from pipeline.output.dense_weights import dense_in_words
 from pipeline.solvers.registry import solver_class
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BLOCK = re.compile(r"\.\d+\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _WORST = 5
 _STATISTICS = {
@@ -55,6 +56,7 @@ def model_card(
     source_name: str,
     settings: Mapping[str, Any],
     results: Sequence[Mapping[str, Any]],
+    skipped: Mapping[str, str],
     perplexity: Mapping[str, Any] | None,
     dense: Mapping[str, str],
     license: str | None,
@@ -64,13 +66,15 @@ def model_card(
     source_name: hub id or folder name of the dense model. settings: the options of `prune` by name,
     with the solver's defaults filled in. results: one entry per pruned layer with `name`, `block`,
     `layer`, `shape` and the fields of its `SolveReport`. perplexity: what `evaluate` returns, with
-    `dense` added if the dense model was measured too; None if it was not measured. dense: weights
-    of the blocks that are never pruned, name → why. license: that in the source's card, or None.
+    `dense` added if the dense model was measured too; None if it was not measured. skipped: linear
+    layers of the blocks that were not pruned, with the reason. dense: weights of the blocks that are
+    never pruned, with the reason. license: that in the source's card, or None.
     """
     parts = [
         _front_matter(source_name, settings, license),
         _introduction(source_name, settings, results),
         _settings_table(settings),
+        _skipped(skipped),
         _error_tables(results),
         _left_dense(dense),
         _perplexity(perplexity),
@@ -151,6 +155,22 @@ def _settings_table(settings: Mapping[str, Any]) -> str:
         if settings.get(key) is not None and key not in unused
     ]
     return "## Method and calibration\n\n" + _table(("setting", "value"), rows)
+
+
+def _skipped(skipped: Mapping[str, str]) -> str:
+    """The linear layers that were not pruned, by reason, each kind of layer once; or nothing."""
+    reasons: dict[str, dict[str, int]] = {}
+    for name, reason in skipped.items():
+        counts = reasons.setdefault(reason, {})
+        kind = _BLOCK.sub(".*.", _EXPERT.sub(".experts.*.", name), count=1)
+        counts[kind] = counts.get(kind, 0) + 1
+    if not reasons:
+        return ""
+    lines = [
+        f"- {_escape(reason)}: {', '.join(f'{_code(k)} ({n})' for k, n in counts.items())}"
+        for reason, counts in reasons.items()
+    ]
+    return "Linear layers of the blocks that were not pruned:\n\n" + "\n".join(lines)
 
 
 def _error_tables(results: Sequence[Mapping[str, Any]]) -> str:

@@ -137,6 +137,7 @@ def describe_output(
         source_name=source_name,
         settings=card_settings(job),
         results=layers,
+        skipped=skipped,
         perplexity=perplexity,
         dense=dense,
         license=source_license(skeleton.files.folder),

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qsl, urlsplit
 
 from storage.errors import ConfigError, ResourceError, first_line
@@ -302,5 +302,43 @@ class ObjectFile:
         self.close()
 
 
-Readable = io.FileIO | ObjectFile
+class MadeFile(Protocol):
+    """A file of another kind, read like an unbuffered one; what ObjectFile has too.
+
+    size: in bytes. state: what changes when the file is replaced.
+    """
+
+    size: int
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        """What changes when the file is replaced."""
+        ...
+
+    def seek(self, position: int) -> int:
+        """Where the next read begins, in bytes from the start."""
+        ...
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        ...
+
+    def read(self, count: int) -> bytes:
+        """The next bytes, `count` unless the file ends."""
+        ...
+
+    def readinto(self, view: memoryview) -> int:
+        """Fill `view`, unless the file ends; returns how many bytes were read."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what is held."""
+        ...
+
+    def __enter__(self) -> MadeFile: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+Readable = io.FileIO | ObjectFile | MadeFile
 """A weight file open for reading."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pipeline.formats.open_model import open_model
 from pipeline.models.expert_part import ExpertPart
 from pipeline.models.expert_tensors import expert_names, stored_together
 from pipeline.models.experts import unstack_experts
@@ -211,7 +212,7 @@ def open_skeleton(place: Place, *, dtype: str | None, trust_remote_code: bool) -
     Raises `ModelError` for a folder that is no decoder-only causal LM, and for tensors that are
     missing or have the wrong shape; `CorruptFileError` for damaged files.
     """
-    files = ModelFiles.open(place)
+    files = open_model(place)
     config = load_config(files, trust_remote_code)
     forward_dtype = _forward_dtype(config, files, dtype)
     if not trust_remote_code:  # a model's own code may not be fit for it

@@ -7,9 +7,10 @@ into memory.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ import torch
 from storage.errors import CorruptFileError, ModelError
 from storage.files.commit import CHUNK_BYTES
 from storage.model.folder import WEIGHTS, LocalFolder, ModelFolder, inside, model_folder
-from storage.model.other_formats import refuse_other_formats, refuse_quantized
+from storage.model.other_formats import quantization, refuse_other_formats, refuse_quantized
 from storage.model.safetensors_format import (
     TensorEntry,
     header_entries,
@@ -28,7 +29,7 @@ from storage.model.safetensors_format import (
     safetensors_dtype,
     torch_dtype,
 )
-from storage.object_store import ObjectFile, Place, Readable
+from storage.object_store import Place, Readable
 
 __all__ = [
     "ModelFiles",
@@ -98,8 +99,13 @@ class ModelFiles:
         self._seen: dict[str, tuple[object, ...]] = {}
 
     @staticmethod
-    def open(place: Place) -> ModelFiles:
+    def open(
+        place: Place, dequantized: Callable[[ModelFiles], ModelFolder] | None = None
+    ) -> ModelFiles:
         """Read config, index and headers of the model at `place`, and check that they agree.
+
+        dequantized: what sees a model that is stored in few bits as an ordinary one; without it
+        such a model is refused.
 
         Raises ModelError if something is missing or of an unsupported kind, CorruptFileError if
         something is there but malformed, truncated or contradictory. Weights are not read.
@@ -109,7 +115,16 @@ class ModelFiles:
             refuse_other_formats(source.folder, place)
             raise ModelError(f"{place}: no config.json; give a Hugging Face model folder")
         config = _read_object(inside(source.folder, "config.json"))
-        refuse_quantized(config, source.where("config.json"))
+        refuse_quantized(config, source.where("config.json"), readable=dequantized is not None)
+        files = ModelFiles._checked(source, config)
+        if dequantized is None or quantization(config) is None:
+            return files
+        source = dequantized(files)
+        return ModelFiles._checked(source, _read_object(inside(source.folder, "config.json")))
+
+    @staticmethod
+    def _checked(source: ModelFolder, config: dict[str, Any]) -> ModelFiles:
+        place = source.place
         weight_map = _weight_map(source)
         names = (SINGLE_FILE,) if weight_map is None else tuple(sorted(set(weight_map.values())))
         tensors: dict[str, TensorEntry] = {}
@@ -168,7 +183,7 @@ class ModelFiles:
             shape = (rows[1] - rows[0], *shape[1:])
             start, end = start + rows[0] * row_bytes, start + rows[1] * row_bytes
         with self.source.open(entry.file) as file:
-            state = _state(file)
+            state = stream_state(file)
             # A whole tensor is always compared. Its rows, read again for the solve, are those that
             # the calibration compared unless someone wrote to the file.
             compared = name in self.expected and (rows is None or self._seen.get(name) != state)
@@ -221,6 +236,8 @@ class ModelFiles:
         for file in self.files:
             size = self.size(file)
             found[file] = hashlib.sha256(str(size).encode() + b" " + self.header_bytes(file))
+        if self.source.made_from:
+            found["what is stored"] = hashlib.sha256(self.source.made_from.encode())
         return {name: digest.hexdigest() for name, digest in found.items()}
 
     def identity(self) -> str:
@@ -231,6 +248,8 @@ class ModelFiles:
         """
         digest = hashlib.sha256()
         parts = [(self.folder / "config.json").read_bytes()]
+        if self.source.made_from:
+            parts.append(self.source.made_from.encode())
         for file in self.files:
             size = self.size(file)
             parts += [file.encode(), str(size).encode(), self.header_bytes(file)]
@@ -247,12 +266,12 @@ def _chunks(start: int, end: int) -> list[tuple[int, int]]:
 
 def size_of(file: Readable) -> int:
     """Bytes of an open file."""
-    return file.size if isinstance(file, ObjectFile) else os.fstat(file.fileno()).st_size
+    return os.fstat(file.fileno()).st_size if isinstance(file, io.FileIO) else file.size
 
 
-def _state(file: Readable) -> tuple[object, ...]:
+def stream_state(file: Readable) -> tuple[object, ...]:
     """What changes when someone writes to an open file, or puts another in its place."""
-    if isinstance(file, ObjectFile):
+    if not isinstance(file, io.FileIO):
         return file.state
     status = os.fstat(file.fileno())
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

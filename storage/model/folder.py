@@ -41,11 +41,14 @@ class ModelFolder(Protocol):
     """Where a model's files are.
 
     folder: a folder on this machine that holds all files but perhaps the weights. place: what the
-    user named.
+    user named. stored_as, made_from: of a model whose weights are stored in few bits, and read as
+    bfloat16, how they are stored, in words, and the identity of what is stored; "" of others.
     """
 
     folder: Path
     place: Place
+    stored_as: str
+    made_from: str
 
     def exists(self, file: str) -> bool:
         """Whether there is anything of that name."""
@@ -70,6 +73,8 @@ class ModelFolder(Protocol):
 
 class LocalFolder:
     """A model on a disk."""
+
+    stored_as = made_from = ""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -103,13 +108,15 @@ class RemoteFolder:
     folder fail, ModelError for small files of more than MAX_STAGED_BYTES.
     """
 
+    stored_as = made_from = ""
+
     def __init__(self, place: ObjectFolder) -> None:
         self.place: Place = place
         self._objects = place
         self._sizes = place.files()
         if not self._sizes:
             raise ModelError(f"{place}: no objects there; give a folder of a Hugging Face model")
-        self._staging = _Staging()
+        self._staging = Staging()
         self.folder = self._staging.path / place.name
         _stage(place, self._sizes, self.folder)
 
@@ -180,7 +187,7 @@ def _require_plain(place: Place, name: str) -> None:
 
 def _stage(place: ObjectFolder, sizes: dict[str, int], folder: Path) -> None:
     """Fetches what is not weights; other folders' objects and hidden ones stay away."""
-    wanted = [name for name in sizes if _is_small(name)]
+    wanted = [name for name in sizes if is_small(name)]
     if sum(sizes[name] for name in wanted) > MAX_STAGED_BYTES:
         largest = max(wanted, key=lambda name: sizes[name])
         raise ModelError(
@@ -198,7 +205,8 @@ def _stage(place: ObjectFolder, sizes: dict[str, int], folder: Path) -> None:
                 raise ResourceError(f"{place / name}: changed while it was read; try again")
 
 
-def _is_small(name: str) -> bool:
+def is_small(name: str) -> bool:
+    """Whether a file of a model folder belongs to the model, and is no weight file."""
     pure = PurePosixPath(name)
     if (len(pure.parts) == 2 and pure.parts[0] not in SIDE_FOLDERS) or len(pure.parts) > 2:
         return False
@@ -206,7 +214,7 @@ def _is_small(name: str) -> bool:
     return plain and not NOT_COPIED.fullmatch(pure.suffix.lower())
 
 
-class _Staging:
+class Staging:
     """A temporary folder that goes with this process; what killed ones left goes before."""
 
     def __init__(self) -> None:

@@ -16,6 +16,8 @@ from storage.errors import ModelError
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Configs of transformers that turn quantized weights into ordinary numbers on loading.
 _DEQUANTIZES = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+# Methods that `pipeline.formats` dequantizes.
+READABLE = ("fp8", "mxfp4", "compressed-tensors")
 _PLAIN_NAME = re.compile(r"[\w.\- /]+")
 
 
@@ -57,19 +59,37 @@ def _conversion(place: object, gguf: str | None = None) -> str:
     return f'python -c "{program}"'
 
 
-def refuse_quantized(config: Mapping[str, Any], where: str) -> None:
+def whole_numbers(value: object) -> tuple[int, ...]:
+    """Sizes that a config.json states, such as those of a block; empty if it is no list of them."""
+    if isinstance(value, list) and all(type(size) is int and 0 < size < 2**31 for size in value):
+        return tuple(value)
+    return ()
+
+
+def quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a config.json says of how its weights are quantized; None if they are not.
+
+    Of a model for images and text the text's own configuration may say it.
+    """
+    for part in (config, config.get("text_config")):
+        said = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if isinstance(said, Mapping):
+            return said
+    return None
+
+
+def refuse_quantized(config: Mapping[str, Any], where: str, *, readable: bool = False) -> None:
     """Raises ModelError where a config.json says that the weights are quantized.
 
     They are stored in pieces (values, scales, zero points) that mean something together only.
+    readable: whether the methods that can be read are let through.
     """
-    said = config.get("quantization_config")
-    if not isinstance(said, Mapping):
+    said = quantization(config)
+    if said is None or (readable and said.get("quant_method") in READABLE):
         return
     method = re.sub(r"[^\w.-]", "", str(said.get("quant_method", "")))[:40] or "unnamed"
-    sizes = said.get("weight_block_size")
-    blocks = ""
-    if isinstance(sizes, list) and all(type(size) is int and 0 < size < 2**31 for size in sizes):
-        blocks = f" in blocks of {' x '.join(map(str, sizes[:2]))}"
+    sizes = whole_numbers(said.get("weight_block_size"))
+    blocks = f" in blocks of {' x '.join(map(str, sizes[:2]))}" if sizes else ""
     remedy = "take the checkpoint that was not quantized"
     if method in _DEQUANTIZES:
         remedy += (

@@ -1,0 +1,312 @@
+"""A model stored in few bits, seen as the bfloat16 model that it stands for.
+
+`DequantizedFolder` is a model folder like any other: config.json, index and weight files in
+safetensors, which exist nowhere. Their headers are made from the stored ones, and a tensor's bytes
+are computed when they are read, some rows at a time. So whoever reads, hashes, plans or copies the
+model needs to know nothing of how it is stored. How a tensor is dequantized is told by the caller.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from storage.errors import ModelError
+from storage.files.commit import CHUNK_BYTES, explained
+from storage.model.files import INDEX_FILE, ModelFiles, stream_state
+from storage.model.folder import MAX_STAGED_BYTES, SIDE_FOLDERS, Staging, inside, is_small
+from storage.model.safetensors_format import (
+    TensorEntry,
+    header_for,
+    safetensors_dtype,
+    tensor_bytes,
+    torch_dtype,
+)
+from storage.object_store import Place, Readable
+
+DTYPE = torch.bfloat16
+"""What everything is dequantized to."""
+
+
+@dataclass(frozen=True)
+class Dequantized:
+    """A tensor that is stored in several, and how it is made of them.
+
+    name, shape: its own. stored: the tensors that it is made of, the one with the values first;
+    they are gone from the model. decode: rows start:stop of it, DTYPE, on the CPU; start is a
+    multiple of `step`, and stop too, or the number of rows.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored: tuple[str, ...]
+    decode: Callable[[int, int], torch.Tensor]
+    step: int = 1
+
+    def rows_at_a_time(self) -> int:
+        """As many rows as fit in CHUNK_BYTES, in whole steps."""
+        row_bytes = math.prod(self.shape[1:]) * DTYPE.itemsize
+        return max(CHUNK_BYTES // max(row_bytes, 1) // self.step, 1) * self.step
+
+
+class DequantizedFolder:
+    """The bfloat16 model that `stored` stands for.
+
+    tensors: those that are made of others. dropped: other tensors that mean nothing any more.
+    config: the new config.json. kind: what the model is stored as, in words.
+
+    folder: a temporary one of this process, with config.json, a new index and the small files.
+    Raises `ModelError` for small files of more than MAX_STAGED_BYTES, `ResourceError` where the
+    disk is full.
+    """
+
+    def __init__(
+        self,
+        stored: ModelFiles,
+        tensors: Iterable[Dequantized],
+        dropped: Collection[str],
+        config: Mapping[str, Any],
+        kind: str,
+    ) -> None:
+        self.place: Place = stored.place
+        self.stored_as = kind
+        self.made_from = stored.identity()
+        self._stored = stored
+        self._made = {tensor.name: tensor for tensor in tensors}
+        self._layouts = _layouts(stored, self._made, dropped)
+        self._staging = Staging()
+        self.folder = self._staging.path / (stored.folder.name or "model")
+        self._fill(config)
+
+    def _fill(self, config: Mapping[str, Any]) -> None:
+        self.folder.mkdir(parents=True)
+        old = self._stored.folder
+        names = [name for name in _small_files(old) if name not in ("config.json", INDEX_FILE)]
+        if sum((old / name).stat().st_size for name in names) > MAX_STAGED_BYTES:
+            raise ModelError(
+                f"{self.place}: files that are not weights take more than "
+                f"{MAX_STAGED_BYTES >> 20} MiB; move what is not of the model elsewhere"
+            )
+        texts = {"config.json": json.dumps(config, indent=2) + "\n"}
+        if self._stored.index is not None:
+            texts[INDEX_FILE] = self._index()
+        with explained(self.folder):
+            for name in names:
+                (self.folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(inside(old, name), self.folder / name)
+            for name, text in texts.items():
+                (self.folder / name).write_text(text, encoding="utf-8")
+
+    def _index(self) -> str:
+        entries = [entry for layout in self._layouts.values() for entry in layout.entries]
+        index = {
+            "metadata": {"total_size": sum(entry.end - entry.start for entry in entries)},
+            "weight_map": {entry.name: entry.file for entry in entries},
+        }
+        return json.dumps(index, indent=2) + "\n"
+
+    def exists(self, file: str) -> bool:
+        """Whether it is a weight file of the bfloat16 model, or one of its small files."""
+        return file in self._layouts or (self.folder / file).exists()
+
+    def require(self, file: str) -> None:
+        """As `inside`, for what is no weight file."""
+        if file not in self._layouts:
+            inside(self.folder, file)
+
+    def open(self, file: str, *, ahead: bool = False) -> Readable:
+        """A weight file, made as it is read. `ModelError` for one that is not there."""
+        if file not in self._layouts:
+            raise ModelError(f"{self.where(file)}: missing; download the model again")
+        return DequantizedFile(self._stored, file, self._layouts[file], self._made)
+
+    def size(self, file: str) -> int:
+        """Bytes that the bfloat16 model's file has."""
+        layout = self._layouts.get(file)
+        return inside(self.folder, file).stat().st_size if layout is None else layout.size
+
+    def where(self, file: str) -> str:
+        """Where the stored file is."""
+        return self._stored.source.where(file)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A weight file that is made: its header, and its tensors in order, with their offsets."""
+
+    header: bytes
+    entries: tuple[TensorEntry, ...]
+
+    @property
+    def size(self) -> int:
+        return self.entries[-1].end
+
+
+def _layouts(
+    stored: ModelFiles, made: Mapping[str, Dequantized], dropped: Collection[str]
+) -> dict[str, _Layout]:
+    """Weight file -> its layout. A tensor is made in the file of its values; files that only have
+    scales are left out."""
+    of = {tensor.stored[0]: tensor for tensor in made.values()}
+    gone = {name for tensor in made.values() for name in tensor.stored} | set(dropped)
+    files: dict[str, list[TensorEntry]] = {}
+    for entry in sorted(stored.tensors.values(), key=lambda entry: entry.start):
+        if entry.name in of:
+            tensor = of[entry.name]
+            dtype = safetensors_dtype(DTYPE)
+            entry = replace(entry, name=tensor.name, shape=tensor.shape, dtype=dtype)
+        elif entry.name in gone:
+            continue
+        files.setdefault(entry.file, []).append(entry)
+    return {file: _layout(files[file]) for file in sorted(files)}
+
+
+def _layout(entries: list[TensorEntry]) -> _Layout:
+    # Wide dtypes first, as safetensors' own writer has them: every value stays aligned.
+    entries = sorted(entries, key=lambda entry: -torch_dtype(entry.dtype).itemsize)
+    shapes = {
+        entry.name: torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="meta")
+        for entry in entries
+    }
+    header, found = header_for(shapes, {"format": "pt"}), []
+    at = len(header)
+    for entry in entries:
+        end = at + math.prod(entry.shape) * torch_dtype(entry.dtype).itemsize
+        found.append(replace(entry, start=at, end=end))
+        at = end
+    return _Layout(header, tuple(found))
+
+
+class DequantizedFile:
+    """A weight file of the bfloat16 model, read like an unbuffered file.
+
+    size: in bytes. Memory is bounded by the rows that are decoded at a time: those that were last.
+    """
+
+    def __init__(
+        self, stored: ModelFiles, file: str, layout: _Layout, made: Mapping[str, Dequantized]
+    ) -> None:
+        self.size = layout.size
+        self._stored, self._file, self._layout, self._made = stored, file, layout, made
+        self._entries = [entry for entry in layout.entries if entry.end > entry.start]
+        self._starts = [entry.start for entry in self._entries]
+        self._position = 0
+        self._rows: tuple[str, int] | None = None
+        self._bytes = memoryview(b"")
+        self._plain: Readable | None = None
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        """What changes when someone writes to a stored file that this one is made of."""
+        files = {self._file}
+        for entry in self._layout.entries:
+            if entry.name in self._made:
+                names = self._made[entry.name].stored
+                files |= {self._stored.tensors[name].file for name in names}
+        states: list[object] = []
+        for file in sorted(files):
+            with self._stored.source.open(file) as stream:
+                states.append(stream_state(stream))
+        return tuple(states)
+
+    def seek(self, position: int) -> int:
+        """Where the next read begins, in bytes from the start."""
+        self._position = position
+        return position
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        return self._position
+
+    def read(self, count: int) -> bytes:
+        """The next bytes, `count` unless the file ends."""
+        raw = bytearray(max(0, min(count, self.size - self._position)))
+        done = self.readinto(memoryview(raw))
+        return bytes(raw[:done])
+
+    def readinto(self, view: memoryview) -> int:
+        """Fill `view`, unless the file ends; returns how many bytes were read.
+
+        Raises `CorruptFileError` where a stored file is shorter than it was.
+        """
+        done, stop = 0, min(len(view), self.size - self._position)
+        while done < stop:
+            count = self._next(view[done:stop])
+            if not count:
+                break
+            done += count
+            self._position += count
+        return done
+
+    def _next(self, view: memoryview) -> int:
+        """Some bytes at the position, one at least if there are any."""
+        at = self._position
+        if at < len(self._layout.header):
+            part = memoryview(self._layout.header)[at : at + len(view)]
+            view[: len(part)] = part
+            return len(part)
+        entry = self._entries[bisect.bisect_right(self._starts, at) - 1]
+        view = view[: entry.end - at]
+        if entry.name not in self._made:
+            return self._copied(entry, at - entry.start, view)
+        part = self._decoded(self._made[entry.name], entry, at - entry.start)[: len(view)]
+        view[: len(part)] = part
+        return len(part)
+
+    def _copied(self, entry: TensorEntry, offset: int, view: memoryview) -> int:
+        if self._plain is None:
+            self._plain = self._stored.source.open(self._file)
+        self._plain.seek(self._stored.tensors[entry.name].start + offset)
+        return self._plain.readinto(view) or 0
+
+    def _decoded(self, tensor: Dequantized, entry: TensorEntry, offset: int) -> memoryview:
+        """The bytes of a tensor from `offset` on, as far as its rows are decoded together."""
+        row_bytes = (entry.end - entry.start) // tensor.shape[0]
+        step = tensor.rows_at_a_time()
+        start = offset // row_bytes // step * step
+        if self._rows != (tensor.name, start):
+            stop = min(start + step, tensor.shape[0])
+            # What was decoded before goes first.
+            self._rows, self._bytes = None, memoryview(b"")
+            rows = tensor.decode(start, stop)
+            if rows.dtype != DTYPE or tuple(rows.shape) != (stop - start, *tensor.shape[1:]):
+                raise ModelError(
+                    f"{self._stored.source.where(self._file)}: {tensor.name} was dequantized to "
+                    f"{rows.dtype} {list(rows.shape)} in place of {list(tensor.shape)}; look at "
+                    "the version of the library that did it"
+                )
+            self._rows, self._bytes = (tensor.name, start), tensor_bytes(rows)
+        return self._bytes[offset - start * row_bytes :]
+
+    def close(self) -> None:
+        """Lets go of what is open and decoded."""
+        self._rows, self._bytes = None, memoryview(b"")
+        if self._plain is not None:
+            self._plain.close()
+            self._plain = None
+
+    def __enter__(self) -> DequantizedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _small_files(folder: Path) -> Iterator[str]:
+    """The files of a model folder that are not weights, those of other folders left out."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and is_small(path.name):
+            yield path.name
+    for side in SIDE_FOLDERS:
+        if (folder / side).is_dir():
+            for path in sorted((folder / side).iterdir()):
+                if path.is_file() and is_small(f"{side}/{path.name}"):
+                    yield f"{side}/{path.name}"

@@ -22,7 +22,12 @@ from storage.model.few_bits import Dequantized
 from storage.model.files import ModelFiles
 
 FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
-_PACKED, _SHAPE, _SCALE, _ZERO = "weight_packed", "weight_shape", "weight_scale", "weight_zero_point"
+_PACKED, _SHAPE, _SCALE, _ZERO = (
+    "weight_packed",
+    "weight_shape",
+    "weight_scale",
+    "weight_zero_point",
+)
 # What a layer has for its activations or for the cache; its weight is complete without them.
 _OTHERS = re.compile(r"((input|output)_(scale|zero_point|global_scale)|[qkv]_(scale|zero_point))")
 
@@ -78,7 +83,9 @@ def _scheme(files: ModelFiles, layer: str, said: Mapping[str, Any]) -> _Scheme:
     groups = said.get("config_groups")
     known = [g for g in groups.values() if isinstance(g, Mapping)] if groups else []
     named = [group for group in known if any(_names(t, layer) for t in _targets(group))]
-    classes = [g for g in known if any(not t.startswith("re:") and "." not in t for t in _targets(g))]
+    classes = [
+        g for g in known if any(not t.startswith("re:") and "." not in t for t in _targets(g))
+    ]
     group = next(iter([*named, *classes]), None)
     weights = None if group is None else group.get("weights")
     if group is None or not isinstance(weights, Mapping):
@@ -120,7 +127,9 @@ def _tensor(files: ModelFiles, layer: str, kind: str, scheme: _Scheme) -> Dequan
     zeros = f"{layer}.{_ZERO}" in files.tensors
     if zeros and kind == _PACKED:
         step = rows  # zero points of several rows are packed together
-    parts = {kind: stored.name, _SCALE: scales.name} | ({_ZERO: f"{layer}.{_ZERO}"} if zeros else {})
+    parts = {kind: stored.name, _SCALE: scales.name} | (
+        {_ZERO: f"{layer}.{_ZERO}"} if zeros else {}
+    )
     decode = partial(_rows, files, layer, parts, scheme, (rows, columns))
     return Dequantized(
         f"{layer}.weight", (rows, columns), tuple(parts.values()), decode, max(step, 1)
@@ -155,7 +164,7 @@ def _rows(
         if scheme.strategy == "block" and scheme.block and kind in (_SCALE, _ZERO):
             rows = (start // scheme.block[0], -(-stop // scheme.block[0]))
         # A scale of all rows, and packed zero points, are read whole.
-        by_row = own and own[0] == shape[0] or (scheme.strategy == "block" and len(own) == 2)
+        by_row = (own and own[0] == shape[0]) or (scheme.strategy == "block" and len(own) == 2)
         stored[kind] = files.read(name, rows=rows) if by_row else files.read(name)
     if _PACKED in stored:
         said = files.read(f"{layer}.{_SHAPE}") if f"{layer}.{_SHAPE}" in files.tensors else None

@@ -1,7 +1,7 @@
 """What the libraries make of quantized values and their scales: one function for each library.
 
-Each is a whole tensor's, or that of some of its rows with their scales: what is computed for a value
-depends on its own scale alone.
+What is computed for a value depends on its own scale alone, so that a tensor can be made some rows
+at a time.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def from_compressed(stored: Mapping[str, Tensor], scheme: Mapping[str, Any], for
     base, schemes = compressed_tensors()
     try:
         parsed = schemes.model_validate(dict(scheme))
-        weight: Tensor = base.get_value_from_registry(form).decompress(dict(stored), parsed)["weight"]
+        weight: Tensor = base.get_value_from_registry(form).decompress(dict(stored), parsed)[
+            "weight"
+        ]
     except Exception as error:  # whatever it thinks of such a scheme
         why = " ".join(str(error).split())[:200]
         raise ModelError(f"compressed-tensors cannot decompress {form} weights: {why}") from error

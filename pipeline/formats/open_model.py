@@ -57,4 +57,6 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(value: object) -> str:
-    return value if isinstance(value, str) and value.isprintable() and len(value) < 40 else "unnamed"
+    return (
+        value if isinstance(value, str) and value.isprintable() and len(value) < 40 else "unnamed"
+    )

@@ -56,6 +56,7 @@ def model_card(
     results: Sequence[Mapping[str, Any]],
     perplexity: Mapping[str, Any] | None,
     license: str | None,
+    stored_as: str = "",
 ) -> str:
     """The card as Markdown with the front matter that the Hugging Face hub reads.
 
@@ -63,15 +64,16 @@ def model_card(
     `prune`, solver defaults filled in). results: one entry per pruned layer with `name`, `block`,
     `layer`, `shape` and the fields of its `SolveReport`. perplexity: what `evaluate` returns, with
     `dense` added if the dense model was measured too; None if it was not measured. license: as in
-    the source's card, None if that names none.
+    the source's card, None if that names none. stored_as: of a source in few bits, how it is
+    stored, in words.
     """
     parts = [
         _front_matter(source_name, settings, license),
-        _introduction(source_name, settings, results),
+        _introduction(source_name, settings, results, stored_as),
         _settings_table(settings),
         _error_tables(results),
         _perplexity(perplexity),
-        _LOADING,
+        _LOADING + (_NAMES_IN_BFLOAT16 if stored_as else _NAMES) + _RESULTS,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -86,7 +88,13 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 
-Weight files, tensor names and dtypes are those of the source model; the zeros are stored like any \
+"""
+_NAMES = "Weight files, tensor names and dtypes are those of the source model"
+_NAMES_IN_BFLOAT16 = (
+    "Weight files and tensor names are those of the source model, made bfloat16; quantize it again "
+    "to serve it in fewer bits"
+)
+_RESULTS = """; the zeros are stored like any \
 other value. `prox24.json` holds the full configuration and every layer's results."""
 
 
@@ -116,7 +124,10 @@ def _license(declared: str | None) -> str | None:
 
 
 def _introduction(
-    source_name: str, settings: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
+    source_name: str,
+    settings: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    stored_as: str,
 ) -> str:
     name = source_name.rsplit("/", 1)[-1]
     weights = sum(math.prod(result["shape"]) for result in results)
@@ -125,7 +136,18 @@ def _introduction(
         f"{_code(source_name)}, pruned to {_pattern_in_words(str(settings['pattern']))} by "
         f"prox24 with the method `{settings['method']}`. "
         f"{len(results)} linear layers with {weights:,} weights were pruned; every other tensor is "
-        "that of the source, byte for byte. The model was not trained further."
+        f"that of the source, {_unchanged(stored_as)}. The model was not trained further."
+    )
+
+
+def _unchanged(stored_as: str) -> str:
+    if not stored_as:
+        return "byte for byte"
+    return (
+        f"whose quantized weights ({_escape(stored_as)}) were dequantized to bfloat16 before they "
+        "were pruned, also those that the model's class does not load (such as layers that predict "
+        "further tokens): their scales, and `quantization_config`, are gone. What the source does "
+        "not quantize is copied byte for byte"
     )
 
 

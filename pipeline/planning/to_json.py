@@ -27,6 +27,7 @@ def plan_to_json(plan: Plan, *, scaled: bool = True) -> dict[str, Any]:
             "hidden": shape.hidden,
             "dtype": shape.dtype,
             "unsupported": shape.unsupported,
+            "stored_as": shape.stored_as or None,
         },
         "job": {
             "settings": job.settings.to_json(),

@@ -104,7 +104,8 @@ def mxfp4_model(folder: Path) -> Path:
 
     quantization = {
         "modules_to_not_convert": [
-            "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+            "model.layers.*.self_attn", "model.layers.*.mlp.router",
+            "model.embed_tokens", "lm_head",
         ],
         "quant_method": "mxfp4",
     }  # fmt: skip

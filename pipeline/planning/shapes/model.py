@@ -83,7 +83,8 @@ class ModelShape:
     kinds: its different blocks; blocks: the kind of each block, in order. ends, head: elements of
     what is loaded to embed, and of the output embedding where it is another. files: bytes of the
     weight files. itemsize: bytes of a stored weight; dtype: of the forward, by name. seqlen: of the
-    profiles. unsupported: why it cannot be pruned, if so.
+    profiles. unsupported: why it cannot be pruned, if so. stored_as: how a model in few bits is
+    stored, in words; its sizes are those of the bfloat16 model that it is read as.
     """
 
     name: str
@@ -98,6 +99,7 @@ class ModelShape:
     dtype: str
     seqlen: int
     unsupported: str | None = None
+    stored_as: str = ""
 
     @property
     def weight_bytes(self) -> int:
@@ -199,6 +201,7 @@ def shape_of(
         dtype=str(skeleton.dtype).removeprefix("torch."),
         seqlen=seqlen,
         unsupported=reason,
+        stored_as=skeleton.files.source.stored_as,
     )
     return shape if files else replace(shape, files=_assumed_files(shape))
 

@@ -1,7 +1,8 @@
 """Weights in formats that prox24 does not open, and the command that makes safetensors of them.
 
-A pickle runs code when it is opened. GGUF and FP8 hold other numbers than those that are pruned:
-what was quantized has to be made ordinary numbers first, which is the user's decision.
+A pickle runs code when it is opened. GGUF, GPTQ and the like hold other numbers than those that are
+pruned: what was quantized has to be made ordinary numbers first, which is the user's decision.
+`pipeline.formats` does it for some.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from typing import Any
 from storage.errors import ModelError
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# Configs of transformers that turn quantized weights into ordinary numbers on loading.
-_DEQUANTIZES = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 # Methods that `pipeline.formats` dequantizes.
 READABLE = ("fp8", "mxfp4", "compressed-tensors")
 _PLAIN_NAME = re.compile(r"[\w.\- /]+")
@@ -90,14 +89,8 @@ def refuse_quantized(config: Mapping[str, Any], where: str, *, readable: bool = 
     method = re.sub(r"[^\w.-]", "", str(said.get("quant_method", "")))[:40] or "unnamed"
     sizes = whole_numbers(said.get("weight_block_size"))
     blocks = f" in blocks of {' x '.join(map(str, sizes[:2]))}" if sizes else ""
-    remedy = "take the checkpoint that was not quantized"
-    if method in _DEQUANTIZES:
-        remedy += (
-            ", or make one in bfloat16: M.from_pretrained(OLD, dtype='bfloat16', "
-            f"quantization_config={_DEQUANTIZES[method]}(dequantize=True)).save_pretrained(NEW), M "
-            "being transformers' AutoModelForCausalLM"
-        )
     raise ModelError(
         f"{where}: the weights are quantized ({method}{blocks}): a stored value means nothing "
-        f"without its scale, and scales do not fit what pruning leaves; {remedy}"
+        "without its scale, and scales do not fit what pruning leaves; take the checkpoint that was "
+        "not quantized"
     )

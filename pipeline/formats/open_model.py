@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.formats.compressed import compressed_tensors_of
 from pipeline.formats.fp8 import fp8_tensors
+from pipeline.formats.llama4 import stacked
 from pipeline.formats.mxfp4 import mxfp4_tensors
 from storage.model.few_bits import DequantizedFolder
 from storage.model.files import ModelFiles
@@ -36,6 +37,7 @@ def _dequantized(stored: ModelFiles) -> ModelFolder:
         tensors, kind = mxfp4_tensors(stored), "MXFP4"
     else:
         tensors, dropped = compressed_tensors_of(stored, said)
+        tensors = stacked(stored, tensors, stored.config)
         kind = f"compressed-tensors ({_text(said.get('format'))})"
     return DequantizedFolder(stored, tensors, dropped, plain_config(stored.config), kind)
 

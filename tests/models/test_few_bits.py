@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     CompressedTensorsConfig,
     FineGrainedFP8Config,
     Mxfp4Config,
@@ -24,6 +25,7 @@ from transformers import (
 from cluster.command_line import run
 from pipeline.formats.open_model import open_model
 from tests.support.few_bits import (
+    FP4,
     change_config,
     compressed,
     compressed_fp8_model,
@@ -33,13 +35,16 @@ from tests.support.few_bits import (
     mxfp4_model,
     quantize_files,
     spread,
+    to_fp8,
 )
 from tests.support.jobs import write_text
-from tests.support.moe_models import save_moe
+from tests.support.moe_models import save_moe, token_ids
+from tests.support.multimodal import save_wrapper
 from tests.support.tiny_models import byte_tokenizer, save_tiny_model
 
 TinyModel = Callable[..., Path]
 BF16 = torch.bfloat16
+NAME = "model.layers.1.mlp.up_proj.weight"
 # What is a multiple of 32 where int4 has groups of that size.
 WIDE = {"moe_intermediate_size": 32, "intermediate_size": 64, "q_lora_rank": 32, "kv_lora_rank": 32}
 
@@ -305,6 +310,24 @@ def test_stacked_experts_in_fp8(tmp_path: Path) -> None:
     assert run(["verify", str(output), "--source", str(source)]) == 0
 
 
+def test_fp4_beside_fp8(tmp_path: Path) -> None:
+    """DeepSeek-V4's experts are FP4, two values a byte (int8), with exponents for 32 values."""
+    source = fp8_model(save_tiny_model(tmp_path / "m", dtype=BF16), (16, 16))
+    stored = load_file(source / "model.safetensors")
+    codes = torch.randint(0, 16, stored[NAME].shape, dtype=torch.uint8)
+    stored[NAME] = (codes[:, 0::2] + 16 * codes[:, 1::2]).view(torch.int8)
+    del stored[f"{NAME}_scale_inv"]
+    exponents = torch.randint(120, 130, (len(codes), 1), dtype=torch.uint8)
+    scale = NAME.removesuffix(".weight") + ".scale"
+    stored[scale] = exponents.view(torch.float8_e8m0fnu)
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    files = open_model(source)
+    expected = torch.cat([FP4, -FP4])[codes.int()] * torch.exp2(exponents.float() - 127)
+    assert torch.equal(files.read(NAME).float(), expected)
+    assert torch.equal(files.read(NAME, (5, 9)).float(), expected[5:9])
+    assert scale not in files.tensors
+
+
 def test_groups_of_layers(tmp_path: Path) -> None:
     """As Kimi's: one group names the experts, int4, and one takes all other linear layers, FP8."""
     pytest.importorskip("compressed_tensors")
@@ -330,6 +353,72 @@ def test_groups_of_layers(tmp_path: Path) -> None:
         assert torch.equal(found.read(name), open_model(source).read(name)), name
 
 
+@pytest.mark.parametrize("damage", [False, True])
+def test_llama4s_experts_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: bool
+) -> None:
+    """As Llama-4-FP8 has them; the output has the stacks that the class loads."""
+    pytest.importorskip("compressed_tensors")
+    source = save_moe(tmp_path / "m", "llama4_text", dtype=BF16)
+    stored = load_file(source / "model.safetensors")
+    stacks = {name: stored.pop(name) for name in list(stored) if ".experts." in name}
+    assert len(stacks) == 2
+    for name, stack in stacks.items():
+        path, _, last = name.rpartition(".")
+        parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+        for number, expert in enumerate(stack):
+            for part, rows in zip(parts, expert.T.chunk(len(parts)), strict=True):
+                stored[f"{path}.{number}.{part}.weight"] = rows.contiguous().clone()
+    if damage:
+        del stored["model.layers.1.feed_forward.experts.2.up_proj.weight"]
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    compressed_fp8_model(source)
+    output, text = tmp_path / "output", write_text(tmp_path / "text.txt")
+    if damage:
+        job = ["prune", str(source), str(output), *OPTIONS, str(text), *JOB]
+        assert "lack model.layers.1.feed_forward.experts.2.up_proj.weight" in refusal(capsys, job)
+        return
+    expected = dequantized(source, "llama compressed fp8").float()
+    folder = plain(source, tmp_path / "plain")
+    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = token_ids()
+    with torch.no_grad():
+        assert (found(tokens).logits - expected(tokens).logits).abs().max() < 1e-5
+    files = open_model(source)
+    for name, stack in stacks.items():
+        assert files.tensors[name].shape == tuple(stack.shape)
+        assert torch.allclose(files.read(name).float(), stack.float(), rtol=0.1, atol=2e-3)
+    assert prune(source, output, text) == 0
+    assert run(["verify", str(output), "--source", str(source)]) == 0
+
+
+def test_a_wrapper_that_says_it_of_its_text(tmp_path: Path) -> None:
+    """A model for images and text may have `quantization_config` in `text_config` alone."""
+    source = save_wrapper(tmp_path / "model", "llava")
+    for path in source.glob("*.safetensors"):
+        save_file({n: t.to(BF16) for n, t in load_file(path).items()}, path, {"format": "pt"})
+
+    def quantize(name: str, weight: Tensor) -> dict[str, Tensor]:
+        values, scales = to_fp8(weight, (16, 16))
+        return {name: values, f"{name}_scale_inv": scales}
+
+    said = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    quantize_files(
+        source,
+        quantize,
+        said,
+        lambda name: "language_model" in name and name.endswith("_proj.weight"),
+    )
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    (source / "config.json").write_text(json.dumps(config))
+    output = tmp_path / "output"
+    assert prune(source, output, write_text(tmp_path / "text.txt")) == 0
+    assert run(["verify", str(output), "--source", str(source)]) == 0
+    assert "quantization_config" not in (output / "config.json").read_text()
+    AutoModelForImageTextToText.from_pretrained(output)
+
+
 # -- refusals -------------------------------------------------------------------------------------
 
 
@@ -345,9 +434,6 @@ def change_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor | N
     save_file(
         stored | ({} if made is None else {name: made.contiguous()}), folder / "model.safetensors"
     )
-
-
-NAME = "model.layers.1.mlp.up_proj.weight"
 
 
 def nan_code(values: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Llama 4's experts, one by one where they are quantized, stacked as its class holds them.
 
-transformers swaps the class's stack for a list of MLPs while it loads a model that compressed-tensors
-compressed. The class itself, which loads the output, knows the stack alone: `experts.gate_up_proj`
-(E, C, 2 R) and `experts.down_proj` (E, R, C), each expert transposed.
+transformers swaps the class's stack for a list of MLPs while it loads a model that
+compressed-tensors compressed. The class itself, which loads the output, knows the stack alone:
+`experts.gate_up_proj` (E, C, 2 R) and `experts.down_proj` (E, R, C), each expert transposed.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _stack(
 def _experts(
     matrices: Mapping[str, Dequantized], names: list[list[str]], start: int, stop: int
 ) -> Tensor:
-    """Experts start:stop of a stack (E, C, R), the rows of an expert's matrices one after another."""
+    """Experts start:stop of a stack (E, C, R), the rows of an expert's matrices in a row."""
     experts = [
         torch.cat([matrices[one].decode(0, matrices[one].shape[0]) for one in each]).T
         for each in names[start:stop]

@@ -91,6 +91,6 @@ def refuse_quantized(config: Mapping[str, Any], where: str, *, readable: bool = 
     blocks = f" in blocks of {' x '.join(map(str, sizes[:2]))}" if sizes else ""
     raise ModelError(
         f"{where}: the weights are quantized ({method}{blocks}): a stored value means nothing "
-        "without its scale, and scales do not fit what pruning leaves; take the checkpoint that was "
-        "not quantized"
+        "without its scale, and scales do not fit what pruning leaves; take the checkpoint that "
+        "was not quantized"
     )

@@ -56,7 +56,7 @@ def make_gpt_oss(folder: Path) -> None:
 
 
 def compare(source: Path, plain: Path, quantization: Any) -> None:
-    """Writes the bfloat16 model that prox24 reads to `plain`, and compares it with transformers'."""
+    """Writes the bfloat16 model that prox24 reads to `plain`; compares it with transformers'."""
     files = open_model(source)
     began = time.monotonic()
     shutil.copytree(files.folder, plain)

@@ -140,10 +140,16 @@ class DequantizedFolder:
 
 @dataclass(frozen=True)
 class _Layout:
-    """A weight file that is made: its header, and its tensors in order, with their offsets."""
+    """A weight file that is made: its header, and its tensors in order, with their offsets.
+
+    starts: where those begin that have bytes, `values`. files: the stored ones it is made of.
+    """
 
     header: bytes
     entries: tuple[TensorEntry, ...]
+    values: tuple[TensorEntry, ...]
+    starts: tuple[int, ...]
+    files: tuple[str, ...]
 
     @property
     def size(self) -> int:
@@ -166,10 +172,15 @@ def _layouts(
         elif entry.name in gone:
             continue
         files.setdefault(entry.file, []).append(entry)
-    return {file: _layout(files[file]) for file in sorted(files)}
+    found = {}
+    for file in sorted(files):
+        parts = [name for e in files[file] if e.name in made for name in made[e.name].stored]
+        sources = {file, *(stored.tensors[name].file for name in parts)}
+        found[file] = _layout(files[file], tuple(sorted(sources)))
+    return found
 
 
-def _layout(entries: list[TensorEntry]) -> _Layout:
+def _layout(entries: list[TensorEntry], files: tuple[str, ...]) -> _Layout:
     # Wide dtypes first, as safetensors' own writer has them: every value stays aligned.
     entries = sorted(entries, key=lambda entry: -torch_dtype(entry.dtype).itemsize)
     shapes = {
@@ -182,7 +193,8 @@ def _layout(entries: list[TensorEntry]) -> _Layout:
         end = at + math.prod(entry.shape) * torch_dtype(entry.dtype).itemsize
         found.append(replace(entry, start=at, end=end))
         at = end
-    return _Layout(header, tuple(found))
+    values = tuple(entry for entry in found if entry.end > entry.start)
+    return _Layout(header, tuple(found), values, tuple(entry.start for entry in values), files)
 
 
 class DequantizedFile:
@@ -196,8 +208,6 @@ class DequantizedFile:
     ) -> None:
         self.size = layout.size
         self._stored, self._file, self._layout, self._made = stored, file, layout, made
-        self._entries = [entry for entry in layout.entries if entry.end > entry.start]
-        self._starts = [entry.start for entry in self._entries]
         self._position = 0
         self._rows: tuple[str, int] | None = None
         self._bytes = memoryview(b"")
@@ -206,13 +216,8 @@ class DequantizedFile:
     @property
     def state(self) -> tuple[object, ...]:
         """What changes when someone writes to a stored file that this one is made of."""
-        files = {self._file}
-        for entry in self._layout.entries:
-            if entry.name in self._made:
-                names = self._made[entry.name].stored
-                files |= {self._stored.tensors[name].file for name in names}
         states: list[object] = []
-        for file in sorted(files):
+        for file in self._layout.files:
             with self._stored.source.open(file) as stream:
                 states.append(stream_state(stream))
         return tuple(states)
@@ -253,7 +258,7 @@ class DequantizedFile:
             part = memoryview(self._layout.header)[at : at + len(view)]
             view[: len(part)] = part
             return len(part)
-        entry = self._entries[bisect.bisect_right(self._starts, at) - 1]
+        entry = self._layout.values[bisect.bisect_right(self._layout.starts, at) - 1]
         view = view[: entry.end - at]
         if entry.name not in self._made:
             return self._copied(entry, at - entry.start, view)

@@ -24,6 +24,8 @@ from transformers import (
 
 from cluster.command_line import run
 from pipeline.formats.open_model import open_model
+from storage.object_store import ObjectFolder
+from tests.storage.test_object_store import put
 from tests.support.few_bits import (
     FP4,
     change_config,
@@ -40,6 +42,7 @@ from tests.support.few_bits import (
 from tests.support.jobs import write_text
 from tests.support.moe_models import save_moe, token_ids
 from tests.support.multimodal import save_wrapper
+from tests.support.s3_server import S3Server
 from tests.support.tiny_models import byte_tokenizer, save_tiny_model
 
 TinyModel = Callable[..., Path]
@@ -210,6 +213,24 @@ def test_perplexity(
     loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()).item()
     assert measured["predicted_tokens"] == 252
     assert measured["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_from_an_object_store(
+    made: Callable[[str], Path], s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes, and sound against the source in the store."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    folder = made("deepseek_v3 fp8")
+    uri = f"{s3.bucket('few-bits')}/model"
+    put(folder / "source", ObjectFolder.parse(uri))
+    local, remote = tmp_path / "local", tmp_path / "remote"
+    assert prune(folder / "source", local, folder / "text.txt") == 0
+    assert run(["prune", uri, str(remote), *OPTIONS, str(folder / "text.txt"), *JOB]) == 0
+    for path in local.glob("*.safetensors*"):
+        assert path.read_bytes() == (remote / path.name).read_bytes()
+    assert run(["verify", str(remote), "--source", uri]) == 0
 
 
 # -- layouts --------------------------------------------------------------------------------------

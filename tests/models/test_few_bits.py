@@ -24,6 +24,8 @@ from transformers import (
 
 from cluster.command_line import run
 from pipeline.formats.open_model import open_model
+from storage.errors import CorruptFileError
+from storage.model.files import fingerprint_weight_file
 from storage.object_store import ObjectFolder
 from tests.storage.test_object_store import put
 from tests.support.few_bits import (
@@ -500,6 +502,20 @@ def test_a_source_that_is_another_now(fp8: Path, capsys: pytest.CaptureFixture[s
     assert printed(capsys)["problems"] == [f"{NAME}: not pruned, but not the source's either"]
     change_config(fp8, quantization_config={"quant_method": "fp8", "weight_block_size": None})
     assert open_model(fp8).identity() != before
+
+
+def test_a_scale_that_changes_while_a_job_runs(fp8: Path) -> None:
+    """What a job has hashed are the dequantized values: another scale is found out, in a read of
+    all rows or of some."""
+    files = open_model(fp8)
+    fingerprint = fingerprint_weight_file(files.source, "model.safetensors")
+    assert fingerprint.tensors.keys() == files.tensors.keys()
+    files.expected = fingerprint.tensors
+    assert torch.equal(files.read(NAME, (3, 9)), files.read(NAME)[3:9])
+    change_tensor(fp8, f"{NAME}_scale_inv", lambda scales: scales * 2)
+    for rows in (None, (3, 9)):
+        with pytest.raises(CorruptFileError, match="not what it was when the job began"):
+            files.read(NAME, rows)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
-"""The source model, on a disk or in an object store: what its safetensors files hold, unloaded.
+"""The source model, on a disk or in an object store: its safetensors files, read tensor by tensor.
 
-`ModelFiles.open` reads and checks the headers only; `read` brings one tensor, or some of its rows,
-into memory.
+`ModelFiles.open` reads and checks the headers only; `read` loads one tensor, or some of its rows.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 class Digest(Protocol):
-    """What hashlib makes."""
+    """A hash object of hashlib."""
 
     def update(self, data: Any, /) -> None:
         """Hashes more bytes."""
@@ -61,7 +60,7 @@ class Digest(Protocol):
 
 @dataclass(frozen=True)
 class WeightFileFingerprint:
-    """What one weight file contained when it was read through.
+    """The hashes of one weight file.
 
     sha256: of the whole file. tensors: name → sha256 of the tensor's bytes.
     """
@@ -73,12 +72,12 @@ class WeightFileFingerprint:
 
 
 class ModelFiles:
-    """A model folder whose headers have been read and found consistent.
+    """A model folder whose headers have been read and are consistent.
 
-    source: where its files are. files: names of its weight files, sorted. tensors: name → entry.
-    config: the contents of config.json. index: name of the index file, None for a single file.
-    expected: tensor → sha256 that its bytes must have wherever they are read; empty where no one
-    has hashed the model yet.
+    source: its folder. files: names of its weight files, sorted. tensors: name → entry. config:
+    the contents of config.json. index: name of the index file; None for a single weight file.
+    expected: tensor → sha256 that its bytes must have when they are read; empty until the model has
+    been hashed.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class ModelFiles:
         self.config = config
         self.index = index
         self.expected: Mapping[str, str] = {}
-        # Tensor → state of its file when the tensor was last found to be the expected one.
+        # Tensor → state of its file when the tensor was last compared with `expected`.
         self._seen: dict[str, tuple[object, ...]] = {}
 
     @staticmethod
@@ -144,12 +143,12 @@ class ModelFiles:
 
     @property
     def folder(self) -> Path:
-        """A folder on this machine with all files but perhaps the weights."""
+        """A local folder with all files, except the weights of a model in an object store."""
         return self.source.folder
 
     @property
     def place(self) -> Place:
-        """Where the model is, as the user named it."""
+        """The model's folder as the user named it: a path or an object store's."""
         return self.source.place
 
     def size(self, file: str) -> int:
@@ -157,7 +156,7 @@ class ModelFiles:
         return self.source.size(file)
 
     def entry(self, name: str) -> TensorEntry:
-        """Where tensor `name` lies; ModelError if the model has no such tensor."""
+        """The entry of tensor `name`; ModelError if the model has no such tensor."""
         try:
             return self.tensors[name]
         except KeyError:
@@ -166,13 +165,13 @@ class ModelFiles:
             ) from None
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """A copy of tensor `name` on the CPU, in its own dtype.
+        """A copy of tensor `name` on the CPU, in its stored dtype.
 
-        rows: (start, stop) of the first dimension; None for the whole tensor.
-        Only the bytes asked for are read; all of them where the tensor's hash is known and the
-        file has changed since this process last compared it. Raises ModelError for an unknown name
-        or dtype, CorruptFileError if the file became shorter or the tensor is not the `expected`
-        one, IndexError if the rows are not there.
+        rows: (start, stop) of the first dimension; None for the whole tensor. Only these are read,
+        unless the tensor's hash is known and the file has changed since the last comparison: then
+        the whole tensor is read and compared. Raises ModelError for an unknown name or dtype,
+        CorruptFileError if the file is too short or the tensor is not the `expected` one,
+        IndexError for rows out of range.
         """
         entry = self.entry(name)
         shape, start, end = entry.shape, entry.start, entry.end
@@ -184,8 +183,8 @@ class ModelFiles:
             start, end = start + rows[0] * row_bytes, start + rows[1] * row_bytes
         with self.source.open(entry.file) as file:
             state = stream_state(file)
-            # A whole tensor is always compared. Its rows, read again for the solve, are those that
-            # the calibration compared unless someone wrote to the file.
+            # A whole tensor is always compared. Rows, which the solve reads, are those that the
+            # calibration has compared, unless the file has changed since.
             compared = name in self.expected and (rows is None or self._seen.get(name) != state)
             raw = self._bytes(file, entry, start, end, compared)
         if compared:
@@ -195,9 +194,9 @@ class ModelFiles:
     def _bytes(
         self, file: Readable, entry: TensorEntry, start: int, end: int, compared: bool
     ) -> torch.Tensor:
-        """Bytes start:end of a file, (n,) uint8; compared: after all of the tensor was hashed.
+        """Bytes start:end of a file, (n,) uint8. compared: hash the whole tensor first.
 
-        What is hashed but not asked for is held a CHUNK_BYTES at a time.
+        Bytes that are only hashed are in memory CHUNK_BYTES at a time.
         """
         what = f"{self.source.where(entry.file)}: tensor {entry.name}"
         raw = torch.empty(end - start, dtype=torch.uint8)
@@ -230,21 +229,21 @@ class ModelFiles:
     def parts(self) -> dict[str, str]:
         """SHA-256 of config.json and of each weight file's size and header, by file name.
 
-        What `identity` sums up, so that it can be told which file made the difference.
+        The parts of `identity`, so that a message can name the file that differs.
         """
-        found = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes())}
+        digests = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes())}
         for file in self.files:
             size = self.size(file)
-            found[file] = hashlib.sha256(str(size).encode() + b" " + self.header_bytes(file))
+            digests[file] = hashlib.sha256(str(size).encode() + b" " + self.header_bytes(file))
         if self.source.made_from:
-            found["what is stored"] = hashlib.sha256(self.source.made_from.encode())
-        return {name: digest.hexdigest() for name, digest in found.items()}
+            digests["stored files"] = hashlib.sha256(self.source.made_from.encode())
+        return {name: digest.hexdigest() for name, digest in digests.items()}
 
     def identity(self) -> str:
         """SHA-256 over config.json and each weight file's name, size and header.
 
-        Cheap, and different for any change of architecture, layout or dtype; that the weights'
-        values are the same is what `fingerprint_weight_file` says.
+        Fast, and different for any change of architecture, layout or dtype. The weights' values
+        are not covered: see `fingerprint_weight_file`.
         """
         digest = hashlib.sha256()
         parts = [(self.folder / "config.json").read_bytes()]
@@ -270,7 +269,7 @@ def size_of(file: Readable) -> int:
 
 
 def stream_state(file: Readable) -> tuple[object, ...]:
-    """What changes when someone writes to an open file, or puts another in its place."""
+    """A value that changes when an open file is written to or replaced."""
     if not isinstance(file, io.FileIO):
         return file.state
     status = os.fstat(file.fileno())
@@ -278,13 +277,13 @@ def stream_state(file: Readable) -> tuple[object, ...]:
 
 
 def _header(source: ModelFolder, file: str) -> list[TensorEntry]:
-    """The tensors of a weight file, checked; nothing else of it is read."""
+    """The entries of a weight file's tensors, checked; only the header is read."""
     with source.open(file) as stream:
         return header_entries(stream, size_of(stream), source.where(file), file)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the source model; CorruptFileError if it is none."""
+    """A JSON object from a file of the source model; CorruptFileError if it is not one."""
     with open(path, "rb") as file:
         raw = file.read(MAX_CONFIG_BYTES + 1)
     try:
@@ -299,7 +298,10 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _weight_map(source: ModelFolder) -> dict[str, str] | None:
-    """Tensor → weight file from the index; None if the model is one file, as transformers reads."""
+    """Tensor → weight file, from the index; None if there is a single weight file.
+
+    The single file has precedence, as in transformers.
+    """
     if source.exists(SINGLE_FILE):
         return None
     if not source.exists(INDEX_FILE):
@@ -311,7 +313,9 @@ def _weight_map(source: ModelFolder) -> dict[str, str] | None:
         raise CorruptFileError(f"{path}: no weight_map; download the file again")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(WEIGHTS):
-            raise CorruptFileError(f"{path}: tensor {name} is said to be in {file!r}")
+            raise CorruptFileError(
+                f"{path}: puts tensor {name} in {file!r}, which is not a {WEIGHTS} file"
+            )
     for file in set(weight_map.values()):
         source.require(file)
     return weight_map
@@ -320,9 +324,9 @@ def _weight_map(source: ModelFolder) -> dict[str, str] | None:
 def _check_index(place: Place, weight_map: dict[str, str], tensors: dict[str, TensorEntry]) -> None:
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != file:
-            found = f"is in {tensors[name].file}" if name in tensors else "is in no file"
+            actual = f"is in {tensors[name].file}" if name in tensors else "is in no file"
             raise CorruptFileError(
-                f"{place}: {INDEX_FILE} puts tensor {name} in {file}, but it {found}; "
+                f"{place}: {INDEX_FILE} puts tensor {name} in {file}, but it {actual}; "
                 "download the model again"
             )
     for name, entry in tensors.items():
@@ -334,9 +338,9 @@ def _check_index(place: Place, weight_map: dict[str, str], tensors: dict[str, Te
 
 
 def fingerprint_weight_file(source: Path | ModelFolder, file: str) -> WeightFileFingerprint:
-    """Read a weight file through once, hashing it and checking that every value is finite.
+    """Read a weight file once, hash it, and check that every value is finite.
 
-    Memory is bounded by CHUNK_BYTES, or by what an ObjectFile holds, whatever the tensors' sizes.
+    Memory is bounded by CHUNK_BYTES, or the buffer of an ObjectFile, whatever the tensors' sizes.
     Raises ModelError naming tensor and file for NaN or Inf in a floating-point tensor,
     CorruptFileError as `header_entries` does.
     """
@@ -350,18 +354,18 @@ def fingerprint_weight_file(source: Path | ModelFolder, file: str) -> WeightFile
         stream.seek(0)
         digest.update(raw_header(stream, size_of(stream), where))
         for entry in entries:
-            dtype, own = torch_dtype(entry.dtype), hashlib.sha256()
+            dtype, tensor_digest = torch_dtype(entry.dtype), hashlib.sha256()
             for start in range(entry.start, entry.end, CHUNK_BYTES):
                 part = chunk[: min(CHUNK_BYTES, entry.end - start)]
                 read_into(stream, part, f"{where}: tensor {entry.name}")
                 digest.update(part.numpy().data)
-                own.update(part.numpy().data)
+                tensor_digest.update(part.numpy().data)
                 if dtype.is_floating_point and not _finite(part.view(dtype)):
                     raise ModelError(
                         f"{where}: tensor {entry.name} holds NaN or Inf; the model is damaged, "
                         "download it again"
                     )
-            tensors[entry.name] = own.hexdigest()
+            tensors[entry.name] = tensor_digest.hexdigest()
         size = stream.tell()
     return WeightFileFingerprint(file, size, digest.hexdigest(), tensors)
 

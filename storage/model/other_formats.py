@@ -1,8 +1,8 @@
-"""Weights in formats that prox24 does not open, and the command that makes safetensors of them.
+"""Refuses weight formats that prox24 does not read, and names the command that converts them.
 
-A pickle runs code when it is opened. GGUF, GPTQ and the like hold other numbers than those that are
-pruned: what was quantized has to be made ordinary numbers first, which is the user's decision.
-`pipeline.formats` does it for some.
+A pickle can run code when it is opened. GGUF and GPTQ weights and the like are quantized: they must
+be de-quantized before they can be pruned. `pipeline.formats` does it for READABLE, and it is left
+to the user for others.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 from storage.errors import ModelError
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# Methods that `pipeline.formats` dequantizes.
+# The values of `quant_method` that `pipeline.formats` dequantizes.
 READABLE = ("fp8", "mxfp4", "compressed-tensors")
 _PLAIN_NAME = re.compile(r"[\w.\- /]+")
 
 
 def refuse_other_formats(folder: Path, place: object) -> None:
-    """Raises ModelError where the weights in `folder` are GGUF or pickled; no file is opened.
+    """Raises ModelError if the weights in `folder` are GGUF or pickled; opens no file.
 
-    `place`: how the user named the folder.
+    place: the folder as the user named it.
     """
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
     if gguf:
@@ -40,8 +40,8 @@ def refuse_other_formats(folder: Path, place: object) -> None:
 
 
 def _conversion(place: object, gguf: str | None = None) -> str:
-    """One line for a shell that saves a model and its tokenizer as a new folder, NEW."""
-    # A name with quotes or the like is not put into a command for a shell.
+    """A shell command that saves a model and its tokenizer to a new folder, NEW."""
+    # Names with quotes or other special characters are not put into a shell command.
     if not _PLAIN_NAME.fullmatch(str(place)) or (gguf and not _PLAIN_NAME.fullmatch(gguf)):
         place, gguf = "OLD", gguf and "FILE.gguf"
     program = "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
@@ -49,7 +49,7 @@ def _conversion(place: object, gguf: str | None = None) -> str:
         program += f"M.from_pretrained('{place}', dtype='auto').save_pretrained('NEW'); "
         program += f"T.from_pretrained('{place}').save_pretrained('NEW')"
     else:
-        # A model from GGUF would be saved as a quantized one: a fresh one takes its weights.
+        # transformers would save a model from GGUF as quantized: a new model takes its weights.
         old = f"'{place}', gguf_file='{gguf}'"
         program += f"m = M.from_pretrained({old}); del m.config.quantization_config; "
         program += "n = M.from_config(m.config); n.load_state_dict(m.state_dict()); "
@@ -59,35 +59,32 @@ def _conversion(place: object, gguf: str | None = None) -> str:
 
 
 def whole_numbers(value: object) -> tuple[int, ...]:
-    """Sizes that a config.json states, such as those of a block; empty if it is no list of them."""
+    """The sizes in a list of a config.json, such as those of a block; () if it is no such list."""
     if isinstance(value, list) and all(type(size) is int and 0 < size < 2**31 for size in value):
         return tuple(value)
     return ()
 
 
 def quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a config.json says of how its weights are quantized; None if they are not.
-
-    Of a model for images and text the text's own configuration may say it.
-    """
+    """The `quantization_config` of a config.json, or of its `text_config`; None without one."""
     for part in (config, config.get("text_config")):
-        said = part.get("quantization_config") if isinstance(part, Mapping) else None
-        if isinstance(said, Mapping):
-            return said
+        found = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if isinstance(found, Mapping):
+            return found
     return None
 
 
 def refuse_quantized(config: Mapping[str, Any], where: str, *, readable: bool = False) -> None:
-    """Raises ModelError where a config.json says that the weights are quantized.
+    """Raises ModelError if `config`, a config.json, declares quantized weights.
 
-    They are stored in pieces (values, scales, zero points) that mean something together only.
-    readable: whether the methods that can be read are let through.
+    A stored value of such weights has a meaning only together with its scale and zero point.
+    readable: accept the methods in READABLE.
     """
-    said = quantization(config)
-    if said is None or (readable and said.get("quant_method") in READABLE):
+    declared = quantization(config)
+    if declared is None or (readable and declared.get("quant_method") in READABLE):
         return
-    method = re.sub(r"[^\w.-]", "", str(said.get("quant_method", "")))[:40] or "unnamed"
-    sizes = whole_numbers(said.get("weight_block_size"))
+    method = re.sub(r"[^\w.-]", "", str(declared.get("quant_method", "")))[:40] or "unnamed"
+    sizes = whole_numbers(declared.get("weight_block_size"))
     blocks = f" in blocks of {' x '.join(map(str, sizes[:2]))}" if sizes else ""
     raise ModelError(
         f"{where}: the weights are quantized ({method}{blocks}): a stored value means nothing "

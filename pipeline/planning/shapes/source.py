@@ -1,4 +1,4 @@
-"""A model to be planned: a folder, of whose weight files headers are read, or a config.json."""
+"""The model of a plan: a model folder, of which only file headers are read, or a config.json."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from storage.object_store import ObjectFolder, Place
 
 @dataclass(frozen=True)
 class PlannedSource:
-    """The model on the meta device, bytes of its weight files if there are any, and bytes of a
-    stored weight."""
+    """A model on the meta device.
+
+    files: bytes of its weight files, empty for a bare config. itemsize: bytes of a stored weight.
+    """
 
     skeleton: Skeleton
     name: str
@@ -32,10 +34,10 @@ class PlannedSource:
 
 
 class HollowSkeleton(Skeleton):
-    """A skeleton whose weights are zeros without memory: to see what blocks are called with."""
+    """A skeleton whose weights are zeros without memory, to capture the arguments of blocks."""
 
     def load_ends(self, device: torch.device, *, head: bool) -> PreTrainedModel:
-        """The model with every parameter outside the blocks one zero, expanded to its shape."""
+        """The model with each parameter outside the blocks a single zero, expanded to its shape."""
         inside = {id(p) for p in self.blocks.parameters()}
         for owner in self.model.modules():
             for name, parameter in list(owner.named_parameters(recurse=False)):
@@ -46,7 +48,7 @@ class HollowSkeleton(Skeleton):
 
 
 def open_source(model: Place, dtype: str | None, trust_remote_code: bool) -> PlannedSource:
-    """The model at a place, or of a config.json alone; `dtype` as for `open_skeleton`.
+    """The model of a folder, or of a bare config.json; `dtype` as for `open_skeleton`.
 
     Raises `ModelError` and `ConfigError` as `open_skeleton` does.
     """
@@ -83,8 +85,11 @@ def example_block(
     block: int | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, BlockCall, Tensor]:
-    """A block (None: in the middle of the model) with random weights on the CPU, what it is called
-    with, and random inputs (batch_size, seqlen, hidden)."""
+    """A block with random weights on the CPU, its arguments, and random inputs.
+
+    block: its index; None: in the middle of the model. The inputs are (batch_size, seqlen, hidden)
+    in `dtype`.
+    """
     skeleton = open_source(model, dtype, trust_remote_code).skeleton
     hollow = HollowSkeleton(skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype)
     tokens = torch.zeros((batch_size, seqlen), dtype=torch.int64)

@@ -262,7 +262,7 @@ def test_rows_are_decoded_a_few_at_a_time(
     for layout in ("qwen3 fp8", "gpt_oss mxfp4"):
         files = open_model(made(layout) / "source")
         whole = {name: files.read(name) for name in files.tensors}
-        monkeypatch.setattr("storage.model.few_bits.CHUNK_BYTES", 1)
+        monkeypatch.setattr("storage.model.few_bits.MADE_BYTES", 1)
         for name, tensor in whole.items():
             assert torch.equal(files.read(name), tensor), name
         monkeypatch.undo()

@@ -303,16 +303,16 @@ class ObjectFile:
 
 
 class MadeFile(Protocol):
-    """A file of another kind, read like an unbuffered one; what ObjectFile has too.
+    """A file that is computed as it is read. ObjectFile has the same methods.
 
-    size: in bytes. state: what changes when the file is replaced.
+    size: in bytes.
     """
 
     size: int
 
     @property
     def state(self) -> tuple[object, ...]:
-        """What changes when the file is replaced."""
+        """A value that changes when the contents do."""
         ...
 
     def seek(self, position: int) -> int:
@@ -332,7 +332,7 @@ class MadeFile(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of what is held."""
+        """Free all resources."""
         ...
 
     def __enter__(self) -> MadeFile: ...

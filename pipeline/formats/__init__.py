@@ -1,1 +1,1 @@
-"""Checkpoints in few bits: which stored tensors make one weight, and how it is dequantized."""
+"""Checkpoints in few bits: which stored tensors a weight is computed from, and how."""

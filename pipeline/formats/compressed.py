@@ -28,13 +28,13 @@ _PACKED, _SHAPE, _SCALE, _ZERO = (
     "weight_scale",
     "weight_zero_point",
 )
-# What a layer has for its activations or for the cache; its weight is complete without them.
+# Scales of a layer's activations or of the cache; the weight does not depend on them.
 _OTHERS = re.compile(r"((input|output)_(scale|zero_point|global_scale)|[qkv]_(scale|zero_point))")
 
 
 @dataclass(frozen=True)
 class _Scheme:
-    """A group of the config: its own contents, its format, and what its weights are."""
+    """A group of the config: its JSON, its format, and the properties of its weights."""
 
     contents: Mapping[str, Any]
     form: str
@@ -48,10 +48,10 @@ class _Scheme:
 def compressed_tensors_of(
     files: ModelFiles, said: Mapping[str, Any]
 ) -> tuple[list[Dequantized], set[str]]:
-    """The weights that are compressed, and the tensors that mean nothing without it.
+    """The weights that are compressed, and names of tensors to leave out.
 
-    said: config.json's `quantization_config`. What has no scale is not quantized and stays as it
-    is. Raises `ModelError` where the library is missing, and for other formats.
+    said: config.json's `quantization_config`. A tensor without a scale is not quantized. Raises
+    `ModelError` where the library is missing, and for other formats.
     """
     found: list[Dequantized] = []
     sparsity = said.get("sparsity_config")
@@ -137,7 +137,7 @@ def _tensor(files: ModelFiles, layer: str, kind: str, scheme: _Scheme) -> Dequan
 
 
 def _columns(files: ModelFiles, layer: str, scheme: _Scheme) -> int:
-    """The columns of a packed weight: as many as its groups have, or what the files say."""
+    """The columns of a packed weight, by its groups or by `weight_shape`."""
     packed, scales = files.tensors[f"{layer}.{_PACKED}"], files.tensors[f"{layer}.{_SCALE}"]
     columns = scales.shape[-1] * scheme.group
     if scheme.strategy == "group" and columns * scheme.bits == packed.shape[1] * 32:

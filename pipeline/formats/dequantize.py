@@ -1,7 +1,7 @@
-"""What the libraries make of quantized values and their scales: one function for each library.
+"""Dequantization by the libraries that define it: one function for each.
 
-What is computed for a value depends on its own scale alone, so that a tensor can be made some rows
-at a time.
+Each result depends only on its own stored value and scale, so a tensor can be computed some rows at
+a time.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def from_fp8(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
     values: float8 (..., R, C), or two FP4 values a byte, int8 (..., R, C / 2). block: rows and
     columns of a block; the last ones may be cut off. scales: floats, or uint8 exponents of 2.
 
-    transformers 5 computes it; it knows whole blocks only, so that those at the edges are filled
-    with zeros for it. Raises `ModelError` with an older transformers.
+    transformers 5 computes them. It takes whole blocks only, so blocks that are cut off are padded
+    with zeros first. Raises `ModelError` with an older transformers.
     """
     try:
         from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -50,8 +50,8 @@ def from_fp8(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
 def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """Weights of experts (E, 32 G, R) in bfloat16 of blocks (E, R, G, 16) and scales (E, R, G).
 
-    blocks: uint8, two FP4 values a byte. scales: uint8 exponents of 2. Experts' weights are held
-    transposed, as gpt-oss's class has them. transformers computes it.
+    blocks: uint8, two FP4 values a byte. scales: uint8 exponents of 2. The result is transposed, as
+    the class of gpt-oss holds it. transformers computes it.
     """
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -80,7 +80,7 @@ def from_compressed(stored: Mapping[str, Tensor], scheme: Mapping[str, Any], for
 
 
 def compressed_tensors() -> tuple[Any, Any]:
-    """The library's compressors and its class of schemes; `ModelError` where it is missing."""
+    """BaseCompressor and QuantizationScheme; `ModelError` without the library."""
     try:
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationScheme

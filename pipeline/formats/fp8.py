@@ -17,16 +17,15 @@ from storage.model.other_formats import whole_numbers
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _FP4 = "I8"  # two values a byte
-# What a layer has for its activations; its weight is complete without them.
+# Scales of a layer's activations; the weight does not depend on them.
 _OF_ACTIVATIONS = ("activation_scale", "input_scale", "qscale_act")
 
 
 def fp8_tensors(files: ModelFiles, said: Mapping[str, Any]) -> tuple[list[Dequantized], set[str]]:
-    """The weights that are stored in FP8, and the tensors that mean nothing without it.
+    """The weights that are stored in FP8, and names of tensors to leave out.
 
-    said: config.json's `quantization_config`. What has no scale is not quantized and stays as it
-    is. Raises `ModelError` for FP8 values without a scale, and for scales of another shape than the
-    blocks.
+    said: config.json's `quantization_config`. A tensor without a scale is not quantized. Raises
+    `ModelError` for FP8 values without a scale, and for scales of another shape than the blocks.
     """
     block = whole_numbers(said.get("weight_block_size"))
     found, dropped = [], set()
@@ -47,7 +46,7 @@ def fp8_tensors(files: ModelFiles, said: Mapping[str, Any]) -> tuple[list[Dequan
 
 
 def _scale_names(name: str) -> Iterator[str]:
-    """What the scale of the tensor `name` may be called."""
+    """The names that the scale of tensor `name` can have."""
     yield f"{name}_scale_inv"
     if name.endswith(".weight"):
         owner = name.removesuffix(".weight")
@@ -79,10 +78,10 @@ def _block(
     grid: tuple[int, ...],
     said: tuple[int, ...],
 ) -> tuple[int, int]:
-    """Rows and columns that have a scale in common.
+    """Rows and columns of a block.
 
-    Blocks of the config's size come first, whose last ones may be cut off. Where the scales are
-    more or fewer, as those of FP4 experts are, they divide the weight evenly.
+    The size in the config, if it fits the number of scales; the last blocks may be cut off.
+    Otherwise, as for FP4 experts, the scales must divide the weight evenly.
     """
     if len(grid) == 2 and all(grid):
         if len(said) == 2 and grid == (-(-shape[0] // said[0]), -(-shape[1] // said[1])):

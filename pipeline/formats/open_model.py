@@ -1,4 +1,4 @@
-"""A model's files, whatever they are stored in: weights in few bits are seen as bfloat16."""
+"""Opens a model folder; weights in few bits are read as bfloat16."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from storage.object_store import Place
 def open_model(place: Place) -> ModelFiles:
     """The files of the model at `place`. Errors as `ModelFiles.open`.
 
-    One that is stored in few bits is read as the bfloat16 model that it stands for, under the names
-    that it has in transformers' dequantized checkpoints: see `DequantizedFolder`.
+    A model in few bits is read as bfloat16, with the tensor names that transformers' class loads:
+    see `DequantizedFolder`.
     """
     return ModelFiles.open(place, _dequantized)
 
@@ -43,7 +43,7 @@ def _dequantized(stored: ModelFiles) -> ModelFolder:
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without what it says of quantization, and with bfloat16 as its dtype."""
+    """A config.json without `quantization_config`, and with bfloat16 as its dtype."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     for key in ("dtype", "torch_dtype"):
         if isinstance(plain.get(key), str):

@@ -1,9 +1,9 @@
-"""A model stored in few bits, seen as the bfloat16 model that it stands for.
+"""Reads a model that is stored in few bits as a bfloat16 model.
 
-`DequantizedFolder` is a model folder like any other: config.json, index and weight files in
-safetensors, which exist nowhere. Their headers are made from the stored ones, and a tensor's bytes
-are computed when they are read, some rows at a time. So whoever reads, hashes, plans or copies the
-model needs to know nothing of how it is stored. How a tensor is dequantized is told by the caller.
+`DequantizedFolder` is a model folder with a config.json, an index and safetensors files, but its
+weight files are not on any disk. Their headers are derived from the stored ones, and a tensor's
+bytes are computed when they are read, some rows at a time. Code that reads, hashes, plans or copies
+a model therefore works unchanged. The caller passes the functions that dequantize.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from storage.model.safetensors_format import (
 from storage.object_store import Place, Readable
 
 DTYPE = torch.bfloat16
-"""What everything is dequantized to."""
+"""The dtype of all dequantized tensors."""
 
 MADE_BYTES = 2**21
-"""How much of a tensor is dequantized at a time, in bfloat16. The steps in float32 take several
-times as much; in a core's cache they take half the time."""
+"""Bytes of bfloat16 that are dequantized at a time. The float32 intermediates are several times as
+large; so small, they stay in a core's cache, which halves the time."""
 
 
 @dataclass(frozen=True)
 class Dequantized:
-    """A tensor that is stored in several, and how it is made of them.
+    """A tensor of the bfloat16 model that is computed from several stored tensors.
 
-    name, shape: its own. stored: the tensors that it is made of, the one with the values first;
-    they are gone from the model. decode: rows start:stop of it, DTYPE, on the CPU; start is a
-    multiple of `step`, and stop too, or the number of rows.
+    name, shape: of the result. stored: names of the stored tensors, the values first; the bfloat16
+    model does not have these. decode(start, stop): rows start:stop of the result, DTYPE, on the
+    CPU. start is a multiple of `step`; stop is one too, or the number of rows.
     """
 
     name: str
@@ -62,12 +62,12 @@ class Dequantized:
 
 
 class DequantizedFolder:
-    """The bfloat16 model that `stored` stands for.
+    """The bfloat16 model that the files `stored` are dequantized to, as a `ModelFolder`.
 
-    tensors: those that are made of others. dropped: other tensors that mean nothing any more.
-    config: the new config.json. kind: what the model is stored as, in words.
+    tensors: those that are computed. dropped: other stored tensors to leave out, such as scales of
+    activations. config: the new config.json. kind: name of the stored format, for people.
 
-    folder: a temporary one of this process, with config.json, a new index and the small files.
+    folder: a temporary folder of this process, with config.json, a new index and the small files.
     Raises `ModelError` for small files of more than MAX_STAGED_BYTES, `ResourceError` where the
     disk is full.
     """
@@ -118,35 +118,36 @@ class DequantizedFolder:
         return json.dumps(index, indent=2) + "\n"
 
     def exists(self, file: str) -> bool:
-        """Whether it is a weight file of the bfloat16 model, or one of its small files."""
+        """Whether there is a weight file, or another file, of that name."""
         return file in self._layouts or (self.folder / file).exists()
 
     def require(self, file: str) -> None:
-        """As `inside`, for what is no weight file."""
+        """Raise as `inside` does, unless `file` is a weight file."""
         if file not in self._layouts:
             inside(self.folder, file)
 
     def open(self, file: str, *, ahead: bool = False) -> Readable:
-        """A weight file, made as it is read. `ModelError` for one that is not there."""
+        """A weight file, computed as it is read. `ModelError` if there is none of that name."""
         if file not in self._layouts:
             raise ModelError(f"{self.where(file)}: missing; download the model again")
         return DequantizedFile(self._stored, file, self._layouts[file], self._made)
 
     def size(self, file: str) -> int:
-        """Bytes that the bfloat16 model's file has."""
+        """Bytes of a file of the bfloat16 model."""
         layout = self._layouts.get(file)
         return inside(self.folder, file).stat().st_size if layout is None else layout.size
 
     def where(self, file: str) -> str:
-        """Where the stored file is."""
+        """The path of the stored file."""
         return self._stored.source.where(file)
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """A weight file that is made: its header, and its tensors in order, with their offsets.
+    """The header of a computed weight file, and its tensors in order, with their offsets.
 
-    starts: where those begin that have bytes, `values`. files: the stored ones it is made of.
+    values: the tensors that are not empty; starts: their first bytes. files: the stored weight
+    files that it is computed from.
     """
 
     header: bytes
@@ -163,8 +164,8 @@ class _Layout:
 def _layouts(
     stored: ModelFiles, made: Mapping[str, Dequantized], dropped: Collection[str]
 ) -> dict[str, _Layout]:
-    """Weight file -> its layout. A tensor is made in the file of its values; files that only have
-    scales are left out."""
+    """Weight file -> its layout. A tensor is in the file that has its values; files with nothing
+    but scales are left out."""
     of = {tensor.stored[0]: tensor for tensor in made.values()}
     gone = {name for tensor in made.values() for name in tensor.stored} | set(dropped)
     files: dict[str, list[TensorEntry]] = {}
@@ -204,7 +205,7 @@ def _layout(entries: list[TensorEntry], files: tuple[str, ...]) -> _Layout:
 class DequantizedFile:
     """A weight file of the bfloat16 model, read like an unbuffered file.
 
-    size: in bytes. Memory is bounded by the rows that are decoded at a time: those that were last.
+    size: in bytes. It keeps the rows that were dequantized last, and no others.
     """
 
     def __init__(
@@ -219,7 +220,7 @@ class DequantizedFile:
 
     @property
     def state(self) -> tuple[object, ...]:
-        """What changes when someone writes to a stored file that this one is made of."""
+        """A value that changes when a stored file is written to or replaced."""
         states: list[object] = []
         for file in self._layout.files:
             with self._stored.source.open(file) as stream:
@@ -296,7 +297,7 @@ class DequantizedFile:
         return self._bytes[offset - start * row_bytes :]
 
     def close(self) -> None:
-        """Lets go of what is open and decoded."""
+        """Close the stored file, and free the rows."""
         self._rows, self._bytes = None, memoryview(b"")
         if self._plain is not None:
             self._plain.close()

@@ -103,7 +103,7 @@ class ModelFiles:
     ) -> ModelFiles:
         """Read config, index and headers of the model at `place`, and check that they agree.
 
-        dequantized: what sees a model that is stored in few bits as an ordinary one; without it
+        dequantized: gives the bfloat16 folder of a model that is stored in few bits; without it
         such a model is refused.
 
         Raises ModelError if something is missing or of an unsupported kind, CorruptFileError if

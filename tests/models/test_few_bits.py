@@ -36,6 +36,7 @@ from tests.support.few_bits import (
     compressed_fp8_model,
     fp8_model,
     group,
+    in_blocks,
     int4_model,
     mxfp4_model,
     quantize_files,
@@ -353,6 +354,43 @@ def test_fp4_beside_fp8(tmp_path: Path) -> None:
     assert torch.equal(files.read(NAME).float(), expected)
     assert torch.equal(files.read(NAME, (5, 9)).float(), expected[5:9])
     assert scale not in files.tensors
+
+
+@pytest.mark.parametrize(
+    ("form", "weights", "zeros"),
+    [
+        ("pack-quantized", {"num_bits": 4, "strategy": "group", "symmetric": False}, True),
+        ("pack-quantized", {"num_bits": 4, "strategy": "channel"}, False),
+        ("pack-quantized", {"num_bits": 3, "strategy": "group"}, False),
+        ("int-quantized", {"num_bits": 8, "strategy": "channel"}, False),
+    ],
+)
+def test_what_compressed_tensors_compresses(
+    tmp_path: Path, form: str, weights: dict[str, Any], zeros: bool
+) -> None:
+    """Schemes of w4a16 and w8a8 models, compressed by the library itself."""
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    schemes = pytest.importorskip("compressed_tensors.quantization")
+    size = 16 if weights["strategy"] == "group" else None
+    own = group(**weights, type="int", group_size=size)
+    scheme = schemes.QuantizationScheme.model_validate(own)
+    compressor = compressors.BaseCompressor.get_value_from_registry(form)
+
+    def quantize(name: str, weight: Tensor) -> dict[str, Tensor]:
+        scales = in_blocks(weight, (1, size or weight.shape[1])) / (2 ** weights["num_bits"] / 2)
+        stored = {"weight": weight.to(BF16), "weight_scale": scales.to(BF16)}
+        if zeros:
+            stored["weight_zero_point"] = torch.randint(-3, 4, scales.shape, dtype=torch.int8)
+        layer = name.removesuffix("weight")
+        return {layer + key: made for key, made in compressor.compress(stored, scheme).items()}
+
+    source = save_tiny_model(tmp_path / "model", dtype=BF16)
+    quantize_files(source, quantize, compressed(form, own))
+    expected, files = dequantized(source, "llama compressed fp8").state_dict(), open_model(source)
+    assert files.tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(files.read(name), tensor), name
+        assert torch.equal(files.read(name, (1, 5)), tensor[1:5]), name
 
 
 def test_groups_of_layers(tmp_path: Path) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 
 from pipeline.formats.dequantize import from_compressed, from_fp8, from_mxfp4
 from storage.errors import ModelError
 from tests.support.few_bits import FP4, group
+from tests.support.few_bits_jobs import NEEDS_TRANSFORMERS_5
 
-pytestmark = pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 dequantizes otherwise"
-)
+pytestmark = NEEDS_TRANSFORMERS_5
 
 BF16 = torch.bfloat16
 

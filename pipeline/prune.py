@@ -56,6 +56,7 @@ from pipeline.runtime.split import deal
 from pipeline.solvers.registry import solver_for
 from storage.errors import ConfigError, CorruptFileError, ResourceError, RunDirectoryError
 from storage.files.hashing import StoredFile
+from storage.model.adapter import adapter_note
 from storage.model.files import WeightFileFingerprint
 from storage.object_store import ObjectFolder, Place, absolute, location
 from storage.run.checkpoints import BlockRecord
@@ -125,6 +126,8 @@ def prune(
                 # The job was killed after the output was renamed: only the cleanup is left.
                 return _conclude(run, lock, len(skeleton.blocks), output, job, config, progress)
         check_output(output, run, config.overwrite)
+        if note := adapter_note(skeleton.files.folder, source):
+            progress.note(note)
         run.sweep_uncommitted(guard=lock.assert_held)
         executor = traced(make_executor(), config.trace)
         try:

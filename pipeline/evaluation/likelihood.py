@@ -15,7 +15,9 @@ from pipeline.config.evaluate import EvalConfig
 from pipeline.evaluation.perplexity import started
 from pipeline.loop.executor import Executor
 from pipeline.messages import Target
+from pipeline.models.from_config import longest_input
 from pipeline.models.skeleton import Skeleton, check_tokens
+from pipeline.models.text_forward import text_forward
 from pipeline.preflight.disk import check_evaluation_space
 from pipeline.runtime.progress import Progress
 from storage.errors import ConfigError
@@ -38,8 +40,7 @@ class Batch:
 
 def longest_sequence(skeleton: Skeleton) -> int:
     """The largest number of tokens that the model's config allows; 2,048 if it has none."""
-    config = skeleton.model.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or _DEFAULT_LONGEST)
+    return longest_input(skeleton.model.config) or _DEFAULT_LONGEST
 
 
 def batches(requests: Iterable[tuple[Sequence[int], Sequence[int]]], longest: int) -> list[Batch]:
@@ -85,6 +86,7 @@ def log_likelihoods(
     Raises an `InputError` for requests that do not fit the model, and for too little disk space.
     """
     results: dict[int, tuple[float, bool]] = {}
+    text_forward(skeleton)  # a model whose blocks cannot be run one at a time is refused now
     check_tokens(skeleton, torch.tensor([t for pair in requests for part in pair for t in part]))
     for batch in batches(requests, longest_sequence(skeleton)):
         tokens = torch.zeros((len(batch.sequences), batch.width), dtype=torch.int64)

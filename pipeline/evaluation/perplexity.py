@@ -27,6 +27,7 @@ from pipeline.loop.executor import Executor
 from pipeline.loop.trace import traced
 from pipeline.messages import Job, Reference
 from pipeline.models.skeleton import Skeleton, check_seqlen, check_tokens, open_skeleton
+from pipeline.models.text_forward import text_forward
 from pipeline.preflight.disk import check_evaluation_space
 from pipeline.preflight.shared_folders import scratch_of
 from pipeline.records.inputs import read_inputs
@@ -35,6 +36,7 @@ from pipeline.runtime.progress import Progress
 from pipeline.text.documents import hub_revision
 from pipeline.text.tokens import describe_tokenizer, evaluation_tokens, load_tokenizer
 from storage.errors import ConfigError, NumericalError
+from storage.model.adapter import adapter_note
 from storage.object_store import Place, absolute, location
 from storage.run.activations import write_tokens
 from storage.run.directory import SCRATCH_PREFIX, RunDirectory
@@ -125,6 +127,7 @@ def prepare(source: Place, config: EvalConfig) -> Prepared:
     skeleton = open_skeleton(
         absolute(source), dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
+    text_forward(skeleton)  # a model whose blocks cannot be run one at a time is refused now
     check_seqlen(skeleton, config.seqlen)
     identity = data_identity(config.dataset)
     wanted = config.dataset_revision
@@ -242,6 +245,8 @@ def started(
     skeleton: Skeleton, tokens: Tensor, config: EvalConfig, executor: Executor, progress: Progress
 ) -> Iterator[tuple[RunDirectory, BlockLoop]]:
     """A started block loop over `tokens`, (n, seqlen) int64, in a temporary run directory."""
+    if note := adapter_note(skeleton.files.folder, skeleton.files.place):
+        progress.note(note)
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=config.scratch_dir) as scratch:
         run = RunDirectory(Path(scratch).absolute())
         stored = write_tokens(run.tokens(), tokens)

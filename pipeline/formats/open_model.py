@@ -17,12 +17,15 @@ from storage.object_store import Place
 
 
 def open_model(place: Place) -> ModelFiles:
-    """The files of the model at `place`. Errors as `ModelFiles.open`.
+    """The files of the model at `place`. Errors as `ModelFiles.read_headers`.
 
     A model in few bits is read as bfloat16, with the tensor names that transformers' class loads:
     see `DequantizedFolder`.
     """
-    return ModelFiles.open(place, _dequantized)
+    files = ModelFiles.read_headers(place, _dequantized)
+    if isinstance(files.source, DequantizedFolder):
+        files.contradictions |= files.source.contradictions
+    return files
 
 
 def _dequantized(stored: ModelFiles) -> ModelFolder:

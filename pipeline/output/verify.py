@@ -27,6 +27,7 @@ from pipeline.output.write import RESULT_FILE, RESULT_SCHEMA
 from pipeline.solvers.masks import holds
 from storage.errors import CorruptFileError, ModelError, Prox24Error
 from storage.files.commit import CHUNK_BYTES, sha256_file
+from storage.model.adapter import ADAPTER_CONFIG, has_adapter
 from storage.model.files import ModelFiles
 from storage.model.folder import inside
 from storage.model.safetensors_format import TensorEntry, raw_header, read_into, torch_dtype
@@ -73,8 +74,8 @@ def verify(
 
     Checks that names, shapes, dtypes, headers and index are the source's; that the weight files
     have the hashes in prox24.json; that every linear of a block is pruned or listed as skipped;
-    that every pruned layer obeys its pattern; that all values are finite; and that all other
-    tensors and files are the source's byte by byte.
+    that every pruned layer obeys its pattern; that all values that are loaded are finite; and that
+    all other tensors and files are the source's byte by byte.
 
     advance: called with a file's name, the bytes read so far, and the bytes in all.
 
@@ -172,6 +173,11 @@ class _Check:
         self._pruned: dict[str, dict[int, _Pruned]] = {}
         self._stacks = {part.tensor for part in skeleton.parts.values()}
         self._open: dict[str, Readable] = {}
+        # A name may be in several files, where no one loads it.
+        self._in_source = {
+            (entry.file, entry.name): entry
+            for entry in (*source.tensors.values(), *source.repeated)
+        }
 
     def __enter__(self) -> _Check:
         return self
@@ -230,6 +236,8 @@ class _Check:
                 inside(self._source.folder, name)
             ):
                 self._problem(f"{name} is not the source's")
+        if has_adapter(self._output.folder):
+            self._problem(f"{ADAPTER_CONFIG} is of an adapter that was not pruned; delete it")
 
     def weight_file(self, file: str) -> None:
         """Checks all tensors of one weight file, and its header and hash; reads it once."""
@@ -241,11 +249,12 @@ class _Check:
             known = file in self._source.files
             if known and header != self._source.header_bytes(file):
                 self._problem(f"{file}: its header is not the source's")
-            entries = (entry for entry in self._output.tensors.values() if entry.file == file)
-            for entry in sorted(entries, key=lambda entry: entry.start):
+            for entry in self._output.entries(file):
+                loaded = entry.name in self._skeleton.loaded
                 for one, theirs, pruned in self._cut(entry):
                     multiple = 1 if pruned is None else pruned.multiple
-                    self._tensor(one, theirs, pruned, _pieces(stream, one, where, digest, multiple))
+                    pieces = _pieces(stream, one, where, digest, multiple)
+                    self._tensor(one, theirs, pruned, pieces, loaded)
                     self.result.bytes += one.end - one.start
                     self._advance(file, self.result.bytes, self._total)
         if self._hashes.get(file, digest.hexdigest()) != digest.hexdigest():
@@ -265,7 +274,7 @@ class _Check:
 
     def _theirs(self, entry: TensorEntry) -> TensorEntry | None:
         """The source's tensor of that name; None, with a problem, if shape or dtype differ."""
-        theirs = self._source.tensors.get(entry.name)
+        theirs = self._in_source.get((entry.file, entry.name), self._source.tensors.get(entry.name))
         if theirs is None or (theirs.shape, theirs.dtype) == (entry.shape, entry.dtype):
             return theirs
         self._problem(
@@ -280,13 +289,17 @@ class _Check:
         theirs: TensorEntry | None,
         pruned: _Pruned | None,
         pieces: Iterator[tuple[int, torch.Tensor]],
+        loaded: bool,
     ) -> None:
-        """Checks a tensor, or an expert of a stack, for its pattern or against the source's."""
+        """Checks a tensor, or an expert of a stack, for its pattern or against the source's.
+
+        loaded: whether the model has it, so that its values must be finite.
+        """
         dtype = torch_dtype(entry.dtype)
         zeros, obeys, finite, same = 0, True, True, True
         for at, raw in pieces:
             values = raw.view(dtype)
-            if dtype.is_floating_point:
+            if loaded and dtype.is_floating_point:
                 wide = values if dtype.itemsize > 1 else values.float()
                 finite &= bool(torch.isfinite(wide).all())
             if pruned is not None:

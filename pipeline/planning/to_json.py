@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from pipeline.models.text_forward import NOT_REACHED
 from pipeline.planning.phase_parts import Phase
 from pipeline.planning.plan import PLAN_SCHEMA, Plan, scaling
 
@@ -29,6 +30,7 @@ def plan_to_json(plan: Plan, *, scaled: bool = True) -> dict[str, Any]:
             "block_kinds": len(shape.kinds),
             "hidden": shape.hidden,
             "dtype": shape.dtype,
+            "skipped_because": {f"block {b}": NOT_REACHED for b in shape.passed_by},
             "unsupported": shape.unsupported,
             "stored_as": shape.stored_as or None,
         },

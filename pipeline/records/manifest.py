@@ -115,9 +115,7 @@ def write_manifest(
     blocks: int,
 ) -> dict[str, Any]:
     """Publishes `run.json`, by which the directory becomes this job's; returns its content."""
-    hashes: dict[str, str] = {}
-    for fingerprint in fingerprints:
-        hashes |= fingerprint.tensors
+    hashes = source.hashes(fingerprints)
     payload = {
         "schema_version": MANIFEST_SCHEMA,
         "prox24": VERSION,

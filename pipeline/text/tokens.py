@@ -19,8 +19,10 @@ Special tokens are those that the tokenizer adds by itself, once per tokenized t
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,9 @@ WINDOW_CHARACTERS = 1 << 26
 SEARCH_CHARACTERS = 256
 # Characters of joined text per calibration token, so that the crops have room to be random.
 JOIN_CHARACTERS = 32
+
+# What transformers reads sentencepiece models with: module -> package.
+_OF_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 
 CALIBRATION_SPLITS = ("train",)
 EVALUATION_SPLITS = ("test", "validation", "train")
@@ -78,14 +83,45 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
         )
         usable = bool(tokenizer("a b").input_ids)
     except Exception as error:  # transformers raises nearly anything on a damaged file
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ModelError(
-            f"{folder} has no tokenizer that loads ({reason}): copy the tokenizer files of the "
-            "model into it"
-        ) from error
+        raise ModelError(_why_no_tokenizer(folder, error)) from error
     if not usable:
         raise ModelError(f"the tokenizer in {folder} is empty: copy the tokenizer files into it")
     return tokenizer
+
+
+def _why_no_tokenizer(folder: Path, error: Exception) -> str:
+    """Why a tokenizer does not load, and what to do."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return (
+            f"the tokenizer in {folder} comes with its own code (`auto_map`), which prox24 runs "
+            "only with --trust-remote-code; read the code before you give it"
+        )
+    first = next(iter(str(error).splitlines()), "") or type(error).__name__
+    missing = [name for name in _OF_SENTENCEPIECE if not is_installed(name)]
+    if any(folder.glob("*.model")) and missing:
+        # What transformers says here is of the last thing that it tried.
+        packages = " ".join(_OF_SENTENCEPIECE[name] for name in missing)
+        return f"the tokenizer in {folder} is a sentencepiece model: pip install {packages}"
+    asked = re.search(r"pip install (?:-U )?([\w.\[\]-]+)", text)
+    if asked:
+        install = f"pip install {asked[1].rstrip('.')}"
+        return (
+            f"the tokenizer in {folder} does not load ({first}): {install}, or copy the tokenizer "
+            "files of the model into it if they are damaged"
+        )
+    return (
+        f"{folder} has no tokenizer that loads ({first}): copy the tokenizer files of the model "
+        "into it"
+    )
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
 
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from pipeline.models.linears import as_held
 from pipeline.models.skeleton import Skeleton
+from pipeline.models.text_forward import text_forward
 from pipeline.runtime.background import Background
 from pipeline.runtime.stopwatch import Stopwatch
 from storage.run.checkpoints import BlockRecord, read_layer, verify_record
@@ -28,6 +29,8 @@ class BlockLoader:
 
     def ahead(self, block: int) -> None:
         """Begins to read a block's dense weights into host memory, for the next `dense`."""
+        if block not in text_forward(self.skeleton).reached:
+            return
         load = partial(self.skeleton.load_block, block, torch.device("cpu"))
         self._prefetched = (block, self._background.submit(load))
 
@@ -42,8 +45,11 @@ class BlockLoader:
     def pruned(self, block: int, record: BlockRecord | None) -> nn.Module:
         """A block with the pruned weights that `record` names, on the device; dense if it is None.
 
-        Raises `CorruptFileError` if a file that the record names is damaged.
+        A block that no forward calls is not read: nothing stands in its place. Raises
+        `CorruptFileError` if a file that the record names is damaged.
         """
+        if block not in text_forward(self.skeleton).reached:
+            return nn.Identity()
         with self.watch("load"):
             layers = () if record is None else record.layers
             module = self.skeleton.load_block(block, self.device, without=layers)

@@ -126,7 +126,8 @@ class BlockWorker(Scoring, ScratchPhases):
     def fingerprint(self, files: list[str]) -> list[WeightFileFingerprint]:
         """Hashes whole weight files, reading each once. Raises `ModelError` for NaN or Inf."""
         with self.watch("load"):
-            return [fingerprint_weight_file(self.skeleton.files.source, file) for file in files]
+            source, loaded = self.skeleton.files.source, self.skeleton.loaded
+            return [fingerprint_weight_file(source, file, loaded) for file in files]
 
     def embed(self, stamp: str, only: Sequence[int] | None = None) -> list[StoredFile]:
         """Writes this rank's activation shards of the embedded tokens; `only`: some, by number."""

@@ -68,6 +68,7 @@ class DequantizedFolder:
     activations. config: the new config.json. kind: name of the stored format, for people.
 
     folder: a temporary folder of this process, with config.json, a new index and the small files.
+    contradictions: those of the stored files (see `ModelFiles`), by the new names of the tensors.
     Raises `ModelError` for small files of more than MAX_STAGED_BYTES, `ResourceError` where the
     disk is full.
     """
@@ -86,6 +87,7 @@ class DequantizedFolder:
         self._stored = stored
         self._made = {tensor.name: tensor for tensor in tensors}
         self._layouts = _layouts(stored, self._made, dropped)
+        self.contradictions = _contradictions(stored, self._made)
         self._staging = Staging()
         self.folder = self._staging.path / (stored.folder.name or "model")
         self._fill(config)
@@ -159,6 +161,11 @@ class _Layout:
     @property
     def size(self) -> int:
         return self.entries[-1].end
+
+
+def _contradictions(stored: ModelFiles, made: Mapping[str, Dequantized]) -> dict[str, str]:
+    owners = {part: tensor.name for tensor in made.values() for part in tensor.stored}
+    return {owners.get(name, name): text for name, text in stored.contradictions.items()}
 
 
 def _layouts(

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +17,15 @@ import torch
 
 from storage.errors import CorruptFileError, ModelError
 from storage.files.commit import CHUNK_BYTES
-from storage.model.folder import WEIGHTS, LocalFolder, ModelFolder, inside, model_folder
+from storage.model.adapter import refuse_adapter_alone
+from storage.model.folder import LocalFolder, ModelFolder, inside, model_folder
+from storage.model.index_file import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    index_contradictions,
+    read_object,
+    weight_map,
+)
 from storage.model.other_formats import quantization, refuse_other_formats, refuse_quantized
 from storage.model.safetensors_format import (
     TensorEntry,
@@ -31,6 +38,7 @@ from storage.model.safetensors_format import (
 from storage.object_store import Place, Readable
 
 __all__ = [
+    "INDEX_FILE",
     "ModelFiles",
     "TensorEntry",
     "WeightFileFingerprint",
@@ -39,11 +47,6 @@ __all__ = [
     "safetensors_dtype",
     "torch_dtype",
 ]
-
-MAX_CONFIG_BYTES = 16 * 2**20
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 
 class Digest(Protocol):
@@ -77,7 +80,7 @@ class ModelFiles:
     source: its folder. files: names of its weight files, sorted. tensors: name → entry. config:
     the contents of config.json. index: name of the index file; None for a single weight file.
     expected: tensor → sha256 that its bytes must have when they are read; empty until the model has
-    been hashed.
+    been hashed. Of a tensor whose name is in two files, see `key`.
     """
 
     def __init__(
@@ -87,59 +90,86 @@ class ModelFiles:
         tensors: dict[str, TensorEntry],
         config: dict[str, Any],
         index: str | None,
+        contradictions: Mapping[str, str] | None = None,
+        repeated: Sequence[TensorEntry] = (),
     ) -> None:
+        """contradictions: tensor → how index and weight files disagree on it. repeated: tensors
+        whose name is also in an earlier file."""
         self.source = source
         self.files = files
         self.tensors = tensors
         self.config = config
         self.index = index
+        self.contradictions = dict(contradictions or {})
+        self.repeated = tuple(repeated)
         self.expected: Mapping[str, str] = {}
         # Tensor → state of its file when the tensor was last compared with `expected`.
         self._seen: dict[str, tuple[object, ...]] = {}
 
     @staticmethod
-    def open(
+    def open(place: Place) -> ModelFiles:
+        """`read_headers`, where index and weight files must agree on every tensor."""
+        files = ModelFiles.read_headers(place)
+        files.require_consistent()
+        return files
+
+    @staticmethod
+    def read_headers(
         place: Place, dequantized: Callable[[ModelFiles], ModelFolder] | None = None
     ) -> ModelFiles:
-        """Read config, index and headers of the model at `place`, and check that they agree.
+        """Read config, index and headers of the model at `place`.
 
         dequantized: gives the bfloat16 folder of a model that is stored in few bits; without it
         such a model is refused.
 
-        Raises ModelError if something is missing or of an unsupported kind, CorruptFileError if
-        something is there but malformed, truncated or contradictory. Weights are not read.
+        What index and weight files do not agree on is noted only, since no one may load it: see
+        `require_consistent`. Raises ModelError if something is missing or of an unsupported kind,
+        CorruptFileError if something is there but malformed or truncated. Weights are not read.
         """
         source = model_folder(place)
         if not (source.folder / "config.json").is_file():
+            refuse_adapter_alone(source.folder, place)
             refuse_other_formats(source.folder, place)
             raise ModelError(f"{place}: no config.json; give a Hugging Face model folder")
-        config = _read_object(inside(source.folder, "config.json"))
+        config = read_object(inside(source.folder, "config.json"))
         refuse_quantized(config, source.where("config.json"), readable=dequantized is not None)
-        files = ModelFiles._checked(source, config)
+        files = ModelFiles._with_headers(source, config)
         if dequantized is None or quantization(config) is None:
             return files
         source = dequantized(files)
-        return ModelFiles._checked(source, _read_object(inside(source.folder, "config.json")))
+        return ModelFiles._with_headers(source, read_object(inside(source.folder, "config.json")))
 
     @staticmethod
-    def _checked(source: ModelFolder, config: dict[str, Any]) -> ModelFiles:
+    def _with_headers(source: ModelFolder, config: dict[str, Any]) -> ModelFiles:
         place = source.place
-        weight_map = _weight_map(source)
-        names = (SINGLE_FILE,) if weight_map is None else tuple(sorted(set(weight_map.values())))
+        listed = weight_map(source)
+        names = (SINGLE_FILE,) if listed is None else tuple(sorted(set(listed.values())))
         tensors: dict[str, TensorEntry] = {}
-        for file in names:
-            for entry in _header(source, file):
-                if entry.name in tensors:
-                    raise CorruptFileError(
-                        f"{place}: tensor {entry.name} is in {tensors[entry.name].file} and in "
-                        f"{file}; download the model again"
-                    )
+        repeated = []
+        contradictions = {}
+        for entry in (entry for file in names for entry in _header(source, file)):
+            if entry.name in tensors:
+                repeated.append(entry)
+                contradictions[entry.name] = (
+                    f"tensor {entry.name} is in {tensors[entry.name].file} and in {entry.file}"
+                )
+            else:
                 tensors[entry.name] = entry
         if not tensors:
             raise ModelError(f"{place}: the weight files hold no tensors")
-        if weight_map is not None:
-            _check_index(place, weight_map, tensors)
-        return ModelFiles(source, names, tensors, config, INDEX_FILE if weight_map else None)
+        if listed is not None:
+            contradictions = index_contradictions(listed, tensors) | contradictions
+        index = None if listed is None else INDEX_FILE
+        return ModelFiles(source, names, tensors, config, index, contradictions, repeated)
+
+    def require_consistent(self, names: Collection[str] | None = None) -> None:
+        """Raise CorruptFileError where index and weight files disagree on one of the tensors.
+
+        names: those that are loaded; None for all.
+        """
+        for name, said in self.contradictions.items():
+            if names is None or name in names:
+                raise CorruptFileError(f"{self.place}: {said}; download the model again")
 
     @property
     def folder(self) -> Path:
@@ -163,6 +193,30 @@ class ModelFiles:
             raise ModelError(
                 f"{self.place}: no tensor {name}; the weight files do not fit config.json"
             ) from None
+
+    def entries(self, file: str) -> list[TensorEntry]:
+        """All tensors of a weight file in the order of their bytes, repeated ones too."""
+        own = [e for e in (*self.tensors.values(), *self.repeated) if e.file == file]
+        return sorted(own, key=lambda entry: (entry.start, entry.end))
+
+    def key(self, entry: TensorEntry) -> str:
+        """What `expected` calls a tensor: its name, and its file if an earlier one has it too."""
+        if self.tensors.get(entry.name) == entry:
+            return entry.name
+        return f"{entry.name} in {entry.file}"
+
+    def hashes(self, fingerprints: Iterable[WeightFileFingerprint]) -> dict[str, str]:
+        """What is `expected` of every tensor, by the fingerprints of all weight files."""
+        by_file = {fingerprint.file: fingerprint.tensors for fingerprint in fingerprints}
+        return {
+            self.key(entry): by_file[entry.file][entry.name]
+            for entry in (*self.tensors.values(), *self.repeated)
+        }
+
+    def state(self, name: str) -> tuple[object, ...]:
+        """What changes when someone writes to the file that tensor `name` is in."""
+        with self.source.open(self.entry(name).file) as file:
+            return stream_state(file)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """A copy of tensor `name` on the CPU, in its stored dtype.
@@ -215,7 +269,7 @@ class ModelFiles:
 
     def check(self, entry: TensorEntry, digest: Digest) -> None:
         """Raise CorruptFileError if the bytes in `digest` are not the expected ones of a tensor."""
-        if self.expected.get(entry.name, digest.hexdigest()) != digest.hexdigest():
+        if self.expected.get(self.key(entry), digest.hexdigest()) != digest.hexdigest():
             raise CorruptFileError(
                 f"{self.source.where(entry.file)}: tensor {entry.name} is not what it was when the "
                 "job began; restore the file and run the same command again"
@@ -282,64 +336,12 @@ def _header(source: ModelFolder, file: str) -> list[TensorEntry]:
         return header_entries(stream, size_of(stream), source.where(file), file)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the source model; CorruptFileError if it is not one."""
-    with open(path, "rb") as file:
-        raw = file.read(MAX_CONFIG_BYTES + 1)
-    try:
-        if len(raw) > MAX_CONFIG_BYTES:
-            raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
-        data = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CorruptFileError(f"{path}: not a JSON object")
-    return data
+def fingerprint_weight_file(
+    source: Path | ModelFolder, file: str, loaded: Collection[str] | None = None
+) -> WeightFileFingerprint:
+    """Read a weight file once, hash it, and check that values are finite.
 
-
-def _weight_map(source: ModelFolder) -> dict[str, str] | None:
-    """Tensor → weight file, from the index; None if there is a single weight file.
-
-    The single file has precedence, as in transformers.
-    """
-    if source.exists(SINGLE_FILE):
-        return None
-    if not source.exists(INDEX_FILE):
-        refuse_other_formats(source.folder, source.place)
-        raise ModelError(f"{source.place}: neither {SINGLE_FILE} nor {INDEX_FILE}")
-    path = inside(source.folder, INDEX_FILE)
-    weight_map = _read_object(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptFileError(f"{path}: no weight_map; download the file again")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(WEIGHTS):
-            raise CorruptFileError(
-                f"{path}: puts tensor {name} in {file!r}, which is not a {WEIGHTS} file"
-            )
-    for file in set(weight_map.values()):
-        source.require(file)
-    return weight_map
-
-
-def _check_index(place: Place, weight_map: dict[str, str], tensors: dict[str, TensorEntry]) -> None:
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file != file:
-            actual = f"is in {tensors[name].file}" if name in tensors else "is in no file"
-            raise CorruptFileError(
-                f"{place}: {INDEX_FILE} puts tensor {name} in {file}, but it {actual}; "
-                "download the model again"
-            )
-    for name, entry in tensors.items():
-        if name not in weight_map:
-            raise CorruptFileError(
-                f"{place}: tensor {name} of {entry.file} is not in {INDEX_FILE}; "
-                "download the model again"
-            )
-
-
-def fingerprint_weight_file(source: Path | ModelFolder, file: str) -> WeightFileFingerprint:
-    """Read a weight file once, hash it, and check that every value is finite.
-
+    loaded: names of the tensors that must be finite; None for all. All are hashed.
     Memory is bounded by CHUNK_BYTES, or the buffer of an ObjectFile, whatever the tensors' sizes.
     Raises ModelError naming tensor and file for NaN or Inf in a floating-point tensor,
     CorruptFileError as `header_entries` does.
@@ -355,12 +357,13 @@ def fingerprint_weight_file(source: Path | ModelFolder, file: str) -> WeightFile
         digest.update(raw_header(stream, size_of(stream), where))
         for entry in entries:
             dtype, tensor_digest = torch_dtype(entry.dtype), hashlib.sha256()
+            checked = dtype.is_floating_point and (loaded is None or entry.name in loaded)
             for start in range(entry.start, entry.end, CHUNK_BYTES):
                 part = chunk[: min(CHUNK_BYTES, entry.end - start)]
                 read_into(stream, part, f"{where}: tensor {entry.name}")
                 digest.update(part.numpy().data)
                 tensor_digest.update(part.numpy().data)
-                if dtype.is_floating_point and not _finite(part.view(dtype)):
+                if checked and not _finite(part.view(dtype)):
                     raise ModelError(
                         f"{where}: tensor {entry.name} holds NaN or Inf; the model is damaged, "
                         "download it again"

@@ -33,6 +33,7 @@ from storage.files.commit import (
     sha256_file,
 )
 from storage.files.hashing import HashingStream, StoredFile
+from storage.model.adapter import ADAPTER_CONFIG
 from storage.model.files import ModelFiles, size_of, torch_dtype
 from storage.model.folder import NOT_COPIED, SIDE_FOLDERS, inside
 from storage.model.safetensors_format import TensorEntry, header_entries, read_into, tensor_bytes
@@ -47,6 +48,7 @@ Replacement = Callable[[str], Iterable[torch.Tensor] | None]
 
 # Not copied from the source: each output gets a model card and results of its own.
 _WRITTEN_ANEW = frozenset({"README.md", "prox24.json"})
+_NO_SIDE_FILES = _WRITTEN_ANEW | {ADAPTER_CONFIG}
 
 
 class ByteSink(Protocol):
@@ -83,9 +85,10 @@ def rewrite_weight_file(
     path = source.source.where(file)
     with source.source.open(file) as stream:
         writer.write(source.header_bytes(file))
-        for entry in header_entries(stream, size_of(stream), path, file):
-            if source.tensors.get(entry.name) != entry:
-                raise CorruptFileError(f"{path}: changed while it was read; download it again")
+        entries = header_entries(stream, size_of(stream), path, file)
+        if entries != source.entries(file):
+            raise CorruptFileError(f"{path}: changed while it was read; download it again")
+        for entry in entries:
             pieces = replacement(entry.name)
             if pieces is None:
                 _copy(source, stream, entry, writer, path)
@@ -130,8 +133,8 @@ def side_files(source: ModelFiles) -> list[str]:
 
     These are all regular files at the top of the model folder (config, generation config,
     tokenizer, chat template, code, license, the index if the model has one) and the chat templates
-    in additional_chat_templates/; not hidden files, weights of any format, README.md or an earlier
-    prox24.json.
+    in additional_chat_templates/; not hidden files, weights of any format, an adapter's config,
+    README.md or an earlier prox24.json.
     """
     names = [path.name for path in source.folder.iterdir() if _is_side_file(path, source.index)]
     for folder in SIDE_FOLDERS:
@@ -196,7 +199,7 @@ def _require_unchanged(source: ModelFiles, name: str, sha256: str, expected: str
 
 def _is_side_file(path: Path, index: str | None) -> bool:
     name = path.name
-    if name.startswith(".") or name in _WRITTEN_ANEW or not path.is_file():
+    if name.startswith(".") or name in _NO_SIDE_FILES or not path.is_file():
         return False
     if name.endswith(".index.json"):
         return name == index  # the index of weights that are not copied would mislead

@@ -18,7 +18,7 @@ from pipeline.models.forward_capture import BlockCall, ModelEnds
 from pipeline.models.linears import linear_layers, unsupported_parameters, unsupported_reason
 from pipeline.models.selection import check_rules, settings_of
 from pipeline.models.skeleton import FORWARD_DTYPES, Skeleton
-from pipeline.models.text_stack import ties_embeddings
+from pipeline.models.text_forward import HollowSkeleton
 from pipeline.planning.shapes.experts import route_evenly, stub_others, with_others
 from pipeline.planning.shapes.profile import (
     META,
@@ -27,7 +27,7 @@ from pipeline.planning.shapes.profile import (
     on_meta,
     profile_forward,
 )
-from pipeline.planning.shapes.source import HollowSkeleton, open_source
+from pipeline.planning.shapes.source import open_source
 from pipeline.solvers.registry import solver_for
 from pipeline.worker.solve import parted
 from storage.errors import ModelError
@@ -88,9 +88,9 @@ class ModelShape:
     the hidden states. vocabulary: tokens. ends: number of weights outside the blocks, without the
     output embedding. head: those of the output embedding; 0 where it is tied to the input's. files:
     bytes of the weight files. itemsize: bytes of a stored weight. dtype: name of the dtype of
-    forwards. seqlen: tokens of a sequence in the profiles. unsupported: why the model cannot be
-    pruned; None if it can be. stored_as: how a model in few bits is stored, for people; its sizes
-    here are those of the bfloat16 model.
+    forwards. seqlen: tokens of a sequence in the profiles. passed_by: blocks that a forward of text
+    does not reach. unsupported: why the model cannot be pruned; None if it can be. stored_as: how a
+    model in few bits is stored, for people; its sizes here are those of the bfloat16 model.
     """
 
     name: str
@@ -104,6 +104,7 @@ class ModelShape:
     itemsize: int
     dtype: str
     seqlen: int
+    passed_by: tuple[int, ...] = ()
     unsupported: str | None = None
     stored_as: str = ""
 
@@ -170,7 +171,9 @@ def shape_of(
 
     files, itemsize: see `ModelShape`. Others: see `read_shape`.
     """
-    hollow = HollowSkeleton(skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype)
+    hollow = HollowSkeleton(
+        skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype, skeleton.plan
+    )
     ends, head = _outside(hollow)
     tokens = torch.zeros((1, seqlen), dtype=torch.int64)
     module_ends = ModelEnds(hollow, torch.device("cpu"), head=False)
@@ -179,13 +182,15 @@ def shape_of(
     hidden_states = torch.empty((1, seqlen, hidden), dtype=skeleton.dtype, device=META)
     kinds: dict[tuple[object, ...], int] = {}
     shapes: list[BlockShape] = []
-    blocks = []
+    blocks, passed_by = [], []
     reason = None
     check_rules(hollow, rules)
     for index, (block, call) in enumerate(zip(hollow.blocks, calls, strict=True)):
         settings = settings_of(hollow, index, rules)
+        for layer in settings if hollow.files.tensors else ():
+            hollow.weight_name(index, layer)  # or it could not be written back
         sizes = tuple(p.shape for p in block.parameters())
-        key = (str(block), _signature(call), sizes, tuple(settings.items()))
+        key = (str(block), call.passed_by, _signature(call), sizes, tuple(settings.items()))
         if key not in kinds:
             kinds[key] = len(shapes)
             config = hollow.model.config.get_text_config()
@@ -195,6 +200,8 @@ def shape_of(
             shapes.append(kind)
             reason = reason or why
         blocks.append(kinds[key])
+        if call.passed_by:
+            passed_by.append(index)
     if not any(kind.groups for kind in shapes):
         raise ModelError(f"{name}: no layer is left to prune")
     shape = ModelShape(
@@ -209,6 +216,7 @@ def shape_of(
         itemsize=itemsize,
         dtype=str(skeleton.dtype).removeprefix("torch."),
         seqlen=seqlen,
+        passed_by=tuple(passed_by),
         unsupported=reason,
         stored_as=skeleton.files.source.stored_as,
     )
@@ -224,14 +232,12 @@ def _outside(model: Skeleton) -> tuple[int, int]:
     embedding = model.model.get_input_embeddings()
     output = model.model.get_output_embeddings()
     outside = {id(p): p.numel() for p in model.model.parameters() if id(p) not in inside}
-    tied = ties_embeddings(model.model.config)
     head = 0 if output is None else sum(outside.get(id(p), 0) for p in output.parameters())
     if output is not None and any(
         p is q for p in output.parameters() for q in embedding.parameters()
     ):
-        head, tied = 0, False  # counted once already
-    ends = sum(outside.values()) - head
-    return ends, 0 if tied else head
+        head = 0  # counted once already
+    return sum(outside.values()) - head, head
 
 
 def _assumed_files(shape: ModelShape) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -131,7 +131,7 @@ def on_meta(call: BlockCall) -> BlockCall:
     arguments, keywords = tree_map_only(
         Tensor, lambda tensor: tensor.to(META), (call.arguments, call.keywords)
     )
-    return BlockCall(arguments, keywords)
+    return replace(call, arguments=arguments, keywords=keywords)
 
 
 def find_groups_on_meta(

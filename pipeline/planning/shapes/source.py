@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from pipeline.models.expert_tensors import stored_together
 from pipeline.models.experts import unstack_experts
 from pipeline.models.forward_capture import BlockCall, ModelEnds
 from pipeline.models.from_config import build, load_config_alone, rehearse
 from pipeline.models.skeleton import FORWARD_DTYPES, Skeleton, find_blocks, open_skeleton
+from pipeline.models.text_forward import HollowSkeleton, text_forward
+from pipeline.models.transformers_loading import Routes, tie, tied_names
 from storage.errors import ConfigError
 from storage.model.files import ModelFiles
 from storage.model.folder import LocalFolder
@@ -31,20 +32,6 @@ class PlannedSource:
     name: str
     files: tuple[int, ...]
     itemsize: int
-
-
-class HollowSkeleton(Skeleton):
-    """A skeleton whose weights are zeros without memory, to capture the arguments of blocks."""
-
-    def load_ends(self, device: torch.device, *, head: bool) -> PreTrainedModel:
-        """The model with each parameter outside the blocks a single zero, expanded to its shape."""
-        inside = {id(p) for p in self.blocks.parameters()}
-        for owner in self.model.modules():
-            for name, parameter in list(owner.named_parameters(recurse=False)):
-                if id(parameter) not in inside and parameter.is_meta:
-                    zero = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-                    setattr(owner, name, nn.Parameter(zero, requires_grad=False))
-        return self.model
 
 
 def open_source(model: Place, dtype: str | None, trust_remote_code: bool) -> PlannedSource:
@@ -68,7 +55,8 @@ def open_source(model: Place, dtype: str | None, trust_remote_code: bool) -> Pla
     if not trust_remote_code:
         rehearse(config, path, forward)
     built = build(config, path, forward, trust_remote_code)
-    unstack_experts(built, stored_together(built, None))
+    tie(built, set(tied_names(built)))  # as a model of this config is published
+    unstack_experts(built, stored_together(built, Routes(built, ()), None))
     nothing = ModelFiles(LocalFolder(path.parent), (), {}, {}, None)
     skeleton = Skeleton(built.eval(), nothing, find_blocks(built, path), forward)
     name = path.parent.name if path.name == "config.json" else path.stem
@@ -94,7 +82,8 @@ def example_block(
     hollow = HollowSkeleton(skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype)
     tokens = torch.zeros((batch_size, seqlen), dtype=torch.int64)
     ends = ModelEnds(hollow, torch.device("cpu"), head=False)
-    chosen = len(hollow.blocks) // 2 if block is None else block
+    reached = text_forward(hollow).reached
+    chosen = reached[len(reached) // 2] if block is None else block
     call, hidden = ends.calls(tokens)[chosen], ends.embed(tokens)
     module = hollow.blocks[chosen]
     for owner in module.modules():

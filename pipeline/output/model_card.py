@@ -17,6 +17,7 @@ from pipeline.config.methods import METHODS
 from pipeline.solvers.registry import solver_class
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BLOCK = re.compile(r"\.\d+\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _WORST = 5
 _STATISTICS = {
@@ -54,6 +55,7 @@ def model_card(
     source_name: str,
     settings: Mapping[str, Any],
     results: Sequence[Mapping[str, Any]],
+    skipped: Mapping[str, str],
     perplexity: Mapping[str, Any] | None,
     license: str | None,
     stored_as: str = "",
@@ -65,11 +67,14 @@ def model_card(
     `layer`, `shape` and the fields of its `SolveReport`. perplexity: what `evaluate` returns, with
     `dense` added if the dense model was measured too; None if it was not measured. license: that in
     the source's card, or None. stored_as: how a source in few bits is stored, for people.
+
+    skipped: linear layers of the blocks that were not pruned, with the reason.
     """
     parts = [
         _front_matter(source_name, settings, license),
         _introduction(source_name, settings, results, stored_as),
         _settings_table(settings),
+        _skipped(skipped),
         _error_tables(results),
         _perplexity(perplexity),
         _LOADING + (_NAMES_IN_BFLOAT16 if stored_as else _NAMES) + _RESULTS,
@@ -169,6 +174,22 @@ def _settings_table(settings: Mapping[str, Any]) -> str:
         if settings.get(key) is not None and key not in unused
     ]
     return "## Method and calibration\n\n" + _table(("setting", "value"), rows)
+
+
+def _skipped(skipped: Mapping[str, str]) -> str:
+    """The linear layers that were not pruned, by reason, each kind of layer once; or nothing."""
+    reasons: dict[str, dict[str, int]] = {}
+    for name, reason in skipped.items():
+        counts = reasons.setdefault(reason, {})
+        kind = _BLOCK.sub(".*.", _EXPERT.sub(".experts.*.", name), count=1)
+        counts[kind] = counts.get(kind, 0) + 1
+    if not reasons:
+        return ""
+    lines = [
+        f"- {_escape(reason)}: {', '.join(f'{_code(k)} ({n})' for k, n in counts.items())}"
+        for reason, counts in reasons.items()
+    ]
+    return "Linear layers of the blocks that were not pruned:\n\n" + "\n".join(lines)
 
 
 def _error_tables(results: Sequence[Mapping[str, Any]]) -> str:

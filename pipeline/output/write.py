@@ -139,6 +139,7 @@ def describe_output(
         source_name=source_name,
         settings=card_settings(job),
         results=layers,
+        skipped=skipped,
         perplexity=perplexity,
         license=source_license(skeleton.files.folder),
         stored_as=stored_as,

@@ -26,7 +26,12 @@ from storage.model.index_file import (
     read_object,
     weight_map,
 )
-from storage.model.other_formats import quantization, refuse_other_formats, refuse_quantized
+from storage.model.other_formats import (
+    quantization,
+    refuse_other_formats,
+    refuse_packed,
+    refuse_quantized,
+)
 from storage.model.safetensors_format import (
     TensorEntry,
     header_entries,
@@ -157,6 +162,7 @@ class ModelFiles:
                 tensors[entry.name] = entry
         if not tensors:
             raise ModelError(f"{place}: the weight files hold no tensors")
+        refuse_packed(tensors, source.folder, place)
         if listed is not None:
             contradictions = index_contradictions(listed, tensors) | contradictions
         index = None if listed is None else INDEX_FILE

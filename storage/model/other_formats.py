@@ -8,7 +8,7 @@ to the user for others.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,15 @@ from storage.errors import ModelError
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # The values of `quant_method` that `pipeline.formats` dequantizes.
 READABLE = ("fp8", "mxfp4", "compressed-tensors")
+# Files that old quantizers wrote in place of an entry in config.json.
+_OLD_CONFIGS = {"quantize_config.json": "AutoGPTQ", "quant_config.json": "AWQ"}
+# Ends of the names of packed weights.
+_PACKED = {
+    ".qweight": "GPTQ or AWQ",
+    ".SCB": "bitsandbytes",
+    ".weight.absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+}
 _PLAIN_NAME = re.compile(r"[\w.\- /]+")
 
 
@@ -25,6 +34,9 @@ def refuse_other_formats(folder: Path, place: object) -> None:
 
     place: the folder as the user named it.
     """
+    for file, method in _OLD_CONFIGS.items():
+        if (folder / file).is_file():
+            raise _packed(place, method, f"it has a {file}")
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
     if gguf:
         raise ModelError(
@@ -37,6 +49,26 @@ def refuse_other_formats(folder: Path, place: object) -> None:
             "opened, so prox24 does not; if you trust them, make safetensors of them with: "
             f"{_conversion(place)}"
         )
+
+
+def refuse_packed(tensors: Iterable[str], folder: Path, place: object) -> None:
+    """Raises ModelError if tensors, by their names, are weights that are packed in few bits.
+
+    For folders whose config.json says nothing of it, as old tools left them.
+    """
+    for name in tensors:
+        suffix = next((s for s in _PACKED if name.endswith(s)), None)
+        if suffix is not None:
+            old = (method for file, method in _OLD_CONFIGS.items() if (folder / file).is_file())
+            raise _packed(place, next(old, _PACKED[suffix]), f"it holds {name}")
+
+
+def _packed(place: object, method: str, why: str) -> ModelError:
+    return ModelError(
+        f"{place}: the weights are quantized by {method} ({why}): a stored value means nothing "
+        "without its scale, and scales do not fit what pruning leaves; take the checkpoint that "
+        "was not quantized"
+    )
 
 
 def _conversion(place: object, gguf: str | None = None) -> str:

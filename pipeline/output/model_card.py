@@ -60,6 +60,7 @@ def model_card(
     perplexity: Mapping[str, Any] | None,
     dense: Mapping[str, str],
     license: str | None,
+    stored_as: str = "",
 ) -> str:
     """The card as Markdown, with the front matter that the Hugging Face hub reads.
 
@@ -67,18 +68,19 @@ def model_card(
     with the solver's defaults filled in. results: one entry per pruned layer with `name`, `block`,
     `layer`, `shape` and the fields of its `SolveReport`. perplexity: what `evaluate` returns, with
     `dense` added if the dense model was measured too; None if it was not measured. skipped: linear
-    layers of the blocks that were not pruned, with the reason. dense: weights of the blocks that are
-    never pruned, with the reason. license: that in the source's card, or None.
+    layers of the blocks that were not pruned, with the reason. dense: weights of the blocks that
+    are never pruned, with the reason. license: that in the source's card, or None. stored_as: how a
+    source in few bits is stored, for people.
     """
     parts = [
         _front_matter(source_name, settings, license),
-        _introduction(source_name, settings, results),
+        _introduction(source_name, settings, results, stored_as),
         _settings_table(settings),
         _skipped(skipped),
         _error_tables(results),
         _left_dense(dense),
         _perplexity(perplexity),
-        _LOADING,
+        _LOADING + (_NAMES_IN_BFLOAT16 if stored_as else _NAMES) + _RESULTS,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -93,7 +95,13 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 
-Weight files, tensor names and dtypes are those of the source model; the zeros are stored like any \
+"""
+_NAMES = "Weight files, tensor names and dtypes are those of the source model"
+_NAMES_IN_BFLOAT16 = (
+    "Weight files and tensor names are those of the source model, made bfloat16; quantize it again "
+    "to serve it in fewer bits"
+)
+_RESULTS = """; the zeros are stored like any \
 other value. `prox24.json` holds the full configuration and every layer's results."""
 
 
@@ -123,7 +131,10 @@ def _license(declared: str | None) -> str | None:
 
 
 def _introduction(
-    source_name: str, settings: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
+    source_name: str,
+    settings: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    stored_as: str,
 ) -> str:
     name = source_name.rsplit("/", 1)[-1]
     weights = sum(math.prod(result["shape"]) for result in results)
@@ -132,7 +143,18 @@ def _introduction(
         f"{_code(source_name)}, pruned to {_pattern_in_words(str(settings['pattern']))} by "
         f"prox24 with the method `{settings['method']}`. "
         f"{len(results)} linear layers with {weights:,} weights were pruned; every other tensor is "
-        "that of the source, byte for byte. The model was not trained further."
+        f"that of the source, {_unchanged(stored_as)}. The model was not trained further."
+    )
+
+
+def _unchanged(stored_as: str) -> str:
+    if not stored_as:
+        return "byte for byte"
+    return (
+        f"whose quantized weights ({_escape(stored_as)}) were dequantized to bfloat16 before they "
+        "were pruned, also those that the model's class does not load (such as layers that predict "
+        "further tokens): their scales, and `quantization_config`, are gone. What the source does "
+        "not quantize is copied byte for byte"
     )
 
 

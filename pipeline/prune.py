@@ -169,6 +169,7 @@ def prune(
                     skeleton=skeleton,
                     config=config,
                     skipped=selection.skipped,
+                    dense=selection.dense,
                     source_name=name,
                     records=records,
                     weight_files=weight_files,

@@ -68,9 +68,9 @@ def model_card(
     with the solver's defaults filled in. results: one entry per pruned layer with `name`, `block`,
     `layer`, `shape` and the fields of its `SolveReport`. perplexity: what `evaluate` returns, with
     `dense` added if the dense model was measured too; None if it was not measured. skipped: linear
-    layers of the blocks that were not pruned, with the reason. dense: weights of the blocks that are
-    never pruned, with the reason. license: that in the source's card, or None. stored_as: how a source in
-    few bits is stored, for people.
+    layers of the blocks that were not pruned, with the reason. dense: weights of the blocks that
+    are never pruned, with the reason. license: that in the source's card, or None. stored_as: how a
+    source in few bits is stored, for people.
     """
     parts = [
         _front_matter(source_name, settings, license),

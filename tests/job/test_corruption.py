@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-import pipeline.prune
 from pipeline.config.prune import PruneConfig
+from pipeline.records import live_status
 from storage.errors import CorruptFileError, DataError, InputError, Prox24Error
 from storage.run.checkpoints import read_block_record
 from storage.run.layer_files import read_layer_file
@@ -92,7 +92,7 @@ def test_a_stopped_job(
     last: bool,
 ) -> None:
     run = copied(begun, tmp_path, lock=True)
-    monkeypatch.setattr(pipeline.prune, "RunLock", functools.partial(RunLock, stale_seconds=1))
+    monkeypatch.setattr(live_status, "RunLock", functools.partial(RunLock, stale_seconds=1))
     path = of_kind(run, kind)[-1 if last else 0]
     DAMAGES[damage](path)
     if kind in REFUSED:

@@ -53,8 +53,8 @@ def _run(
     injection: Injection | None,
     lock_options: dict[str, float],
 ) -> None:
-    import pipeline.prune
     from cluster.command_line import run
+    from pipeline.records import live_status
 
     os.setsid()
     os.environ.update(environment)
@@ -63,8 +63,8 @@ def _run(
         os.dup2(descriptor, number)
         os.close(descriptor)
     if lock_options:
-        shorter: Any = functools.partial(pipeline.prune.RunLock, **lock_options)
-        pipeline.prune.RunLock = shorter  # type: ignore[misc]
+        shorter: Any = functools.partial(live_status.RunLock, **lock_options)
+        live_status.RunLock = shorter  # type: ignore[misc]
     if injection is not None:
         arm(injection)
     os._exit(run(arguments) & 0xFF)

@@ -1,6 +1,7 @@
-"""`python -m tests.support.published [WORDS]` tries the forms whose names hold one of the words.
+"""`python -m tests.support.published [WORDS] [--table]` tries published forms.
 
-Each outcome is printed as it comes; a last line counts those that are as the data states.
+Those whose names hold one of the words, else all. Each outcome is printed as it comes; a last line
+counts those that are as the data states. --table writes docs/published-forms.md (of all forms).
 """
 
 from __future__ import annotations
@@ -11,34 +12,34 @@ import traceback
 from pathlib import Path
 
 from tests.support.published.all_forms import FORMS
-from tests.support.published.outcome import Outcome, missing_keys, try_form
+from tests.support.published.outcome import Outcome, try_form
+from tests.support.published.table import PAGE, page
 
 
-def main(words: list[str]) -> None:
-    """Tries the forms and prints what became of them."""
-    right = tried = 0
-    for form in FORMS.values():
-        if words and not any(word.lower() in form.name.lower() for word in words):
+def main(arguments: list[str]) -> None:
+    """Tries the forms, prints what became of them, and writes the page if it is asked for."""
+    words = [word.lower() for word in arguments if not word.startswith("--")]
+    outcomes: dict[str, Outcome] = {}
+    for name, form in FORMS.items():
+        if words and not any(word in name.lower() for word in words):
             continue
         with tempfile.TemporaryDirectory() as folder:
             try:
                 outcome = try_form(form, Path(folder))
             except Exception as error:
-                if "--debug" in sys.argv:
+                if "--debug" in arguments:
                     traceback.print_exc()
                 outcome = Outcome(wrong=f"{type(error).__name__}: {' '.join(str(error).split())}")
-            lacking = ""
-            if form.outcome == "pruned":
-                try:
-                    if missing := missing_keys(form, Path(folder) / "source"):
-                        lacking = f" [transformers lacks {sorted(missing)[:4]}]"
-                except Exception as error:
-                    lacking = f" [transformers: {' '.join(str(error).split())[:300]}]"
+        outcomes[name] = outcome
         mark = "right" if outcome.is_as(form) else "NOT AS EXPECTED"
-        print(f"{form.name}: {mark}: {outcome}{lacking}", flush=True)
-        tried, right = tried + 1, right + outcome.is_as(form)
-    print(f"{right} of {tried} forms as expected")
+        print(f"{name}: {mark}: {outcome}", flush=True)
+    right = sum(outcome.is_as(FORMS[name]) for name, outcome in outcomes.items())
+    print(f"{right} of {len(outcomes)} forms as expected")
+    if "--table" in arguments:
+        if words:
+            sys.exit("--table is of all forms: give no words")
+        PAGE.write_text(page(outcomes), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main([word for word in sys.argv[1:] if not word.startswith("--")])
+    main(sys.argv[1:])

@@ -21,7 +21,7 @@ def _weights(folder: Path) -> tuple[Path, dict[str, Any]]:
 def gptq(folder: Path) -> None:
     """Linears of blocks as AutoGPTQ stores them: packed integers, zeros, scales, group index."""
     path, tensors = _weights(folder)
-    for name in [n for n in tensors if n.endswith(_LINEAR)]:
+    for name in [n for n in tensors if n.endswith(_LINEAR) and "vision" not in n]:
         rows, columns = tensors.pop(name).shape
         base = name.removesuffix("weight")
         tensors[base + "qweight"] = torch.zeros(columns // 8, rows, dtype=torch.int32)
@@ -41,7 +41,7 @@ def old_gptq(folder: Path) -> None:
 def awq(folder: Path) -> None:
     """Linears of blocks as AutoAWQ stores them (packed along the rows)."""
     path, tensors = _weights(folder)
-    for name in [n for n in tensors if n.endswith(_LINEAR)]:
+    for name in [n for n in tensors if n.endswith(_LINEAR) and "vision" not in n]:
         rows, columns = tensors.pop(name).shape
         base = name.removesuffix("weight")
         tensors[base + "qweight"] = torch.zeros(columns, rows // 8, dtype=torch.int32)
@@ -60,7 +60,7 @@ def old_awq(folder: Path) -> None:
 def bitsandbytes(folder: Path) -> None:
     """Linears of blocks as bitsandbytes stores nf4: bytes, absmax, maps, state."""
     path, tensors = _weights(folder)
-    for name in [n for n in tensors if n.endswith(_LINEAR)]:
+    for name in [n for n in tensors if n.endswith(_LINEAR) and "vision" not in n]:
         count = tensors[name].numel()
         tensors[name] = torch.zeros(count // 2, 1, dtype=torch.uint8)
         tensors[name + ".absmax"] = torch.zeros(count // 64, dtype=torch.uint8)
@@ -72,7 +72,7 @@ def bitsandbytes(folder: Path) -> None:
 def fp8_blocks(folder: Path) -> None:
     """Linears of blocks in float8 with a scale for each block of 128 x 128 (`weight_scale_inv`)."""
     path, tensors = _weights(folder)
-    for name in [n for n in tensors if n.endswith(_LINEAR)]:
+    for name in [n for n in tensors if n.endswith(_LINEAR) and "vision" not in n]:
         value = tensors[name].float()
         rows, columns = (-(-size // 128) for size in value.shape)
         scale = value.abs().max() / 448.0

@@ -36,7 +36,7 @@ class Form:
     `folder.CHANGES`, what is done to the folder at last. stand_in: config of a class with the same
     tensors, where transformers has no class of its own. factory: the class that loads the folder
     beside prox24. outcome: PRUNED, or words of the message that refuses it. source: KNOWN, CLASS or
-    FOUND. broken: why the outcome is not yet reached, if so. quick: whether quick tests try it.
+    FOUND. quick: whether quick tests try it.
     """
 
     name: str
@@ -53,7 +53,6 @@ class Form:
     factory: str = "AutoModelForCausalLM"
     outcome: str = PRUNED
     source: str = KNOWN
-    broken: str | None = None
     quick: bool = False
 
 

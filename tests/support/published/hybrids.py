@@ -1,4 +1,4 @@
-"""Blocks with more than attention and linear layers: state spaces, convolutions, linear attention."""
+"""Blocks with more than attention: state spaces, convolutions, linear attention."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from tests.support.published.form import CLASS, REMOVED, Form, llama_like
 
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _W = ("w1", "w3", "w2")
-_CONVOLUTION = "a depthwise convolution in its blocks"
 _MAMBA2: dict[str, Any] = {
     "mamba_chunk_size": 16,
     "mamba_conv_bias": True,
@@ -103,7 +102,6 @@ FORMS = (
         experts=_GATED,
         extra={"mtp.fc.weight": ("random", (32, 64)), "mtp.norm.weight": ("random", (32,))},
         files=3,
-        broken=_CONVOLUTION,
         quick=True,
     ),
     Form(
@@ -124,7 +122,6 @@ FORMS = (
         ),
         "linear attention in a dense model; the new `rope_parameters`",
         source=CLASS,
-        broken=_CONVOLUTION,
     ),
     Form(
         "ibm-granite/granite-4.0-h-tiny",
@@ -132,14 +129,12 @@ FORMS = (
         "Mamba-2 blocks beside attention, experts in one tensor, a shared MLP; no positions",
         renames=_GRANITE_NAMES,
         files=2,
-        broken=_CONVOLUTION,
         quick=True,
     ),
     Form(
         "ibm-granite/granite-4.0-h-1b",
         _GRANITE4 | {"num_local_experts": 0, "num_experts_per_tok": 0, "intermediate_size": 32},
         "the same class without experts",
-        broken=_CONVOLUTION,
     ),
     Form(
         "ibm-granite/granite-4.0-micro",
@@ -207,13 +202,11 @@ FORMS = (
         "`hybrid_override_pattern` in place of layer types; names `backbone.`; `auto_map`",
         renames=((r"^model\.", "backbone."),),
         files=4,
-        broken=_CONVOLUTION,
     ),
     Form(
         "LiquidAI/LFM2-350M",
         _LFM2,
         "short convolutions beside attention (`full_attn_idxs`); `block_ff_dim`; tied by its class",
-        broken=_CONVOLUTION,
     ),
     Form(
         "LiquidAI/LFM2-8B-A1B",
@@ -236,7 +229,6 @@ FORMS = (
         ),
         "short convolutions, and experts as `feed_forward.experts.N.w1`",
         experts=_W,
-        broken=_CONVOLUTION,
     ),
     Form(
         "tiiuae/Falcon-H1-0.5B-Base",
@@ -263,7 +255,6 @@ FORMS = (
             ssm_out_multiplier=0.2,
         ),
         "Mamba-2 and attention side by side in each block; multipliers",
-        broken=_CONVOLUTION,
     ),
     Form(
         "ibm-ai-platform/Bamba-9B-v2",
@@ -279,7 +270,6 @@ FORMS = (
         ),
         "blocks return two values; `attn_layer_indices`",
         source=CLASS,
-        broken=_CONVOLUTION,
     ),
     Form(
         "ai21labs/AI21-Jamba-1.5-Mini",
@@ -307,7 +297,6 @@ FORMS = (
         ),
         "Mamba blocks whose `dt_proj` is used as a matrix; experts in every second block",
         experts=_GATED,
-        broken=_CONVOLUTION,
     ),
     Form(
         "Zyphra/Zamba2-1.2B",
@@ -386,7 +375,6 @@ FORMS = (
         "three convolutions stored where the class has one",
         change="olmo_hybrid_names",
         source=CLASS,
-        broken=_CONVOLUTION,
     ),
     Form(
         "google/recurrentgemma-2b",
@@ -491,7 +479,6 @@ FORMS = (
             "vocab_size": 259,
         },
         "Mamba-2 blocks alone",
-        broken=_CONVOLUTION,
     ),
     Form(
         "tiiuae/falcon-mamba-7b",

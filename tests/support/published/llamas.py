@@ -118,9 +118,7 @@ FORMS = (
     ),
     Form(
         "deepseek-ai/deepseek-llm-7b-base",
-        llama_like(
-            LLAMA, "llama", num_key_value_heads=4, pretraining_tp=1, rope_scaling=None
-        ),
+        llama_like(LLAMA, "llama", num_key_value_heads=4, pretraining_tp=1, rope_scaling=None),
         "Llama's class; two weight files",
         files=2,
     ),
@@ -201,7 +199,6 @@ FORMS = (
         "`adapter_config.json` without the adapter's weights",
         change="adapter_beside",
         source=CLASS,
-        broken="transformers loads the adapter and finds no weights",
     ),
     Form(
         "mistralai/Mistral-7B-v0.1",
@@ -350,7 +347,6 @@ FORMS = (
         ),
         "FP8, `weight_scale_inv` by blocks of 128 x 128",
         change="fp8_blocks",
-        broken="FP8 is refused today",
     ),
     Form(
         "internlm/internlm2_5-7b",
@@ -420,8 +416,6 @@ FORMS = (
         dtype="float16",
         change="own_code",
         outcome="--trust-remote-code",
-        broken="the refusal names the class, not the option",
     ),
 )
 """Llama and its kin."""
-

@@ -166,7 +166,6 @@ FORMS = (
         "FP8 by blocks; `modules_to_not_convert`",
         experts=_GATED,
         change="fp8_blocks",
-        broken="FP8 is refused today",
     ),
     Form(
         "deepseek-ai/deepseek-moe-16b-base",
@@ -220,7 +219,6 @@ FORMS = (
         experts=_GATED,
         extra=_MTP,
         change="fp8_blocks",
-        broken="FP8 is refused today",
     ),
     Form(
         "moonshotai/Moonlight-16B-A3B",
@@ -307,7 +305,6 @@ FORMS = (
         },
         "MXFP4: `_blocks` and `_scales`",
         change="mxfp4",
-        broken="MXFP4 is refused today",
     ),
     Form(
         "ibm-granite/granite-3.0-1b-a400m-base",
@@ -458,7 +455,6 @@ FORMS = (
         "router named `mlp.gate.wg`; lists for each block; shared MLP",
         experts=_GATED,
         source=FOUND,
-        broken="the router is pruned",
     ),
     Form(
         "baidu/ERNIE-4.5-21B-A3B-PT",
@@ -483,7 +479,6 @@ FORMS = (
         "correction bias `[1, E]` in `moe_statics`; tied",
         experts=_GATED,
         source=FOUND,
-        broken="a parameter of two dimensions outside linear layers",
     ),
     Form(
         "MiniMaxAI/MiniMax-M2 in bf16",

@@ -203,8 +203,14 @@ FORMS = (
     ),
     Form(
         "microsoft/phi-4",
-        llama_like("Phi3ForCausalLM", "phi3", rope_theta=250000, sliding_window=None,
-                   pad_token_id=256, original_max_position_embeddings=128),
+        llama_like(
+            "Phi3ForCausalLM",
+            "phi3",
+            rope_theta=250000,
+            sliding_window=None,
+            pad_token_id=256,
+            original_max_position_embeddings=128,
+        ),
         "Phi-3's class; GQA",
         files=6,
     ),
@@ -360,8 +366,14 @@ FORMS = (
     ),
     Form(
         "CohereForAI/c4ai-command-r-v01",
-        llama_like("CohereForCausalLM", "cohere", **_COHERE, torch_dtype="float16",
-                   model_max_length=131072, use_qk_norm=False),
+        llama_like(
+            "CohereForCausalLM",
+            "cohere",
+            **_COHERE,
+            torch_dtype="float16",
+            model_max_length=131072,
+            use_qk_norm=False,
+        ),
         "parallel residual; tied by its class; `model_max_length`; fp16",
         dtype="float16",
         files=15,
@@ -371,7 +383,6 @@ FORMS = (
         llama_like("CohereForCausalLM", "cohere", **_COHERE, use_qk_norm=True),
         "`q_norm` and `k_norm` of two dimensions",
         files=4,
-        broken="a parameter of two dimensions outside linear layers",
     ),
     Form(
         "CohereForAI/c4ai-command-r7b-12-2024",
@@ -586,9 +597,7 @@ FORMS = (
     ),
     Form(
         "kyutai/helium-1-2b",
-        llama_like(
-            "HeliumForCausalLM", "helium", head_dim=8, attention_bias=False, mlp_bias=False
-        ),
+        llama_like("HeliumForCausalLM", "helium", head_dim=8, attention_bias=False, mlp_bias=False),
         "Llama's names in a class of its own",
         source=CLASS,
     ),

@@ -281,7 +281,6 @@ FORMS = (
         renames=_OLD_LLAVA,
         files=5,
         factory=_IMAGES,
-        broken="calls are matched with blocks by position",
     ),
     Form(
         "rhymes-ai/Aria",
@@ -299,8 +298,7 @@ FORMS = (
                 moe_topk=2,
             ),
             "torch_dtype": "bfloat16",
-            "vision_config": _CLIP
-            | {"model_type": "idefics3_vision", "num_key_value_heads": 2},
+            "vision_config": _CLIP | {"model_type": "idefics3_vision", "num_key_value_heads": 2},
         },
         "stacked experts `fc1`, `fc2`; shared experts; `language_model.model.`",
         renames=(

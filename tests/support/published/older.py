@@ -438,11 +438,7 @@ FORMS = (
     ),
     Form(
         "tiiuae/falcon-180B",
-        {
-            key: value
-            for key, value in _FALCON.items()
-            if key not in ("auto_map", "multi_query")
-        }
+        {key: value for key, value in _FALCON.items() if key not in ("auto_map", "multi_query")}
         | {"new_decoder_architecture": True, "num_kv_heads": 2, "multi_query": True},
         "new architecture, no `auto_map`",
         files=4,
@@ -493,7 +489,9 @@ FORMS = (
     Form(
         "mosaicml/mpt-7b-storywriter",
         _MPT | {"attn_config": _MPT["attn_config"] | {"clip_qkv": 6, "alibi_bias_max": 16}},
-        "`clip_qkv`",
+        "`clip_qkv` a whole number, which transformers refuses too",
+        stand_in=_MPT,
+        outcome="clip_qkv",
         files=2,
     ),
     Form(
@@ -650,4 +648,3 @@ FORMS = (
     ),
 )
 """GPT-2 and its contemporaries."""
-

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,13 @@ import transformers
 from transformers import AutoTokenizer
 
 from cluster.command_line import run
-from tests.support.jobs import write_text
+from tests.support.jobs import tensors, write_text
 from tests.support.published.folder import make_folder
 from tests.support.published.form import PRUNED, Form
 
 TOLERANCE = 1e-4
 SEQLEN, SEQUENCES = 32, 5  # five in batches of two: the last is shorter
+_ROUTER = re.compile(r"router|\.gate\.(wg\.)?(weight|bias)$|shared_expert_gate|e_score_correction")
 _WORK = ["--executor", "local", "--threads", "1", "--batch-size", "2", "--dtype", "float32"]
 
 
@@ -65,7 +67,8 @@ def try_form(form: Form, folder: Path) -> Outcome:
             return Outcome(wrong=f"plan: exit {planned}: {refusal}")
         if output.exists():
             return Outcome(wrong="refused, and left an output")
-        if planned == 0:
+        # Without weights it is a plan of the config.json alone.
+        if planned == 0 and any(source.glob("*.safetensors")):
             return Outcome(wrong=f"plan accepts what prune refuses: {last_line(said)}")
         return Outcome(refusal=last_line(said))
     if pruned != 0:
@@ -75,29 +78,45 @@ def try_form(form: Form, folder: Path) -> Outcome:
     verified, _, said = quietly(["verify", str(output), "--source", str(source)])
     if verified != 0:
         return Outcome(wrong=f"verify: exit {verified}: {last_line(said)}")
+    if changed := changed_routers(source, output):
+        return Outcome(wrong=f"routers are not as they were: {', '.join(changed)}")
+    texts = ["--dataset", str(text), "--json"]
+    texts += ["--nsamples", str(SEQUENCES), "--seqlen", str(SEQLEN)]
     differences = []
     for model in (source, output):
-        rc, out, said = quietly(
-            ["eval", str(model), *_WORK, "--dataset", str(text), "--json"]
-            + ["--nsamples", str(SEQUENCES), "--seqlen", str(SEQLEN)]
-        )
+        rc, out, said = quietly(["eval", str(model), *_WORK, *texts])
         if rc != 0:
             return Outcome(wrong=f"eval of the {model.name}: exit {rc}: {last_line(said)}")
         expected = plain_loss(form, model, text)
         differences.append(abs(math.log(json.loads(out)["perplexity"]) / expected - 1))
     wrong = None
     if max(differences) > TOLERANCE:
-        wrong = "loss differs from transformers' by {:.1e} dense, {:.1e} pruned".format(*differences)
+        wrong = "loss differs from transformers' by {:.1e} dense, {:.1e} pruned".format(
+            *differences
+        )
     return Outcome(wrong=wrong, dense=differences[0], pruned=differences[1])
+
+
+def changed_routers(source: Path, output: Path) -> list[str]:
+    """Names of the tensors that choose experts and are not the same in both folders."""
+    before = dict(tensors(source))
+    return [
+        name
+        for name, tensor in tensors(output)
+        if _ROUTER.search(name) and not torch.equal(tensor, before[name].to(tensor.dtype))
+    ]
 
 
 @torch.no_grad()
 def plain_loss(form: Form, model: Path, text: Path) -> float:
     """transformers' loss of the folder as it loads it, on the sequences that `eval` takes."""
     factory = getattr(transformers, form.factory)
-    loaded = factory.from_pretrained(
-        model, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    loaded, info = factory.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{form.name} is not as published: it lacks {', '.join(missing[:4])}")
+    loaded.float().eval()  # what was stored in few bits is bfloat16 whatever is asked for
     tokens = AutoTokenizer.from_pretrained(model)(text.read_text(), add_special_tokens=False)
     ids = torch.tensor(tokens["input_ids"])[: SEQUENCES * SEQLEN].reshape(SEQUENCES, SEQLEN)
     losses = []
@@ -105,13 +124,6 @@ def plain_loss(form: Form, model: Path, text: Path) -> float:
         logits = loaded(input_ids=row[None], use_cache=False).logits[0, :-1].double()
         losses.append(torch.nn.functional.cross_entropy(logits, row[1:]))
     return float(torch.stack(losses).mean())
-
-
-def missing_keys(form: Form, folder: Path) -> set[str]:
-    """Parameters that plain transformers finds no stored tensor for."""
-    factory = getattr(transformers, form.factory)
-    _, info = factory.from_pretrained(folder, output_loading_info=True)
-    return set(info["missing_keys"])
 
 
 def quietly(arguments: list[str]) -> tuple[int, str, str]:

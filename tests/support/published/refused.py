@@ -88,7 +88,6 @@ FORMS = (
         dtype="float32",
         outcome="is_decoder",
         source=CLASS,
-        broken="pruned as a decoder",
     ),
     Form(
         "FacebookAI/roberta-base",
@@ -148,7 +147,6 @@ FORMS = (
         "AutoGPTQ's `quantize_config.json`, nothing in config.json",
         change="old_gptq",
         outcome="GPTQ",
-        broken="called an incomplete download",
     ),
     Form(
         "TheBloke/Mistral-7B-v0.1-AWQ",
@@ -163,7 +161,6 @@ FORMS = (
         "AutoAWQ's `quant_config.json`, nothing in config.json",
         change="old_awq",
         outcome="AWQ",
-        broken="called an incomplete download",
     ),
     Form(
         "unsloth/llama-3-8b-bnb-4bit",
@@ -197,7 +194,6 @@ FORMS = (
         change="gptq",
         outcome="gptq",
         source=CLASS,
-        broken="called an incomplete download",
     ),
     Form(
         "huggyllama/llama-7b (pickled)",

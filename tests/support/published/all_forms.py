@@ -6,13 +6,26 @@ import importlib
 
 from tests.support.published.form import Form
 
-_MODULES = ("llamas", "older", "modern", "mixtures", "hybrids", "multimodal", "refused")
+_MODULES = (
+    "llama",
+    "mistral",
+    "gemma",
+    "dense",
+    "gpt",
+    "bloom",
+    "mixtures",
+    "deepseek",
+    "hybrids",
+    "state_spaces",
+    "multimodal",
+    "refused",
+)
 
 
 def _collected() -> dict[str, Form]:
     forms: dict[str, Form] = {}
     for module in _MODULES:
-        for form in importlib.import_module(f"tests.support.published.{module}").FORMS:
+        for form in importlib.import_module(f"tests.support.published.forms.{module}").FORMS:
             if form.name in forms:
                 raise ValueError(f"{form.name} is there twice")
             forms[form.name] = form

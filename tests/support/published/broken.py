@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 BROKEN: dict[str, str] = {
+    "a converted Llama with model.rotary_emb.inv_freq stored": "a stored table is loaded",
+    "a Llama with a NaN in a tensor that nothing loads": "what is not loaded is called damage",
+    "a fine-tuned Gemma, tied by its class, another head in its files": "transformers keeps both",
+    "intfloat/e5-mistral-7b-instruct": "refused by the name in `architectures`",
     "a fine-tuned Llama, tied in config, another head in its files": "transformers keeps both",
     "a Llama saved without its head (LlamaModel)": "refused by the name in `architectures`",
     "a tied Llama whose files hold lm_head alone": "called an incomplete download",

@@ -131,6 +131,7 @@ EXTRA = {
     "causal byte": lambda s, d, _: torch.ones(s, dtype=torch.uint8).tril(),
     "causal float": lambda s, d, _: torch.ones(s, dtype=d).tril(),
     "minus infinity": lambda s, d, _: torch.full(s, -1e9, dtype=torch.float32).to(d),
+    "not a number": lambda s, d, _: torch.full(s, float("nan"), dtype=d),
     "random": _random,
     "same as the embedding": _head,
 }

@@ -382,4 +382,3 @@ FORMS = (
         factory=_IMAGES,
     ),
 )
-"""Models for images and text."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.published.form import CLASS, Form, llama_like
+from tests.support.published.form import CLASS, REMOVED, Form, llama_like
 
+LLAMA = "LlamaForCausalLM"
+_OWN_CODE_STAND_IN = llama_like(LLAMA, "llama")
 _LLAMA = llama_like("LlamaForCausalLM", "llama")
 _BERT: dict[str, Any] = {
     "architectures": ["BertForMaskedLM"],
@@ -73,6 +75,94 @@ _BNB = {
 
 FORMS = (
     Form(
+        "internlm/internlm2_5-7b",
+        llama_like(
+            "InternLM2ForCausalLM",
+            "internlm2",
+            bias=False,
+            rope_scaling={"factor": 2.0, "type": "dynamic"},
+            attn_implementation="eager",
+            auto_map={
+                "AutoConfig": "configuration_internlm2.InternLM2Config",
+                "AutoModel": "modeling_internlm2.InternLM2ForCausalLM",
+                "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
+            },
+        ),
+        "own code; fused `wqkv`, `w1`, `w2`, `w3`",
+        renames=((r"self_attn\.o_proj", "attention.wo"), (r"mlp\.gate_proj", "feed_forward.w1")),
+        stand_in=_OWN_CODE_STAND_IN,
+        change="own_code",
+        outcome="--trust-remote-code",
+    ),
+    Form(
+        "baichuan-inc/Baichuan2-7B-Base",
+        llama_like(
+            "BaichuanForCausalLM",
+            "baichuan",
+            model_max_length=128,
+            num_key_value_heads=REMOVED,
+            rope_theta=REMOVED,
+            auto_map={
+                "AutoConfig": "configuration_baichuan.BaichuanConfig",
+                "AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM",
+            },
+            tokenizer_class="BaichuanTokenizer",
+        ),
+        "own code; `W_pack`",
+        renames=((r"self_attn\.q_proj", "self_attn.W_pack"),),
+        stand_in=_OWN_CODE_STAND_IN,
+        change="own_code",
+        outcome="--trust-remote-code",
+    ),
+    Form(
+        "THUDM/chatglm3-6b",
+        {
+            "_name_or_path": "THUDM/chatglm3-6b",
+            "model_type": "chatglm",
+            "architectures": ["ChatGLMModel"],
+            "auto_map": {
+                "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+                "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
+                "AutoModelForCausalLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
+            },
+            "ffn_hidden_size": 64,
+            "hidden_size": 32,
+            "kv_channels": 8,
+            "multi_query_attention": True,
+            "multi_query_group_num": 2,
+            "num_attention_heads": 4,
+            "num_layers": 2,
+            "padded_vocab_size": 259,
+            "seq_length": 128,
+            "torch_dtype": "float16",
+        },
+        "own code; `num_layers`, `padded_vocab_size`; `architectures: [ChatGLMModel]`",
+        renames=((r"^model\.layers", "transformer.encoder.layers"),),
+        stand_in=_OWN_CODE_STAND_IN,
+        dtype="float16",
+        change="own_code",
+        outcome="--trust-remote-code",
+    ),
+    Form(
+        "LGAI-EXAONE/EXAONE-3.5-2.4B-Instruct",
+        llama_like(
+            "ExaoneForCausalLM",
+            "exaone",
+            activation_function="silu",
+            auto_map={
+                "AutoConfig": "configuration_exaone.ExaoneConfig",
+                "AutoModelForCausalLM": "modeling_exaone.ExaoneForCausalLM",
+            },
+            layer_norm_epsilon=1e-05,
+            num_layers=2,
+        ),
+        "own code; names `transformer.h`, `attn.attention`",
+        renames=((r"^model\.layers", "transformer.h"),),
+        stand_in=llama_like("LlamaForCausalLM", "llama"),
+        change="own_code",
+        outcome="--trust-remote-code",
+    ),
+    Form(
         "google-bert/bert-base-uncased",
         _BERT,
         "an encoder (`BertForMaskedLM`)",
@@ -102,6 +192,14 @@ FORMS = (
         dtype="float32",
         factory="AutoModelForMaskedLM",
         outcome="RobertaForMaskedLM",
+    ),
+    Form(
+        "intfloat/e5-mistral-7b-instruct",
+        llama_like("MistralModel", "mistral", sliding_window=None),
+        "an embedding model: `architectures: [MistralModel]`, untied, and no head stored",
+        renames=((r"^model\.", ""),),
+        dropped=r"^lm_head",
+        outcome="lm_head.weight",
     ),
     Form(
         "google-t5/t5-small",
@@ -217,4 +315,3 @@ FORMS = (
         outcome="adapter",
     ),
 )
-"""Refused."""

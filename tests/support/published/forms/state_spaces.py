@@ -1,4 +1,4 @@
-"""Blocks with more than attention: state spaces, convolutions, linear attention."""
+"""State spaces and recurrences, beside attention or alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 from tests.support.published.form import CLASS, REMOVED, Form, llama_like
 
 _GATED = ("gate_proj", "up_proj", "down_proj")
-_W = ("w1", "w3", "w2")
 _MAMBA2: dict[str, Any] = {
     "mamba_chunk_size": 16,
     "mamba_conv_bias": True,
@@ -19,135 +18,8 @@ _MAMBA2: dict[str, Any] = {
     "mamba_n_heads": 8,
     "mamba_proj_bias": False,
 }
-_QWEN_LINEAR: dict[str, Any] = {
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "head_dim": 16,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_value_head_dim": 8,
-}
-_GRANITE4 = llama_like(
-    "GraniteMoeHybridForCausalLM",
-    "granitemoehybrid",
-    **_MAMBA2,
-    attention_bias=False,
-    attention_multiplier=0.4,
-    embedding_multiplier=2.0,
-    layer_types=["mamba", "attention"],
-    logits_scaling=2.0,
-    position_embedding_type="nope",
-    residual_multiplier=0.5,
-    shared_intermediate_size=32,
-    tie_word_embeddings=True,
-    intermediate_size=16,
-    num_experts_per_tok=2,
-    num_local_experts=4,
-)
-_GRANITE_NAMES = (
-    (r"experts\.gate_up_proj$", "input_linear.weight"),
-    (r"experts\.down_proj$", "output_linear.weight"),
-    (r"router\.weight$", "router.layer.weight"),
-)
-_LFM2 = llama_like(
-    "Lfm2ForCausalLM",
-    "lfm2",
-    block_auto_adjust_ff_dim=False,
-    block_dim=32,
-    block_ff_dim=64,
-    block_ffn_dim_multiplier=1.0,
-    block_mlp_init_scale=1.0,
-    block_multiple_of=16,
-    block_norm_eps=1e-05,
-    block_out_init_scale=1.0,
-    block_use_swiglu=True,
-    block_use_xavier_init=True,
-    conv_L_cache=3,
-    conv_bias=False,
-    conv_dim=32,
-    conv_dim_out=32,
-    conv_use_xavier_init=True,
-    full_attn_idxs=[1],
-    norm_eps=1e-05,
-    num_heads=4,
-    tie_word_embeddings=REMOVED,
-    use_pos_enc=True,
-    rms_norm_eps=REMOVED,
-)
 
 FORMS = (
-    Form(
-        "Qwen/Qwen3-Next-80B-A3B-Instruct",
-        llama_like(
-            "Qwen3NextForCausalLM",
-            "qwen3_next",
-            **_QWEN_LINEAR,
-            decoder_sparse_step=1,
-            full_attention_interval=2,
-            mlp_only_layers=[],
-            moe_intermediate_size=16,
-            norm_topk_prob=True,
-            num_experts=4,
-            num_experts_per_tok=2,
-            output_router_logits=False,
-            partial_rotary_factor=0.25,
-            rope_scaling=None,
-            router_aux_loss_coef=0.001,
-            shared_expert_intermediate_size=16,
-            use_sliding_window=False,
-        ),
-        "linear attention beside attention by `full_attention_interval`; experts; MTP stored",
-        experts=_GATED,
-        extra={"mtp.fc.weight": ("random", (32, 64)), "mtp.norm.weight": ("random", (32,))},
-        files=3,
-        quick=True,
-    ),
-    Form(
-        "Qwen/Qwen3.5 text (Qwen3_5ForCausalLM)",
-        llama_like(
-            "Qwen3_5ForCausalLM",
-            "qwen3_5_text",
-            **_QWEN_LINEAR,
-            layer_types=["linear_attention", "full_attention"],
-            rope_parameters={
-                "rope_theta": 10000.0,
-                "partial_rotary_factor": 0.25,
-                "rope_type": "default",
-                "mrope_section": [1, 1, 0],
-                "mrope_interleaved": True,
-            },
-            rope_theta=REMOVED,
-        ),
-        "linear attention in a dense model; the new `rope_parameters`",
-        source=CLASS,
-    ),
-    Form(
-        "ibm-granite/granite-4.0-h-tiny",
-        _GRANITE4,
-        "Mamba-2 blocks beside attention, experts in one tensor, a shared MLP; no positions",
-        renames=_GRANITE_NAMES,
-        files=2,
-        quick=True,
-    ),
-    Form(
-        "ibm-granite/granite-4.0-h-1b",
-        _GRANITE4 | {"num_local_experts": 0, "num_experts_per_tok": 0, "intermediate_size": 32},
-        "the same class without experts",
-    ),
-    Form(
-        "ibm-granite/granite-4.0-micro",
-        _GRANITE4
-        | {
-            "num_local_experts": 0,
-            "num_experts_per_tok": 0,
-            "layer_types": ["attention", "attention"],
-            "position_embedding_type": "rope",
-            "shared_intermediate_size": 64,
-        },
-        "the same class with attention alone and a shared MLP alone",
-    ),
     Form(
         "nvidia/NVIDIA-Nemotron-Nano-9B-v2",
         {
@@ -202,33 +74,6 @@ FORMS = (
         "`hybrid_override_pattern` in place of layer types; names `backbone.`; `auto_map`",
         renames=((r"^model\.", "backbone."),),
         files=4,
-    ),
-    Form(
-        "LiquidAI/LFM2-350M",
-        _LFM2,
-        "short convolutions beside attention (`full_attn_idxs`); `block_ff_dim`; tied by its class",
-    ),
-    Form(
-        "LiquidAI/LFM2-8B-A1B",
-        llama_like(
-            "Lfm2MoeForCausalLM",
-            "lfm2_moe",
-            conv_L_cache=3,
-            conv_bias=False,
-            layer_types=["conv", "full_attention"],
-            moe_intermediate_size=16,
-            norm_eps=1e-05,
-            norm_topk_prob=True,
-            num_dense_layers=1,
-            num_experts=4,
-            num_experts_per_tok=2,
-            rms_norm_eps=REMOVED,
-            routed_scaling_factor=1.0,
-            tie_word_embeddings=REMOVED,
-            use_expert_bias=True,
-        ),
-        "short convolutions, and experts as `feed_forward.experts.N.w1`",
-        experts=_W,
     ),
     Form(
         "tiiuae/Falcon-H1-0.5B-Base",
@@ -332,49 +177,6 @@ FORMS = (
         ),
         "one attention block shared by several layers, called with the embeddings",
         outcome="Zamba2",
-    ),
-    Form(
-        "MiniMaxAI/MiniMax-Text-01-hf",
-        llama_like(
-            "MiniMaxForCausalLM",
-            "minimax",
-            attention_dropout=0.0,
-            block_size=16,
-            head_dim=8,
-            layer_types=["linear_attention", "full_attention"],
-            num_experts_per_tok=2,
-            num_local_experts=4,
-            full_attn_alpha_factor=3.5,
-            full_attn_beta_factor=1.0,
-            linear_attn_alpha_factor=3.5,
-            linear_attn_beta_factor=1.0,
-            mlp_alpha_factor=3.5,
-            mlp_beta_factor=1.0,
-            router_jitter_noise=0.0,
-        ),
-        "linear attention (decay tables as buffers) beside attention; experts as `w1`",
-        renames=((r"\.mlp\.(gate|experts)", r".block_sparse_moe.\1"),),
-        experts=_W,
-        source=CLASS,
-    ),
-    Form(
-        "allenai/Olmo-Hybrid-7B",
-        llama_like(
-            "OlmoHybridForCausalLM",
-            "olmo_hybrid",
-            layer_types=["linear_attention", "full_attention"],
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-            linear_conv_kernel_dim=4,
-            linear_allow_neg_eigval=True,
-            num_key_value_heads=4,
-            pad_token_id=258,
-        ),
-        "three convolutions stored where the class has one",
-        change="olmo_hybrid_names",
-        source=CLASS,
     ),
     Form(
         "google/recurrentgemma-2b",
@@ -534,4 +336,3 @@ FORMS = (
         outcome="Rwkv",
     ),
 )
-"""Hybrids and recurrent models."""

@@ -37,7 +37,7 @@ def experts_of(model_type: str, **more: Any) -> nn.Module:
 
 
 def test_names_of_stored_tensors() -> None:
-    """`tensor_names` and `expert_tensors`: the table of conversions, and how a name is looked up."""
+    """`tensor_names`, `expert_tensors`: the table of conversions, and how a name is looked up."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         MergeModulelist,
@@ -77,7 +77,7 @@ def test_flags_of_stacked_experts() -> None:
 
 
 def test_stacked_experts_are_called_with_choices_and_weights() -> None:
-    """`experts.Experts` takes the module's place: (hidden states, chosen experts, their weights)."""
+    """`experts.Experts` takes their place: (hidden states, chosen experts, their weights)."""
     names = list(inspect.signature(type(experts_of("mixtral")).forward).parameters)
     own = list(inspect.signature(Experts.forward).parameters)
     assert names[:4] == own[:4] == ["self", "hidden_states", "top_k_index", "top_k_weights"]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.published.all_forms import FORMS
-from tests.support.published.broken import BROKEN
-from tests.support.published.form import Form
-from tests.support.published.outcome import try_form
-from tests.support.published.table import PAGE, names_in
+from tests.support.published_forms.all_forms import FORMS
+from tests.support.published_forms.broken import BROKEN
+from tests.support.published_forms.form import Form
+from tests.support.published_forms.outcome import try_form
+from tests.support.published_forms.table import PAGE, names_in
 
 LEAST = 110
 """Of the forms that docs/published-forms.md lists."""

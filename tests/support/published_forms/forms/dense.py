@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.support.published.form import CLASS, REMOVED, Form, llama_like
+from tests.support.published_forms.form import CLASS, REMOVED, Form, llama_like
 
 _GRANITE = {
     "attention_bias": False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.support.published.form import CLASS, REMOVED, Form, llama_like
+from tests.support.published_forms.form import CLASS, REMOVED, Form, llama_like
 
 LLAMA = "LlamaForCausalLM"
 _INV_FREQ = {"model.layers.{b}.self_attn.rotary_emb.inv_freq": ("inv_freq", (4,))}

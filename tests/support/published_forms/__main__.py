@@ -1,4 +1,4 @@
-"""`python -m tests.support.published [WORDS] [--table]` tries published forms.
+"""`python -m tests.support.published_forms [WORDS] [--table]` tries published forms.
 
 Those whose names hold one of the words, else all. Each outcome is printed as it comes; a last line
 counts those that are as the data states. --table writes docs/published-forms.md (of all forms).
@@ -11,9 +11,9 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from tests.support.published.all_forms import FORMS
-from tests.support.published.outcome import Outcome, try_form
-from tests.support.published.table import PAGE, page
+from tests.support.published_forms.all_forms import FORMS
+from tests.support.published_forms.outcome import Outcome, try_form
+from tests.support.published_forms.table import PAGE, page
 
 
 def main(arguments: list[str]) -> None:

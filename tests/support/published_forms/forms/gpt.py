@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.published.form import FOUND, Form
+from tests.support.published_forms.form import FOUND, Form
 
 _GPT2: dict[str, Any] = {
     "activation_function": "gelu_new",

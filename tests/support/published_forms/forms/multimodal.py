@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.published.form import CLASS, SIZES, Form, llama_like
+from tests.support.published_forms.form import CLASS, SIZES, Form, llama_like
 
 _IMAGES = "AutoModelForImageTextToText"
 _CLIP = {

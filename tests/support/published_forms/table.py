@@ -8,10 +8,10 @@ from pathlib import Path
 
 import transformers
 
-from tests.support.published.all_forms import FORMS
-from tests.support.published.broken import BROKEN
-from tests.support.published.form import CLASS, FOUND, KNOWN, PRUNED
-from tests.support.published.outcome import TOLERANCE, Outcome
+from tests.support.published_forms.all_forms import FORMS
+from tests.support.published_forms.broken import BROKEN
+from tests.support.published_forms.form import CLASS, FOUND, KNOWN, PRUNED
+from tests.support.published_forms.outcome import TOLERANCE, Outcome
 
 PAGE = Path(__file__).parents[3] / "docs" / "published-forms.md"
 _SOURCES = {
@@ -37,7 +37,7 @@ that the files hold beside the model's are there too. Values are random. `plan`,
   largest difference was {worst:.0e}).
 - *refused*: exit status 2 with this message, and no output.
 
-`python -m tests.support.published --table` writes this page. The last column says where a layout
+`python -m tests.support.published_forms --table` writes this page. The last column says where a layout
 was taken from:
 
 {sources}

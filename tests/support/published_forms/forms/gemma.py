@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.support.published.form import CLASS, REMOVED, Form, llama_like
+from tests.support.published_forms.form import CLASS, REMOVED, Form, llama_like
 
 _GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh"}
 _GEMMA3 = _GEMMA | {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.published.form import CLASS, REMOVED, Form, llama_like
+from tests.support.published_forms.form import CLASS, REMOVED, Form, llama_like
 
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _MAMBA2: dict[str, Any] = {

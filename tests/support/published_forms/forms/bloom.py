@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.published.form import FOUND, Form
+from tests.support.published_forms.form import FOUND, Form
 
 _OPT: dict[str, Any] = {
     "_name_or_path": "facebook/opt-125m",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from tests.support.published.form import Form
+from tests.support.published_forms.form import Form
 
 _MODULES = (
     "llama",
@@ -25,7 +25,7 @@ _MODULES = (
 def _collected() -> dict[str, Form]:
     forms: dict[str, Form] = {}
     for module in _MODULES:
-        for form in importlib.import_module(f"tests.support.published.forms.{module}").FORMS:
+        for form in importlib.import_module(f"tests.support.published_forms.forms.{module}").FORMS:
             if form.name in forms:
                 raise ValueError(f"{form.name} is there twice")
             forms[form.name] = form

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from tests.support.published.changes import CHANGES
-from tests.support.published.form import Form
+from tests.support.published_forms.changes import CHANGES
+from tests.support.published_forms.form import Form
 from tests.support.tiny_models import byte_tokenizer
 
 # Not drawn anew: what a recurrence needs within bounds, and tables.

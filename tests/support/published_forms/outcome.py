@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from cluster.command_line import run
 from tests.support.jobs import tensors, write_text
-from tests.support.published.folder import make_folder
-from tests.support.published.form import PRUNED, Form
+from tests.support.published_forms.folder import make_folder
+from tests.support.published_forms.form import PRUNED, Form
 
 TOLERANCE = 1e-4
 SEQLEN, SEQUENCES = 32, 5  # five in batches of two: the last is shorter

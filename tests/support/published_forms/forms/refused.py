@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.published.form import CLASS, REMOVED, Form, llama_like
+from tests.support.published_forms.form import CLASS, REMOVED, Form, llama_like
 
 LLAMA = "LlamaForCausalLM"
 _OWN_CODE_STAND_IN = llama_like(LLAMA, "llama")

@@ -37,8 +37,8 @@ that the files hold beside the model's are there too. Values are random. `plan`,
   largest difference was {worst:.0e}).
 - *refused*: exit status 2 with this message, and no output.
 
-`python -m tests.support.published_forms --table` writes this page. The last column says where a layout
-was taken from:
+`python -m tests.support.published_forms --table` writes this page. The last column says where a
+layout was taken from:
 
 {sources}
 

@@ -111,9 +111,7 @@ def changed_routers(source: Path, output: Path) -> list[str]:
 def plain_loss(form: Form, model: Path, text: Path) -> float:
     """transformers' loss of the folder as it loads it, on the sequences that `eval` takes."""
     factory = getattr(transformers, form.factory)
-    loaded, info = factory.from_pretrained(
-        model, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
+    loaded, info = factory.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{form.name} is not as published: it lacks {', '.join(missing[:4])}")
     loaded.float().eval()  # what was stored in few bits is bfloat16 whatever is asked for

@@ -365,8 +365,8 @@ FORMS = (
             "untie_r": True,
             "vocab_size": 259,
         },
-        "attention in both directions; weights outside linear layers (`rel_attn.q`)",
+        "attention in both directions; hidden states with the tokens first",
         dtype="float32",
-        outcome="linear",
+        outcome="hidden states",
     ),
 )

@@ -239,7 +239,7 @@ FORMS = (
             "vocab_size": 259,
         },
         "experts in one tensor of two dimensions (`w1`, `v1`, `w2`); `clip_qkv` a whole number",
-        outcome="clip_qkv",
+        outcome="outside linear layers",
         stand_in={
             "architectures": ["DbrxForCausalLM"],
             "model_type": "dbrx",

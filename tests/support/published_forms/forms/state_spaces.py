@@ -254,7 +254,6 @@ FORMS = (
         },
         "state-space blocks alone; `dt_proj` used as a matrix",
         dtype="float32",
-        outcome="mixer",
     ),
     Form(
         "mistralai/Mamba-Codestral-7B-v0.1 (mamba2)",
@@ -310,7 +309,6 @@ FORMS = (
             "vocab_size": 259,
         },
         "state-space blocks alone, normalized states",
-        outcome="mixer",
     ),
     Form(
         "RWKV/rwkv-4-169m-pile",

@@ -1,1 +1,1 @@
-"""Ray workers: thin classes that hold a rank's state and call one pipeline function per method."""
+"""Ray workers: thin classes that hold a worker's state; each method calls one pipeline function."""

@@ -1,4 +1,4 @@
-"""The log of a worker's process: every line says which rank, block and phase it comes from."""
+"""The log of a worker process: every line has the rank, the block and the phase."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 FORMAT = "%(asctime)s %(levelname)s rank %(rank)s block %(block)s %(phase)s: %(name)s: %(message)s"
-# Our own loggers tell what goes on; those of libraries only what is wrong.
+# Loggers of these packages log from INFO on, those of libraries from WARNING on.
 _OURS = ("storage", "pipeline", "actors")
 
 
 class WorkerLog(logging.Filter):
-    """Where this rank is, added to every record of its process, whoever logs it."""
+    """Adds the rank and its current block and phase to every log record of the process."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -29,9 +29,9 @@ class WorkerLog(logging.Filter):
 
     @contextmanager
     def during(self, phase: str, arguments: tuple[Any, ...]) -> Iterator[None]:
-        """Names the phase, and its block, which phases of a block have as first argument.
+        """Sets the phase inside, and its block: the first argument of phases that have one.
 
-        `advance` of a block also observes the next one, whose statistics are then reduced.
+        `advance` of a block also observes the next block, and `reduce` sums the statistics of that.
         """
         before = self.block
         self.phase = phase
@@ -48,10 +48,10 @@ class WorkerLog(logging.Filter):
 
 
 def open_log(rank: int, stream: TextIO | None = None) -> WorkerLog:
-    """Has everything that is logged in this process written to `stream`, by default stderr.
+    """Writes everything that is logged in this process to `stream`, by default stderr.
 
-    Ray keeps a worker's stderr in its session's logs, shows it on the dashboard, and forwards it
-    to the driver where `--verbose` asks for that. Warnings of libraries are logged as well.
+    Ray stores the stderr of a worker in the logs of its session, shows it on the dashboard, and
+    forwards it to the driver with `--verbose`. Python warnings are logged as well.
     """
     log = WorkerLog(rank)
     handler = logging.StreamHandler(stream or sys.stderr)

@@ -1,11 +1,11 @@
-"""What Prometheus sees of a job: the metrics, and who records them.
+"""The Prometheus metrics of a job.
 
-Every metric has the label `run`, the name of the run directory. Ray exports them from each node's
-metrics port with the prefix `ray_`, and counters with the suffix `_total`. Units are Prometheus'
-base units: seconds, bytes, ratios from 0 to 1. Throughput is for the reader to divide: tokens per
+Every metric has the label `run`, the name of the run directory. Ray exports metrics from a port of
+each node, with the prefix `ray_`, and counters with the suffix `_total`. Units are the base units
+of Prometheus: seconds, bytes, ratios from 0 to 1. There is no metric for throughput: tokens per
 second are `rate(tokens) / rate(work_seconds{kind="forward"})`.
 
-Ranks record what they do; the driver, what the job as a whole does. Without Ray's metrics agent
+Workers record their own work, the driver records the state of the job. Without Ray's metrics agent
 (`ray` installed without its `default` extra) nothing is exported, and nothing fails.
 """
 
@@ -23,13 +23,13 @@ from ray.util.metrics import Counter, Gauge
 from pipeline.messages import Outcome
 
 _BYTES = "_bytes"
-# Ray's agents forget a gauge after two reports, which come every 10 s.
+# Ray's agents drop a gauge that was not set during two reports, which are 10 s apart.
 _REFRESH_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Description:
-    """A metric as it is registered with Ray; `labels` besides `run`."""
+    """A metric, as it is registered with Ray. labels: those besides `run`."""
 
     kind: Literal["counter", "gauge"]
     help: str
@@ -48,36 +48,36 @@ METRICS: dict[str, Description] = {
     "prox24_tokens": Description("counter", "Tokens that blocks were run on.", ("rank",)),
     "prox24_solved_weights": Description("counter", "Weights that were solved.", ("rank",)),
     "prox24_work_seconds": Description(
-        "counter", "Seconds of a rank by kind of work.", ("rank", "kind")
+        "counter", "Seconds of a worker by kind of work.", ("rank", "kind")
     ),
     "prox24_moved_bytes": Description(
-        "counter", "Bytes that a rank read, wrote or sent to others.", ("rank", "kind")
+        "counter", "Bytes that a worker read, wrote or sent to others.", ("rank", "kind")
     ),
     "prox24_peak_memory_bytes": Description(
-        "gauge", "Peak memory of a rank in its last phase, of the host or its GPU.",
+        "gauge", "Peak memory of a worker in its last phase, of the host or its GPU.",
         ("rank", "kind"),
     ),
 }  # fmt: skip
 
 
 def exported_name(name: str) -> str:
-    """A metric's name in Prometheus."""
+    """The name of a metric in Prometheus."""
     return f"ray_{name}" + ("_total" if METRICS[name].kind == "counter" else "")
 
 
 class Meter:
-    """Records metrics of one run in a process that is connected to Ray."""
+    """Records the metrics of one run, in a process that is connected to Ray."""
 
     def __init__(self, run: str, refresh_seconds: float = _REFRESH_SECONDS) -> None:
         self._run, self._refresh_seconds = run, refresh_seconds
         self._made: dict[str, Counter | Gauge] = {}
-        # What each gauge was last set to, by name and labels.
+        # The last value of each gauge, by name and labels.
         self._last: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
         self._lock = threading.Lock()
         self._refresher: threading.Thread | None = None
 
     def set(self, name: str, value: float, **labels: str) -> None:
-        """Sets a gauge, and keeps it set: Ray drops one that is not set again for 20 s."""
+        """Sets a gauge, and sets it again regularly: Ray drops gauges that are not set for 20 s."""
         with self._lock:
             self._last[name, frozenset(labels.items())] = value
             self._record(name, value, labels)
@@ -106,17 +106,17 @@ class Meter:
             metric.inc(amount, tags={"run": self._run, **labels})
 
     def outcome(self, rank: int, outcome: Outcome[Any]) -> None:
-        """Records what a rank did in a phase."""
-        own = str(rank)
+        """Records the work of a worker in a phase."""
+        label = str(rank)
         for kind, seconds in outcome.seconds.items():
-            self.add("prox24_work_seconds", seconds, rank=own, kind=kind)
+            self.add("prox24_work_seconds", seconds, rank=label, kind=kind)
         for name, amount in moved(outcome.counts).items():
-            self.add("prox24_moved_bytes", amount, rank=own, kind=name)
-        self.add("prox24_tokens", outcome.counts.get("tokens", 0), rank=own)
-        self.add("prox24_solved_weights", outcome.counts.get("solved_weights", 0), rank=own)
+            self.add("prox24_moved_bytes", amount, rank=label, kind=name)
+        self.add("prox24_tokens", outcome.counts.get("tokens", 0), rank=label)
+        self.add("prox24_solved_weights", outcome.counts.get("solved_weights", 0), rank=label)
         for key, kind in (("rss_bytes", "host"), ("device_bytes", "device")):
             if key in outcome.memory:
-                self.set("prox24_peak_memory_bytes", outcome.memory[key], rank=own, kind=kind)
+                self.set("prox24_peak_memory_bytes", outcome.memory[key], rank=label, kind=kind)
 
     def _metric(self, name: str) -> Counter | Gauge:
         if name not in self._made:
@@ -128,7 +128,7 @@ class Meter:
 
 
 def moved(counts: Mapping[str, int]) -> dict[str, int]:
-    """Of what was counted, the bytes that were moved, by kind: `statistics_sent`."""
+    """The counts of bytes that were moved, by kind, such as `statistics_sent`."""
     return {
         name.removesuffix(_BYTES): amount
         for name, amount in counts.items()

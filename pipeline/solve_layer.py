@@ -1,4 +1,4 @@
-"""`prox24 solve`: solvers replayed on one saved layer, and compared."""
+"""`prox24 solve`: runs several methods on one saved layer and compares their results."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from storage.run.layer_files import SavedLayer, read_layer_file
 
 
 def solve_layer(path: Path, config: SolveConfig) -> dict[str, dict[str, Any]]:
-    """Solves the layer saved at `path` with each of the config's methods, in its order.
+    """Solves the layer saved at `path` with each of the config's methods, in their order.
 
-    Per method: `relative_error` (percentage, undamped, on the evaluation sequences), `seconds` of
-    the solve (with factorization and, for `--shrinkage auto`, the choice), `peak_memory_bytes`
-    above what was resident before, and the solve's report. With `config.output` each pruned weight
-    is written to `METHOD.safetensors` there, in the layer's own dtype.
+    Returns per method: `relative_error` (per cent, undamped, on the evaluation sequences),
+    `seconds` of the solve (with factorization and, for `--shrinkage auto`, the choice),
+    `peak_memory_bytes` of the solve alone, and the solve's `report`. With `config.output` each
+    pruned weight is written to `METHOD.safetensors` there, in the layer's dtype.
 
-    Raises an `InputError` for a bad file or option, `NumericalError` where a value is not finite.
+    Raises an `InputError` for a bad file or option, `NumericalError` for NaN or Inf.
     """
     make_deterministic(config.threads or torch.get_num_threads())
     device = choose_device(config.device)
@@ -48,23 +48,26 @@ def solve_layer(path: Path, config: SolveConfig) -> dict[str, dict[str, Any]]:
     weight = layer.weight.to(device)
     results = {}
     for method in methods_of(config):
-        solution, figures = _solve(weight, fit, config.solver_settings(method), device)
-        figures["relative_error"] = relative_error(solution, weight, evaluation)
-        results[method] = figures
+        solution, metrics = _solve(weight, fit, config.solver_settings(method), device)
+        metrics["relative_error"] = relative_error(solution, weight, evaluation)
+        results[method] = metrics
         if config.output is not None:
             _write(Path(config.output) / f"{method}.safetensors", solution)
     return results
 
 
 def methods_of(config: SolveConfig) -> list[str]:
-    """The methods to run; `all` leaves out those that cannot solve for the pattern."""
+    """The methods to run; `all` leaves out those that do not support the pattern.
+
+    Raises `ConfigError` for an unknown method.
+    """
     names = config.named_methods()
     if config.methods == "all":
-        return [name for name in names if _knows_pattern(config, name)]
+        return [name for name in names if _supports_pattern(config, name)]
     return names
 
 
-def _knows_pattern(config: SolveConfig, method: str) -> bool:
+def _supports_pattern(config: SolveConfig, method: str) -> bool:
     try:
         solver_for(config.solver_settings(method))
     except ConfigError:
@@ -75,6 +78,7 @@ def _knows_pattern(config: SolveConfig, method: str) -> bool:
 def _solve(
     weight: Tensor, halves: tuple[Statistics, ...], settings: SolverSettings, device: torch.device
 ) -> tuple[Tensor, dict[str, Any]]:
+    """The pruned weight (R, C) in its dtype, and the metrics of its solve."""
     reset_peaks(device)
     before = host_peak()
     _synchronize(device)
@@ -86,24 +90,24 @@ def _solve(
     solution = solver.solve(weight, solver.prepare(merged(halves)))
     _synchronize(device)
     seconds = time.perf_counter() - began
-    figures: dict[str, Any] = {"relative_error": None, "seconds": seconds}
+    metrics: dict[str, Any] = {"relative_error": None, "seconds": seconds}
     peak = device_peak(device) if device.type == "cuda" else host_peak() - before
-    figures["peak_memory_bytes"] = peak
-    figures["report"] = solution.report.to_json()
-    return solution.weight.to(weight.dtype), figures
+    metrics["peak_memory_bytes"] = peak
+    metrics["report"] = solution.report.to_json()
+    return solution.weight.to(weight.dtype), metrics
 
 
 def _statistics(
     layer: SavedLayer, config: SolveConfig, device: torch.device
 ) -> tuple[tuple[Statistics, ...], Statistics]:
-    """What the solve sees (two halves for `--shrinkage auto`), and what it is judged on."""
+    """The statistics to solve with (two halves for `--shrinkage auto`) and to evaluate with."""
     halves = any(config.solver_settings(method).shrinkage == AUTO for method in methods_of(config))
     if layer.inputs is None:
         if layer.hessian is None:  # read_layer_file has refused such a file
-            raise DataError("the layer holds neither inputs nor a Hessian")
+            raise DataError("the layer has neither inputs nor a Hessian")
         if halves or config.fit_sequences or config.evaluate_sequences:
             raise ConfigError(
-                "the layer's file holds a `hessian`, not `inputs`: --shrinkage auto, "
+                "the layer's file has a `hessian`, not `inputs`: --shrinkage auto, "
                 "--fit-sequences and --evaluate-sequences need the inputs"
             )
         hessian = layer.hessian.to(device=device, dtype=torch.float32)
@@ -116,16 +120,17 @@ def _statistics(
         )
         return (whole,), whole
     fit = layer.inputs[sequence_numbers(config.fit_sequences, layer.sequences)]
-    judged = layer.inputs[sequence_numbers(config.evaluate_sequences, layer.sequences)]
+    evaluated = layer.inputs[sequence_numbers(config.evaluate_sequences, layer.sequences)]
     parts = [fit]
     if halves:
-        # Halves of the sequences; of the one sequence's tokens where there is one.
+        # Halves of the sequences; with a single sequence, halves of its tokens.
         dim = 0 if fit.shape[0] > 1 else 1
         parts = list(fit.tensor_split(2, dim=dim))
-    return tuple(_sum(part, device) for part in parts), _sum(judged, device)
+    return tuple(_sum(part, device) for part in parts), _sum(evaluated, device)
 
 
 def _sum(inputs: Tensor, device: torch.device) -> Statistics:
+    """The statistics of inputs (sequences, tokens, C)."""
     total = Accumulator(inputs.shape[-1], "full", device)
     for sequence in inputs:
         total.add(sequence.to(device), sequences=1)
@@ -133,7 +138,10 @@ def _sum(inputs: Tensor, device: torch.device) -> Statistics:
 
 
 def sequence_numbers(text: str | None, count: int) -> list[int]:
-    """`0,2,5:8` as numbers below `count`; all for None. Raises `ConfigError`."""
+    """The numbers that a text like `0,2,5:8` lists; None: all below `count`.
+
+    Raises `ConfigError` for another form, or for numbers of `count` or more.
+    """
     if text is None:
         return list(range(count))
     numbers: list[int] = []

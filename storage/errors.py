@@ -1,7 +1,7 @@
 """Every error that prox24 raises on purpose.
 
     Prox24Error                 exit code 1
-    ├── InputError              exit code 2: the user can mend it; found before any compute
+    ├── InputError              exit code 2: the user can correct it; raised before any compute
     │   ├── ConfigError         an option, or a combination of options
     │   ├── ModelError          the source model: missing, incomplete, unsupported, not finite
     │   ├── DataError           the calibration or evaluation text
@@ -10,12 +10,12 @@
     │   ├── ResourceError       workers, GPUs, memory, disk space, the Ray address
     │   │   └── WorkerMemoryError   a worker was stopped for its node's memory; retried once
     │   └── CorruptFileError    a file is not what was written: truncated, altered, not its format
-    ├── NumericalError          a computation left the finite numbers; never retried
+    ├── NumericalError          a computation produced NaN or Inf; never retried
     ├── WorkerLostError         a worker or its node is gone; the driver retries the block
     └── RunInterrupted          exit code 130: SIGINT or SIGTERM, everything committed is kept
 
-A message is one line that names the thing (file, tensor, block, layer, rows) and the remedy.
-An error holds nothing but its `args`, so it survives pickling on the way from a worker.
+A message is one line that names the subject (file, tensor, block, layer, rows) and the remedy.
+An error has no state but its `args`, so it can be pickled on the way from a worker.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Prox24Error(Exception):
 
 
 class InputError(Prox24Error):
-    """Something given to prox24 is wrong, and the user can mend it."""
+    """Something given to prox24 is wrong, and the user can correct it."""
 
     exit_code: ClassVar[int] = 2
 
@@ -56,11 +56,11 @@ class RunDirectoryError(InputError):
 
 
 class ResourceError(InputError):
-    """Workers, GPUs, memory, disk space or the cluster itself are not there as asked for."""
+    """Workers, GPUs, memory, disk space or the cluster itself are not available as requested."""
 
 
 class WorkerMemoryError(ResourceError):
-    """A worker was stopped because its node's memory ran out, perhaps by another's doing."""
+    """A worker was stopped because its node ran out of memory, perhaps by another program's use."""
 
 
 class CorruptFileError(InputError):
@@ -72,11 +72,11 @@ class NumericalError(Prox24Error):
 
 
 class WorkerLostError(Prox24Error):
-    """A worker process or its node is gone. The driver redoes the block with a new one."""
+    """A worker process or its node is gone. The driver replaces it and retries the block."""
 
 
 class RunInterrupted(Prox24Error):
-    """SIGINT or SIGTERM arrived. Committed blocks are kept; the same command goes on."""
+    """SIGINT or SIGTERM arrived. Committed blocks are kept; the same command resumes the job."""
 
     exit_code: ClassVar[int] = 130
 

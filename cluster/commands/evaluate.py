@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cluster.commands.command import Command
 from cluster.console import Console
-from cluster.dispatch.executors import make_executor, started_early
+from cluster.dispatch.executors import connected_early, make_executor
 from cluster.options import config_from
 from cluster.source import MODEL_HELP, resolve_model
 from cluster.terminal import as_text, plain_table
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     if config.tasks is not None:
         shown, text = _tasks(sources, config, make_executor(config, console), console)
     else:
-        with started_early(config, console, module="pipeline.evaluation.perplexity") as make:
+        with connected_early(config, console, module="pipeline.evaluation.perplexity") as make:
             shown, text = _perplexity(sources, config, make, console)
     print(json.dumps(shown) if config.json else text, end="\n" if config.json else "")
     return 0

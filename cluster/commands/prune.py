@@ -6,7 +6,7 @@ import argparse
 
 from cluster.commands.command import Command
 from cluster.console import Console
-from cluster.dispatch.executors import seen_by_prometheus, started_early
+from cluster.dispatch.executors import connected_early, seen_by_prometheus
 from cluster.options import config_from
 from cluster.source import MODEL_HELP, resolve_model
 from pipeline.config.prune import PruneConfig
@@ -30,9 +30,7 @@ def run(options: argparse.Namespace) -> int:
     source = resolve_model(options.model)
     console = Console()
     console.settings(options.model, options.output, config)
-    # With --scratch-dir the run directory says which rank goes to which node.
-    early = started_early(config, console, module="pipeline.prune", place=not config.scratch_dir)
-    with early as make_executor:
+    with connected_early(config, console, module="pipeline.prune") as make_executor:
         from pipeline.prune import prune, run_directory_of
 
         result = prune(

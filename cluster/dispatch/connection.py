@@ -32,6 +32,11 @@ _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _NOT_SENT = ["__pycache__", "*.pyc"]
 
 
+def cluster_address(config: RuntimeConfig) -> str | None:
+    """Where the cluster is: `--ray-address` or $RAY_ADDRESS; None for a Ray of our own."""
+    return config.ray_address or os.environ.get("RAY_ADDRESS")
+
+
 def connect(config: RuntimeConfig) -> bool:
     """Connects to `--ray-address`, $RAY_ADDRESS, or a Ray of our own; whether it is our own.
 
@@ -40,7 +45,7 @@ def connect(config: RuntimeConfig) -> bool:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    address = cluster_address(config)
     level = logging.INFO if config.verbose else logging.ERROR
     options: dict[str, Any] = {"log_to_driver": config.verbose, "logging_level": level}
     if not config.verbose:

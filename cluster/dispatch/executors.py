@@ -35,16 +35,20 @@ def make_executor(config: RuntimeConfig, console: Console) -> Callable[[], Execu
 
 
 @contextlib.contextmanager
-def started_early(
-    config: RuntimeConfig, console: Console, *, module: str, place: bool = True
+def connected_early(
+    config: RuntimeConfig, console: Console, *, module: str
 ) -> Iterator[Callable[[], Executor]]:
-    """`make_executor`, but on Ray its workers are placed now, if `place`.
+    """`make_executor`, but a running cluster is connected to now, while `module` is imported.
 
-    They import torch while this process does: `module`, which needs it, is imported meanwhile, and
-    what must be done before there is a job (the text is read) takes no time of its own. An executor
-    that nobody asked for, because the job was refused, is closed.
+    An executor that nobody asked for, because the job was refused, is closed. A Ray of our own is
+    not started early: ending it again would keep a refusal waiting for seconds.
     """
-    if config.executor != "ray" or not place:
+    if config.executor != "ray":
+        yield make_executor(config, console)
+        return
+    from cluster.dispatch.connection import cluster_address
+
+    if cluster_address(config) is None:
         yield make_executor(config, console)
         return
     from cluster.dispatch.ray_executor import RayExecutor
@@ -60,7 +64,6 @@ def started_early(
         return executor
 
     try:
-        executor.place()
         yield take
     finally:
         if not taken:

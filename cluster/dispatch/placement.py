@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cluster.dispatch.scratch_nodes import Home, at_home
+from cluster.dispatch.scratch_nodes import Node, back_on_nodes
 from storage.errors import ResourceError
 
 # Of how many nodes a message tells one by one.
@@ -153,17 +153,17 @@ def node_rooms(
 
 
 def pack(
-    placement: Placement, rooms: Sequence[NodeRoom], homes: Sequence[Home] = ()
+    placement: Placement, rooms: Sequence[NodeRoom], before: Sequence[Node] = ()
 ) -> list[str] | None:
     """The node (by id) of each rank, on as few nodes as possible; None without room for all.
 
-    homes: where each rank was before, if known; whoever finds room there goes back. For the others
+    before: where each rank was before, if known; whoever finds room there goes back. For the others
     the nodes that take part already are filled, then the roomiest, but the last taken is the
     smallest that holds the rest: larger ones stay whole for others. Ranks of one node that have no
     home follow each other.
     """
     slots = [room for room in rooms for _ in range(room.holds(placement))]
-    back = at_home(homes[: placement.workers], [(room.id, room.address) for room in slots])
+    back = back_on_nodes(before[: placement.workers], [(room.id, room.address) for room in slots])
     chosen = {rank: slots[slot].id for rank, slot in back.items()}
     taken = Counter(chosen.values())
     left = {room.id: room.holds(placement) - taken[room.id] for room in rooms}

@@ -20,8 +20,8 @@ from cluster.dispatch.connection import connect
 from cluster.dispatch.failures import is_of_the_worker, translate
 from cluster.dispatch.placement import Placement, choose_placement, placement_after_loss
 from cluster.dispatch.reservation import Reservation, growth_requested, reserve
-from cluster.dispatch.scratch_nodes import Home, spread
-from cluster.dispatch.visibility import require_sight
+from cluster.dispatch.scratch_nodes import Node, spread
+from cluster.dispatch.visibility import require_shared_view
 from pipeline.config.runtime import RuntimeConfig
 from pipeline.loop.rank import Call, Rank, call
 from pipeline.messages import Job, Outcome
@@ -86,7 +86,7 @@ class RayExecutor:
         self._ranks: list[_Rank | None] = []
         self._reserved: Reservation | None = None
         # The nodes whose scratch the ranks wrote to.
-        self._homes: list[Home] = []
+        self._scratch_nodes: list[Node] = []
         # Whether all ranks have once been there: before that no node was lost.
         self._ran = False
 
@@ -95,11 +95,11 @@ class RayExecutor:
         """Number of ranks; another one after `recover` where a node was lost for good."""
         return self.placement.workers
 
-    def place(self) -> None:
-        """Places the actors before there is a job: they import torch while the driver reads.
+    def prepare(self) -> None:
+        """Places the actors: they import torch while the driver reads the text.
 
-        Not where ranks go back to nodes that only the job's run directory names. Raises
-        `ResourceError` where the cluster makes no room.
+        Not for ranks that go back to nodes which only the job knows. Raises `ResourceError` where
+        the cluster makes no room.
         """
         self._ranks = [None] * self.world
         self._reserved = reserve(self.placement, self._config.placement_timeout, self._note)
@@ -109,7 +109,7 @@ class RayExecutor:
 
     def start(self, job: Job) -> None:
         """Places the actors, if that is not done, builds their ranks, and joins them."""
-        self._job, self._homes = job, list(job.homes)
+        self._job, self._scratch_nodes = job, list(job.scratch_nodes)
         if not all(rank is not None and rank.fresh for rank in self._ranks) or not self._ranks:
             self._restart()
             return
@@ -174,9 +174,9 @@ class RayExecutor:
         if self._ran:
             self.placement = self._room()
         self._ranks = [None] * self.world
-        homes = spread(self._homes, self.world)
+        before = spread(self._scratch_nodes, self.world)
         timeout = self._config.placement_timeout
-        self._reserved = reserve(self.placement, timeout, self._note, homes)
+        self._reserved = reserve(self.placement, timeout, self._note, before)
         try:
             self._fill()
         except _NodeLost as error:
@@ -184,7 +184,7 @@ class RayExecutor:
 
     def _room(self) -> Placement:
         """The placement to go on with; waits for lost nodes as the options say."""
-        began, told = time.monotonic(), False
+        began, noted = time.monotonic(), False
         with contextlib.ExitStack() as waiting:
             while True:
                 waited = time.monotonic() - began
@@ -200,8 +200,8 @@ class RayExecutor:
                     if placement.workers < self.placement.workers:
                         self._note(f"going on with {placement.workers} of {self.world} workers")
                     return placement
-                if not told:
-                    told = True
+                if not noted:
+                    noted = True
                     waiting.enter_context(growth_requested(self._wanted))
                     self._note(
                         f"a node is lost, and the others have no room for {self.world} workers; "
@@ -216,13 +216,13 @@ class RayExecutor:
         # does one whose joining failed: torch counts groups in each process, and they must agree.
         missing = [rank for rank, r in enumerate(self._ranks) if r is None or not r.joined]
         for rank in missing:
-            found = self._ranks[rank]
-            if found is None or not found.fresh:
+            known = self._ranks[rank]
+            if known is None or not known.fresh:
                 self._drop(rank)
                 self._ranks[rank] = _Rank(self._place(rank))
             self._known(rank).fresh = False
             self._actor(rank).assign.remote(self._job)
-        built = self._look(missing)
+        built = self._build(missing)
         for rank, device in self._collect(built, "start", timeout, watch=True).items():
             self._known(rank).device = device
         devices = [self._known(rank).device for rank in range(self.world)]
@@ -236,21 +236,23 @@ class RayExecutor:
             self._known(rank).joined = True
         self._ran = True
         if self._job is not None and self._job.scratch is not None:
-            self._homes = [(own["node"], own["node_address"]) for own in self.workers()]
+            self._scratch_nodes = [
+                (worker["node"], worker["node_address"]) for worker in self.workers()
+            ]
 
-    def _look(self, missing: Sequence[int]) -> dict[int, Any]:
+    def _build(self, missing: Sequence[int]) -> dict[int, Any]:
         """Learns where the new ranks are and what they see; returns their calls of `build`."""
         timeout = _START_SECONDS
         shared = self._job.shared if self._job is not None else ()
         with marked(shared) as marks:
             asked = {rank: self._actor(rank).where.remote() for rank in missing}
-            looks = {rank: self._actor(rank).look.remote(marks) for rank in missing}
+            checks = {rank: self._actor(rank).check_folders.remote(marks) for rank in missing}
             built = {rank: self._actor(rank).build.remote() for rank in missing}
             for rank, where in self._collect(asked, "start", timeout, watch=True).items():
                 self._known(rank).where = where
             places = {n: r.where for n, r in enumerate(self._ranks) if r is not None and r.where}
-            complaints = self._collect(looks, "start", timeout, watch=True)
-            require_sight(marks, complaints, places)
+            unseen = self._collect(checks, "start", timeout, watch=True)
+            require_shared_view(marks, unseen, places)
         require_reachable([place.address for place in places.values()])
         return built
 
@@ -268,10 +270,10 @@ class RayExecutor:
         return ray.remote(RankActor).options(**options).remote(rank, self.world)
 
     def _known(self, rank: int) -> _Rank:
-        found = self._ranks[rank]
-        if found is None:
+        known = self._ranks[rank]
+        if known is None:
             raise WorkerLostError(f"worker {rank} is gone")
-        return found
+        return known
 
     def _actor(self, rank: int) -> Any:
         return self._known(rank).actor
@@ -345,14 +347,14 @@ class RayExecutor:
                 ray.get(ready[0])
             except (RayError, Prox24Error) as error:
                 rank = ranks[ready[0]]
-                own = is_of_the_worker(error)
-                told = translate(error, phase, self._name(rank))
-                told.__cause__ = error
-                if not isinstance(told, Prox24Error):
-                    told.add_note(f"(phase {phase}, {self._name(rank)})")
+                of_worker = is_of_the_worker(error)
+                translated = translate(error, phase, self._name(rank))
+                translated.__cause__ = error
+                if not isinstance(translated, Prox24Error):
+                    translated.add_note(f"(phase {phase}, {self._name(rank)})")
                 # A peer's death is seen by all who speak with it: the dead one's error tells more.
-                errors.append((2 * isinstance(told, WorkerLostError) + own, told))
-                if not own:
+                errors.append((2 * isinstance(translated, WorkerLostError) + of_worker, translated))
+                if not of_worker:
                     lost.add(rank)
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
         busy = {ranks[call] for call in pending}

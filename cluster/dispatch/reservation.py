@@ -19,7 +19,7 @@ from ray.util.placement_group import (
 )
 
 from cluster.dispatch.placement import NodeRoom, Placement, node_rooms, pack, shortage
-from cluster.dispatch.scratch_nodes import Home, at_home, bundles_at_home
+from cluster.dispatch.scratch_nodes import Node, back_on_nodes, bundles_by_node
 from storage.errors import ResourceError
 
 # Every node bears this label; a bundle that selects by it goes nowhere else.
@@ -48,32 +48,32 @@ def reserve(
     placement: Placement,
     timeout: float,
     note: Callable[[str], None],
-    homes: Sequence[Home] = (),
+    before: Sequence[Node] = (),
 ) -> Reservation:
     """Room for every rank, on as few nodes as possible, waited for `timeout` seconds at most.
 
-    homes: the node that each rank had before, which it gets again where there is room (see `pack`).
+    before: the node that each rank was on, which it gets again where there is room (see `pack`).
     While there is none, a pending placement group says so to Ray: an autoscaler adds nodes for it,
     and it is served when others let go. `note` is told, once, what is free and what is missing.
     Raises `ResourceError` with the same when the time is over.
     """
-    nodes = pack(placement, free_rooms(), homes)
+    nodes = pack(placement, free_rooms(), before)
     if nodes is not None:
-        found = _placed(_group(placement, nodes), _QUICK_SECONDS, homes)
-        if found is not None:
-            return found
+        placed = _placed(_group(placement, nodes), _QUICK_SECONDS, before)
+        if placed is not None:
+            return placed
 
     def waiting() -> None:
         note(f"{shortage(placement, free_rooms())}; waiting {timeout:g} s (--placement-timeout)")
 
-    found = _placed(_group(placement, None), timeout, homes, waiting)
-    if found is None:
+    placed = _placed(_group(placement, None), timeout, before, waiting)
+    if placed is None:
         raise ResourceError(
             f"{shortage(placement, free_rooms())}; the cluster made no room in {timeout:g} s "
             "(--placement-timeout): lower --workers, --threads or --gpus-per-worker, or let other "
             "jobs end"
         )
-    return _packed_better(placement, found, homes)
+    return _packed_better(placement, placed, before)
 
 
 @contextlib.contextmanager
@@ -115,46 +115,48 @@ def _group(placement: Placement, nodes: Sequence[str] | None) -> Any:
 
 
 def _placed(
-    group: Any, timeout: float, homes: Sequence[Home], waiting: Callable[[], None] = lambda: None
+    group: Any, timeout: float, before: Sequence[Node], waiting: Callable[[], None] = lambda: None
 ) -> Reservation | None:
     """The group once Ray has placed it; None, and no group any more, if it does not in time.
 
     `waiting` is called once, if it takes longer than room takes that is there.
     """
-    began, told = time.monotonic(), False
+    began, noted = time.monotonic(), False
     # In steps: a signal is heard only between them.
     while not group.wait(_LOOK_SECONDS):
         waited = time.monotonic() - began
         if waited > timeout:
             remove_placement_group(group)
             return None
-        if waited > _NOTICE_SECONDS and not told:
-            told = True
+        if waited > _NOTICE_SECONDS and not noted:
+            noted = True
             waiting()
     nodes = placement_group_table(group)["bundles_to_node_id"]
     addresses = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes()}
     places = [(nodes[index], addresses.get(nodes[index], "")) for index in sorted(nodes)]
-    bundles = bundles_at_home(homes, places)
+    bundles = bundles_by_node(before, places)
     return Reservation(group, tuple(places[bundle][0] for bundle in bundles), tuple(bundles))
 
 
-def _packed_better(placement: Placement, found: Reservation, homes: Sequence[Home]) -> Reservation:
-    """`found`, or one with more ranks at home, or as many and on fewer nodes, where there is room
-    for it beside `found`."""
+def _packed_better(
+    placement: Placement, placed: Reservation, before: Sequence[Node]
+) -> Reservation:
+    """`placed`, or a reservation with more ranks on the nodes they were on, or with as many and on
+    fewer nodes, where there is room for it beside `placed`."""
     rooms = free_rooms()
-    nodes = pack(placement, rooms, homes)
+    nodes = pack(placement, rooms, before)
     if nodes is None:
-        return found
+        return placed
     addresses = {room.id: room.address for room in rooms}
 
     def value(chosen: Sequence[str]) -> tuple[int, int]:
         places = [(node, addresses.get(node, "")) for node in chosen]
-        return len(at_home(homes, places)), -len(set(chosen))
+        return len(back_on_nodes(before, places)), -len(set(chosen))
 
-    if value(nodes) <= value(found.nodes):
-        return found
-    better = _placed(_group(placement, nodes), _QUICK_SECONDS, homes)
+    if value(nodes) <= value(placed.nodes):
+        return placed
+    better = _placed(_group(placement, nodes), _QUICK_SECONDS, before)
     if better is None:
-        return found
-    found.release()
+        return placed
+    placed.release()
     return better

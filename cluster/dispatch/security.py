@@ -81,8 +81,10 @@ def _asks_for_token(place: str) -> bool:
     """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{place}/api/authentication_mode", None, _ANSWER_SECONDS) as said:
-            return bool(json.loads(said.read(1 << 16)).get("authentication_mode") != "disabled")
+        with opener.open(
+            f"http://{place}/api/authentication_mode", None, _ANSWER_SECONDS
+        ) as answer:
+            return bool(json.loads(answer.read(1 << 16)).get("authentication_mode") != "disabled")
     except urllib.error.HTTPError as error:
         return error.code in (401, 403)
     except (OSError, ValueError, AttributeError):

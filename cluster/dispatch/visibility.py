@@ -10,25 +10,25 @@ from storage.errors import ResourceError
 from storage.run.shared_folders import Marked, unanswered
 
 
-def require_sight(
+def require_shared_view(
     marks: Sequence[Marked],
-    complaints: Mapping[int, Sequence[str]],
+    unseen: Mapping[int, Sequence[str]],
     where: Mapping[int, Whereabouts],
 ) -> None:
     """Raises `ResourceError`, naming each node that does not see what the driver sees.
 
-    complaints: of each rank, from `pipeline.preflight.shared_folders`; for a rank without any, its
+    unseen: of each rank, from `pipeline.preflight.shared_folders`; for a rank without any, its
     answers are looked for here. where: the ranks' processes.
     """
-    told: dict[str, str] = {}
-    for rank, own in complaints.items():
+    by_node: dict[str, str] = {}
+    for rank, reported in unseen.items():
         # Several ranks of a node see the same.
-        found = own or unanswered(marks, rank)
-        if found:
-            told.setdefault(where[rank].node, f"{node_name(where[rank])} {'; '.join(found)}")
-    if told:
+        if missing := reported or unanswered(marks, rank):
+            text = f"{node_name(where[rank])} {'; '.join(missing)}"
+            by_node.setdefault(where[rank].node, text)
+    if by_node:
         raise ResourceError(
-            f"{'; '.join(told.values())}; MODEL, OUTPUT and the run directory must be on "
+            f"{'; '.join(by_node.values())}; MODEL, OUTPUT and the run directory must be on "
             f"filesystems that all nodes and the driver (on {socket.gethostname()}) share under "
             "the same paths"
         )

@@ -1,4 +1,4 @@
-"""What can be set: one frozen dataclass a command, one field an option. Needs no torch.
+"""Options: one frozen dataclass per command, one field per option. Needs no torch.
 
 `fields` declares options. `solver`, `layers` and `runtime` are groups of options that several
 commands share; `prune`, `evaluate` and `solve` are whole commands. `methods` is the table of

@@ -11,7 +11,7 @@ from storage.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """Which tasks, and how. Raises `ConfigError` on a value out of range."""
+    """The options of lm-eval's tasks. Raises `ConfigError` for a value out of range."""
 
     tasks: str | None = option(
         None,
@@ -19,19 +19,21 @@ class TaskOptions:
         "perplexity; needs prox24[tasks]",
     )
     tasks_folder: str | None = option(
-        None, "folder of task definitions of your own, as lm-eval's YAML files"
+        None, "folder with task definitions of your own, as lm-eval's YAML files"
     )
-    num_fewshot: int | None = option(None, "examples before each question; unset: the task's own")
+    num_fewshot: int | None = option(
+        None, "examples before each question; unset: the task's default"
+    )
 
     def __post_init__(self) -> None:
         require(self, "num_fewshot", at_least=0)
         if self.tasks is None and (self.tasks_folder, self.num_fewshot) != (None, None):
-            raise ConfigError("--tasks-folder and --num-fewshot are of --tasks, which is not given")
+            raise ConfigError("--tasks-folder and --num-fewshot need --tasks, which is not given")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(TaskOptions, RuntimeConfig):
-    """Every option of `prox24 eval`. Raises `ConfigError` on a value out of range."""
+    """Every option of `prox24 eval`. Raises `ConfigError` for a value out of range."""
 
     dataset: str = option(
         "Salesforce/wikitext",

@@ -1,4 +1,4 @@
-"""How an option of the command line is declared and checked, in a frozen dataclass.
+"""Declares and checks the options of the command line, as fields of frozen dataclasses.
 
 A field made by `option` is an option: the command line, the YAML file, `docs/options.md` and the
 job's records are generated from it. Any other field is internal.
@@ -14,20 +14,23 @@ from typing import Any
 from storage.errors import ConfigError
 
 Text = str | Callable[[], str]
-"""A text, or what makes it when it is asked for: the table of methods may have grown by then."""
+"""A text, or a function that returns it, because the table of methods may still grow."""
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """What `option` was given. `placement`: it says where or how a job runs, not what it computes:
-    it is no part of a job's identity, and a resumed job may change it."""
+    """The arguments of `option`.
+
+    placement: the option decides where or how a job runs, not what it computes. It is not part of
+    the job's identity, and a resumed job may change it.
+    """
 
     help: Text
     placement: bool
     choices: Callable[[], Sequence[str]] | None
 
     def help_text(self) -> str:
-        """The help text, with the unit and what unset means."""
+        """The help text: with the unit, and the meaning of an unset option."""
         return self.help if isinstance(self.help, str) else self.help()
 
 
@@ -38,9 +41,10 @@ def option(
     placement: bool = False,
     choices: Callable[[], Sequence[str]] | None = None,
 ) -> Any:
-    """A field that is an option: its default, and the help text, which states the unit.
+    """A dataclass field that is an option. help: states the unit.
 
-    choices: the values it may have, where its type does not say so.
+    placement: see `Declaration`. choices: returns the allowed values, if the type does not list
+    them.
     """
     return dataclasses.field(
         default=default, metadata={"option": Declaration(help, placement, choices)}
@@ -48,18 +52,18 @@ def option(
 
 
 def internal(default: Any) -> Any:
-    """A field of a config that is no option of its command."""
+    """A dataclass field that is not an option of its command."""
     return dataclasses.field(default=default)
 
 
 def declaration(field: dataclasses.Field[Any]) -> Declaration | None:
-    """What `option` was given for a field; None for a field that is no option."""
+    """The declaration of a field that `option` made; None for any other field."""
     declared: Declaration | None = field.metadata.get("option")
     return declared
 
 
 def what_it_computes(config: Any) -> dict[str, Any]:
-    """The options that decide a result, by name, as JSON: those that are not placement."""
+    """The options that a result depends on, by name, as JSON: all but the placement options."""
     return {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
@@ -73,7 +77,7 @@ def values_of(config: Any, kind: type[Any]) -> dict[str, Any]:
 
 
 def require(config: Any, name: str, *, at_least: float) -> None:
-    """Raises `ConfigError` where the option is set and below `at_least` (NaN included)."""
+    """Raises `ConfigError` if the option is set and is NaN or below `at_least`."""
     value = getattr(config, name)
     if value is not None and not value >= at_least:
         raise ConfigError(f"--{name.replace('_', '-')} must be at least {at_least:g}, not {value}")
@@ -85,7 +89,7 @@ def number_or_word(
     kind: type[float] | type[int],
     words: tuple[str, ...],
 ) -> Any:
-    """`None`, one of `words`, or the number that `value` is or spells; else `ConfigError`."""
+    """`value` as None, one of `words` or a number, which it may spell. Raises `ConfigError`."""
     if value is None or value in words or not isinstance(value, str):
         return value
     try:

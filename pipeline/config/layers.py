@@ -1,7 +1,7 @@
-"""Which layers of a model are pruned, and how each: by names, blocks and overrides.
+"""Which layers of a model are pruned, and with which settings: by names, blocks and overrides.
 
-A layer's name is its module's path in the model, `model.layers.3.mlp.down_proj`. All here is
-decided from names and shapes, before any compute and alike on every rank.
+A layer's name is its module's path in the model, `model.layers.3.mlp.down_proj`. The rules depend
+only on names and shapes, so they apply before any compute and are the same on every rank.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ DENSE = "dense"
 
 @dataclass(frozen=True, kw_only=True)
 class LayerOptions:
-    """The options that say which layers are pruned, and which of them otherwise than the others.
+    """The options that select the layers to prune, and other settings for some of them.
 
-    Raises `ConfigError` on a value that cannot be read.
+    Raises `ConfigError` for a value that cannot be parsed.
     """
 
     include: str | None = option(
@@ -62,7 +62,7 @@ class LayerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertOptions:
-    """The options of mixtures of experts. Raises `ConfigError` on a value out of range."""
+    """The options of mixtures of experts. Raises `ConfigError` for a value out of range."""
 
     expert_tokens: int = option(
         16,
@@ -80,7 +80,10 @@ class ExpertOptions:
 
 
 class Override(NamedTuple):
-    """What `--override` says of the layers whose name `glob` matches; None: as for the others."""
+    """One part of `--override`, for the layers whose names `glob` matches.
+
+    method, pattern: None for those of the other layers. dense: the layers are not pruned.
+    """
 
     glob: str
     method: str | None
@@ -89,7 +92,7 @@ class Override(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How a layer is pruned, or why it stays dense: one of the two is None."""
+    """The settings of a layer, or the reason why it stays dense; the other one is None."""
 
     settings: SolverSettings | None
     reason: str | None
@@ -97,9 +100,10 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRules:
-    """What the options come to. `settings`: of layers that no override names.
+    """The rules that the options define.
 
-    overrides: glob and settings, None for dense.
+    settings: of layers that no override matches. overrides: (glob, settings), None for dense; the
+    last that matches applies.
     """
 
     settings: SolverSettings
@@ -107,22 +111,23 @@ class LayerRules:
     options: LayerOptions = field(default_factory=LayerOptions)
 
     def all_settings(self) -> list[SolverSettings]:
-        """The settings that some layer may have."""
-        return [self.settings, *(own for _, own in self.overrides if own is not None)]
+        """All settings that a layer may have."""
+        return [self.settings, *(s for _, s in self.overrides if s is not None)]
 
     def choose(self, name: str, block: int, blocks: int, columns: int) -> Choice:
-        """How the linear layer `name` of block `block` of `blocks` is pruned; `columns`: its C.
+        """The settings of the linear layer `name`, with C = `columns`, in block `block`.
 
-        Raises `ConfigError` for a width that the pattern does not divide, unless such are skipped.
+        blocks: the number of blocks. Raises `ConfigError` if the pattern does not divide the width
+        and --skip-unsupported is not given.
         """
         reason = self._dense_because(name, block, blocks)
         settings: SolverSettings | None = self.settings
-        why = None
-        for glob, own in self.overrides:
+        override_reason = None
+        for glob, override in self.overrides:
             if fnmatch.fnmatchcase(name, glob):
-                settings, why = own, f"--override {glob}={DENSE}"
+                settings, override_reason = override, f"--override {glob}={DENSE}"
         if reason is not None or settings is None:
-            return Choice(None, reason or why)
+            return Choice(None, reason or override_reason)
         try:
             Pattern.parse(settings.pattern).check_columns(columns)
         except ConfigError as error:
@@ -134,34 +139,35 @@ class LayerRules:
         return Choice(settings, None)
 
     def _dense_because(self, name: str, block: int, blocks: int) -> str | None:
-        own = self.options
-        ranges = parse_blocks(own.blocks)
+        """The option by which a layer stays dense; None if it is pruned."""
+        options = self.options
+        ranges = parse_blocks(options.blocks)
         if ranges is not None and not any(block in part for part in ranges):
-            return f"not in --blocks {own.blocks}"
-        if block < own.dense_first:
-            return f"--dense-first {own.dense_first}"
-        if block >= blocks - own.dense_last:
-            return f"--dense-last {own.dense_last}"
-        if own.include is not None and not re.fullmatch(own.include, name):
-            return f"not in --include {own.include}"
-        if own.exclude is not None and re.fullmatch(own.exclude, name):
-            return f"--exclude {own.exclude}"
+            return f"not in --blocks {options.blocks}"
+        if block < options.dense_first:
+            return f"--dense-first {options.dense_first}"
+        if block >= blocks - options.dense_last:
+            return f"--dense-last {options.dense_last}"
+        if options.include is not None and not re.fullmatch(options.include, name):
+            return f"not in --include {options.include}"
+        if options.exclude is not None and re.fullmatch(options.exclude, name):
+            return f"--exclude {options.exclude}"
         return None
 
     def check(self, layers: Iterable[str], modules: Iterable[str], blocks: int) -> None:
-        """Raises `ConfigError` for an option that names nothing: a slip, found before compute.
+        """Raises `ConfigError` for an option that matches nothing in the model: a likely typo.
 
-        layers: names of all linears of the blocks; modules: of everything in the model.
+        layers: names of all linears of the blocks; modules: names of all modules of the model.
         """
-        own, layers, modules = self.options, list(layers), list(modules)
-        for part in parse_blocks(own.blocks) or ():
+        options, layers, modules = self.options, list(layers), list(modules)
+        for part in parse_blocks(options.blocks) or ():
             last = part.start if part.stop == ALL_BLOCKS else part.stop - 1
             if last >= blocks:
                 raise ConfigError(
-                    f"--blocks {own.blocks}: the model has {blocks} blocks, numbered from 0"
+                    f"--blocks {options.blocks}: the model has {blocks} blocks, numbered from 0"
                 )
         for option_name, names in (("include", layers), ("exclude", modules)):
-            expression = getattr(own, option_name)
+            expression = getattr(options, option_name)
             if expression is not None and not any(re.fullmatch(expression, n) for n in names):
                 raise ConfigError(
                     f"--{option_name} {expression} matches no layer's whole name; they are like "
@@ -199,8 +205,8 @@ def parse_blocks(text: str | None) -> tuple[range, ...] | None:
 
 
 def parse_overrides(text: str | None) -> tuple[Override, ...]:
-    """What `--override` says, in its order. Raises `ConfigError`."""
-    found = []
+    """The parts of `--override`, in their order. Raises `ConfigError`."""
+    overrides = []
     for part in filter(None, (part.strip() for part in (text or "").split(";"))):
         glob, equals, value = (piece.strip() for piece in part.rpartition("="))
         words = [word.strip() for word in value.split(",")]
@@ -218,12 +224,12 @@ def parse_overrides(text: str | None) -> tuple[Override, ...]:
             )
         if pattern is not None:
             Pattern.parse(pattern)
-        found.append(Override(glob, method, pattern, dense))
-    return tuple(found)
+        overrides.append(Override(glob, method, pattern, dense))
+    return tuple(overrides)
 
 
 def _expression(name: str, text: str | None) -> None:
     try:
         re.compile(text or "")
     except (re.error, RecursionError, OverflowError) as error:
-        raise ConfigError(f"--{name} {text!r} is no regular expression: {error}") from error
+        raise ConfigError(f"--{name} {text!r} is not a regular expression: {error}") from error

@@ -1,8 +1,8 @@
-"""The table of pruning methods, and what their files say of them.
+"""The table of pruning methods, with their help texts and defaults.
 
-A method is one file in `pipeline/solvers/methods/` and one line here. The file holds a solver
-class, and above it two literals, `HELP` and `DEFAULTS`. These two are read from its source, as
-setuptools reads a version, so that `--help` and the checks of options need no torch.
+A method is one file in `pipeline/solvers/methods/` and one line here. The file has a solver class,
+and above it two literals, `HELP` and `DEFAULTS`. These are read from the source without importing
+it, as setuptools reads a version, so that `--help` and the checks of options need no torch.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ METHODS: dict[str, str] = {
     "prox": "pipeline.solvers.methods.prox.ProxSolver",
     "prox_admm": "pipeline.solvers.methods.prox_admm.ProxAdmmSolver",
 }
-"""Name → the solver's class, a `pipeline.solvers.base.BaseSolver`, by its dotted name."""
+"""Name → dotted name of the solver's class, a subclass of `pipeline.solvers.base.BaseSolver`."""
 
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """What is known of a method without its code.
+    """What is known of a method without importing its file.
 
-    help: how it prunes, in a line. damping, shrinkage: its regularization where none is given.
-    refine, refine_steps: its refinement where none is given, and the steps of that refinement
-    where they are not given; None for the refinement's own number of steps.
+    help: one line on how it prunes. damping, shrinkage: its default regularization. refine: its
+    default refinement. refine_steps: the default steps of that refinement; None for the
+    refinement's usual number.
     """
 
     help: str
@@ -48,14 +48,14 @@ def method_names() -> tuple[str, ...]:
 
 
 def method_facts(name: str) -> MethodFacts:
-    """What the method's file says of it. Raises `ConfigError` for a method that is not there."""
+    """The facts of a method. Raises `ConfigError` for an unknown method."""
     if name not in METHODS:
-        raise ConfigError(f"unknown method {name!r}: choose of {', '.join(METHODS)}")
+        raise ConfigError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}")
     return _read_facts(METHODS[name].rpartition(".")[0])
 
 
 def methods_help() -> str:
-    """A line on each method, for a help text."""
+    """Each method's name and help, for a help text."""
     return ", ".join(f"{name} ({method_facts(name).help})" for name in METHODS)
 
 
@@ -70,18 +70,18 @@ def defaults_text(setting: str) -> str:
 
 @cache
 def _read_facts(module: str) -> MethodFacts:
-    """`HELP` and `DEFAULTS` of a module, by its source alone."""
+    """`HELP` and `DEFAULTS` of a module, parsed from its source."""
     spec = find_spec(module)
     if spec is None or spec.origin is None:
-        raise ConfigError(f"the method's module {module} is not there")
-    found: dict[str, Any] = {}
+        raise ConfigError(f"the method's module {module} does not exist")
+    literals: dict[str, Any] = {}
     for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name = node.targets[0].id
             if name in ("HELP", "DEFAULTS"):
-                found[name] = _literal(node.value, f"{name} in {spec.origin}")
+                literals[name] = _literal(node.value, f"{name} in {spec.origin}")
     try:
-        return MethodFacts(help=found["HELP"], **found["DEFAULTS"])
+        return MethodFacts(help=literals["HELP"], **literals["DEFAULTS"])
     except (KeyError, TypeError) as error:
         raise ConfigError(
             f"{spec.origin} must have HELP, a string, and DEFAULTS, a dict of MethodFacts' other "
@@ -93,4 +93,4 @@ def _literal(node: ast.expr, where: str) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError as error:
-        raise ConfigError(f"{where} must be a literal: it is read without being run") from error
+        raise ConfigError(f"{where} must be a literal: it is parsed, not run") from error

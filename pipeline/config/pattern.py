@@ -13,7 +13,7 @@ from storage.errors import ConfigError
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which entries of a weight may be non-zero.
+    """A sparsity pattern: which entries of a weight may be non-zero.
 
     ``keep``/``group``: N and M of an N:M pattern; both 0 for an unstructured one.
     ``sparsity``: share of entries that become zero, in [0, 1).
@@ -50,12 +50,12 @@ class Pattern:
         return f"{self.keep}:{self.group}" if self.structured else f"unstructured:{self.sparsity:g}"
 
     def check_columns(self, columns: int) -> None:
-        """Raise ConfigError where a row of ``columns`` entries cannot be cut in groups of M."""
+        """Raise ConfigError if a row of ``columns`` entries cannot be divided into groups of M."""
         if columns < 1 or (self.structured and columns % self.group):
             raise ConfigError(
                 f"width {columns} is not divisible by {max(self.group, 1)}, as pattern {self} needs"
             )
 
     def pruned_per_row(self, columns: int) -> int:
-        """Entries of a row of ``columns`` that an unstructured per-row choice sets to zero."""
+        """Entries of a row of ``columns`` that an unstructured pattern, applied per row, prunes."""
         return int(columns * self.sparsity)

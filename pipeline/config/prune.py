@@ -1,4 +1,4 @@
-"""The options of `prox24 prune`: what is done with a whole model, and the job around it."""
+"""The options of `prox24 prune`: the pruning of a whole model, and the job that runs it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from storage.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(SolverSettings, LayerOptions):
-    """What is done with a whole model; shared by `prune` and `plan`.
+    """The options of pruning a whole model; shared by `prune` and `plan`.
 
-    Raises `ConfigError` on a value out of range.
+    Raises `ConfigError` for a value out of range.
     """
 
     def __post_init__(self) -> None:
@@ -28,12 +28,12 @@ class ModelOptions(SolverSettings, LayerOptions):
     def layer_rules(self) -> LayerRules:
         """Which layers are pruned, with which settings each. Errors as `solver_settings`."""
         overrides = []
-        for own in parse_overrides(self.override):
+        for override in parse_overrides(self.override):
             settings = None
-            if not own.dense:
-                settings = self.solver_settings(own.method or self.method)
-                settings = dataclasses.replace(settings, pattern=own.pattern or self.pattern)
-            overrides.append((own.glob, settings))
+            if not override.dense:
+                settings = self.solver_settings(override.method or self.method)
+                settings = dataclasses.replace(settings, pattern=override.pattern or self.pattern)
+            overrides.append((override.glob, settings))
         return LayerRules(
             settings=self.solver_settings(self.method),
             overrides=tuple(overrides),
@@ -43,7 +43,7 @@ class ModelOptions(SolverSettings, LayerOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig(ModelOptions, ExpertOptions, RuntimeConfig):
-    """Every option of `prox24 prune`. Raises `ConfigError` on a value out of range."""
+    """Every option of `prox24 prune`. Raises `ConfigError` for a value out of range."""
 
     dataset: str = option(
         "allenai/c4",
@@ -64,9 +64,8 @@ class PruneConfig(ModelOptions, ExpertOptions, RuntimeConfig):
     eval_nsamples: int | None = option(None, "sequences of --eval-dataset; unset: the whole text")
     hessian_memory: float | None = option(
         None,
-        "GB of Hessians that a worker may hold at once: where a block's are more, its layers are "
-        "taken in several passes over the block's inputs; unset: half of a GPU's memory, any "
-        "number on a CPU",
+        "GB of Hessians that a worker may hold at once; a block that needs more takes its layers "
+        "in several passes over its inputs; unset: half of a GPU's memory, no limit on a CPU",
         placement=True,
     )
     save_layers: str | None = option(
@@ -78,29 +77,28 @@ class PruneConfig(ModelOptions, ExpertOptions, RuntimeConfig):
     run_dir: str | None = option(
         None,
         "folder of the job's state, seen by all nodes; unset: OUTPUT with `.run` appended, "
-        "where that is a folder",
+        "if OUTPUT is a local folder",
         placement=True,
     )
     scratch_dir: str | None = option(
         None,
-        "folder of each node's own, for activations: they are made again from the tokens where a "
-        "node is lost with its scratch; `~` and $VARIABLES are the node's; unset: in the run "
-        "directory",
+        "folder on each node's local disk for activations, which are recomputed from the tokens if "
+        "a node is lost; `~` and $VARIABLES are expanded on the node; unset: the run directory",
         placement=True,
     )
     no_report: bool = option(
         False,
-        "leave out the report that a job ends with (a second or two)",
+        "do not write a report at the end of the job (a second or two)",
         placement=True,
     )
     overwrite: bool = option(
         False,
-        "replace a non-empty OUTPUT once the new one is whole",
+        "replace a non-empty OUTPUT once the new one is complete",
         placement=True,
     )
     force: bool = option(
         False,
-        "start although memory or disk will not suffice, as it is foreseen",
+        "start even if memory or disk space are predicted not to suffice",
         placement=True,
     )
     max_attempts: int = option(
@@ -127,7 +125,7 @@ class PruneConfig(ModelOptions, ExpertOptions, RuntimeConfig):
             raise ConfigError("--shrinkage auto compares two halves: --nsamples must be at least 2")
 
     def evaluation(self) -> EvalConfig | None:
-        """How the finished model is evaluated for its model card; None if it is not."""
+        """The evaluation of the finished model for its model card; None without --eval-dataset."""
         if self.eval_dataset is None:
             return None
         return EvalConfig(
@@ -139,5 +137,5 @@ class PruneConfig(ModelOptions, ExpertOptions, RuntimeConfig):
         )
 
     def what(self) -> dict[str, Any]:
-        """The options that decide the result, as JSON: the identity of a job."""
+        """The options that the result depends on, as JSON: part of the job's identity."""
         return what_it_computes(self)

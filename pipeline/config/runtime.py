@@ -10,14 +10,14 @@ from pipeline.config.fields import option, require
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """Where a job runs; shared by `prune` and `eval`.
+    """Where and how a job runs; shared by `prune` and `eval`.
 
-    Raises `ConfigError` on a value out of range.
+    Raises `ConfigError` for a value out of range.
     """
 
     executor: Literal["ray", "local"] = option(
         "ray",
-        "who runs the ranks: Ray workers, or this process one rank after another (no Ray)",
+        "what runs the ranks: Ray workers, or this process, one rank after another (no Ray)",
         placement=True,
     )
     workers: int | None = option(
@@ -40,13 +40,13 @@ class RuntimeConfig:
     ray_address: str | None = option(
         None,
         "address of a running Ray cluster (`auto`, `HOST:6379`, `ray://HOST:10001`); unset: "
-        "$RAY_ADDRESS, or else a Ray of its own on this machine",
+        "$RAY_ADDRESS, or else a new Ray on this machine",
         placement=True,
     )
     open_dashboard: bool = option(
         False,
-        "go on although the cluster's dashboard listens to other machines without a token: whoever "
-        "reaches it can run code on the cluster",
+        "continue although the cluster's dashboard listens to other machines without a token: "
+        "anyone who reaches it can run code on the cluster",
         placement=True,
     )
     device: str | None = option(
@@ -67,41 +67,41 @@ class RuntimeConfig:
     )
     trace: str | None = option(
         None,
-        "file to write what every worker did when, for ui.perfetto.dev or chrome://tracing",
+        "file for a timeline of every worker, to view with ui.perfetto.dev or chrome://tracing",
         placement=True,
     )
     on_lost_node: Literal["wait", "shrink"] = option(
         "wait",
         "when a node is lost and the others have no room for its workers, after --node-wait: "
         "`wait` stops, to be resumed when the node is back, because fewer workers round sums "
-        "differently; `shrink` goes on with the workers that fit",
+        "differently; `shrink` continues with the workers that fit",
         placement=True,
     )
     node_wait: float = option(
         300.0,
-        "seconds that a lost node is given to come back, or another to come in its place",
+        "seconds to wait for a lost node to come back or for another to replace it",
         placement=True,
     )
     placement_timeout: float = option(
         300.0,
-        "seconds that the cluster is given to make room for the workers: for other jobs to end, "
-        "nodes to join, or an autoscaler to add some",
+        "seconds to wait for room for the workers: for other jobs to end, nodes to join, or an "
+        "autoscaler to add some",
         placement=True,
     )
     network_interface: str | None = option(
         None,
         "network interface (`eth0`) by which the workers reach one another; unset: that of the "
-        "address by which Ray knows the node",
+        "node's address in Ray",
         placement=True,
     )
     trust_remote_code: bool = option(
         False,
-        "run model code that the model folder carries",
+        "run Python code that is in the model folder",
         placement=True,
     )
     verbose: bool = option(
         False,
-        "show Ray's own log and debug messages",
+        "show Ray's log and debug messages",
         placement=True,
     )
     debug: bool = option(

@@ -12,7 +12,7 @@ from storage.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SolveConfig(SolverSettings):
-    """Every option of `prox24 solve`. Raises `ConfigError` on a value out of range."""
+    """Every option of `prox24 solve`. Raises `ConfigError` for a value out of range."""
 
     method: str = internal(DEFAULT_METHOD)  # several are compared: `methods`
     methods: str = option("all", "methods to compare: `all`, or names with commas between")

@@ -1,4 +1,4 @@
-"""The settings of a solve, and the options that they are: one class, one field each."""
+"""The settings of a solve, which are also options: one class, one field each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from storage.errors import ConfigError
 Refinement = Literal["auto", "none", "gradient", "cg"]
 REFINEMENTS: tuple[Refinement, ...] = ("auto", "none", "gradient", "cg")
 
-# Values of `shrinkage` that are no numbers: chosen on two halves, or from H and its counts.
+# Values of `shrinkage` that are not numbers. AUTO: chosen on two halves of the calibration
+# sequences. ESTIMATE: computed from H and the numbers of tokens and columns.
 AUTO, ESTIMATE = "auto", "estimate"
 
 DEFAULT_METHOD = "prox_admm"
@@ -32,8 +33,8 @@ def _damping_help() -> str:
 
 def _shrinkage_help() -> str:
     return (
-        "share by which the Hessian's off-diagonal entries are pulled to zero, 0 to 1; or "
-        "`estimate`: from the numbers of tokens and inputs, per group of layers; or `auto`: found "
+        "share by which the Hessian's off-diagonal entries are shrunk to zero, 0 to 1; or "
+        "`estimate`: from the numbers of tokens and inputs, per group of layers; or `auto`: chosen "
         "on two halves of the calibration; unset: " + defaults_text("shrinkage")
     )
 
@@ -42,39 +43,39 @@ def _refine_help() -> str:
     refined = [name for name in METHODS if method_facts(name).refine != "none"]
     kinds = dict.fromkeys(method_facts(name).refine for name in refined)
     return (
-        f"lowers the error on the found mask; auto: {' or '.join(kinds)} for "
+        f"lowers the error without changing the mask; auto: {' or '.join(kinds)} for "
         f"{' and '.join(refined)}, none otherwise. An explicit value holds for every method"
     )
 
 
 def _refine_steps_help() -> str:
     steps = {kind: count for kind, count in DEFAULT_REFINE_STEPS.items() if count}
-    own = [
+    exceptions = [
         f"{name}'s {facts.refine} {facts.refine_steps}"
         for name in METHODS
         if (facts := method_facts(name)).refine_steps is not None
     ]
     listed = [f"{kind} {count}" for kind, count in steps.items()]
-    return f"steps of the refinement; unset: {', '.join([*listed, *own])}"
+    return f"steps of the refinement; unset: {', '.join([*listed, *exceptions])}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SolverSettings:
-    """Everything a solve depends on besides its tensors. Scalars only, so it is stored as JSON.
+    """Everything that a solve depends on besides its tensors. Scalars only: stored as JSON.
 
-    As an option is written: numbers may be strings, and None means the method's own default.
-    `resolved` makes numbers of the strings and fills the defaults in.
+    The values are those of the options: numbers may be strings, and None means the method's
+    default. `resolved` converts the strings to numbers and fills in the defaults.
 
-    Raises `ConfigError` for a value that is out of range, or that no method knows.
+    Raises `ConfigError` for a value that is unknown or out of range.
     """
 
     pattern: str = option(
         "2:4", "`N:M` keeps N of every M consecutive weights; `unstructured:S` prunes the share S"
     )
     damping: float | None = option(None, _damping_help)
-    # H <- (1 - a) H + a diag(H); 0 none, 1 diagonal only. "estimate": from the noise of H, which
-    # sets the damping too, at least to the one given (hessian.estimate). "auto": chosen on two
-    # halves of the calibration; the caller resolves it (auto_shrinkage).
+    # H <- (1 - a) H + a diag(H): a = 0 is none, 1 the diagonal alone. "estimate": from the noise of
+    # H; also sets the damping, to at least the given one (hessian.estimate). "auto": chosen on two
+    # halves of the calibration sequences; the caller resolves it (auto_shrinkage).
     shrinkage: float | str | None = option(None, _shrinkage_help)
     blocksize: int | str | None = option(
         "128", "columns in SparseGPT's lazy block, or `auto`: the best known for the layer's width"
@@ -89,12 +90,12 @@ class SolverSettings:
     prox_growth: float = option(1.01, "method prox: factor by which λ grows in each iteration")
     method: str = option(
         DEFAULT_METHOD,
-        lambda: f"how masks and weights are found: {methods_help()}",
+        lambda: f"how masks and weights are computed: {methods_help()}",
         choices=method_names,
     )
-    # prox_admm: iterations in all; those of the first penalty, after which the second takes over;
-    # the first penalty, and the second as a multiple of what the bulk of H~ asks for
-    # (prox_admm.settled_penalty); lambda at first and its growth; over-relaxation.
+    # prox_admm: iterations in all, and those with the first penalty; the first penalty, and the
+    # second as a multiple of `prox_admm.settled_penalty`; the first lambda and the factor by which
+    # it grows; over-relaxation.
     admm_iterations: int = internal(60)
     admm_first_iterations: int = internal(22)
     admm_rho: float = internal(0.185)
@@ -106,7 +107,9 @@ class SolverSettings:
     def __post_init__(self) -> None:
         method_facts(self.method)
         if self.refine not in REFINEMENTS:
-            raise ConfigError(f"unknown refine {self.refine!r}: choose of {', '.join(REFINEMENTS)}")
+            raise ConfigError(
+                f"unknown refine {self.refine!r}: choose one of {', '.join(REFINEMENTS)}"
+            )
         Pattern.parse(self.pattern)
         self._check_regularization()
         self._check_counts()
@@ -142,15 +145,15 @@ class SolverSettings:
         return Pattern.parse(self.pattern)
 
     def solver_settings(self, method: str) -> SolverSettings:
-        """The solver settings alone, resolved for `method`, of these or of a command's options."""
+        """The solver settings in these options, resolved for `method`."""
         values = values_of(self, SolverSettings) | {"method": method}
         return SolverSettings(**values).resolved()
 
     def resolved(self) -> SolverSettings:
-        """The same settings with numbers, and every None and "auto" refinement replaced.
+        """The same settings, with numbers for strings, and each None and refine "auto" replaced.
 
         A shrinkage of "auto" is left for `choose_regularization`, "estimate" for a solver's
-        `prepare`. A damping given alone means that damping and no shrinkage.
+        `prepare`. If only the damping is given, the shrinkage is 0.
         """
         facts = method_facts(self.method)
         given = number_or_word("shrinkage", self.shrinkage, float, (AUTO, ESTIMATE))

@@ -1,1 +1,1 @@
-"""How good a model is: perplexity, likelihoods of continuations, and lm-eval's tasks."""
+"""Evaluation of a model: perplexity, likelihoods of continuations, and lm-eval's tasks."""

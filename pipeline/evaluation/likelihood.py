@@ -1,7 +1,7 @@
-"""Likelihoods of given continuations, block by block: what tasks of multiple choice ask of a model.
+"""Likelihoods of given continuations, block by block, as multiple-choice tasks need them.
 
-Requests are put in order of length and padded on the right to the next power of two, which a causal
-model does not see; each width is one pass over the model's blocks.
+Sequences are padded on the right to a power of two, which does not affect a causal model's results.
+All sequences of one width are run in one pass over the model's blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pipeline.config.evaluate import EvalConfig
 from pipeline.evaluation.perplexity import started
 from pipeline.loop.executor import Executor
 from pipeline.messages import Target
+from pipeline.models.from_config import longest_input
 from pipeline.models.skeleton import Skeleton, check_tokens
+from pipeline.models.text_forward import text_forward
 from pipeline.preflight.disk import check_evaluation_space
 from pipeline.runtime.progress import Progress
 from storage.errors import ConfigError
@@ -23,13 +25,13 @@ from storage.errors import ConfigError
 Tokens = tuple[int, ...]
 
 _NARROWEST = 16
-# Where a config does not say how long a text the model was made for.
+# Tokens of a sequence, for a config without `max_position_embeddings`.
 _DEFAULT_LONGEST = 2048
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one width, each with what is asked of it: (number of the request, target)."""
+    """Sequences of one width. asked: by sequence, its targets: (number of the request, target)."""
 
     width: int
     sequences: tuple[Tokens, ...]
@@ -37,19 +39,19 @@ class Batch:
 
 
 def longest_sequence(skeleton: Skeleton) -> int:
-    """Tokens that the model's config allows, or 2,048."""
-    config = skeleton.model.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or _DEFAULT_LONGEST)
+    """The largest number of tokens that the model's config allows; 2,048 if it has none."""
+    return longest_input(skeleton.model.config) or _DEFAULT_LONGEST
 
 
 def batches(requests: Iterable[tuple[Sequence[int], Sequence[int]]], longest: int) -> list[Batch]:
-    """Requests (context, continuation) as sequences by width, the narrowest first.
+    """Requests (context, continuation), in tokens, as sequences grouped by width, narrowest first.
 
-    A sequence is the context and the continuation without its last token, which nothing follows;
-    where it is longer than `longest`, its beginning is left out. Requests with the same sequence
+    A sequence is the context and the continuation without its last token, after which nothing is
+    predicted. If it is longer than `longest`, its beginning is cut. Requests with the same sequence
     (continuations of one token) share it.
 
-    Raises `ConfigError` for a continuation that is empty, longer than `longest`, or has no context.
+    Raises `ConfigError` for an empty context, or a continuation that is empty or longer than
+    `longest`.
     """
     asked: dict[Tokens, list[tuple[int, Target]]] = {}
     for number, (context, continuation) in enumerate(requests):
@@ -66,8 +68,8 @@ def batches(requests: Iterable[tuple[Sequence[int], Sequence[int]]], longest: in
         width = min(max(_NARROWEST, 1 << (len(sequence) - 1).bit_length()), longest)
         by_width.setdefault(width, []).append(sequence)
     return [
-        Batch(width, tuple(own), tuple(tuple(asked[sequence]) for sequence in own))
-        for width, own in sorted(by_width.items())
+        Batch(width, tuple(sequences), tuple(tuple(asked[sequence]) for sequence in sequences))
+        for width, sequences in sorted(by_width.items())
     ]
 
 
@@ -78,22 +80,23 @@ def log_likelihoods(
     executor: Executor,
     progress: Progress,
 ) -> list[tuple[float, bool]]:
-    """Of each request (context, continuation) in tokens: the continuation's log-likelihood (nats)
-    after the context, and whether a greedy choice would give it.
+    """By request (context, continuation), in tokens: the log-likelihood (nats) of the continuation
+    after the context, and whether greedy decoding would give it.
 
-    Raises an `InputError` for requests that do not fit the model, and for a full disk.
+    Raises an `InputError` for requests that do not fit the model, and for too little disk space.
     """
-    found: dict[int, tuple[float, bool]] = {}
+    results: dict[int, tuple[float, bool]] = {}
+    text_forward(skeleton)  # a model whose blocks cannot be run one at a time is refused now
     check_tokens(skeleton, torch.tensor([t for pair in requests for part in pair for t in part]))
     for batch in batches(requests, longest_sequence(skeleton)):
         tokens = torch.zeros((len(batch.sequences), batch.width), dtype=torch.int64)
         for row, sequence in zip(tokens, batch.sequences, strict=True):
             row[: len(sequence)] = torch.tensor(sequence)
-        own = replace(config, seqlen=batch.width)
-        check_evaluation_space(own, skeleton, len(tokens))
+        batch_config = replace(config, seqlen=batch.width)
+        check_evaluation_space(batch_config, skeleton, len(tokens))
         targets = [[target for _, target in asked] for asked in batch.asked]
-        with started(skeleton, tokens, own, executor, progress) as (_, loop):
+        with started(skeleton, tokens, batch_config, executor, progress) as (_, loop):
             answers = loop.likelihoods(targets)
         for asked, answer in zip(batch.asked, answers, strict=True):
-            found |= {number: value for (number, _), value in zip(asked, answer, strict=True)}
-    return [found[number] for number in range(len(requests))]
+            results |= {number: value for (number, _), value in zip(asked, answer, strict=True)}
+    return [results[number] for number in range(len(requests))]

@@ -1,8 +1,8 @@
-"""Perplexity by the field's convention, through the same block-by-block forward as pruning.
+"""Perplexity by the convention of the field, with the same block-by-block forward as pruning.
 
-The text is joined, tokenized once and cut in pieces of `seqlen` (method.md, conventions); the
-result is exp of the mean next-token loss. Hidden states go through activation stores on disk, so
-that evaluating needs no more memory than pruning.
+The text is cut into sequences as `pipeline.text.tokens` describes; the perplexity is exp of the
+mean next-token loss (nats). Hidden states are stored in activation shards on disk, so evaluation
+needs no more memory than pruning.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pipeline.loop.executor import Executor
 from pipeline.loop.trace import traced
 from pipeline.messages import Job, Reference
 from pipeline.models.skeleton import Skeleton, check_seqlen, check_tokens, open_skeleton
+from pipeline.models.text_forward import text_forward
 from pipeline.preflight.disk import check_evaluation_space
 from pipeline.preflight.shared_folders import scratch_of
 from pipeline.records.inputs import read_inputs
@@ -35,6 +36,7 @@ from pipeline.runtime.progress import Progress
 from pipeline.text.documents import hub_revision
 from pipeline.text.tokens import describe_tokenizer, evaluation_tokens, load_tokenizer
 from storage.errors import ConfigError, NumericalError
+from storage.model.adapter import adapter_note
 from storage.object_store import Place, absolute, location
 from storage.run.activations import write_tokens
 from storage.run.directory import SCRATCH_PREFIX, RunDirectory
@@ -49,7 +51,7 @@ def evaluate(
     make_executor: Callable[[], Executor],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Perplexity of the model at `source`, on an executor that is made for it.
+    """Measures the perplexity of the model at `source`, on an executor that it makes and closes.
 
     Returns what `measure_perplexity` returns. Raises an `InputError` for bad input before any
     compute.
@@ -70,33 +72,35 @@ def compare(
     make_executor: Callable[[], Executor],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """`evaluate` for several models on the same tokens, each but the first held against the first.
+    """Evaluates several models on the same tokens, and compares each with the first.
 
-    Each result has what `measure_perplexity` returns; those after the first also `against_first`:
-    `loss_difference` and its `standard_error` (nats a token, paired by sequence: mean and standard
-    error over the sequences, None where there is one), `jensen_shannon` and `kullback_leibler`
-    (means over the predicted tokens, in nats; KL of this model from the first) and `same_token`
-    (the share, 0 to 1, of predicted tokens whose most likely value is the same).
+    Each result has what `measure_perplexity` returns. All but the first also have `against_first`:
+    `loss_difference` and its `standard_error` (nats per token: mean of the paired differences over
+    sequences and its standard error, None with one sequence); `jensen_shannon` and
+    `kullback_leibler` (nats, means over the predicted tokens; KL(first || this model)); and
+    `same_token` (share, 0 to 1, of predicted tokens for which both models have the same most likely
+    token).
 
-    Raises an `InputError` for bad input before any compute, models with other tokenizers included.
+    Raises an `InputError` for bad input before any compute, also for models whose tokenizers
+    differ.
     """
     prepared = [prepare(source, config) for source in sources]
     for another in prepared[1:]:
         if not torch.equal(another.tokens, prepared[0].tokens):
             raise ConfigError(
                 f"{another.skeleton.files.place} and {prepared[0].skeleton.files.place} make "
-                "other tokens of the text; only models with the same tokenizer can be compared"
+                "different tokens of the text; only models with the same tokenizer can be compared"
             )
     for each in prepared:
-        # Three stores: the first model's last one, and two of the model that runs.
+        # Room for three activation stores: the first model's last one, and two of the running one.
         check_evaluation_space(config, each.skeleton, -(-3 * len(each.tokens) // 2))
     executor = traced(make_executor(), config.trace)
     try:
         with evaluated(prepared[0], config, executor, progress) as first:
-            results = [first.figures()]
+            results = [first.metrics()]
             for each in prepared[1:]:
                 with evaluated(each, config, executor, progress) as other:
-                    results.append(other.figures() | {"against_first": other.against(first)})
+                    results.append(other.metrics() | {"against_first": other.against(first)})
         return results
     finally:
         progress.end()
@@ -105,9 +109,9 @@ def compare(
 
 @dataclass(frozen=True)
 class Prepared:
-    """What can be checked without workers has been.
+    """A model and a text that have passed all checks that need no workers.
 
-    tokens: int64 (n, seqlen). dataset, revision: the text's name, and its commit on the hub or
+    tokens: (n, seqlen) int64. dataset: the text's name. revision: its commit on the hub, or
     `sha256:` and a file's hash. tokenizer: its class and the number of its tokens.
     """
 
@@ -123,6 +127,7 @@ def prepare(source: Place, config: EvalConfig) -> Prepared:
     skeleton = open_skeleton(
         absolute(source), dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
+    text_forward(skeleton)  # a model whose blocks cannot be run one at a time is refused now
     check_seqlen(skeleton, config.seqlen)
     identity = data_identity(config.dataset)
     wanted = config.dataset_revision
@@ -143,9 +148,9 @@ def prepare(source: Place, config: EvalConfig) -> Prepared:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A model that has been run on its tokens, its workers and last hidden states still there.
+    """A model that has been run on its tokens. Its workers and last hidden states still exist.
 
-    losses: summed next-token loss (nats) of every sequence.
+    losses: summed next-token loss (nats) of each sequence.
     """
 
     prepared: Prepared
@@ -154,7 +159,7 @@ class Evaluated:
     loop: BlockLoop
     losses: list[float]
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """What `measure_perplexity` returns. Raises `NumericalError` where it is not finite."""
         skeleton, seqlen = self.prepared.skeleton, self.config.seqlen
         predicted = len(self.losses) * (seqlen - 1)
@@ -190,7 +195,8 @@ class Evaluated:
         each = self.config.seqlen - 1
         predicted = len(distances) * each
         differences = [
-            (own - other) / each for own, other in zip(self.losses, first.losses, strict=True)
+            (loss - reference_loss) / each
+            for loss, reference_loss in zip(self.losses, first.losses, strict=True)
         ]
         mean, standard_error = mean_and_error(differences)
         return {
@@ -203,7 +209,7 @@ class Evaluated:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of some values and its standard error, which is NaN of one value."""
+    """The mean of some values and its standard error, which is NaN for a single value."""
     count = len(values)
     spread = statistics.stdev(values) / math.sqrt(count) if count > 1 else math.nan
     return statistics.fmean(values), spread
@@ -212,24 +218,24 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 def measure_perplexity(
     prepared: Prepared, config: EvalConfig, executor: Executor, progress: Progress
 ) -> dict[str, Any]:
-    """Perplexity, with the ranks of `executor` started anew for this model.
+    """Measures the perplexity; restarts the ranks of `executor` for this model.
 
-    Returns `perplexity`, `tokens` (of text evaluated), `predicted_tokens` (those with a loss: all
+    Returns `perplexity`, `tokens` (number in the text), `predicted_tokens` (those with a loss: all
     but the first of each sequence), `seqlen`, `nsamples`, `dataset`, `dataset_revision` (a commit
     of the hub, or `sha256:` and a file's hash), `tokenizer` (`class` and number of `tokens`),
-    `tokens_sha256` (of the tokens as int64, which fixes the text and the tokenizer), `dtype`.
+    `tokens_sha256` (of the tokens as int64, by which text and tokenizer are compared), `dtype`.
 
-    Raises `NumericalError` where the loss is not finite.
+    Raises `NumericalError` if the loss is not finite.
     """
-    with evaluated(prepared, config, executor, progress) as found:
-        return found.figures()
+    with evaluated(prepared, config, executor, progress) as evaluation:
+        return evaluation.metrics()
 
 
 @contextlib.contextmanager
 def evaluated(
     prepared: Prepared, config: EvalConfig, executor: Executor, progress: Progress
 ) -> Iterator[Evaluated]:
-    """Runs a model block by block, with the ranks of `executor` started anew for it."""
+    """Runs a model block by block; restarts the ranks of `executor` for it."""
     with started(prepared.skeleton, prepared.tokens, config, executor, progress) as (run, loop):
         yield Evaluated(prepared, config, run, loop, loop.losses())
 
@@ -238,7 +244,9 @@ def evaluated(
 def started(
     skeleton: Skeleton, tokens: Tensor, config: EvalConfig, executor: Executor, progress: Progress
 ) -> Iterator[tuple[RunDirectory, BlockLoop]]:
-    """A block loop over `tokens` (n, config.seqlen), in a run directory that is deleted again."""
+    """A started block loop over `tokens`, (n, seqlen) int64, in a temporary run directory."""
+    if note := adapter_note(skeleton.files.folder, skeleton.files.place):
+        progress.note(note)
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=config.scratch_dir) as scratch:
         run = RunDirectory(Path(scratch).absolute())
         stored = write_tokens(run.tokens(), tokens)

@@ -1,4 +1,4 @@
-"""What lm-eval found of a task's documents, and how it differs between two models."""
+"""Metrics of lm-eval's tasks, and their differences between two models."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from pipeline.evaluation.perplexity import mean_and_error
 
 @dataclass(frozen=True)
 class Metric:
-    """A task's metric: its value, and that of each document where the value is their mean."""
+    """A task's metric. documents: the values of its documents, if `value` is their mean."""
 
     value: float
     documents: tuple[float, ...] | None
 
     @property
     def standard_error(self) -> float:
-        """Of the value over the documents; NaN where it is not their mean."""
+        """The standard error of the value over documents; NaN if it is not their mean."""
         return math.nan if self.documents is None else mean_and_error(self.documents)[1]
 
     def against(self, first: Metric) -> tuple[float, float]:
-        """The difference from another model's metric, and its standard error, paired by document
-        (NaN where a value is not a mean over documents)."""
+        """The difference from another model's metric and its standard error, paired by document.
+
+        The standard error is NaN if a value is not a mean over documents.
+        """
         if self.documents is None or first.documents is None:
             return self.value - first.value, math.nan
         differences = [a - b for a, b in zip(self.documents, first.documents, strict=True)]
@@ -32,28 +34,28 @@ class Metric:
 
 
 def task_metrics(results: Mapping[str, Any]) -> dict[str, dict[str, Metric]]:
-    """Task -> metric -> figures, of what lm-eval's `evaluate` returns with its samples.
+    """Task → metric's name → metric. results: what lm-eval's `evaluate` returns, with samples.
 
-    A filter's name follows the metric's, `exact_match,strict`, where it is not `none`.
+    A filter's name follows the metric's name, as in `exact_match,strict`, unless it is `none`.
     """
-    found: dict[str, dict[str, Metric]] = {}
+    metrics: dict[str, dict[str, Metric]] = {}
     for task, samples in results["samples"].items():
         for key, value in results["results"][task].items():
-            name, _, kept = key.partition(",")
-            if not kept or name.endswith("_stderr") or not isinstance(value, (int, float)):
+            name, _, filter_name = key.partition(",")
+            if not filter_name or name.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
-            own = sorted(
-                (sample for sample in samples if sample["filter"] == kept and name in sample),
+            matching = sorted(
+                (s for s in samples if s["filter"] == filter_name and name in s),
                 key=lambda sample: sample["doc_id"],
             )
-            documents = _documents([sample[name] for sample in own], float(value))
-            title = name if kept == "none" else key
-            found.setdefault(task, {})[title] = Metric(float(value), documents)
-    return found
+            documents = _documents([sample[name] for sample in matching], float(value))
+            title = name if filter_name == "none" else key
+            metrics.setdefault(task, {})[title] = Metric(float(value), documents)
+    return metrics
 
 
 def _documents(values: list[Any], mean: float) -> tuple[float, ...] | None:
-    """The documents' values if `mean` is what the name says."""
+    """The documents' values, if `mean` is their mean; else None."""
     if not values or not all(isinstance(value, (int, float)) for value in values):
         return None
     numbers = tuple(float(value) for value in values)

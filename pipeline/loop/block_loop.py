@@ -1,9 +1,9 @@
-"""The block loop, written once for every executor: the order of blocks, and what is tried again.
+"""The block loop: the order of blocks, and retries. The same loop for every executor.
 
-A block is committed by its record. Progress lives in the run directory alone: a block with a
-record is done, a block whose inputs have a record can be run, and inputs that are missing are made
-again from the tokens through the committed blocks. What turns out to be damaged is made again by
-`pipeline.loop.repair`.
+A block is committed by its record. Progress is in the run directory only: a block with a record is
+done; a block whose inputs have a record can be run; missing inputs are recomputed from the tokens
+through the committed blocks. Damaged files are restored by `pipeline.loop.repair`. One attempt at a
+block is in `pipeline.loop.block_steps`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from storage.files.commit import publish_json
 
 T = TypeVar("T")
 Failures = Sequence[str]
-"""Why earlier attempts at a piece of work failed."""
+"""The errors of earlier attempts at the same work, one line each."""
 
 
 @dataclass
 class BlockLoop:
     """Runs all blocks, each until it is committed.
 
-    `max_attempts`: how often a block is tried when workers are lost. `mend_tokens` makes the
-    tokens' file again if it is damaged, and returns whether it was. `manifest` is the content of
-    `run.json`, once that is known. `begun`: blocks below this number have been committed.
+    max_attempts: attempts at a block when workers are lost. mend_tokens: restores the tokens' file
+    if it is damaged, and returns whether it was. manifest: the content of `run.json`, once known.
+    begun: blocks below this number have been committed.
     """
 
     steps: BlockSteps
@@ -44,23 +44,25 @@ class BlockLoop:
     begun: int = field(default=0, init=False)
 
     def start(self, job: Job) -> None:
-        """Makes the ranks; those that are lost meanwhile are replaced."""
+        """Starts the ranks; workers that are lost meanwhile are replaced."""
         started = False
 
-        def begin(_: Failures) -> None:
+        def start_once(_: Failures) -> None:
+            # After a failure `persist` has recovered the executor: there is nothing left to do.
             nonlocal started
             if not started:
                 started = True
                 self.steps.executor.start(job)
 
-        self.persist("the start of the workers", begin)
+        self.persist("the start of the workers", start_once)
 
     def prune(self) -> None:
-        """Commits every block that is not committed yet, in order."""
+        """Prunes and commits every block that is not committed yet, in order."""
         steps, run = self.steps, self.steps.run
         if steps.calibrates and steps.hessian_memory is None:
             limits = [outcome.value for outcome in self.on_all(call(Rank.hessian_memory))]
-            # The same on every rank, or they would take other passes.
+            # The smallest of all ranks': with different limits, ranks would divide a block's groups
+            # over different passes.
             steps.hessian_memory = min((each for each in limits if each is not None), default=None)
         self.begun = run.blocks_begun()
         self.persist("the scratch", lambda _: steps.sweep_scratch())
@@ -75,59 +77,62 @@ class BlockLoop:
             self.persist("the scratch", lambda _: steps.sweep_scratch())
 
     def losses(self) -> list[float]:
-        """Runs the model as it is, block by block; the loss of each sequence, in order."""
+        """Runs the model block by block; the summed next-token loss (nats) of each sequence."""
         outcomes = self._on_outputs("losses", lambda shards: call(Rank.losses, self._last, shards))
         return [loss for outcome in outcomes for loss in outcome.value]
 
     def likelihoods(self, targets: Sequence[Sequence[Target]]) -> list[list[Likelihood]]:
-        """The same for likelihoods: those of each sequence's targets, in order."""
+        """The likelihoods of each sequence's targets, in order."""
         outcomes = self._on_outputs(
             "likelihoods", lambda shards: call(Rank.likelihoods, self._last, shards, targets)
         )
         return [likelihoods for outcome in outcomes for likelihoods in outcome.value]
 
     def distances(self, reference: Reference) -> list[SequenceDistance]:
-        """Each sequence's distance from another model; `losses` has run in both."""
+        """Each sequence's distance from the reference model; call `losses` on both first."""
         outcomes = self._on_outputs(
             "distances", lambda shards: call(Rank.distances, self._last, shards, reference)
         )
         return [distance for outcome in outcomes for distance in outcome.value]
 
     def on_all(self, phase: Call[T]) -> list[Outcome[T]]:
-        """A phase outside the blocks on every rank, done again when workers are lost."""
+        """Runs a phase outside the blocks on every rank, with retries."""
         return self.persist(f"phase {phase.phase}", lambda _: self.steps.on_all(phase))
 
     def persist(self, what: str, work: Callable[[Failures], T]) -> T:
-        """Does `work`; again where workers were lost, or a damaged file was made again.
+        """Runs `work`, which messages call `what`, until it succeeds; returns its result.
 
-        Raises `Prox24Error` where workers are lost too often, `WorkerMemoryError` where they ran
-        out of memory twice, `CorruptFileError` where damage cannot be mended, because it is not in
-        the run directory, or comes back too often.
+        After a lost worker the executor recovers, and after a damaged file the run directory is
+        repaired, before the next attempt.
+
+        Raises `Prox24Error` if workers are lost too often, `WorkerMemoryError` if they run out of
+        memory twice, `CorruptFileError` if the damage cannot be repaired (a file of the source
+        model) or recurs too often.
         """
-        history, broken = AttemptHistory(self.max_attempts), _Broken()
+        history, pending = AttemptHistory(self.max_attempts), _Repair()
         with _named(what):
             while True:
                 try:
-                    self._put_right(what, broken, history.failures)
+                    self._repair(what, pending, history.failures)
                     return work(history.failures)
                 except (WorkerLostError, WorkerMemoryError) as error:
                     if not history.should_retry(error):
-                        raise self._given_up(what, error, history) from error
+                        raise self._final_error(what, error, history) from error
                     attempt = len(history.failures)
                     self.steps.progress.attempt_failed(
                         what, attempt, history.max_attempts, str(error)
                     )
-                    broken.workers = True
+                    pending.workers = True
                 except CorruptFileError as error:
-                    if not history.should_mend(error) or error is broken.file:
+                    if not history.should_mend(error) or error is pending.file:
                         raise
-                    broken.file = error
+                    pending.file = error
 
-    # -- pieces -----------------------------------------------------------------------------
+    # -- parts of these ---------------------------------------------------------------------
 
     @property
     def _last(self) -> int:
-        """The number of the block after the last one, whose inputs are the last one's outputs."""
+        """The number of blocks: under it the last block's outputs are stored, as inputs."""
         return self.steps.blocks
 
     def _prune_block(self, block: int) -> None:
@@ -142,7 +147,7 @@ class BlockLoop:
         self.persist(f"block {block}", solve_and_commit)
 
     def _on_outputs(self, name: str, make: Callable[[Any], Call[T]]) -> list[Outcome[T]]:
-        """A phase on the outputs of the last block, which are made if they are not there."""
+        """Runs a phase on the last block's outputs, which are computed if they are missing."""
 
         def work(_: Failures) -> list[Outcome[T]]:
             shards, _observed = self.steps.inputs(self._last)
@@ -151,18 +156,18 @@ class BlockLoop:
 
         return self.persist("the evaluation", work)
 
-    def _put_right(self, what: str, broken: _Broken, failures: Failures) -> None:
-        """What must be done before the next attempt; what was done is not done again."""
-        if broken.workers:
+    def _repair(self, what: str, pending: _Repair, failures: Failures) -> None:
+        """Repairs what the last attempt left broken; each part once, even if the next one fails."""
+        if pending.workers:
             self._recover(what)
-            broken.workers = False
+            pending.workers = False
             if self.steps.scratch:
-                # Another node's scratch is another one.
+                # A new worker may be on another node, whose scratch lacks the rank's shards.
                 self._repairs(failures).mend_inputs()
-        if broken.file is not None:
+        if pending.file is not None:
             if not self._repairs(failures).mend(hashed=True):
-                raise broken.file
-            broken.file = None
+                raise pending.file
+            pending.file = None
 
     def _repairs(self, failures: Failures) -> Repairs:
         return Repairs(self.steps, self.begun, self.manifest, self.mend_tokens, failures)
@@ -175,7 +180,7 @@ class BlockLoop:
             f"{what}: {executor.world} workers are ready again after {seconds:.1f} s"
         )
 
-    def _given_up(self, what: str, error: Prox24Error, history: AttemptHistory) -> Prox24Error:
+    def _final_error(self, what: str, error: Prox24Error, history: AttemptHistory) -> Prox24Error:
         kind = type(error) if isinstance(error, WorkerMemoryError) else Prox24Error
         run = self.steps.run
         return kind(
@@ -186,8 +191,8 @@ class BlockLoop:
 
 
 @dataclass
-class _Broken:
-    """What an attempt left broken: workers that are gone, a file that is damaged."""
+class _Repair:
+    """What must be repaired before the next attempt: lost workers, a damaged file."""
 
     workers: bool = False
     file: CorruptFileError | None = None
@@ -195,7 +200,7 @@ class _Broken:
 
 @contextlib.contextmanager
 def _named(what: str) -> Iterator[None]:
-    """Notes at which work an unexpected error came up."""
+    """Adds to an unexpected error a note that names the work it occurred in."""
     try:
         yield
     except Exception as error:

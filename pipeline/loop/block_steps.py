@@ -1,8 +1,9 @@
-"""One attempt at a block: its inputs, its statistics, its solve, the record of what was written.
+"""One attempt at a block: its inputs, its statistics, its solve, and its record.
 
-Per block: `calibrate` (dense forward, partial sums), `reduce`, `solve`, then `propagate` (pruned
-forward, next inputs); in one pass with the next block's `calibrate` it is called `advance`.
-Nothing here is tried again: `block_loop` decides that.
+The phases of a block: `calibrate` (dense forward, partial sums of statistics), `reduce` (sums over
+all ranks), `choose` (for --shrinkage auto), `solve`, `propagate` (pruned forward, next inputs).
+`advance` is `propagate` and the next block's `calibrate` in one pass over the activation shards.
+Nothing here is retried: that is for `block_loop`.
 """
 
 from __future__ import annotations
@@ -41,15 +42,16 @@ Choices = dict[str, dict[str, Any]]
 
 @dataclass
 class BlockSteps:
-    """What is done with a block on an executor. One driver at a time: the holder of `lock`.
+    """The steps of a block, run on an executor by the driver that holds `lock`.
 
-    `layers` gives per block the pruned layers' shapes; `dtypes` their stored dtypes (safetensors
-    names); both are empty for an evaluation. `calibrates` is False for a method that needs no
-    statistics: no activations then. `chooses`: whether a part of the settings is chosen per group
-    before solving. `hessian_memory`: bytes of statistics that a rank may hold at once; a block's
-    groups are taken in several passes where theirs are more; None leaves it to the ranks' devices.
-    `scratch`: whether activation shards are on the nodes' own scratch, which the ranks alone see.
-    `attempts`: how many have been made, which makes the names of files.
+    layers: per block, the pruned layers' shapes, name → (R, C). dtypes: per block, their stored
+    dtypes (safetensors names). Both are empty for an evaluation.
+    calibrates: False for methods that need no statistics; then there are no activations.
+    chooses: whether some settings are chosen per group before the solve (--shrinkage auto).
+    hessian_memory: bytes of statistics that a rank may hold at once; a block that needs more takes
+    its groups in several passes. None: the ranks' devices decide.
+    scratch: whether activation shards are on the nodes' local disks, which only workers see.
+    attempts: number of attempts so far; part of the names of new files.
     """
 
     executor: Executor
@@ -66,9 +68,9 @@ class BlockSteps:
     attempts: int = field(default=0, init=False)
 
     def solve(self, block: int, failures: Sequence[str]) -> BlockRecord:
-        """Everything of a block but its commit: the record that names the files written.
+        """Prunes a block; returns its record, which the caller commits.
 
-        failures: why earlier attempts failed; they are recorded.
+        failures: the errors of earlier attempts, for the record.
         """
         started = time.perf_counter()
         times: Times = {}
@@ -93,7 +95,7 @@ class BlockSteps:
         results = {
             "groups": groups,
             "choices": choices,
-            # One entry a rank, with the groups of all passes.
+            # By rank, the groups of all passes together.
             "costs": [
                 {group: cost for part in parts for group, cost in part.costs.items()}
                 for parts in zip(*solved, strict=True)
@@ -116,12 +118,14 @@ class BlockSteps:
     def inputs(
         self, block: int, *, observe: bool = False
     ) -> tuple[list[StoredFile], Observed | None]:
-        """The activation shards that block `block` reads, made if they are not there.
+        """The activation shards of the inputs of `block`, computed if they are missing.
 
-        Starts from the nearest committed inputs below `block`, or from the tokens; an older store
-        is deleted as soon as the one made from it is committed. With `observe`, a last step that
-        is still to be made also runs the dense block on what it writes: the ranks then hold the
-        statistics of the first pass's groups, and what they observed is returned.
+        Starts from the nearest committed inputs at or below `block`, or else from the tokens; an
+        older store is deleted as soon as the one made from it is committed.
+
+        With `observe`, the last step (if one is needed) also runs the dense block on what it
+        writes. Then the ranks have the statistics of the first pass, and what they observed is the
+        second value; otherwise that is None.
         """
         observed: Observed | None = None
         below = self._nearest_inputs(block)
@@ -140,19 +144,19 @@ class BlockSteps:
         return read_inputs(self.run.activation_record(block)), observed
 
     def sweep_scratch(self) -> None:
-        """Has the ranks delete what no record names from their nodes' scratch."""
+        """Has the ranks delete from scratch the activation shards that no record names."""
         if self.scratch:
             self.on_all(call(Rank.sweep_scratch, kept_names(self.run)))
 
     def pruned(self, block: int) -> BlockRecord | None:
-        """What replaces the block's weights in a forward pass; None, for an evaluation, nothing.
+        """The record of the pruned block, for a forward pass; None (dense) in an evaluation.
 
-        In a job a missing record is damage: going on from dense weights would be silently wrong.
+        In a pruning job a missing record raises: a silent fallback to dense weights would be wrong.
         """
         return self.read_record(block) if self.layers else None
 
     def read_record(self, block: int) -> BlockRecord:
-        """The committed record of a block. Raises `CorruptFileError` where it is damaged."""
+        """The committed record of a block. Raises `CorruptFileError` if missing or damaged."""
         return read_record(self.run.record(block))
 
     def on_all(self, phase: Call[T]) -> list[Outcome[T]]:
@@ -160,7 +164,10 @@ class BlockSteps:
         return self.executor.run([phase] * self.executor.world)
 
     def stamp(self) -> str:
-        """A name part that no other attempt of any driver uses: files are never renamed."""
+        """A part of file names that is unique to one attempt of one driver.
+
+        So files need no rename, and a late writer cannot overwrite those of another attempt.
+        """
         self.attempts += 1
         return f"{self.lock.nonce[:STAMP_DIGITS]}-{self.attempts}"
 
@@ -175,18 +182,18 @@ class BlockSteps:
         return self._timed(times, phase)[0].value
 
     def _reduce(self, block: int, times: Times) -> None:
-        """Has every rank hold the sum of all ranks' statistics."""
+        """Sums the statistics over all ranks; every rank gets the sum."""
         began = time.perf_counter()
         self.progress.phase("reduce", block)
         outcomes = self.executor.reduce()
         add_phase(times, "reduce", time.perf_counter() - began, outcomes)
 
     def _choices(self, block: int, times: Times) -> Choices:
-        """What is chosen for each group: committed before its first use, replayed on resume."""
+        """The settings chosen for each group: committed before first use, replayed on resume."""
         path = self.run.choices(block)
         committed = read_choices(path) if path.exists() else {}
-        held = self.on_all(call(Rank.groups_held))[0].value
-        if not all(group.name in committed for group in held):
+        groups = self.on_all(call(Rank.groups_held))[0].value
+        if not all(group.name in committed for group in groups):
             self.progress.phase("choose", block)
             outcomes = self._timed(times, call(Rank.choose, block))
             chosen = {name: choice for o in outcomes for name, choice in o.value.items()}
@@ -195,13 +202,13 @@ class BlockSteps:
         return committed
 
     def _solve(self, block: int, choices: Choices | None, times: Times) -> list[SolvedSlices]:
-        """Has the ranks solve the layers whose statistics they hold."""
+        """Has the ranks solve the layers whose statistics they have; one result per rank."""
         self.progress.phase("solve", block)
         outcomes = self._timed(times, call(Rank.solve, block, self.stamp(), choices))
         return [outcome.value for outcome in outcomes]
 
     def _nearest_inputs(self, block: int) -> int | None:
-        """The block next below, or `block` itself, whose inputs are committed."""
+        """The largest number up to `block` of a block whose inputs are committed, if any."""
         committed = (b for b in range(block, -1, -1) if self.run.activation_record(b).exists())
         return next(committed, None)
 
@@ -212,7 +219,7 @@ class BlockSteps:
         self._commit_inputs(0, [shard for o in outcomes for shard in o.value], times)
 
     def _propagate(self, block: int) -> None:
-        """Makes the inputs of the block after `block`."""
+        """Computes and commits the inputs of the block after `block`."""
         self.progress.phase("propagate", block)
         times: Times = {}
         shards = read_inputs(self.run.activation_record(block))
@@ -221,7 +228,7 @@ class BlockSteps:
         self._commit_inputs(block + 1, [shard for o in outcomes for shard in o.value], times)
 
     def _advance(self, block: int) -> Observed:
-        """The same, and observes the block after `block` on them."""
+        """`_propagate`, which also sums the statistics of the block after `block`."""
         self.progress.phase("propagate", block)
         times: Times = {}
         shards = read_inputs(self.run.activation_record(block))

@@ -1,4 +1,4 @@
-"""Who runs the ranks: all that the block loop knows of a cluster."""
+"""The `Executor` protocol: all that the block loop knows of a cluster."""
 
 from __future__ import annotations
 
@@ -28,33 +28,44 @@ class Executor(Protocol):
         """Number of ranks. `recover` may change it: read it anew for each phase."""
         ...
 
+    def prepare(self) -> None:
+        """Begins to start the ranks before there is a job, if that takes time. Optional.
+
+        Raises `ResourceError` if there is no room for them.
+        """
+        ...
+
     def start(self, job: Job) -> None:
-        """Makes the ranks, before anything else; again, for another job, in place of the first."""
+        """Starts the ranks; called before any phase. A second call replaces them by a new job's."""
         ...
 
     def run(self, calls: Sequence[Call[T]]) -> list[Outcome[T]]:
-        """Runs one phase on all ranks, `calls[rank]` each; outcomes in rank order.
+        """Runs one phase on all ranks, `calls[rank]` on each; outcomes in rank order.
 
-        Raises `WorkerLostError` when a rank is gone or hangs, and a rank's own error as it is.
+        Raises `WorkerLostError` if a worker is gone or hangs; an error that a rank raised is passed
+        on unchanged.
         """
         ...
 
     def reduce(self) -> list[Outcome[None]]:
-        """Gives every rank the sum, in rank order, of all ranks' statistics."""
+        """Runs the phase `reduce`: every rank gets the sum of all ranks' statistics.
+
+        The ranks are added in their order, so the sum does not depend on the network.
+        """
         ...
 
     def recover(self) -> None:
-        """Replaces ranks that are gone, and drops what an abandoned attempt left in the others.
+        """Replaces lost workers, and drops the statistics of an abandoned attempt in the others.
 
-        Raises `WorkerLostError` when another is lost meanwhile, `ResourceError` when there is no
-        place for them.
+        Raises `WorkerLostError` if another is lost meanwhile, `ResourceError` if there is no room
+        for the new ones.
         """
         ...
 
     def workers(self) -> list[dict[str, Any]]:
-        """Who runs the ranks, as JSON for the records: `host`, `pid` and what else is known."""
+        """Each rank's process, as JSON for the records: `host`, `pid`, with Ray also `node`."""
         ...
 
     def close(self) -> None:
-        """Lets go of the ranks. Never raises because one of them is already gone."""
+        """Ends the workers. Does not raise if one of them is already gone."""
         ...

@@ -1,7 +1,8 @@
-"""What a rank can be asked to do: the phases of a job, as calls with types.
+"""The phases of a job, as typed calls: all that a worker can be asked to do.
 
-The block loop names phases by reference, `call(Rank.solve, block, stamp, choices)`, so that their
-arguments and results are checked. A call travels to a worker, which runs its method of that name.
+The block loop names phases by reference, `call(Rank.solve, block, stamp, choices)`, so that mypy
+checks their arguments and results. The call is sent to a worker, which runs its method of that
+name.
 """
 
 from __future__ import annotations
@@ -33,25 +34,25 @@ T = TypeVar("T")
 
 
 class Rank(Protocol):
-    """One rank of a job. `pipeline.worker.block_worker.BlockWorker` is one.
+    """One rank of a job. `pipeline.worker.block_worker.BlockWorker` implements it.
 
-    block: number of a decoder block. shards: the activation shards of the block's inputs, all
-    ranks', by number. stamp: a part of file names that no other attempt uses. only: numbers of the
-    activation shards that are wanted; None for all.
+    block: number of a decoder block. shards: all activation shards of the block's inputs, by
+    number. stamp: part of the names of new files, unique to this attempt. only: numbers of the
+    activation shards that are wanted; None for all of the rank's.
     """
 
     # -- before the blocks ------------------------------------------------------------------
 
     def free_memory(self) -> FreeMemory:
-        """What is free on the rank's node and GPU."""
+        """Free memory of the rank's node and GPU."""
         ...
 
     def hessian_memory(self) -> float | None:
-        """Bytes of statistics that the rank's device should hold at once; None for any number."""
+        """Bytes of statistics that the rank's device should hold at once; None: no limit."""
         ...
 
     def fingerprint(self, files: list[str]) -> list[WeightFileFingerprint]:
-        """Hashes whole weight files and refuses NaN or Inf in them."""
+        """Hashes whole weight files. Raises `ModelError` for NaN or Inf in them."""
         ...
 
     # -- a block ----------------------------------------------------------------------------
@@ -63,30 +64,30 @@ class Rank(Protocol):
     def calibrate(
         self, block: int, shards: list[StoredFile], limit: float | None, number: int
     ) -> Observed:
-        """Runs the dense block over the rank's shards, summing statistics of pass `number`.
+        """Runs the dense block over the rank's shards; sums the statistics of pass `number`.
 
-        limit: bytes of statistics to hold at once. Every rank must be given the same.
+        limit: bytes of statistics to hold at once, the same for every rank; None: no limit.
         """
         ...
 
     def reduce(self) -> None:
-        """Makes the statistics of the sums over all ranks."""
+        """Sums the statistics over all ranks, in rank order."""
         ...
 
     def groups_held(self) -> tuple[LayerGroup, ...]:
-        """The groups of layers whose statistics are held: the same on every rank."""
+        """The groups of layers whose statistics are in memory: the same on every rank."""
         ...
 
     def choose(self, block: int) -> dict[str, dict[str, Any]]:
-        """Chooses regularization for the groups dealt to the rank: group → settings as JSON."""
+        """Chooses the regularization of the rank's share of groups: group → settings as JSON."""
         ...
 
     def solve(
         self, block: int, stamp: str, choices: dict[str, dict[str, Any]] | None
     ) -> SolvedSlices:
-        """Solves the rank's rows of the layers whose statistics are held; writes them to a file.
+        """Solves the rank's rows of the current groups' layers; writes them to one file.
 
-        choices: what `choose` gave for all groups; None where nothing is chosen.
+        choices: what `choose` returned, for all groups; None if nothing is chosen.
         """
         ...
 
@@ -98,7 +99,7 @@ class Rank(Protocol):
         stamp: str,
         only: Sequence[int] | None = None,
     ) -> list[StoredFile]:
-        """Runs the block, pruned as `record` says (None: dense), and writes the next inputs."""
+        """Runs the block, pruned as in `record` (None: dense), and writes the next inputs."""
         ...
 
     def advance(
@@ -139,11 +140,14 @@ class Rank(Protocol):
     # -- the node's scratch (--scratch-dir) -------------------------------------------------
 
     def free_scratch(self) -> FreeScratch:
-        """What is free on the node's scratch, and what of this job is there already."""
+        """Bytes free on the node's scratch, and bytes of this job's files there."""
         ...
 
     def damaged_shards(self, block: int, shards: list[StoredFile], hashed: bool) -> dict[int, str]:
-        """Number → what is wrong, of the rank's activation shards that are not as recorded."""
+        """The rank's damaged activation shards: number → what is wrong.
+
+        hashed: compare contents with the recorded hashes, not sizes alone.
+        """
         ...
 
     def drop_shards(self, block: int, names: list[str]) -> None:
@@ -151,11 +155,11 @@ class Rank(Protocol):
         ...
 
     def sweep_scratch(self, kept: Mapping[int, list[str]]) -> None:
-        """Deletes every activation shard but those in `kept`, block → names."""
+        """Deletes every activation shard that `kept`, block → names, does not list."""
         ...
 
     def clear_scratch(self) -> None:
-        """Deletes the job's folder."""
+        """Deletes the job's scratch folder."""
         ...
 
 
@@ -168,7 +172,7 @@ class Call(Generic[T]):
 
     @property
     def block(self) -> int | None:
-        """The block that the phase is of; None where it is of none."""
+        """The block that the phase works on; None for a phase outside the blocks."""
         first = self.arguments[0] if self.arguments else None
         return first if isinstance(first, int) else None
 
@@ -176,7 +180,10 @@ class Call(Generic[T]):
 def call(
     phase: Callable[Concatenate[Rank, P], T], *arguments: P.args, **named: P.kwargs
 ) -> Call[T]:
-    """A call of a phase, named by its method of `Rank`. Arguments are given by position."""
+    """A call of a phase, which is given as a method of `Rank`.
+
+    Arguments are given by position. Raises TypeError for one that is given by name.
+    """
     if named:
         raise TypeError(f"{phase.__name__}: give arguments by position")
     return Call(phase.__name__, arguments)

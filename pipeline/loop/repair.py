@@ -1,19 +1,20 @@
-"""Damaged files of a run directory, made again from what is whole.
+"""Repairs damaged files of a run directory: recomputes them from the files that are intact.
 
-Found by hash, each named in a note, and the smallest part redone:
+Damage is found by size or hash and reported in a note; as little as possible is recomputed:
 
-an activation shard   its tokens are run through the committed blocks again; equal bytes take the
-                      damaged file's place
-a row slice           its block is solved again from inputs made again; equal bytes take its place
-a block's record      its block is solved again, and compared with the row slices that are there
-choices               copied from the block's record; chosen again by the same rule before that
+activation shard      its tokens are run through the committed blocks again; equal bytes replace the
+                      damaged file
+row slice             its block is solved again, from recomputed inputs; equal bytes replace it
+a block's record      its block is solved again and compared with the row slices that are there
+choices               copied from the block's record; if that is not committed yet, chosen again by
+                      the same rule
 tokens                cut from the text again, if that gives the same bytes
-run.json              written again by the driver that has read it; a new driver cannot know it
-a shards' record      the block's inputs are made again
+run.json              written again by the driver that has read it; a new driver cannot
+an inputs' record     the block's inputs are recomputed
 
-Workers of the same kind, however many, give equal bytes. Where they differ, the redone block's
-record replaces the old one and says so; later blocks are kept, though they were calibrated with
-inputs that differ in the last digits.
+Workers of the same kind, however many, give equal bytes. If the bytes differ, the redone block's
+record replaces the old one and says so. Later blocks are kept, although their calibration inputs
+differed in the last digits.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ from storage.run.directory import RECORD_NAME
 
 
 class Repairs:
-    """Looks through a run directory, in between the phases of its job.
+    """Checks and repairs a run directory, between the phases of its job.
 
-    begun: blocks below this number have been committed. manifest: the content of `run.json`, where
-    it is known. mend_tokens: makes the tokens' file again if it is damaged, and returns whether it
-    was. failures: why earlier attempts failed; a block that is solved again records them.
+    begun: blocks below this number have been committed. manifest: the content of `run.json`, if
+    known. mend_tokens: restores the tokens' file if it is damaged, and returns whether it was.
+    failures: the errors of earlier attempts; a block that is solved again records them.
     """
 
     def __init__(
@@ -57,32 +58,32 @@ class Repairs:
         self.steps, self.run, self.begun, self.manifest = steps, steps.run, begun, manifest
         self._mend_tokens, self._failures = mend_tokens, failures
         self._guard = steps.lock.assert_held
-        self._found = 0
+        self._damaged_files = 0
 
     def mend(self, *, hashed: bool) -> bool:
-        """Makes again whatever is damaged; whether anything was.
+        """Repairs all damaged files; returns whether there were any.
 
-        hashed: read all files and compare hashes; else records and sizes alone. In the order in
-        which one needs the other: a block is done again from whole blocks before it.
+        hashed: read all files and compare hashes; otherwise only records and sizes. Blocks are
+        repaired in order, because a block is recomputed from the blocks before it.
         """
         self._manifest()
         if hashed and self._mend_tokens is not None and self._mend_tokens():
-            self._found += 1
+            self._damaged_files += 1
         for block in range(self.steps.blocks + 1):
             if self.run.activation_record(block).exists():
-                self._store(block, hashed)
+                self._inputs(block, hashed)
             if block < self.begun:
                 self._block(block, hashed)
             elif self.run.choices(block).exists():
                 self._choices(block)
-        return self._found > 0
+        return self._damaged_files > 0
 
     def mend_inputs(self) -> None:
-        """Makes again activation shards that are missing, or not as long as recorded."""
+        """Recomputes activation shards that are missing or not of the recorded size."""
         for block in self.run.committed_activations():
-            self._store(block, False)
+            self._inputs(block, False)
 
-    # -- what is looked at ------------------------------------------------------------------
+    # -- checks, one kind of file each ------------------------------------------------------
 
     def _manifest(self) -> None:
         if self.manifest is None:
@@ -93,7 +94,7 @@ class Repairs:
             self._note(self.run.manifest, _state(self.run.manifest), "it is written again")
             replace_json(self.run.manifest, self.manifest, guard=self._guard)
 
-    def _store(self, block: int, hashed: bool) -> None:
+    def _inputs(self, block: int, hashed: bool) -> None:
         """The activation shards of one block's inputs, and the record that names them."""
         path = self.run.activation_record(block)
         try:
@@ -107,7 +108,7 @@ class Repairs:
             return
         needed = block == max(self.run.committed_activations())
         if not needed or 2 * len(bad) > len(shards):
-            # An older store, or as much work as the whole: the loop makes it anew if it needs it.
+            # An older store, or most of its shards: the loop recomputes it if it needs it.
             index, state = next(iter(bad.items()))
             remedy = f"the inputs of block {block} are made again"
             self._note(path.parent / shards[index].name, state, remedy)
@@ -121,14 +122,14 @@ class Repairs:
     def _damaged_inputs(
         self, block: int, shards: Sequence[StoredFile], hashed: bool
     ) -> dict[int, str]:
-        """Number of each damaged activation shard → what is wrong; the ranks look at scratch."""
+        """Number of each damaged activation shard → what is wrong; on scratch the ranks check."""
         if not self.steps.scratch:
             return _damaged(self.run.activations(block), shards, hashed)
         outcomes = self.steps.on_all(call(Rank.damaged_shards, block, list(shards), hashed))
         return dict(sorted((i, s) for outcome in outcomes for i, s in outcome.value.items()))
 
     def _block(self, block: int, hashed: bool) -> None:
-        """A committed block: its record, choices and row slices."""
+        """A committed block's record, choices and row slices."""
         path = self.run.record(block)
         try:
             record = self.steps.read_record(block)
@@ -146,7 +147,7 @@ class Repairs:
             self._redo(block, record, [record.files[index] for index in bad])
 
     def _choices(self, block: int, recorded: object = None) -> None:
-        """What was chosen for a block; `recorded` in its record, where it has one."""
+        """The choices of a block. `recorded`: those in its record, if it has one."""
         path = self.run.choices(block)
         try:
             groups = read_choices(path)
@@ -160,10 +161,10 @@ class Repairs:
             self._note(path, _state(path), "chosen again, by the same rule from the same inputs")
             path.unlink()
 
-    # -- how it is made again ---------------------------------------------------------------
+    # -- repairs ----------------------------------------------------------------------------
 
     def _replay(self, block: int, shards: Sequence[StoredFile], only: Sequence[int]) -> None:
-        """The activation shards `only` of the inputs of `block`, from the tokens."""
+        """Recomputes the activation shards `only` of the inputs of `block`, from the tokens."""
         steps, stamp = self.steps, self.steps.stamp()
         steps.progress.phase("embed")
         made = _by_number(steps.on_all(call(Rank.embed, stamp, only)), only)
@@ -191,7 +192,7 @@ class Repairs:
         self.run.sweep_uncommitted(self._guard)
 
     def _redo(self, block: int, record: BlockRecord, bad: Sequence[StoredFile]) -> None:
-        """Row slices of a block whose record is whole."""
+        """Restores the row slices `bad` of a block whose record is intact."""
         made = self._solve(block)
         directory = self.run.checkpoints(block)
         names = {file.sha256: file.name for file in made.files}
@@ -204,7 +205,7 @@ class Repairs:
         self.run.sweep_uncommitted(self._guard)
 
     def _redo_unknown(self, block: int) -> None:
-        """A block whose record is lost. Its old row slices, if they are there, tell what it was."""
+        """Solves again a block whose record is lost, and compares it with its old row slices."""
         made = self._solve(block)
         directory = self.run.checkpoints(block)
         new = {file.name for file in made.files}
@@ -221,32 +222,32 @@ class Repairs:
         self.run.sweep_uncommitted(self._guard)
 
     def _replace(self, block: int, made: BlockRecord, why: str) -> None:
-        """Another result than before takes the block's place; what lies behind it is kept."""
+        """Replaces the block's record by one with other bytes than before; keeps later blocks."""
         later = max(self.begun - block - 1, 0)
         text = (
             f"block {block} was done again by {made.world} workers and may differ from what it was "
             f"in the last digits ({why}); {later} later blocks are kept as they are"
         )
         self.steps.progress.note(text)
-        # Inputs that the block's earlier result was run on.
-        for behind in range(block + 1, self.steps.blocks + 1):
-            self.run.remove_activations(behind, self._guard)
+        # Later inputs were computed with the block's earlier weights.
+        for later_block in range(block + 1, self.steps.blocks + 1):
+            self.run.remove_activations(later_block, self._guard)
         results = {**made.results, "repair": {"text": text, "later_blocks": later}}
         redone = dataclasses.replace(made, results=results)
         replace_json(self.run.record(block), redone.to_json(), guard=self._guard)
 
     def _solve(self, block: int) -> BlockRecord:
-        """The block done again, uncommitted.
+        """Solves the block again; its record is not committed.
 
-        Replaying its inputs needs two stores beside the one that the job is at: that one goes where
-        there is no room.
+        Recomputing its inputs needs room for two activation stores beside the job's current one,
+        which is deleted if there is not enough.
         """
         for later in self.run.committed_activations():
             if later > block:
                 with contextlib.suppress(CorruptFileError):
                     store = read_inputs(self.run.activation_record(later))
                     needed = 2 * sum(file.bytes for file in store)
-                    # How much scratch each node has is not asked.
+                    # Free space on the nodes' scratch is not known here.
                     if self.steps.scratch or shutil.disk_usage(self.run.path).free < needed:
                         self.run.remove_activations(later, self._guard)
         return self.steps.solve(block, self._failures)
@@ -263,7 +264,7 @@ class Repairs:
             directory.rmdir()
 
     def _note(self, path: Path, state: str, remedy: str) -> None:
-        self._found += 1
+        self._damaged_files += 1
         self.steps.progress.note(f"{path}: {state}; {remedy}")
 
 
@@ -279,7 +280,7 @@ def _damaged(directory: Path, files: Sequence[StoredFile], hashed: bool) -> dict
 def _by_number(
     outcomes: Sequence[Outcome[list[StoredFile]]], only: Sequence[int]
 ) -> dict[int, StoredFile]:
-    """The ranks' activation shards by number: each has a contiguous share, in order."""
+    """All ranks' activation shards by number: ranks have contiguous shares, in rank order."""
     files = [file for outcome in outcomes for file in outcome.value]
     return dict(zip(only, files, strict=True))
 

@@ -1,4 +1,4 @@
-"""Whether a failed piece of work is tried again: a decision apart from the loop that acts on it."""
+"""Whether failed work is tried again. The decision is kept apart from the loop that acts on it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from storage.errors import WorkerLostError, WorkerMemoryError
 class AttemptHistory:
     """The failures of one block (or of one step outside the blocks) so far, in order.
 
-    A lost worker is worth another attempt, `max_attempts` in all. A worker that was stopped for
-    its node's memory is worth a second one only: the memory may have been another's, but twice in
-    the same block is this job's. Everything else (a bug, a NaN, a bad file) would only come again.
+    A lost worker is retried, up to `max_attempts` attempts in all. A worker that was stopped
+    because its node ran out of memory is retried once: the first time another program may have
+    used the memory, the second time it is this job. Any other error (a bug, a NaN) would recur.
     """
 
     max_attempts: int
@@ -21,7 +21,7 @@ class AttemptHistory:
     out_of_memory: int = 0
 
     def should_retry(self, error: Exception) -> bool:
-        """Takes the failure down; True where another attempt may go better."""
+        """Records the failure; True if another attempt may succeed."""
         self.failures.append(f"{type(error).__name__}: {error}")
         if isinstance(error, WorkerMemoryError):
             self.out_of_memory += 1
@@ -31,7 +31,7 @@ class AttemptHistory:
         return retried and len(self.failures) < self.max_attempts
 
     def should_mend(self, error: Exception) -> bool:
-        """Takes a damaged file down; True where mending it is worth another attempt."""
+        """Records a damaged file; True if another attempt may follow its repair."""
         self.failures.append(str(error))
         return len(self.failures) < self.max_attempts
 

@@ -1,8 +1,8 @@
-"""`--trace`: what every worker did when, as a file for Perfetto or chrome://tracing.
+"""`--trace`: a timeline of every worker, as a file for Perfetto or chrome://tracing.
 
-The Trace Event Format's JSON array, of complete events with times in microseconds. It is written
-as the job goes on, one line an event, and the format lets a reader do without the closing
-bracket: the trace of a job that died shows how far it came.
+The file is the JSON array of the Trace Event Format: complete events, times in microseconds, one
+event per line. It is written while the job runs. The format makes the closing bracket optional, so
+the trace of a killed job is readable too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TraceFile:
     """An open trace. Process 0 is the driver, process r + 1 is rank r."""
 
     def __init__(self, path: Path) -> None:
-        """Begins a new trace. Raises `OutputError` where the file cannot be written."""
+        """Begins a new trace. Raises `OutputError` if the file cannot be written."""
         try:
             self._file = path.open("w", encoding="utf-8")
         except OSError as error:
@@ -41,7 +41,7 @@ class TraceFile:
     def span(
         self, process: int, name: str, start: float, seconds: float, details: dict[str, Any]
     ) -> None:
-        """One piece of work of a process; `start` in seconds since the epoch."""
+        """Adds an event of a process. `start`: seconds since the epoch; `seconds`: duration."""
         if process not in self._named:
             self._named.add(process)
             label = "driver" if process == _DRIVER else f"rank {process - 1}"
@@ -57,7 +57,7 @@ class TraceFile:
         )
 
     def flush(self) -> None:
-        """Lets readers see what was written."""
+        """Hands the events so far to the operating system, so that others can read them."""
         self._file.flush()
 
     def close(self) -> None:
@@ -70,47 +70,51 @@ class TraceFile:
 
 
 class TracingExecutor:
-    """Another executor, and a trace of what it runs."""
+    """Wraps an executor and traces what it runs."""
 
     def __init__(self, executor: Executor, path: Path) -> None:
         self._executor, self._trace = executor, TraceFile(path)
 
     @property
     def world(self) -> int:
-        """The ranks of the executor."""
+        """Number of ranks of the executor."""
         return self._executor.world
 
     @property
     def threads(self) -> int:
-        """The threads of each of its ranks."""
+        """CPU threads of each of its ranks."""
         return self._executor.threads
 
     def workers(self) -> list[dict[str, Any]]:
-        """Who runs the ranks."""
+        """The executor's worker processes."""
         return self._executor.workers()
 
+    def prepare(self) -> None:
+        """Begins to start the ranks."""
+        self._driver("prepare", {}, self._executor.prepare)
+
     def start(self, job: Job) -> None:
-        """Has the ranks note when they do what."""
+        """Starts the ranks with `Job.trace` set."""
         self._driver(
             "start", {}, lambda: self._executor.start(dataclasses.replace(job, trace=True))
         )
 
     def run(self, calls: Sequence[Call[T]]) -> list[Outcome[T]]:
-        """Runs the phase, and writes what the ranks did in it."""
+        """Runs the phase and traces it."""
         first = calls[0]
         details = {} if first.block is None else {"block": first.block}
         return self._phase(first.phase, details, lambda: self._executor.run(calls))
 
     def reduce(self) -> list[Outcome[None]]:
-        """Sums the statistics, and writes what the ranks did."""
+        """Sums the statistics and traces that."""
         return self._phase("reduce", {}, self._executor.reduce)
 
     def recover(self) -> None:
-        """Replaces lost ranks."""
+        """Replaces lost workers."""
         self._driver("recover", {}, self._executor.recover)
 
     def close(self) -> None:
-        """Lets go of the ranks and ends the trace."""
+        """Ends the workers and the trace."""
         self._executor.close()
         with contextlib.suppress(OSError):
             self._trace.close()
@@ -138,5 +142,5 @@ class TracingExecutor:
 
 
 def traced(executor: Executor, path: str | None) -> Executor:
-    """The executor itself, or with `--trace` one that also writes `path`."""
+    """The executor itself; with `--trace`, one that also writes a trace to `path`."""
     return executor if path is None else TracingExecutor(executor, Path(path))

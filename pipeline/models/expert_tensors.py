@@ -9,7 +9,6 @@ weight is read, and no family's names are known.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 
 from pipeline.models.expert_part import ExpertPart
 from pipeline.models.experts import Experts, is_stacked
+from pipeline.models.transformers_loading import Route, Routes, convert
 from storage.errors import ModelError
 from storage.model.files import TensorEntry
 
@@ -37,95 +37,57 @@ class ExpertNames:
     parts: dict[str, ExpertPart] = field(default_factory=dict)
 
 
-class _Sources:
-    """Which tensors of the files transformers makes each parameter of."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        # Of transformers 5; before it no experts were stacked.
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        mapping = get_model_conversion_mapping(model)
-        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self._prefix = model.base_model_prefix
-
-    def of(self, targets: set[str], stored: Stored) -> dict[str, list[tuple[str, str | None]]]:
-        """Target -> tensors in order, each with its converter's pattern if there is one."""
-        from transformers.core_model_loading import dot_natural_key, rename_source_key
-
-        known = dict.fromkeys(targets, True)
-        found: dict[str, list[tuple[str, str | None]]] = {}
-        for key in sorted(stored, key=dot_natural_key):
-            target, pattern = rename_source_key(
-                key, self.renamings, self.converters, self._prefix, known
-            )
-            if target in targets:
-                found.setdefault(target, []).append((key, pattern))
-        return found
-
-    def converter(self, pattern: str) -> Any:
-        """A fresh copy of the converter that has `pattern`."""
-        owners = {p: converter for converter in self.converters for p in converter.source_patterns}
-        return copy.deepcopy(owners[pattern])
-
-    def merged(self, target: str) -> bool:
-        """Whether a parameter is published as one tensor for each matrix of each expert."""
-        from transformers.core_model_loading import MergeModulelist
-
-        return any(
-            any(isinstance(operation, MergeModulelist) for operation in converter.operations)
-            for converter in self.converters
-            for pattern in converter.target_patterns
-            if target.endswith(pattern.replace("\\", ""))
-        )
-
-
-def stored_together(model: PreTrainedModel, stored: Stored | None) -> set[str]:
-    """Paths of the modules of stacked experts that are stored as one tensor for each parameter.
-
-    `model` as transformers made it; `stored` None: as models of its class are published.
-    """
-    paths = {f"{path}.gate_up_proj": path for path, m in model.named_modules() if is_stacked(m)}
-    if not paths:
-        return set()
-    sources = _Sources(model)
-    if stored is None:
-        return {path for target, path in paths.items() if not sources.merged(target)}
+def stacked_targets(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters of stacked experts, in `model` as transformers made it."""
     return {
-        paths[target]
-        for target, own in sources.of(set(paths), stored).items()
-        if len(own) == 1 and len(stored[own[0][0]].shape) == 3
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if is_stacked(module)
+        for name, _ in module.named_parameters(recurse=False)
     }
 
 
-def expert_names(model: PreTrainedModel, stored: Stored) -> ExpertNames:
+def stored_together(model: PreTrainedModel, rules: Routes, stored: Stored | None) -> set[str]:
+    """Paths of the modules of stacked experts that are stored as one tensor for each parameter.
+
+    `model` as transformers made it, `rules` its routes; `stored` None: as models of its class are
+    published.
+    """
+    paths = {f"{path}.gate_up_proj": path for path, m in model.named_modules() if is_stacked(m)}
+    if stored is None:
+        return {path for target, path in paths.items() if not rules.merged(target)}
+    return {
+        paths[target]
+        for target, own in rules.of(paths).items()
+        if len(own) == 1 and len(stored[own[0].stored].shape) == 3
+    }
+
+
+def expert_names(model: PreTrainedModel, rules: Routes, stored: Stored) -> ExpertNames:
     """Where the weight files have each weight, and bias, of the experts' layers.
 
-    `model` has `Experts` in place of stacked ones; `stored` are the tensors of the weight files.
+    `model` has `Experts` in place of stacked ones, `rules` are the routes of the model before that;
+    `stored` are the tensors of the weight files.
     Raises `ModelError` where an expert's matrix is neither one whole tensor of the files nor one
     of a stack of all experts of its block, which says in what layout they are.
     """
     experts = {path: m for path, m in model.named_modules() if isinstance(m, Experts)}
     found = ExpertNames()
-    if not experts:
-        return found
     owners = {f"{path}.{name}": path for path, m in experts.items() for name in _stacked_names(m)}
-    sources = _Sources(model)
-    for target, own in sources.of(set(owners), stored).items():
-        path, (key, pattern) = owners[target], own[0]
+    for target, own in rules.of(owners).items():
+        path, key, pattern = owners[target], own[0].stored, own[0].pattern
         name = target.removeprefix(f"{path}.")
         if len(own) == 1 and len(stored[key].shape) == (2 if name.endswith("_bias") else 3):
             shape = stored[key].shape
             turned = pattern is not None and _turns(
-                sources.converter(pattern), target, own, model, shape, experts[path]
+                rules.converter(pattern), target, own, model, shape, experts[path]
             )
             found.parts.update(_parts(experts[path], path, name, key, shape, turned))
             continue
         whole = None
         if pattern is not None:
-            whole = _converted(sources.converter(pattern), target, own, model)
-        keys = [key for key, _ in own]
+            whole = _converted(rules.converter(pattern), target, own, model)
+        keys = [route.stored for route in own]
         found.whole.update(_matched(experts[path], path, name, whole, keys))
     return found
 
@@ -181,7 +143,7 @@ class _Small:
 def _turns(
     converter: Any,
     target: str,
-    sources: list[tuple[str, str | None]],
+    sources: list[Route],
     model: PreTrainedModel,
     shape: tuple[int, ...],
     experts: Experts,
@@ -204,7 +166,7 @@ def _turns(
         if made is not None and torch.equal(made, like):
             return turned
     raise ModelError(
-        f"{sources[0][0]} holds all experts of a block in one tensor, in an order that "
+        f"{sources[0].stored} holds all experts of a block in one tensor, in an order that "
         "transformers changes on loading; this layout is not supported"
     )
 
@@ -212,21 +174,17 @@ def _turns(
 def _converted(
     converter: Any,
     target: str,
-    sources: list[tuple[str, str | None]],
+    sources: list[Route],
     model: PreTrainedModel,
     stand_ins: list[Tensor] | None = None,
 ) -> Tensor | None:
-    """What transformers makes of the stand-ins of `sources`, (tensor, pattern); None if nothing."""
-    for number, (key, pattern) in enumerate(sources):
-        given = _stand_in(number) if stand_ins is None else stand_ins[number]
-        converter.add_tensor(target, key, pattern, given)
+    """What transformers makes of the stand-ins of `sources`; None if nothing."""
+    if stand_ins is None:
+        stand_ins = [_stand_in(number) for number in range(len(sources))]
     try:
-        made = converter.convert(target, model=model, config=getattr(model, "config", None))
+        return convert(converter, target, zip(sources, stand_ins, strict=True), model).get(target)
     except Exception:  # whatever an operation makes of too few tensors
         return None
-    value = made.get(target)
-    value = value[0] if isinstance(value, list) and value else value
-    return value if isinstance(value, Tensor) else None
 
 
 def _stand_in(number: int) -> Tensor:

@@ -8,6 +8,7 @@ where nothing takes memory, before it is built with the buffers that its constru
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,16 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from pipeline.models.text_stack import WRAPPERS, auto_class
+from pipeline.models.text_stack import auto_class
+from pipeline.models.transformers_loading import (
+    WRAPPERS,
+    compute_buffers,
+    is_base_class,
+    is_causal_lm,
+    sees_later_tokens,
+)
 from storage.errors import ModelError
 from storage.model.files import ModelFiles
 
@@ -28,20 +36,46 @@ MAX_BUFFER_BYTES = 2**30
 MAX_COUNT_ALONE = 10_000
 """Of layers, heads or experts that a config.json may state without weight files to show them."""
 
-_LONGEST_REASON = 300
+_LONGEST_REASON, _END = 300, 100  # characters of a reason, and of them at its end
+# What configs call the longest input; where a class has several, the first counts.
+_LONGEST_NAMES = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "max_target_positions",
+    "model_max_length",
+    "n_ctx",
+    "seq_length",
+    "seq_len",
+    "context_length",
+)
+# What a config.json says of a model's part in a task.
+_ROLE = ("architectures", "is_encoder_decoder", "model_type", "auto_map")
 # Numbers of modules, or of entries in a list that a config class makes.
 _COUNTS = re.compile(r"((num|n|max)_)?(\w+_)?(layers?|blocks?|heads?|experts?|labels)")
 _IMPLEMENTATION = re.compile(r"\w*")
 
 
 def reason(error: BaseException) -> str:
-    """An error's message on one line, without unprintable characters, cut if it is long."""
+    """An error's message on one line, without unprintable characters.
+
+    Of a long one the middle is left out: what to do stands at the end.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"
+    if len(text) <= _LONGEST_REASON:
+        return text
+    return f"{text[: _LONGEST_REASON - _END - 3]} … {text[-_END:]}"
 
 
-def load_config(files: ModelFiles, trust_remote_code: bool) -> PreTrainedConfig:
+def needs_own_code(error: BaseException) -> bool:
+    """Whether transformers asks for the leave to run a repository's own code."""
+    return "trust_remote_code" in str(error)
+
+
+def load_config(files: ModelFiles, trust_remote_code: bool) -> PretrainedConfig:
     """transformers' config object of a model folder. ModelError if there is none to be had."""
     # Of layers, heads or experts there is a tensor each, or an entry of a tensor each.
     most = max(len(files.tensors), *(n for e in files.tensors.values() for n in (0, *e.shape)))
@@ -50,7 +84,7 @@ def load_config(files: ModelFiles, trust_remote_code: bool) -> PreTrainedConfig:
     return _checked_config(files.config, path, files.folder, most, held, trust_remote_code)
 
 
-def load_config_alone(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
+def load_config_alone(path: Path, trust_remote_code: bool) -> PretrainedConfig:
     """transformers' config object of a config.json without a model. Raises ModelError."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
@@ -64,24 +98,23 @@ def load_config_alone(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
 
 def _checked_config(
     said: Mapping[str, Any], path: Path, source: Path, most: int, held: str, trust: bool
-) -> PreTrainedConfig:
-    _require_causal(
-        said.get("architectures"), said.get("is_encoder_decoder"), said.get("model_type"), path
-    )
+) -> PretrainedConfig:
+    _require_causal(said, path)
     _check_contents(said, path, most, held, trust)
     try:
         config = AutoConfig.from_pretrained(
             str(source), trust_remote_code=trust, local_files_only=True
         )
     except Exception as error:  # transformers raises nearly anything, and its validators too
+        if needs_own_code(error):
+            raise _own_code(path) from error
         raise ModelError(
             f"{path} is not a config that transformers knows: {reason(error)}"
         ) from error
-    if not isinstance(config, PreTrainedConfig):
+    if not isinstance(config, PretrainedConfig):
         raise ModelError(f"{path} does not describe a model")
     # Again: what config.json does not say, a class may.
-    encoder_decoder = getattr(config, "is_encoder_decoder", False)
-    _require_causal(config.architectures, encoder_decoder, config.model_type, path)
+    _require_causal({name: getattr(config, name, None) for name in _ROLE}, path)
     return config
 
 
@@ -119,7 +152,31 @@ def _shown(number: int) -> str:
     return str(number) if number < 2**63 else "beyond all measure"
 
 
-def build(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, trust: bool) -> Any:
+def longest_input(config: PretrainedConfig) -> int | None:
+    """Tokens that a model's config allows at most; None where it sets no limit.
+
+    A limit goes by several names. A name counts where the config's class has it: what else is in
+    config.json, the class does not know and the model does not keep to (BLOOM's `seq_length`).
+    """
+    text = config.get_text_config()
+    for name in _LONGEST_NAMES:
+        value = getattr(text, name, None)
+        if type(value) is int and value > 0 and _declares(type(text), name):
+            return value
+    return None
+
+
+def _declares(kind: type, name: str) -> bool:
+    """Whether a config class has an attribute `name`: as a field, a keyword or another's name."""
+    own = (vars(each) for each in kind.__mro__)
+    return (
+        name in getattr(kind, "attribute_map", {})
+        or any(name in each or name in each.get("__annotations__", ()) for each in own)
+        or name in inspect.signature(kind).parameters
+    )
+
+
+def build(config: PretrainedConfig, folder: Path, dtype: torch.dtype, trust: bool) -> Any:
     """The model on the meta device, but for the buffers that its constructors compute.
 
     trust: whether the model's own code may be run. Raises ModelError if transformers cannot build
@@ -128,12 +185,15 @@ def build(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, trust: boo
     try:
         with init_empty_weights(include_buffers=False):
             factory = auto_class(config)
-            return factory.from_config(config, dtype=dtype, trust_remote_code=trust)
+            model = factory.from_config(config, dtype=dtype, trust_remote_code=trust)
+        compute_buffers(model)
     except Exception as error:  # whatever its constructors make of such a config
         raise _cannot_build(folder, error) from error
+    _require_decoder(model, folder)
+    return model
 
 
-def rehearse(config: PreTrainedConfig, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def rehearse(config: PretrainedConfig, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with nothing in memory at all, to be checked before `build`; errors as there."""
     try:
         with torch.device("meta"):
@@ -142,6 +202,7 @@ def rehearse(config: PreTrainedConfig, folder: Path, dtype: torch.dtype) -> PreT
             )
     except Exception as error:
         raise _cannot_build(folder, error) from error
+    _require_decoder(model, folder)
     size = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     if size > MAX_BUFFER_BYTES:
         raise ModelError(
@@ -151,15 +212,29 @@ def rehearse(config: PreTrainedConfig, folder: Path, dtype: torch.dtype) -> PreT
     return model
 
 
+def _own_code(path: Path) -> ModelError:
+    return ModelError(
+        f"{path}: the model comes with its own code (`auto_map`), which prox24 runs only with "
+        "--trust-remote-code; read the code before you give it"
+    )
+
+
 def _cannot_build(folder: Path, error: Exception) -> ModelError:
+    if needs_own_code(error):
+        return _own_code(folder / "config.json")
     return ModelError(
         f"{folder}: transformers cannot build a causal LM from its config.json: {reason(error)}"
     )
 
 
-def _require_causal(names: object, encoder_decoder: object, kind: object, path: Path) -> None:
-    """Refuses encoders: AutoModelForCausalLM would wrap some of them without complaint."""
-    if encoder_decoder:
+def _require_causal(said: Mapping[str, Any], path: Path) -> None:
+    """Refuses what AutoModelForCausalLM does not load, and what it would wrap without complaint.
+
+    said: of a config, what is named in `_ROLE`. A class without any head is loaded as the causal LM
+    of its model_type, as weights are published that were saved without one.
+    """
+    names, kind = said.get("architectures"), said.get("model_type")
+    if said.get("is_encoder_decoder"):
         raise ModelError(
             f"{path}: {kind} is an encoder-decoder model; prox24 prunes decoder-only causal LMs"
         )
@@ -168,8 +243,23 @@ def _require_causal(names: object, encoder_decoder: object, kind: object, path: 
             f"{path} names no `architectures`; add the class that the weights were saved from, "
             "such as LlamaForCausalLM"
         )
-    if not any("CausalLM" in name or "LMHead" in name or name in WRAPPERS for name in names):
+    if any("CausalLM" in name or "LMHead" in name or name in WRAPPERS for name in names):
+        return
+    own = said.get("auto_map")
+    if isinstance(own, Mapping) and "AutoModelForCausalLM" in own:
+        return
+    if not is_causal_lm(kind) or not all(is_base_class(name, kind) for name in names):
         raise ModelError(
             f"{path}: {', '.join(names)} is not a causal LM; prox24 prunes decoder-only causal LMs "
             "(classes named ...ForCausalLM or ...LMHeadModel), alone or inside a model for images"
+        )
+
+
+def _require_decoder(model: PreTrainedModel, folder: Path) -> None:
+    """Refuses encoders that a class for causal LMs was made of: it takes them as they are."""
+    if sees_later_tokens(model):
+        raise ModelError(
+            f"{folder}: config.json makes {type(model).__name__} an encoder, in which each token "
+            "sees those after it (is_decoder is not true, or attention is bidirectional); prox24 "
+            "prunes decoder-only causal LMs"
         )

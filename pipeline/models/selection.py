@@ -11,6 +11,7 @@ from pipeline.config.prune import PruneConfig
 from pipeline.config.solver import SolverSettings
 from pipeline.models.linears import linear_layers, unsupported_parameters, unsupported_reason
 from pipeline.models.skeleton import Skeleton, check_seqlen
+from pipeline.models.text_forward import NOT_REACHED, text_forward
 from pipeline.solvers.registry import solver_for
 from storage.errors import ModelError
 
@@ -27,9 +28,11 @@ def choices_of(skeleton: Skeleton, block: int, rules: LayerRules) -> dict[str, C
     """Module path inside the block -> what is done with it, for every linear, in module order.
 
     Raises `ConfigError` for a width that the layer's pattern does not divide, unless such are
-    skipped.
+    skipped, and `ModelError` as `text_forward` does.
     """
     prefix, blocks = skeleton.block_prefix(block), len(skeleton.blocks)
+    if block not in text_forward(skeleton).reached:
+        return dict.fromkeys(linear_layers(skeleton.blocks[block]), Choice(None, NOT_REACHED))
     return {
         name: rules.choose(prefix + name, block, blocks, columns)
         for name, (_, columns) in linear_layers(skeleton.blocks[block]).items()
@@ -60,6 +63,7 @@ def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
     """Checks every block. Raises `ModelError` where a weight would stay dense unseen, and
     `ConfigError` where an option names nothing."""
     pruned, skipped = 0, {}
+    reached = text_forward(skeleton).reached
     for block, module in enumerate(skeleton.blocks):
         prefix = skeleton.block_prefix(block)
         for path, child in module.named_modules():
@@ -69,7 +73,7 @@ def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
                     "prunes experts that are stacked, as transformers 5 has them; "
                     f"{type(skeleton.model).__name__} is not supported"
                 )
-        hidden = unsupported_parameters(module)
+        hidden = unsupported_parameters(module) if block in reached else []
         if hidden:
             raise ModelError(
                 f"{prefix}{unsupported_reason(module, hidden)}; "
@@ -77,6 +81,7 @@ def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
             )
         for name, choice in choices_of(skeleton, block, rules).items():
             if choice.reason is None:
+                skeleton.weight_name(block, name)  # or it could not be written back
                 pruned += 1
             else:
                 skipped[prefix + name] = choice.reason

@@ -8,21 +8,19 @@ read tensor by tensor from the source's weight files.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.models.expert_part import ExpertPart
-from pipeline.models.expert_tensors import expert_names, stored_together
-from pipeline.models.experts import unstack_experts
-from pipeline.models.from_config import build, load_config, rehearse
+from pipeline.models.from_config import build, load_config, longest_input, rehearse
 from pipeline.models.linears import as_held, is_linear, is_transposed
-from pipeline.models.tensor_names import renamed_tensors
-from pipeline.models.text_stack import decoder_path, outside_text, ties_embeddings
+from pipeline.models.load_plan import LoadPlan, plan_loading
+from pipeline.models.text_stack import decoder_path, outside_text
+from pipeline.models.transformers_loading import kept_wide
 from storage.errors import ConfigError, ModelError
 from storage.model.files import ModelFiles, torch_dtype
 from storage.object_store import Place
@@ -39,16 +37,25 @@ class Skeleton:
     """A model without weights, and where its weights are.
 
     `blocks_path` is the module path of the block list (`model.layers`), `dtype` the dtype of the
-    forward passes, `renamed` has the tensors whose names in the weight files differ (see
-    `renamed_tensors` and `expert_names`), `parts` those that are a part of a stored tensor.
+    forward passes, `plan` says which stored tensor each of the model's is. Parameters that are tied
+    are one in `model`.
     """
 
     model: PreTrainedModel
     files: ModelFiles
     blocks_path: str
     dtype: torch.dtype
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    parts: Mapping[str, ExpertPart] = field(default_factory=dict)
+    plan: LoadPlan = field(default_factory=LoadPlan)
+
+    @property
+    def parts(self) -> Mapping[str, ExpertPart]:
+        """The parameters that are a part of a stored tensor."""
+        return self.plan.parts
+
+    @property
+    def loaded(self) -> Set[str]:
+        """Names of the stored tensors that the model is made of; others are only copied."""
+        return self.plan.loaded
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -59,25 +66,28 @@ class Skeleton:
         return blocks
 
     def tensor_name(self, name: str) -> str | None:
-        """The name in the weight files of the model's parameter `name`; None if there is none.
+        """The name in the weight files of the model's parameter or persistent buffer `name`.
 
-        Of an expert's, which is a part of a tensor, that tensor's. Some checkpoints were saved from
-        the model without its head, so that their names lack the base model's prefix (or have it
-        where the class has none).
+        Of an expert's, which is a part of a tensor, that tensor's. None if it is not stored, or if
+        transformers makes it of stored ones by a conversion.
         """
-        if name in self.parts:
-            return self.parts[name].tensor
-        prefix = self.model.base_model_prefix + "."
-        name = self.renamed.get(name, name)
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in self.files.tensors:
-                return candidate
-        return None
+        return self.plan.stored(name)
 
     def weight_name(self, block: int, layer: str) -> str:
-        """The name in the weight files of a block's linear `layer` (its path in the block)."""
-        name = self.tensor_name(f"{self.block_prefix(block)}{layer}.weight")
+        """The name in the weight files of a block's linear `layer` (its path in the block).
+
+        Raises `ModelError` where it is none of their tensors, nor a part of one.
+        """
+        parameter = f"{self.block_prefix(block)}{layer}.weight"
+        name = self.tensor_name(parameter)
         if name is None:
+            if parameter in self.plan.converted:
+                made_of = self.plan.converted[parameter]
+                raise ModelError(
+                    f"{self.files.place}: transformers makes {parameter} of {made_of} when it "
+                    "loads it, so that a pruned one could not be written back; leave such layers "
+                    "dense with --exclude"
+                )
             raise ModelError(f"{self.files.place}: block {block} lacks {layer}.weight")
         return name
 
@@ -145,34 +155,38 @@ class Skeleton:
         """
         model = copy.deepcopy(self.model)
         output = model.get_output_embeddings()
-        skipped = set() if head or output is None else {id(p) for p in output.parameters()}
+        skipped: set[int] = set()
+        if not head and output is not None:
+            tied = {id(p) for p in model.get_input_embeddings().parameters()}
+            skipped = {id(p) for p in output.parameters()} - tied
         blocks = {id(p) for p in model.get_submodule(self.blocks_path).parameters()}
         blocks |= outside_text(model)
         self._load(model, "", device, skip=skipped | blocks)
-        model.tie_weights()
         if head:
             _require_loaded(model, "", self.files.place, skip=blocks)
         return model.eval()
 
     def _load(
-        self, module: nn.Module, prefix: str, device: torch.device, skip: set[int] | None = None
+        self, module: nn.Module, prefix: str, device: torch.device, skip: Set[int] = frozenset()
     ) -> None:
         """Fills `module` from the weight files; parameters whose id is in `skip` stay on meta."""
-        skip = skip or set()
+        loaded: dict[int, nn.Parameter] = {}  # by the id of the one on meta: tied ones stay one
+        converted: dict[int, dict[str, Tensor]] = {}
         for path, owner in module.named_modules():
             dotted = f"{prefix}{path}." if path else prefix
-            for name, parameter in owner.named_parameters(recurse=False):
-                if id(parameter) not in skip and (stored := self.tensor_name(dotted + name)):
-                    value = self._read(dotted + name, stored, parameter.shape, device)
-                    setattr(owner, name, nn.Parameter(value, requires_grad=False))
-            for name, buffer in owner.named_buffers(recurse=False):
-                if stored := self.tensor_name(dotted + name):
-                    value = self._read(dotted + name, stored, buffer.shape, device)
-                    owner.register_buffer(name, value)
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                if id(parameter) in skip or not self.plan.has(dotted + name):
+                    continue
+                if id(parameter) not in loaded:
+                    value = self._read(dotted + name, parameter, device, converted)
+                    loaded[id(parameter)] = nn.Parameter(value, requires_grad=False)
+                setattr(owner, name, loaded[id(parameter)])
+            for name, buffer in list(owner.named_buffers(recurse=False)):
+                if self.plan.has(dotted + name):
+                    setattr(owner, name, self._read(dotted + name, buffer, device, converted))
                 elif not buffer.is_meta:
                     # Computed by the constructor (rotary frequencies): its dtype is deliberate.
-                    persistent = name not in owner._non_persistent_buffers_set
-                    owner.register_buffer(name, buffer.to(device), persistent=persistent)
+                    setattr(owner, name, buffer.to(device))
 
     def check_shape(self, parameter: str, name: str, shape: torch.Size) -> None:
         """Raises `ModelError` where the stored tensor `name` is not of the parameter's shape."""
@@ -184,34 +198,48 @@ class Skeleton:
                 f"{self.files.source.where('config.json')} makes {whose} {list(shape)}"
             )
 
-    def _read(self, parameter: str, name: str, shape: torch.Size, device: torch.device) -> Tensor:
-        self.check_shape(parameter, name, shape)
-        part = self.parts.get(parameter)
-        value = self.files.read(name) if part is None else part.read(self.files)
-        if not value.is_floating_point():
-            return value.to(device)
-        return value.to(device=device, dtype=self._forward_dtype_of(parameter))
+    def _read(
+        self,
+        name: str,
+        like: Tensor,
+        device: torch.device,
+        converted: dict[int, dict[str, Tensor]],
+    ) -> Tensor:
+        """The model's tensor `name`, in the dtype in which transformers would load it.
 
-    def _forward_dtype_of(self, parameter: str) -> torch.dtype:
-        """The forward dtype, or float32 where the model's class says that it must be more."""
-        wider: set[str] = set()
-        if self.dtype in (torch.float16, torch.bfloat16):
-            wider |= set(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
-        if self.dtype == torch.float16:
-            wider |= set(getattr(self.model, "_keep_in_fp32_modules", None) or ())
-        return torch.float32 if any(part in parameter for part in wider) else self.dtype
+        like: what the model has in its place. converted: what conversions have made so far.
+        """
+        stored, part = self.tensor_name(name), self.parts.get(name)
+        if stored is not None:
+            self.check_shape(name, stored, like.shape)
+            value = self.files.read(stored) if part is None else part.read(self.files)
+        else:
+            conversion = self.plan.converted[name]
+            made = converted.setdefault(id(conversion), {})
+            if name not in made:
+                made |= conversion.read(self.files, self.model)
+            if name not in made or made[name].shape != like.shape:
+                raise ModelError(
+                    f"{self.files.place}: transformers makes of {conversion} no {name} "
+                    f"{list(like.shape)}; the weight files do not fit config.json"
+                )
+            value = made.pop(name)
+        wide = any(p.search(name) for p in kept_wide(self.model, self.dtype))
+        return value.to(device=device, dtype=torch.float32 if wide else like.dtype)
 
 
 def open_skeleton(place: Place, *, dtype: str | None, trust_remote_code: bool) -> Skeleton:
     """Reads config and headers of the model at `place` and checks them against each other.
 
     `dtype` is the forward passes' dtype by name; None takes the source's: what its config says, or
-    else the dtype of its first floating tensor. No weight is read.
+    else the dtype of its first floating tensor. No weight is read, but
+    for two stored embeddings that ought to be tied: they are compared.
 
     Raises `ModelError` for a folder that is no decoder-only causal LM, and for tensors that are
-    missing or have the wrong shape; `CorruptFileError` for damaged files.
+    missing or have the wrong shape; `CorruptFileError` for damaged files. What is stored and
+    becomes nothing in the model is no reason.
     """
-    files = ModelFiles.open(place)
+    files = ModelFiles.read_headers(place)
     config = load_config(files, trust_remote_code)
     forward_dtype = _forward_dtype(config, files, dtype)
     if not trust_remote_code:  # a model's own code may not be fit for it
@@ -223,20 +251,16 @@ def open_skeleton(place: Place, *, dtype: str | None, trust_remote_code: bool) -
 
 def _take_apart(model: PreTrainedModel, files: ModelFiles, dtype: torch.dtype) -> Skeleton:
     model.eval()
-    unstack_experts(model, stored_together(model, files.tensors))
-    blocks = find_blocks(model, files.place)
-    experts = expert_names(model, files.tensors)
-    renamed = renamed_tensors(model, files.tensors) | experts.whole
-    skeleton = Skeleton(model, files, blocks, dtype, renamed, experts.parts)
+    plan = plan_loading(model, files)
+    skeleton = Skeleton(model, files, find_blocks(model, files.place), dtype, plan)
     _check_tensors(skeleton)
     return skeleton
 
 
 def check_seqlen(skeleton: Skeleton, seqlen: int) -> None:
     """Raises `ConfigError` where `seqlen` tokens are more than the model's config allows."""
-    config = skeleton.model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest and seqlen > longest:
+    longest = longest_input(skeleton.model.config)
+    if longest is not None and seqlen > longest:
         raise ConfigError(f"--seqlen {seqlen} is above the model's maximum of {longest}")
 
 
@@ -250,7 +274,7 @@ def check_tokens(skeleton: Skeleton, tokens: Tensor) -> None:
         )
 
 
-def _forward_dtype(config: PreTrainedConfig, files: ModelFiles, name: str | None) -> torch.dtype:
+def _forward_dtype(config: PretrainedConfig, files: ModelFiles, name: str | None) -> torch.dtype:
     if name is not None:
         if name not in FORWARD_DTYPES:
             raise ConfigError(f"--dtype {name} is not one of {', '.join(FORWARD_DTYPES)}")
@@ -258,9 +282,11 @@ def _forward_dtype(config: PreTrainedConfig, files: ModelFiles, name: str | None
     declared = getattr(config.get_text_config(), "dtype", None)
     if isinstance(declared, torch.dtype) and declared.is_floating_point:
         return declared
-    for entry in files.tensors.values():
-        if torch_dtype(entry.dtype).is_floating_point:
-            return torch_dtype(entry.dtype)
+    # As transformers takes it: of the first that it sees, whether it loads that one or not.
+    for entry in sorted(files.tensors.values(), key=lambda entry: (entry.file, entry.name)):
+        stored = torch_dtype(entry.dtype)
+        if stored.is_floating_point and stored.itemsize > 1:
+            return stored
     raise ModelError(f"{files.place} holds no floating-point tensor")
 
 
@@ -284,40 +310,31 @@ def find_blocks(model: PreTrainedModel, place: Place) -> str:
 
 
 def _check_tensors(skeleton: Skeleton) -> None:
-    """Compares every parameter's name and shape with the headers, before any compute."""
-    tied = _tied_names(skeleton.model)
-    missing = []
-    for entry in skeleton.files.tensors.values():
-        if torch_dtype(entry.dtype).is_floating_point and torch_dtype(entry.dtype).itemsize == 1:
+    """Compares each of the model's tensors with the headers, before any compute.
+
+    What is stored and becomes nothing is not looked at.
+    """
+    files, model, plan = skeleton.files, skeleton.model, skeleton.plan
+    files.require_consistent(plan.loaded)
+    for name in sorted(plan.loaded):
+        dtype = torch_dtype(files.tensors[name].dtype)
+        if dtype.is_floating_point and dtype.itemsize == 1:
             raise ModelError(
-                f"{skeleton.files.place}: {entry.name} is stored in 8 bits ({entry.dtype}), which "
+                f"{files.place}: {name} is stored in 8 bits ({files.tensors[name].dtype}), which "
                 "prox24 cannot prune; take the checkpoint that was not quantized"
             )
-    for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in (parameters | dict(model.named_buffers(remove_duplicate=False))).items():
         stored = skeleton.tensor_name(name)
-        if stored is None:
-            if name not in tied:
-                missing.append(name)
-        else:
-            skeleton.check_shape(name, stored, parameter.shape)
+        if stored is not None:
+            skeleton.check_shape(name, stored, tensor.shape)
+    missing = [name for name in parameters if not plan.has(name)]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(
-            f"{skeleton.files.place}: the weight files lack {', '.join(missing[:3])}{more}, which "
-            f"{type(skeleton.model).__name__} needs; the download may be incomplete"
+            f"{files.place}: the weight files lack {', '.join(missing[:3])}{more}, which "
+            f"{type(model).__name__} needs; the download may be incomplete"
         )
-
-
-def _tied_names(model: PreTrainedModel) -> set[str]:
-    """Names of parameters that are one tensor with another, so that files may lack them."""
-    names_of: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(id(parameter), []).append(name)
-    shared = {name for names in names_of.values() if len(names) > 1 for name in names}
-    if ties_embeddings(model.config):
-        keys: Any = getattr(model, "all_tied_weights_keys", None) or {}
-        shared |= set(keys)
-    return shared
 
 
 def _require_loaded(

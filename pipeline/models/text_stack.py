@@ -12,16 +12,14 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-WRAPPERS = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
-"""Names of transformers' classes that answer to images and text with text."""
+from pipeline.models.transformers_loading import WRAPPERS
 
 
-def auto_class(config: PreTrainedConfig) -> Any:
+def auto_class(config: PretrainedConfig) -> Any:
     """transformers' factory for the class that `config` says the weights were saved from."""
     names = config.architectures or []
     if any(name in WRAPPERS for name in names):
@@ -45,10 +43,3 @@ def outside_text(model: PreTrainedModel) -> set[int]:
     used: list[nn.Module] = [model.get_submodule(path), *(end for end in ends if end is not None)]
     text = {id(parameter) for module in used for parameter in module.parameters()}
     return {id(parameter) for parameter in model.parameters()} - text
-
-
-def ties_embeddings(config: PreTrainedConfig) -> bool:
-    """Whether the output embedding is the input's: a wrapper's own word counts, if it has one."""
-    own = getattr(config, "tie_word_embeddings", None)
-    text = getattr(config.get_text_config(), "tie_word_embeddings", False)
-    return bool(text if own is None else own)

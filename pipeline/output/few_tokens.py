@@ -1,4 +1,4 @@
-"""Which experts saw few calibration tokens, of a job's results."""
+"""Lists the experts that got few calibration tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 
 def few_tokens(layers: Iterable[Mapping[str, Any]], least: int) -> dict[str, int]:
-    """Name -> tokens of the experts' layers that saw fewer than `least`, of a job's results."""
+    """Name → tokens, for layers of experts with fewer than `least` (at least 1) tokens.
+
+    layers: those of a job's results. Layers of a method without statistics are left out.
+    """
     return {
         layer["name"]: layer["tokens"]
         for layer in layers

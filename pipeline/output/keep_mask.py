@@ -1,4 +1,4 @@
-"""Training a pruned model further without losing its zeros."""
+"""Fine-tuning of a pruned model that keeps its zeros."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pipeline.solvers.masks import holds
 
 
 def masks_of(model: nn.Module, pattern: str = "2:4") -> dict[str, Tensor]:
-    """The support of every linear that obeys `pattern`: name -> (R, C) bool, True where not zero;
-    and of stacked experts, parameter -> (experts, R, C).
+    """The masks of all layers that obey `pattern`: True where a weight is not zero.
 
-    Layers that are dense, or whose width the pattern does not divide, are left out. Raises
-    `ConfigError` for a pattern that cannot be read.
+    Linear layers: name → (R, C) bool. Stacked experts: name of the parameter → (experts, R, C)
+    bool. Layers that are dense, or whose width the pattern does not divide, are left out. Raises
+    `ConfigError` for a pattern that cannot be parsed.
     """
     wanted = Pattern.parse(pattern)
     masks = {}
-    for name, held, turn in _matrices(model):
-        weight = turn(held.detach())
+    for name, parameter, convert in _matrices(model):
+        weight = convert(parameter.detach())
         rows = weight.reshape(-1, weight.shape[-1])
         fits = not wanted.structured or rows.shape[1] % wanted.group == 0
         if fits and holds(wanted, rows):
@@ -35,42 +35,44 @@ def masks_of(model: nn.Module, pattern: str = "2:4") -> dict[str, Tensor]:
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor, Callable[[Tensor], Tensor]]]:
-    """Name and parameter of all that may be pruned, linears and stacked experts, and what turns it
-    into (..., R, C), or such a one into the parameter's layout."""
+    """(name, parameter, convert) of all linears and stacked experts.
+
+    convert: a function from the parameter's layout to (..., R, C), which is its own inverse.
+    """
     for path, module in model.named_modules():
         if is_linear(module):
             yield path, module.weight, partial(as_held, module)
         for name in stacked_weights(module):
-            turn = _transposed if holds_transposed(module) else _as_it_is
-            yield f"{path}.{name}", module.get_parameter(name), turn
+            convert = _transposed if holds_transposed(module) else _unchanged
+            yield f"{path}.{name}", module.get_parameter(name), convert
 
 
 def _transposed(weight: Tensor) -> Tensor:
     return weight.mT
 
 
-def _as_it_is(weight: Tensor) -> Tensor:
+def _unchanged(weight: Tensor) -> Tensor:
     return weight
 
 
 class KeepMask(TrainerCallback):  # type: ignore[misc]
-    """Sets what was pruned back to zero after every step of the optimizer, exactly.
+    """Sets pruned weights to exactly zero after every step of the optimizer.
 
-    Gradients are accumulated as usual; an entry outside the mask may move in the step itself (its
-    gradient, momentum or decay is not zero), and is 0 before anything reads it again. Works with
-    any optimizer and dtype, and adds one pass over the masked weights to a step.
+    Gradients are accumulated as usual. A pruned weight may change in the step itself, by its
+    gradient, momentum or weight decay, and is 0 again before it is read. Works with any optimizer
+    and dtype; a step takes one more pass over the masked weights.
     """
 
     def __init__(self, model: nn.Module, pattern: str = "2:4") -> None:
-        """Takes the masks from `model` as it is. Raises `ValueError` where nothing is pruned."""
+        """Takes the masks from the zeros of `model`. Raises `ValueError` if nothing is pruned."""
         self._masks = masks_of(model, pattern)
         if not self._masks:
             raise ValueError(f"no linear of this model obeys {pattern}: it is not pruned")
         self._weights = {}
-        for name, weight, turn in _matrices(model):
+        for name, weight, convert in _matrices(model):
             if name in self._masks:
                 self._weights[name] = weight
-                self._masks[name] = turn(self._masks[name])
+                self._masks[name] = convert(self._masks[name])
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,6 +1,6 @@
-"""The pruned model's card: a README.md that says what was done to it, and how well.
+"""The pruned model's card, README.md: the method, its settings, and the errors of the layers.
 
-Nothing in it depends on when, where or how fast the job ran: the same job gives the same bytes.
+It does not depend on when, where or how fast the job ran: the same job gives the same bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _STATISTICS = {
     "of the layer's calibration inputs",
     "none": "`100 · ‖ΔW‖² / ‖W‖²`, since no calibration inputs were used",
 }
-# How the settings are called in the card, in this order; what is not here is not shown.
+# Setting → its label in the card, in this order; other settings are not shown.
 _SETTINGS = {
     "method": "method",
     "pattern": "pattern",
@@ -57,13 +57,13 @@ def model_card(
     perplexity: Mapping[str, Any] | None,
     license: str | None,
 ) -> str:
-    """The card as Markdown with the front matter that the Hugging Face hub reads.
+    """The card as Markdown, with the front matter that the Hugging Face hub reads.
 
-    source_name: hub id or folder name of the dense model. settings: the options by name (those of
-    `prune`, solver defaults filled in). results: one entry per pruned layer with `name`, `block`,
+    source_name: hub id or folder name of the dense model. settings: the options of `prune` by name,
+    with the solver's defaults filled in. results: one entry per pruned layer with `name`, `block`,
     `layer`, `shape` and the fields of its `SolveReport`. perplexity: what `evaluate` returns, with
-    `dense` added if the dense model was measured too; None if it was not measured. license: as in
-    the source's card, None if that names none.
+    `dense` added if the dense model was measured too; None if it was not measured. license: that in
+    the source's card, or None.
     """
     parts = [
         _front_matter(source_name, settings, license),
@@ -107,7 +107,7 @@ def _front_matter(source_name: str, settings: Mapping[str, Any], license: str | 
 
 
 def _license(declared: str | None) -> str | None:
-    """A licence id as the source's front matter spells it: perhaps quoted, perhaps commented."""
+    """The licence id in the source's front matter, where it may be quoted or have a comment."""
     try:
         value = yaml.safe_load(declared or "")
     except yaml.YAMLError:
@@ -138,7 +138,7 @@ def _pattern_in_words(pattern: str) -> str:
 
 def _settings_table(settings: Mapping[str, Any]) -> str:
     others = set(METHODS) - {settings["method"]}
-    unused = {name for other in others for name in solver_class(other).own_settings}
+    unused = {name for other in others for name in solver_class(other).method_settings}
     if settings.get("refine") == "none":
         unused.add("refine_steps")
     unused |= {key for key in ("dense_first", "dense_last") if not settings.get(key)}
@@ -155,7 +155,7 @@ def _error_tables(results: Sequence[Mapping[str, Any]]) -> str:
         return ""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
-        # All experts of a model in one row.
+        # All experts of a model share a row.
         kinds.setdefault(_EXPERT.sub(".experts.*.", result["layer"]), []).append(result)
     by_kind = []
     for kind, members in kinds.items():
@@ -164,7 +164,7 @@ def _error_tables(results: Sequence[Mapping[str, Any]]) -> str:
         mean = fmean(_error(member) for member in members)
         row = (len(members), _percent(mean), _percent(_error(worst)), worst["block"])
         by_kind.append((_code(kind), ", ".join(shapes), *row))
-    # Equal errors keep the model's order: sorted() is stable.
+    # sorted() is stable: equal errors keep the model's order.
     worst_first = sorted(results, key=_error, reverse=True)[:_WORST]
     meanings = dict.fromkeys(_STATISTICS[result["statistic"]] for result in results)
     parts = [
@@ -182,7 +182,7 @@ def _error_tables(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _deviations(results: Sequence[Mapping[str, Any]]) -> str:
-    """What was done other than asked, with the number of layers it befell."""
+    """The deviations from the requested settings, each with its number of layers."""
     layers: dict[str, int] = {}
     for result in results:
         for deviation in result.get("deviations", ()):
@@ -223,7 +223,7 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def _code(value: object) -> str:
-    """A value as inline code that stays in its table cell."""
+    """A value as inline code, without characters that would end its table cell."""
     return f"`{_escape(value).replace('`', '')}`"
 
 

@@ -1,4 +1,4 @@
-"""What the output has in place of the source's tensors: the pruned layers, from the checkpoints."""
+"""The pruned layers, from the checkpoints, as they replace tensors of the source's weight files."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from storage.run.directory import RunDirectory
 
 
 class Replacements:
-    """By the name of a stored tensor what is written in its place, in the layout of its file.
+    """Callable: name of a stored tensor → its replacement, in the layout of its weight file.
 
-    A block's files are compared with their hashes before the first of its layers is read. Of a
-    stack of experts one at a time is in memory; those that stay dense are read from the source.
+    A block's files are compared with their hashes before the first of its layers is read. A stack
+    of experts is replaced one expert at a time; experts that stay dense are read from the source.
     """
 
     def __init__(
         self, skeleton: Skeleton, run: RunDirectory, records: Iterable[BlockRecord]
     ) -> None:
-        """`records`: of the pruned blocks."""
+        """records: of the pruned blocks."""
         self._skeleton, self._run = skeleton, run
-        # Stored tensor -> number of the part (0 of a whole one) -> the layer it is.
+        # Stored tensor → number of the expert (0 for a tensor of one layer) → its layer.
         self._owners: dict[str, dict[int, tuple[BlockRecord, str]]] = {}
         self._stacks: set[str] = set()
         for record in records:
@@ -37,7 +37,10 @@ class Replacements:
         self._verified: set[int] = set()
 
     def __call__(self, name: str) -> Iterable[Tensor] | None:
-        """The rows of a tensor that is replaced, in pieces; None for one that is copied."""
+        """The new rows of a tensor, in pieces; None for a tensor that is copied from the source.
+
+        Raises `CorruptFileError` if a file of a checkpoint is damaged.
+        """
         if name not in self._owners:
             return None
         if name in self._stacks:
@@ -45,10 +48,10 @@ class Replacements:
         return [self._pruned(*self._owners[name][0])]
 
     def _stack(self, name: str) -> Iterator[Tensor]:
-        files, own = self._skeleton.files, self._owners[name]
+        files, experts = self._skeleton.files, self._owners[name]
         for number in range(files.tensors[name].shape[0]):
-            if number in own:
-                yield self._pruned(*own[number])
+            if number in experts:
+                yield self._pruned(*experts[number])
             else:
                 yield files.read(name, rows=(number, number + 1))
 

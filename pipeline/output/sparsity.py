@@ -1,4 +1,4 @@
-"""How sparse a model on disk is, read one tensor at a time."""
+"""Measures the sparsity of a model on disk, one tensor at a time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`prox24 verify`: whether a pruned model is what it says it is, held against its source.
+"""`prox24 verify`: checks a pruned model against its `prox24.json` and its source model.
 
-Weight files are read once, in pieces of bounded size: each is hashed, every pruned layer is looked
-at group by group, and everything else is compared byte by byte with the source.
+Weight files are read once, in pieces of bounded size: each file is hashed, every pruned layer is
+checked for its pattern, and every other tensor is compared with the source's byte by byte.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pipeline.output.write import RESULT_FILE, RESULT_SCHEMA
 from pipeline.solvers.masks import holds
 from storage.errors import CorruptFileError, ModelError, Prox24Error
 from storage.files.commit import CHUNK_BYTES, sha256_file
+from storage.model.adapter import ADAPTER_CONFIG, has_adapter
 from storage.model.files import ModelFiles
 from storage.model.folder import inside
 from storage.model.safetensors_format import TensorEntry, raw_header, read_into, torch_dtype
@@ -33,15 +34,15 @@ from storage.object_store import Place, Readable, absolute
 from storage.output.weight_files import side_files
 
 _MAX_RESULT_BYTES = 256 * 2**20
-# What the output has of its own.
-_OWN_FILES = ("README.md", RESULT_FILE)
+# Files of the output that are not the source's.
+_NEW_FILES = ("README.md", RESULT_FILE)
 
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """A pruned layer: its name, shape (R, C), pattern, and the share of exact zeros, 0 to 1.
+    """The check of a pruned layer. shape: (R, C). zeros: share of exact zeros, 0 to 1.
 
-    holds: whether the pattern holds in every group (or the share is reached, if unstructured).
+    holds: whether every group has the pattern (or, if unstructured, the share is reached).
     """
 
     name: str
@@ -53,7 +54,7 @@ class LayerCheck:
 
 @dataclass
 class Verification:
-    """What was found. problems: one line each, empty if all is well. bytes: read of the output."""
+    """The result of `verify`. problems: one line each. bytes: number read from the output."""
 
     layers: list[LayerCheck] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -68,41 +69,42 @@ def verify(
     trust_remote_code: bool = False,
     advance: Callable[[str, int, int], None] = lambda file, done, total: None,
 ) -> Verification:
-    """Holds the pruned model in `output` against the model in `source` that it was made from.
+    """Compares the pruned model in `output` with the model in `source` that it was made from.
 
-    Checked: names, shapes, dtypes, headers and index are the source's; the weight files have the
-    hashes that prox24.json states; every linear of a block is pruned or stated as skipped; every
-    pruned one obeys its pattern; every value is finite; every other tensor and file is the source's
-    byte by byte.
-    `advance` is told file, bytes done and bytes in all.
+    Checks that names, shapes, dtypes, headers and index are the source's; that the weight files
+    have the hashes in prox24.json; that every linear of a block is pruned or listed as skipped;
+    that every pruned layer obeys its pattern; that all values that are loaded are finite; and that
+    all other tensors and files are the source's byte by byte.
 
-    Raises `ModelError` or `CorruptFileError` where there is nothing to check: no prox24.json, a
-    malformed one, or no model that transformers' class would load.
+    advance: called with a file's name, the bytes read so far, and the bytes in all.
+
+    Raises `ModelError` or `CorruptFileError` if the checks cannot run: prox24.json is missing or
+    malformed, or transformers would not load the model.
     """
     began = time.perf_counter()
     skeleton = open_skeleton(absolute(output), dtype=None, trust_remote_code=trust_remote_code)
     results = read_results(skeleton.files)
-    check = _Check(skeleton, ModelFiles.open(absolute(source)), results, advance)
+    check = _Check(skeleton, ModelFiles.read_headers(absolute(source)), results, advance)
     check.names()
     check.side_files()
     with check:
         for file in skeleton.files.files:
             check.weight_file(file)
-    # In the model's order, not that of the files.
+    # In the model's order, not in that of the files.
     order = {layer["name"]: number for number, layer in enumerate(results["layers"])}
-    check.found.layers.sort(key=lambda layer: order.get(layer.name, len(order)))
-    check.found.seconds = time.perf_counter() - began
-    return check.found
+    check.result.layers.sort(key=lambda layer: order.get(layer.name, len(order)))
+    check.result.seconds = time.perf_counter() - began
+    return check.result
 
 
 def read_results(output: ModelFiles) -> dict[str, Any]:
-    """The prox24.json of a pruned model, and as `rules` what the job's options say of its layers.
+    """The content of a pruned model's prox24.json, with the job's `LayerRules` added as `rules`.
 
-    Raises `ModelError` where there is none, `CorruptFileError` where it is not one of ours.
+    Raises `ModelError` if there is none, `CorruptFileError` if this prox24 did not write it.
     """
     path = output.folder / RESULT_FILE
     if not path.is_file():
-        raise ModelError(f"{output.place}: no {RESULT_FILE}; this is no finished output of prox24")
+        raise ModelError(f"{output.place}: no {RESULT_FILE}; not a finished output of prox24")
     with open(inside(output.folder, RESULT_FILE), "rb") as file:
         raw = file.read(_MAX_RESULT_BYTES + 1)
     try:
@@ -122,9 +124,9 @@ def read_results(output: ModelFiles) -> dict[str, Any]:
 
 
 def recorded_rules(settings: dict[str, Any]) -> LayerRules:
-    """Which layers a job pruned, and how, by the settings in its prox24.json or run.json.
+    """The layer rules of a job, from the settings in its prox24.json or run.json.
 
-    Raises `ConfigError` or TypeError where they are none.
+    Raises `ConfigError` or TypeError if the settings are malformed.
     """
     known = {field.name for field in dataclasses.fields(ModelOptions)}
     options = {name: value for name, value in settings.items() if name in known}
@@ -139,7 +141,7 @@ def _text(value: object) -> str:
 
 @dataclass(frozen=True)
 class _Pruned:
-    """A pruned layer: its name, its pattern, and whether it is stored as (C, R)."""
+    """A pruned layer. transposed: its weight is stored as (C, R)."""
 
     name: str
     pattern: Pattern
@@ -147,12 +149,12 @@ class _Pruned:
 
     @property
     def multiple(self) -> int:
-        """Stored rows that must be seen together: a group's, if it is stored transposed."""
+        """Stored rows that must be checked together: M of N:M if transposed, else 1."""
         return self.pattern.group if self.transposed and self.pattern.structured else 1
 
 
 class _Check:
-    """One verification; `found` is what it has come to."""
+    """One verification; collects its findings in `result`."""
 
     def __init__(
         self,
@@ -161,16 +163,20 @@ class _Check:
         results: dict[str, Any],
         advance: Callable[[str, int, int], None],
     ) -> None:
-        self.found = Verification()
+        self.result = Verification()
         self._skeleton, self._output, self._source = skeleton, skeleton.files, source
         self._results, self._advance = results, advance
         self._hashes = {f["name"]: f["sha256"] for f in results["weight_files"]}
         self._total = sum(self._output.size(file) for file in self._output.files)
-        # By the name of a stored tensor, and by the number of the expert where it holds all of a
-        # block's (otherwise 0), what is pruned.
+        # Stored tensor → number of the expert, if it stacks all of a block's, or 0 → pruned layer.
         self._pruned: dict[str, dict[int, _Pruned]] = {}
         self._stacks = {part.tensor for part in skeleton.parts.values()}
         self._open: dict[str, Readable] = {}
+        # A name may be in several files, where no one loads it.
+        self._in_source = {
+            (entry.file, entry.name): entry
+            for entry in (*source.tensors.values(), *source.repeated)
+        }
 
     def __enter__(self) -> _Check:
         return self
@@ -179,10 +185,10 @@ class _Check:
         self._close()
 
     def _problem(self, text: str) -> None:
-        self.found.problems.append(text)
+        self.result.problems.append(text)
 
     def names(self) -> None:
-        """Weight files and tensors are the source's, and what is pruned is what ought to be."""
+        """Checks names: of weight files and tensors, and of the layers that should be pruned."""
         for what, ours, theirs in (
             ("weight file", set(self._output.files), set(self._source.files)),
             ("tensor", set(self._output.tensors), set(self._source.tensors)),
@@ -213,13 +219,13 @@ class _Check:
                 if name not in named and name not in skipped:
                     self._problem(f"{name}: neither pruned nor stated as skipped")
                 elif named.get(name) != asked:
-                    found = named.get(name, "dense")
-                    self._problem(f"{name}: {found}, but the job's options say {asked or 'dense'}")
+                    actual = named.get(name, "dense")
+                    self._problem(f"{name}: {actual}, but the job's options say {asked or 'dense'}")
 
     def side_files(self) -> None:
-        """Config, index, tokenizer and the like are the source's."""
-        ours = set(side_files(self._output)) - set(_OWN_FILES)
-        theirs = set(side_files(self._source)) - set(_OWN_FILES)
+        """Checks that config, index, tokenizer and other side files are the source's."""
+        ours = set(side_files(self._output)) - set(_NEW_FILES)
+        theirs = set(side_files(self._source)) - set(_NEW_FILES)
         for name in sorted(theirs - ours):
             self._problem(f"{name} is missing")
         for name in sorted(ours - theirs):
@@ -229,9 +235,11 @@ class _Check:
                 inside(self._source.folder, name)
             ):
                 self._problem(f"{name} is not the source's")
+        if has_adapter(self._output.folder):
+            self._problem(f"{ADAPTER_CONFIG} is of an adapter that was not pruned; delete it")
 
     def weight_file(self, file: str) -> None:
-        """Everything in one weight file, read once."""
+        """Checks all tensors of one weight file, and its header and hash; reads it once."""
         digest = hashlib.sha256()
         where = self._output.source.where(file)
         with self._output.source.open(file, ahead=True) as stream:
@@ -240,20 +248,21 @@ class _Check:
             known = file in self._source.files
             if known and header != self._source.header_bytes(file):
                 self._problem(f"{file}: its header is not the source's")
-            own = (entry for entry in self._output.tensors.values() if entry.file == file)
-            for entry in sorted(own, key=lambda entry: entry.start):
+            for entry in self._output.entries(file):
+                loaded = entry.name in self._skeleton.loaded
                 for one, theirs, pruned in self._cut(entry):
                     multiple = 1 if pruned is None else pruned.multiple
-                    self._tensor(one, theirs, pruned, _pieces(stream, one, where, digest, multiple))
-                    self.found.bytes += one.end - one.start
-                    self._advance(file, self.found.bytes, self._total)
+                    pieces = _pieces(stream, one, where, digest, multiple)
+                    self._tensor(one, theirs, pruned, pieces, loaded)
+                    self.result.bytes += one.end - one.start
+                    self._advance(file, self.result.bytes, self._total)
         if self._hashes.get(file, digest.hexdigest()) != digest.hexdigest():
             self._problem(f"{file}: its hash is not the one in {RESULT_FILE}")
 
     def _cut(
         self, entry: TensorEntry
     ) -> Iterator[tuple[TensorEntry, TensorEntry | None, _Pruned | None]]:
-        """A tensor, or each expert of a stack, with the source's and what it is pruned to."""
+        """A tensor, or each expert of a stack: (entry, the source's entry, pruned layer)."""
         theirs, pruned = self._theirs(entry), self._pruned.get(entry.name, {})
         if entry.name not in self._stacks:
             yield entry, theirs, pruned.get(0)
@@ -263,8 +272,8 @@ class _Check:
             yield _expert(entry, number), other, pruned.get(number)
 
     def _theirs(self, entry: TensorEntry) -> TensorEntry | None:
-        """The source's tensor of that name; None where it is not like this one."""
-        theirs = self._source.tensors.get(entry.name)
+        """The source's tensor of that name; None, with a problem, if shape or dtype differ."""
+        theirs = self._in_source.get((entry.file, entry.name), self._source.tensors.get(entry.name))
         if theirs is None or (theirs.shape, theirs.dtype) == (entry.shape, entry.dtype):
             return theirs
         self._problem(
@@ -279,20 +288,24 @@ class _Check:
         theirs: TensorEntry | None,
         pruned: _Pruned | None,
         pieces: Iterator[tuple[int, torch.Tensor]],
+        loaded: bool,
     ) -> None:
-        """A tensor, or an expert of a stack, against its pattern or against the source's."""
+        """Checks a tensor, or an expert of a stack, for its pattern or against the source's.
+
+        loaded: whether the model has it, so that its values must be finite.
+        """
         dtype = torch_dtype(entry.dtype)
-        zeros, whole, finite, same = 0, True, True, True
+        zeros, obeys, finite, same = 0, True, True, True
         for at, raw in pieces:
             values = raw.view(dtype)
-            if dtype.is_floating_point:
+            if loaded and dtype.is_floating_point:
                 wide = values if dtype.itemsize > 1 else values.float()
                 finite &= bool(torch.isfinite(wide).all())
             if pruned is not None:
                 rows = values.reshape(-1, entry.shape[-1])
                 rows = rows.T if pruned.transposed else rows
                 zeros += int((rows == 0).sum())
-                whole &= not pruned.pattern.structured or holds(pruned.pattern, rows)
+                obeys &= not pruned.pattern.structured or holds(pruned.pattern, rows)
             elif theirs is not None:
                 same &= torch.equal(raw, self._range(theirs, at, len(raw)))
         if not finite:
@@ -301,24 +314,24 @@ class _Check:
             self._problem(f"{entry.name}: not pruned, but not the source's either")
         if pruned is not None:
             shape = entry.shape[::-1] if pruned.transposed else entry.shape
-            self._layer(pruned.name, shape, pruned.pattern, zeros, whole)
+            self._layer(pruned.name, shape, pruned.pattern, zeros, obeys)
 
     def _layer(
-        self, name: str, shape: tuple[int, ...], pattern: Pattern, zeros: int, whole: bool
+        self, name: str, shape: tuple[int, ...], pattern: Pattern, zeros: int, obeys: bool
     ) -> None:
         rows, columns = shape[0], shape[-1]
         if not pattern.structured:
-            whole = zeros >= int(rows * columns * pattern.sparsity) - rows
-        if not whole:
+            obeys = zeros >= int(rows * columns * pattern.sparsity) - rows
+        if not obeys:
             self._problem(f"{name}: does not hold {pattern}")
         share = zeros / max(rows * columns, 1)
-        self.found.layers.append(LayerCheck(name, shape, str(pattern), share, whole))
+        self.result.layers.append(LayerCheck(name, shape, str(pattern), share, obeys))
 
     def _range(self, entry: TensorEntry, at: int, count: int) -> torch.Tensor:
         """Bytes `at` to `at + count` of a tensor of the source, (count,) uint8."""
         raw = torch.empty(count, dtype=torch.uint8)
         if entry.file not in self._open:
-            # One file at a time: tensors come in the order of the files.
+            # One open file at a time suffices: tensors come in the order of the files.
             self._close()
             self._open[entry.file] = self._source.source.open(entry.file, ahead=True)
         stream = self._open[entry.file]
@@ -327,14 +340,14 @@ class _Check:
         return raw
 
     def _close(self) -> None:
-        """Lets go of the source's file that is open."""
+        """Closes the source's open file."""
         for stream in self._open.values():
             stream.close()
         self._open.clear()
 
 
 def _expert(entry: TensorEntry, number: int) -> TensorEntry:
-    """One expert of a stored stack of them, as a tensor of its own."""
+    """The entry of one expert of a stored stack."""
     size = (entry.end - entry.start) // entry.shape[0]
     start = entry.start + number * size
     name, shape = f"{entry.name}[{number}]", entry.shape[1:]
@@ -344,9 +357,10 @@ def _expert(entry: TensorEntry, number: int) -> TensorEntry:
 def _pieces(
     stream: Any, entry: TensorEntry, where: str, digest: Any, multiple: int = 1
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """A tensor's bytes in pieces of whole rows, (offset in the tensor, (n,) uint8), hashed.
+    """Reads a tensor in pieces of whole rows: (offset in the tensor, bytes (n,) uint8).
 
-    A piece has at most CHUNK_BYTES, or `multiple` rows, of which it is a multiple.
+    `digest` is updated with them. A piece has a multiple of `multiple` rows, and at most
+    CHUNK_BYTES unless it has just `multiple` rows.
     """
     size = entry.end - entry.start
     row = size // entry.shape[0] if entry.shape and entry.shape[0] else size

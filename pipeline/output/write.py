@@ -1,8 +1,9 @@
-"""The finished model's folder: weight files by the workers, the rest by the driver, then a rename.
+"""Writes the finished model's folder: workers write the weight files, the driver the rest.
 
-In an object store, which has no rename, `prox24.json` is written last: with it the output is whole.
+A folder is renamed when it is complete. In an object store, which has no rename, `prox24.json` is
+written last: the output is complete when it exists.
 
-Nothing in it depends on when, where or how often the job was interrupted: the same job gives the
+The files do not depend on when, where or how often the job was interrupted: the same job gives the
 same bytes.
 """
 
@@ -48,7 +49,7 @@ _LIBRARIES = ("torch", "transformers", "safetensors", "pyarrow")
 
 
 def finished_output(output: Place, job: dict[str, Any]) -> dict[str, Any] | None:
-    """The results in OUTPUT if it is this very job's finished output, else None."""
+    """The content of `prox24.json` if `output` is the finished output of `job`; else None."""
     try:
         if isinstance(output, ObjectFolder):
             raw = output.read(RESULT_FILE, MAX_JSON_BYTES) or b""
@@ -63,7 +64,7 @@ def finished_output(output: Place, job: dict[str, Any]) -> dict[str, Any] | None
 
 
 def check_apart(source: Place, output: Place, run: Path) -> None:
-    """Raises `OutputError` where writing one of the three folders would harm another."""
+    """Raises `OutputError` if one of the three folders lies in another that is written to."""
     source, output, run = resolved(source), resolved(output), run.resolve()
     if lies_in(source, output):
         raise OutputError(f"{output} holds the source model; choose another OUTPUT")
@@ -75,15 +76,15 @@ def check_apart(source: Place, output: Place, run: Path) -> None:
 
 
 def check_output(output: Place, run: RunDirectory, overwrite: bool) -> None:
-    """Raises `OutputError` where there is something already, that is not to be replaced.
+    """Raises `OutputError` if `output` has files already and `overwrite` is False.
 
-    What this run has begun to write to an object store is its own. `ResourceError` where the store
-    does not let it write.
+    Objects that this run has begun to write to an object store do not count. Raises `ResourceError`
+    if the store refuses a write.
     """
     if isinstance(output, ObjectFolder):
-        found = output.files().keys() - {PROBE}
-        whole = RESULT_FILE in found
-        if found and not overwrite and (whole or not _uploads(run, output, None).begun()):
+        objects = output.files().keys() - {PROBE}
+        complete = RESULT_FILE in objects
+        if objects and not overwrite and (complete or not _uploads(run, output, None).begun()):
             raise OutputError(f"{output} exists and is not empty; --overwrite replaces it")
         require_writable(output)
         return
@@ -104,9 +105,9 @@ def describe_output(
     weight_files: Sequence[StoredFile],
     perplexity: dict[str, Any] | None,
 ) -> tuple[str, str]:
-    """The output's model card, and its `prox24.json`, as texts.
+    """The texts of the output's model card and of its `prox24.json`.
 
-    skipped: layers that stay dense, name -> why. records: of the blocks that the weight files were
+    skipped: layers that stay dense, name → why. records: of the blocks that the weight files were
     made from. perplexity: the finished model's, or None if it was not measured.
     """
     layers = layer_results(records, skeleton.blocks_path)
@@ -140,16 +141,16 @@ def describe_output(
 
 
 class Target(Protocol):
-    """Where an output is filled, and how it becomes whole."""
+    """A place where an output is written, and the step that completes it."""
 
     place: Place
 
     def copy(self, skeleton: Skeleton, side_files: Mapping[str, str]) -> None:
-        """Copies the source's side files, whose hashes are given."""
+        """Copies the source's side files. side_files: name → sha256."""
         ...
 
     def publish(self, card: str, results: str, stored: Sequence[StoredFile]) -> None:
-        """Adds the model card and the results: from then on the output is whole."""
+        """Adds the model card and the results, which completes the output."""
         ...
 
 
@@ -157,8 +158,8 @@ class Target(Protocol):
 def output_target(
     output: Place, run: RunDirectory, lock: RunLock, overwrite: bool
 ) -> Iterator[Target]:
-    """Where the output is written: a folder beside it under a name that no reader trusts, renamed
-    when it is whole; in an object store the place itself, `prox24.json` last."""
+    """Where the output is written: a temporary folder beside it, renamed when it is complete; in an
+    object store the output itself, with `prox24.json` last."""
     if isinstance(output, ObjectFolder):
         yield _StoreTarget(output, run, lock)
     else:
@@ -167,7 +168,7 @@ def output_target(
 
 
 class _FolderTarget:
-    """A folder beside the output, renamed in the end."""
+    """A temporary folder beside the output, renamed at the end."""
 
     def __init__(self, partial: Path, output: Path, lock: RunLock, overwrite: bool) -> None:
         self.place: Place = partial
@@ -216,7 +217,7 @@ def _uploads(run: RunDirectory, output: ObjectFolder, guard: Guard) -> Uploads:
 
 @contextlib.contextmanager
 def _partial(output: Path, run: RunDirectory, lock: RunLock) -> Iterator[Path]:
-    """A new folder beside `output`, of this owner of the run alone; gone in the end."""
+    """A new folder beside `output` that only this owner of the run uses; deleted at the end."""
     partial = output.with_name(partial_prefix(output, run) + lock.nonce[:STAMP_DIGITS])
     make_directory(partial)
     try:
@@ -226,32 +227,32 @@ def _partial(output: Path, run: RunDirectory, lock: RunLock) -> Iterator[Path]:
 
 
 def recover(output: Place, run: RunDirectory, lock: RunLock) -> None:
-    """Undoes what former owners of the run have left half done at the output, on a disk."""
+    """Deletes or completes what former owners of the run left of an output on a disk."""
     if isinstance(output, Path):
-        # First of all: what a displaced owner had ready can no longer become the output.
+        # First, so that a displaced owner can no longer rename its folder to the output.
         _discard_partials(output, run, lock)
         recover_output(output, lock.assert_held)
 
 
 def forget_uploads(run: RunDirectory, output: Place, lock: RunLock) -> None:
-    """Deletes the records of what was sent to an object store, when the output is whole."""
+    """Deletes the records of uploads to an object store, when the output is complete."""
     if isinstance(output, ObjectFolder):
         _uploads(run, output, lock.assert_held).finish()
 
 
 def _discard_partials(output: Path, run: RunDirectory, lock: RunLock) -> None:
-    """Deletes what former owners of the run were writing beside `output`.
+    """Deletes the temporary folders of former owners of the run beside `output`.
 
-    Each folder is renamed first, in one step: a former owner that wakes up just before its last
-    rename finds it whole or not at all, and never publishes a folder that is half deleted.
+    Each folder is renamed first, in one step: for a former owner that continues just before its
+    last rename it is complete or gone, so that it never publishes a folder that is partly deleted.
     """
     prefix = partial_prefix(output, run)
     pattern = re.compile(re.escape(prefix) + f"[0-9a-f]{{{STAMP_DIGITS}}}")
     if not output.parent.is_dir():
         return
-    found = [path for path in output.parent.iterdir() if pattern.fullmatch(path.name)]
-    lock.assert_held()  # so those listed are older than any later owner's
-    for path in found:
+    partials = [path for path in output.parent.iterdir() if pattern.fullmatch(path.name)]
+    lock.assert_held()  # so none of those listed is a later owner's
+    for path in partials:
         doomed = path.with_name(prefix + secrets.token_hex(STAMP_DIGITS // 2))
         with contextlib.suppress(FileNotFoundError):
             os.rename(path, doomed)
@@ -259,7 +260,7 @@ def _discard_partials(output: Path, run: RunDirectory, lock: RunLock) -> None:
 
 
 def partial_prefix(output: Path, run: RunDirectory) -> str:
-    """Begins the names of what this run makes beside `output`; `recover` knows them."""
+    """Begins the names of this run's temporary folders beside `output`; see `recover`."""
     return f".{output.name}.partial-{run.path.name}-"
 
 
@@ -280,12 +281,12 @@ def layer_results(records: Sequence[BlockRecord], blocks_path: str) -> list[dict
 
 
 def card_settings(job: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the model card shows: the options, with the solver's as resolved."""
+    """The settings for the model card: the options, with the solver's settings resolved."""
     return {**job["settings"], **job["solver"], "dataset": job["dataset"]["name"]}
 
 
 def source_license(folder: Path) -> str | None:
-    """The licence that the source's model card declares in its front matter, if any."""
+    """The licence in the front matter of the source's model card, as written there; or None."""
     try:
         lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):

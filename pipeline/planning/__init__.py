@@ -1,1 +1,1 @@
-"""What a job will take, before it starts: time, memory, disk and network, from shapes alone."""
+"""Predicts the time, memory, disk and network traffic of a job, from shapes alone."""

@@ -1,7 +1,7 @@
-"""What a solve and its statistics compute, in operations and bytes: pure counts of shapes.
+"""Operations and bytes of a solve and of its statistics, counted from shapes.
 
-They follow the code of `pipeline/solvers` and `pipeline/statistics/accumulate.py`, whose settings
-they read. R: rows of a rank, C: columns of a group.
+The counts follow the code of `pipeline/solvers` and `pipeline/statistics/accumulate.py`.
+R: rows of a worker, C: columns of a group.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ _OBJECTIVE_ROWS = 2048
 
 
 def hessian_flops(tokens: float, columns: int) -> float:
-    """Operations to sum x xᵀ of `tokens` inputs: the upper triangle of panels, both halves of a
-    panel's own square."""
+    """Operations to sum x xᵀ over `tokens` inputs: panels of the upper triangle of (C, C)."""
     return sum(2.0 * tokens * stop * (stop - start) for start, stop in panels(columns))
 
 
 def padded(rows: int) -> int:
-    """Rows as the solver stacks them: whole tiles."""
+    """`rows` rounded up to whole tiles, as a solver pads them."""
     return -(-rows // _ROW_TILE) * _ROW_TILE
 
 
@@ -35,8 +34,10 @@ def solve_counts(
     device: str,
     inputs: float | None = None,
 ) -> SolveCounts:
-    """One group's solve of `rows` rows, `itemsize` bytes an element stored, on `device` (a torch
-    device type). inputs: how many of them stand for the Hessian, if so. Settings are resolved here.
+    """The work of solving `rows` rows of a group.
+
+    settings: need not be resolved. itemsize: bytes of a stored weight. device: a torch device
+    type. inputs: their number, where they are used in place of the Hessian.
     """
     solver = solver_for(settings)
     settings, full = solver.settings, solver.needs == "full"
@@ -55,14 +56,14 @@ def solve_counts(
         operators += 20 * (refine + 2)
         if settings.refine == "gradient":
             moved += 4.0 * columns * columns * _POWER_STEPS
-    # Objectives: of zero, before and after refinement, and of what was rounded to be stored.
+    # Objectives: at zero, before and after refinement, and of the weight rounded to its dtype.
     evaluations = 2 + bool(refine) + (itemsize != 4)
     if full:
         wide = evaluations
         chunks = -(-rows // _OBJECTIVE_ROWS)
         moved += evaluations * (6.0 * columns * columns * chunks + 40.0 * rows * columns)
         operators += evaluations * 6 * chunks * -(-columns // 256)
-        moved += 60.0 * columns * columns  # checks, the estimate of the noise
+        moved += 60.0 * columns * columns  # checks, and the estimate of shrinkage
         operators += 12 * -(-columns // 256)
     else:
         moved += evaluations * 40.0 * rows * columns
@@ -80,7 +81,7 @@ def solve_counts(
 
 
 def statistic_bytes(settings: SolverSettings, columns: int, halves: int = 1) -> int:
-    """Bytes of one group's statistics on one rank: one sum, or one for each half (halves 2)."""
+    """Bytes of the statistics of a group on one worker; halves: 2 with one for each half."""
     needs = solver_for(settings).needs
     if needs == "none":
         return 0
@@ -88,17 +89,19 @@ def statistic_bytes(settings: SolverSettings, columns: int, halves: int = 1) -> 
 
 
 def summed_bytes(settings: SolverSettings, columns: int, halves: int = 1) -> int:
-    """Bytes of one group's running sums on one rank, of which the statistics are made."""
+    """Bytes of the running sums of a group on one worker; halves: 2 with one for each half."""
     needs = solver_for(settings).needs
     return 0 if needs == "none" else halves * statistics_bytes(columns, needs)
 
 
 def reduced_bytes(size: float, world: int) -> float:
-    """Bytes that one rank sends to sum `size` bytes over the ranks: its slices to the others, then
-    its sum to the others. As many are received."""
+    """Bytes that one worker sends, and receives, to sum `size` bytes over `world` workers.
+
+    It sends one slice to each other worker, and then the sum of its slice to each of them.
+    """
     return 2.0 * (world - 1) / world * size
 
 
 def store_bytes(nsamples: int, seqlen: int, hidden: int, itemsize: int) -> int:
-    """Bytes of values in one activation store: the inputs of one block."""
+    """Bytes of one activation store: the inputs of one block."""
     return nsamples * seqlen * hidden * itemsize

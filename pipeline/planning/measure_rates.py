@@ -1,10 +1,11 @@
-"""Measures this machine's rates at a model's shapes, in about a minute.
+"""Measures the rates of this machine at the shapes of a model, in about a minute.
 
-Each worker-to-be measures in a process of its own, all at the same time, since they share memory
-and caches in the job too. What is timed is the job's own code where that is possible: a block's
-forward with random weights, the sums of statistics, the inverse, short solves.
+One process per worker measures, all at the same time, since workers share memory and caches in a
+job too. Where possible the code of a job is timed: the forward of a block with random weights, the
+sums of statistics, the inverse, short solves.
 
-On one thread compute is timed in processor time, so that other work on the machine does not count.
+With one thread, compute is timed in processor time, so that other work on the machine does not
+count.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ from storage.model.files import ModelFiles, fingerprint_weight_file
 from storage.model.safetensors_format import header_for, tensor_bytes
 from storage.object_store import Place, location, place
 
-# What a Ray worker takes above this process, as seen: Ray itself, its channels and buffers.
+# Bytes, measured, that a Ray worker takes in addition to this process: Ray, channels and buffers.
 RAY_WORKER_BYTES = 80 * 2**20
-# What the allocator keeps of buffers that were freed, as seen: 0 to 180 MiB, another size in each
-# worker, since every thread has its arena and pieces below 32 MiB are not given back.
+# Freed memory that the allocator keeps: 0 to 180 MiB were measured. It differs between workers,
+# since each thread has its arena, and allocations below 32 MiB are not returned to the system.
 KEPT_BYTES = 96 * 2**20
 _FILE_BYTES = 64 * 2**20
-# Above so many operations a forward, or a solve's piece, is measured on fewer rows.
+# With more operations than this, a forward or a part of a solve is measured on fewer rows.
 _MOST_OPERATIONS = 2e11
 _MOST_COLUMNS = 4096
 _ADMM_ITERATIONS = 12
@@ -58,9 +59,9 @@ _ADMM_ITERATIONS = 12
 def measure_rates(
     model: Place, shape: ModelShape, *, batch_size: int, workers: int, threads: int, folder: Path
 ) -> Rates:
-    """Rates of one of `workers` workers with `threads` threads each, all of them busy.
+    """Rates of one of `workers` workers with `threads` threads each, while all of them are busy.
 
-    folder: where a file of 64 MiB is written, on the filesystem that a job would use.
+    folder: where each process writes a file of 64 MiB, on the filesystem that a job would use.
     Raises `ResourceError` where a measuring process fails.
     """
     arguments = [location(model), str(batch_size), str(shape.seqlen), shape.dtype, str(workers)]
@@ -81,37 +82,38 @@ def measure_rates(
         )
         for path in [str(folder)] * workers
     ]
-    found = []
+    measured = []
     for process in processes:
         output, errors = process.communicate()
         if process.returncode:
             last = (errors.strip().splitlines() or ["no message"])[-1]
             raise ResourceError(f"--calibrate: a measuring process failed: {last}")
-        found.append(json.loads(output.strip().splitlines()[-1]))
+        measured.append(json.loads(output.strip().splitlines()[-1]))
     rates: Rates = with_threads(cpu_rates(), threads)
-    changes: dict[str, Any] = {**_combined(found), "measured": True}
+    changes: dict[str, Any] = {**_combined(measured), "measured": True}
     return replace(rates, **changes)
 
 
-def _combined(found: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the processes; what they shared, the disk, in sum."""
-    means = {name: sum(own[name] for own in found) / len(found) for name in found[0]}
+def _combined(measured: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the processes; sums for the rates of the disk, which they share."""
+    count = len(measured)
+    combined = {name: sum(rates[name] for rates in measured) / count for name in measured[0]}
     for name in ("disk_read", "disk_write"):
-        means[name] *= len(found)
-    return means
+        combined[name] *= count
+    return combined
 
 
 def measure(model: Place, shape: ModelShape, batch_size: int, workers: int, threads: int) -> Rates:
-    """Compute rates of this process, as one of `workers`."""
+    """Compute rates of this process, which is one of `workers` measuring processes."""
     torch.set_num_threads(threads)
     base = with_threads(cpu_rates(), threads)
     kind = shape.kinds[shape.blocks[len(shape.blocks) // 2]]
     clock = time.process_time if threads == 1 else time.perf_counter
-    held = psutil.Process().memory_info().rss + RAY_WORKER_BYTES + KEPT_BYTES
-    found: dict[str, Any] = {"host_bytes": held}
-    found |= _forward(model, shape, kind, batch_size, clock, base)
-    found |= _solving(shape, kind, workers, clock)
-    rates = replace(base, **found)
+    host_bytes = psutil.Process().memory_info().rss + RAY_WORKER_BYTES + KEPT_BYTES
+    measured: dict[str, Any] = {"host_bytes": host_bytes}
+    measured |= _forward(model, shape, kind, batch_size, clock, base)
+    measured |= _solving(shape, kind, workers, clock)
+    rates = replace(base, **measured)
     operator = _operator(shape, kind, workers, clock, rates)
     return replace(rates, operator=operator, start=base.start)
 
@@ -120,7 +122,7 @@ Clock = Callable[[], float]
 
 
 def _seconds(work: Callable[[], object], clock: Clock, repeats: int = 3) -> float:
-    """The least time of a few runs after a first one."""
+    """The shortest time of a few runs, after one to warm up."""
     work()
     times = []
     for _ in range(repeats):
@@ -139,13 +141,13 @@ def _forward(
     clock: Clock,
     base: Rates,
 ) -> dict[str, float]:
-    """Products, attention, operators and statistics of the block's own forward."""
+    """Rates of a block's forward: products, statistics, attention and memory."""
     dtype = getattr(torch, shape.dtype)
     profile = kind.full
     whole = profile.products + profile.attention
     size = max(1, min(batch_size, int(_MOST_OPERATIONS / max(whole, 1.0))))
     length = shape.seqlen if whole <= _MOST_OPERATIONS else 128
-    found: dict[str, float] = {}
+    measured: dict[str, float] = {}
     tokens = size * length
     seconds, flops, summed, adding = 0.0, 0.0, 0.0, 0.0
     for group, count in Counter(kind.groups).items():
@@ -159,16 +161,17 @@ def _forward(
         total = Accumulator(group.columns, "full", torch.device("cpu"))
         adding += count * _seconds(lambda: total.add(inputs, 1), clock, 2)  # noqa: B023
         summed += count * hessian_flops(seen, group.columns)
-    found[shape.dtype] = flops / seconds
-    found["statistics"] = summed / adding
+    measured[shape.dtype] = flops / seconds
+    measured["statistics"] = summed / adding
     if length == shape.seqlen:
         block, call, hidden = example_block(model, shape.dtype, size, shape.seqlen)
         time_of = _seconds(lambda: call.run(block, hidden), clock)
-        found |= _attention_and_rest(block, call, time_of, size, kind, found[shape.dtype], base)
-    return found
+        product = measured[shape.dtype]
+        measured |= _attention_and_memory(block, call, time_of, size, kind, product, base)
+    return measured
 
 
-def _attention_and_rest(
+def _attention_and_memory(
     block: nn.Module,
     call: BlockCall,
     total: float,
@@ -177,8 +180,11 @@ def _attention_and_rest(
     product: float,
     base: Rates,
 ) -> dict[str, float]:
-    """What is left of a forward beside its products, shared by attention and the operators in the
-    proportion of the unmeasured rates."""
+    """Rates of attention and of elementwise operators, from the time of a forward.
+
+    The time that its products do not take is divided between the two in the proportion that the
+    rates `base` predict. total: seconds of the forward. product: rate of its products.
+    """
     profile = kind.full
     rest = max(total - size * profile.products / product, 0.05 * total)
     attention = size * profile.attention / base.attention
@@ -188,7 +194,7 @@ def _attention_and_rest(
 
 
 def _solving(shape: ModelShape, kind: BlockShape, workers: int, clock: Clock) -> dict[str, float]:
-    """What solvers are made of, on each group's share of rows."""
+    """Rates of the parts of solves, measured at each group's shape, with the rows of one worker."""
     sums: dict[str, list[float]] = {}
 
     def add(name: str, amount: float, seconds: float) -> None:
@@ -205,7 +211,7 @@ def _solving(shape: ModelShape, kind: BlockShape, workers: int, clock: Clock) ->
 
 
 def _solve_pieces(rows: int, columns: int, clock: Clock) -> dict[str, tuple[float, float]]:
-    """Rate -> (its amount, the seconds it took), for one group's shape."""
+    """Name of a rate -> (amount of work, seconds), for the shape (rows, columns) of a group."""
     statistics, weight = _problem(rows, columns)
     matrix = statistics.hessian
     if matrix is None:
@@ -241,7 +247,7 @@ def _problem(rows: int, columns: int) -> tuple[Statistics, torch.Tensor]:
 
 
 def _admm(weight: torch.Tensor, statistics: Statistics, iterations: int) -> Callable[[], object]:
-    """A solve with one inverse, lambda running through the whole of its range in few iterations."""
+    """A solve with one inverse, in which lambda covers its whole range in few iterations."""
     usual = SolverSettings()
     steps = usual.admm_iterations / iterations
     settings = SolverSettings(
@@ -258,7 +264,10 @@ def _admm(weight: torch.Tensor, statistics: Statistics, iterations: int) -> Call
 def _operator(
     shape: ModelShape, kind: BlockShape, workers: int, clock: Clock, rates: Rates
 ) -> float:
-    """Seconds to start an operator: what SparseGPT, which starts most, takes above the rest."""
+    """Seconds to start an operator: from SparseGPT, the method that starts most.
+
+    It is the time of a solve that the other rates do not explain, divided by the operators.
+    """
     group = min(kind.groups, key=lambda g: g.columns)
     rows = max(16, min(sum(r for _, r, _ in group.layers) // workers, 1024))
     if group.columns > _MOST_COLUMNS:
@@ -278,7 +287,7 @@ def _operator(
 
 
 def measure_files(folder: Path) -> dict[str, float]:
-    """Rates of disk, hash and copies, with a file of 64 MiB in `folder`."""
+    """Rates of the disk, of hashing and of copies, with a file of 64 MiB in `folder`."""
     wall = time.perf_counter
     with tempfile.TemporaryDirectory(prefix=".prox24-calibrate-", dir=folder) as name:
         path = Path(name) / "model.safetensors"
@@ -295,7 +304,7 @@ def measure_files(folder: Path) -> dict[str, float]:
         )
         (path.parent / "config.json").write_text("{}")
         files = ModelFiles.open(path.parent)
-        # From the page cache, as what a job has just written.
+        # From the page cache, like files that a job has just written.
         reading = _seconds(lambda: files.read("weight"), time.process_time, 2)
         syncs = []
         for number in range(5):
@@ -309,22 +318,22 @@ def measure_files(folder: Path) -> dict[str, float]:
         "copy": _FILE_BYTES / reading,
         "disk_read": _FILE_BYTES / reading,
         "disk_write": _FILE_BYTES / max(written - hashing, 0.1 * written),
-        # A file is synced, and then its folder.
+        # Both the file and its folder are synced.
         "sync": sorted(syncs)[len(syncs) // 2] / 2,
     }
 
 
 def main(arguments: list[str]) -> None:
-    """One measuring process: prints the rates it found as one JSON object."""
+    """One measuring process: prints the rates as one JSON object."""
     model, batch_size, seqlen, dtype, workers, threads, folder = arguments
     shape = read_shape(place(model), seqlen=int(seqlen), dtype=dtype)
     rates = measure(place(model), shape, int(batch_size), int(workers), int(threads))
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         f.name: getattr(rates, f.name) for f in fields(Rates) if f.type == "float"
     }
-    found |= measure_files(Path(folder))
-    assert all(math.isfinite(value) for value in found.values())
-    print(json.dumps(found))
+    measured |= measure_files(Path(folder))
+    assert all(math.isfinite(value) for value in measured.values())
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class PlanConfig(ModelOptions, ExpertOptions):
     calibrate: bool = option(
         False, "measure the rates of this machine first, at the model's shapes (about a minute)"
     )
-    executor: Literal["ray", "local"] = option("ray", "who runs the ranks")
+    executor: Literal["ray", "local"] = option("ray", "what runs the workers")
     trust_remote_code: bool = option(False, "run model code that the model folder carries")
     json: bool = option(False, "print one JSON object on standard output and nothing else there")
     verbose: bool = option(False, "show debug messages")
@@ -98,17 +98,17 @@ class PlanConfig(ModelOptions, ExpertOptions):
 
 
 def size_of(text: str, name: str) -> float:
-    """`80GB`, `1.5 TiB` or a number, in bytes. Raises `ConfigError` naming the option."""
+    """Bytes of `80GB`, `1.5 TiB` or a number. Raises `ConfigError` that names the option `name`."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise ConfigError(f"--{name} {text!r} is no size: write it as in 80GB or 1.5TiB")
+        raise ConfigError(f"--{name} {text!r} is not a size: write it as in 80GB or 1.5TiB")
     number, prefix, binary = match.groups()
     power = " kmgtp".index(prefix.lower() or " ")
     return float(number) * (1024.0 if binary else 1000.0) ** power
 
 
 def planned_shape(model: Place, config: PlanConfig) -> ModelShape:
-    """The shape of the model, read for these options."""
+    """The shape of the model with these options."""
     from pipeline.planning.shapes.model import read_shape
 
     return read_shape(
@@ -122,20 +122,20 @@ def planned_shape(model: Place, config: PlanConfig) -> ModelShape:
 
 
 def planned_job(shape: ModelShape, config: PlanConfig, rates: Rates | None = None) -> PlannedJob:
-    """The job that the options describe; `rates` if they are known already."""
+    """The job that the options describe. rates: measured ones; None: those of the options."""
     from pipeline.planning.planned_job import PlannedJob
 
     on_gpus = config.gpus is not None
     workers = config.gpus or config.workers or 1
     nodes = config.nodes or (-(-workers // _GPUS_PER_NODE) if on_gpus else 1)
     rates = rates or worker_rates(config)
-    here = not on_gpus
     memory = size_of(config.gpu_memory, "gpu-memory") if config.gpu_memory else rates.device_memory
+    # CPU workers would run on this machine, GPU workers on others.
     if config.node_memory:
         host: float | None = size_of(config.node_memory, "node-memory")
     else:
-        host = available_memory() if here else None
-    free = float(shutil.disk_usage(Path.cwd()).free) if here else None
+        host = None if on_gpus else available_memory()
+    free = None if on_gpus else float(shutil.disk_usage(Path.cwd()).free)
     return PlannedJob(
         shape=shape,
         settings=config.solver_settings(config.method),
@@ -160,7 +160,10 @@ def threads_of(config: PlanConfig) -> int:
 
 
 def worker_rates(config: PlanConfig) -> Rates:
-    """Rates from the file given, else of the GPU named, else of CPU threads; options win."""
+    """Rates from the file of `--rates`, else of the GPU, else of CPU threads.
+
+    Rates that are options of their own replace them.
+    """
     if config.rates is not None:
         rates = load_rates(Path(config.rates))
     elif config.gpus is not None:

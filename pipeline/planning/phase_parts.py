@@ -1,11 +1,11 @@
-"""What a phase of a plan is made of: parts, each of one kind of work."""
+"""A phase of a plan, and its parts, each of one kind of work."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from pipeline.planning.memory import Held
+from pipeline.planning.memory import PeakBytes
 
 COMPUTE, BANDWIDTH, LATENCY = "compute", "bandwidth", "latency"
 DISK, HASH, NETWORK, HOST = "disk", "hashing", "network", "host copy"
@@ -13,7 +13,7 @@ DISK, HASH, NETWORK, HOST = "disk", "hashing", "network", "host copy"
 
 @dataclass(frozen=True)
 class PhasePart:
-    """Seconds of one kind of work, and what sets its pace."""
+    """Seconds of one kind of work, and what limits its speed (one of the constants above)."""
 
     what: str
     limit: str
@@ -22,12 +22,15 @@ class PhasePart:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One phase: its parts, its peak memory (bytes of a worker's device and of its host process),
-    and what all ranks together read, write and send, in bytes."""
+    """One phase of one block, or of the whole job.
+
+    parts: one after another. peak: peak bytes of tensors of a worker. read, written, sent: bytes of
+    all workers together.
+    """
 
     name: str
     parts: tuple[PhasePart, ...]
-    held: Held = field(default_factory=lambda: Held(0.0))
+    peak: PeakBytes = field(default_factory=lambda: PeakBytes(0.0))
     read: float = 0.0
     written: float = 0.0
     sent: float = 0.0
@@ -39,7 +42,7 @@ class Phase:
 
     @property
     def limit(self) -> str:
-        """What takes most of the phase."""
+        """What limits the largest share of the phase's time."""
         totals: dict[str, float] = {}
         for part in self.parts:
             totals[part.limit] = totals.get(part.limit, 0.0) + part.seconds
@@ -47,7 +50,7 @@ class Phase:
 
 
 def merge(parts: Iterable[PhasePart]) -> tuple[PhasePart, ...]:
-    """Parts of the same name and limit as one."""
+    """The parts, those of the same name and limit added up."""
     totals: dict[tuple[str, str], float] = {}
     for part in parts:
         key = (part.what, part.limit)

@@ -1,8 +1,9 @@
-"""How long each phase takes: what the busiest rank does in it, over the rates.
+"""How long each phase takes: the work of the busiest worker, divided by the rates.
 
-A phase is a sum of parts, and all ranks wait for the slowest at its end. Reading ahead and writing
-behind run in a thread beside the computation: of them only what is longer counts, and the first
-piece. Where every core computes, hashing and copying take time from it and hide nothing.
+The time of a phase is the sum of its parts, and all workers wait for the slowest at its end.
+Reading ahead and writing behind overlap with the computation in a background thread: only their
+first piece counts, and what takes longer than the computation. On a CPU hashing and copying use
+cores that compute, so they do not overlap.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from collections.abc import Iterable
 
 from pipeline.planning.counts import hessian_flops, reduced_bytes, solve_counts
 from pipeline.planning.memory import (
-    Held,
+    PeakBytes,
     ahead_bytes,
     embed_memory,
-    multiplies,
     phase_memory,
     propagate_memory,
     rows_at_once,
+    sums_products,
 )
 from pipeline.planning.phase_parts import (
     BANDWIDTH,
@@ -42,23 +43,23 @@ _CHOICE_SHARE = 0.25
 
 
 class PhaseModel:
-    """Phases of a job, one method each."""
+    """The phases of a job, one method each."""
 
     def __init__(self, job: PlannedJob) -> None:
         self.job, self.rates, self.shape = job, job.rates, job.shape
         self._dispatch = PhasePart("dispatch", LATENCY, job.rates.dispatch)
         plain = job.rates.on_gpu and self.shape.dtype == "float32"
-        # That of the statistics' products.
+        # The rate at which the products of statistics are computed.
         self._precision = "float32" if plain else "statistics"
 
-    # -- once -----------------------------------------------------------------------------------
+    # -- phases that run once -------------------------------------------------------------------
 
     def start(self) -> Phase:
-        """Ray and the workers."""
+        """Starts Ray and the workers."""
         return Phase(name="start workers", parts=(PhasePart("start", LATENCY, self.rates.start),))
 
     def fingerprint(self) -> Phase:
-        """Every weight file hashed and checked for NaN."""
+        """Hashes every weight file and checks it for NaN."""
         job, total = self.job, float(self.shape.weight_bytes)
         parts = (
             PhasePart("read", DISK, total / self.rates.disk_read),
@@ -68,36 +69,36 @@ class PhaseModel:
         return Phase(name="check weights", parts=parts, read=total)
 
     def embed(self) -> Phase:
-        """The embeddings loaded, and the first store written."""
+        """Loads the embeddings, and writes the first activation store."""
         table = float(self.shape.ends * self.shape.itemsize)
         loaded = self._load(table)
         written, size = self._store_written()
         return Phase(
             name="embed",
             parts=(*loaded, *written, self._dispatch),
-            held=embed_memory(self.job),
+            peak=embed_memory(self.job),
             read=table * self.job.nodes,
             written=size,
         )
 
     def write(self) -> Phase:
-        """The output: weight files copied with the pruned tensors in place, then made durable."""
+        """Writes the output: copies weight files, with pruned tensors replaced, and syncs them."""
         job, total = self.job, float(self.shape.weight_bytes)
-        own = float(job.busiest_files)
+        busiest = float(job.busiest_files)
         pruned = self.pruned_bytes()
-        share = own / total if total else 0.0
+        share = busiest / total if total else 0.0
         parts = (
             PhasePart("read", DISK, (total + pruned) / self.rates.disk_read),
             PhasePart("write", DISK, total / self.rates.disk_write),
-            PhasePart("hash", HASH, (own + 2 * share * pruned) / self.rates.hash),
-            PhasePart("copy", HOST, (own + share * pruned) / self.rates.copy),
+            PhasePart("hash", HASH, (busiest + 2 * share * pruned) / self.rates.hash),
+            PhasePart("copy", HOST, (busiest + share * pruned) / self.rates.copy),
             PhasePart("sync", LATENCY, 2 * self.rates.sync * len(self.shape.files)),
             self._dispatch,
         )
         largest = max(r * c for k in self.shape.kinds for g in k.groups for _, r, c in g.layers)
-        held = Held(0.0, 2.0 * largest * self.shape.itemsize)
+        peak = PeakBytes(0.0, 2.0 * largest * self.shape.itemsize)
         return Phase(
-            name="write output", parts=parts, held=held, read=total + pruned, written=total
+            name="write output", parts=parts, peak=peak, read=total + pruned, written=total
         )
 
     def pruned_bytes(self) -> float:
@@ -105,37 +106,39 @@ class PhaseModel:
         elements = sum(self.shape.kind(b).pruned for b in range(len(self.shape.blocks)))
         return float(elements * self.shape.itemsize)
 
-    # -- for each block -------------------------------------------------------------------------
+    # -- phases of a block ----------------------------------------------------------------------
 
     def block(
         self, block: BlockShape, before: BlockShape | None, after: BlockShape | None
     ) -> list[Phase]:
-        """A block's phases in order; `before`, `after`: its neighbours, None at the ends.
+        """The phases of a block, in order.
 
-        One that stays dense has none but what makes its inputs.
+        before, after: the neighbouring blocks, None at the ends. A block that stays dense has only
+        the phase that computes its inputs.
         """
         phases: list[Phase] = []
         if not block.groups:
             through = before if self.job.calibrates else None
             return [self._propagate(through)] if through is not None else []
         passes = self.job.passes(block)
-        for number, own in enumerate(passes):
-            memory = phase_memory(self.job, own, before if not number else None, after)
+        for number, part in enumerate(passes):
+            memory = phase_memory(self.job, part, before if not number else None, after)
             last = after if number + 1 == len(passes) else None
             if self.job.calibrates and (number or before is None):
-                held = memory["calibrate"]
+                peak = memory["calibrate"]
                 ahead = ahead_bytes(self.job, after) if number else 0.0
-                phases.append(self._calibrate(own, Held(held.device, held.host + ahead)))
+                phases.append(self._calibrate(part, PeakBytes(peak.device, peak.host + ahead)))
             elif self.job.calibrates and before is not None:
-                phases.append(self._advance(own, before, memory["advance"]))
+                phases.append(self._advance(part, before, memory["advance"]))
             if "reduce" in memory:
-                phases.append(self._reduce(own, memory["reduce"]))
+                phases.append(self._reduce(part, memory["reduce"]))
             if "choose" in memory:
-                phases.append(self._choose(own, memory["choose"]))
-            phases.append(self._solve(own, memory["solve"], last))
+                phases.append(self._choose(part, memory["choose"]))
+            phases.append(self._solve(part, memory["solve"], last))
         return phases
 
-    def _calibrate(self, block: BlockShape, held: Held) -> Phase:
+    def _calibrate(self, block: BlockShape, peak: PeakBytes) -> Phase:
+        """The dense forward of a block, which sums the statistics of its layers."""
         weights = float(block.parameters * self.shape.itemsize)
         table = float(self.shape.ends * self.shape.itemsize)
         read, store = self._store_read()
@@ -149,27 +152,27 @@ class PhaseModel:
         return Phase(
             name="calibrate",
             parts=parts,
-            held=held,
+            peak=peak,
             read=store + self.job.nodes * (weights + table),
         )
 
-    def _advance(self, block: BlockShape, before: BlockShape, held: Held) -> Phase:
-        """The block before, pruned, and this one, dense, on the same batches."""
-        # Weights that no solve before has read ahead.
-        own = 0.0 if before.groups else float(block.parameters * self.shape.itemsize)
+    def _advance(self, block: BlockShape, before: BlockShape, peak: PeakBytes) -> Phase:
+        """Each batch through the previous block, pruned, and then through this one, dense."""
+        # This block's weights, unless the solve of the previous block has read them ahead.
+        more = 0.0 if before.groups else float(block.parameters * self.shape.itemsize)
         observed = [*self._forward(block.observed, "dense forward"), *self._hessian(block)]
-        return self._pass("advance", before, observed, own, held)
+        return self._pass("advance", before, observed, more, peak)
 
     def _propagate(self, before: BlockShape) -> Phase:
-        """The block before, pruned or not, on its way to a block that stays dense."""
+        """Each batch through the previous block, pruned or not, for a block that stays dense."""
         return self._pass("propagate", before, [], 0.0, propagate_memory(self.job, before))
 
     def _pass(
-        self, name: str, before: BlockShape, observed: list[PhasePart], more: float, held: Held
+        self, name: str, before: BlockShape, observed: list[PhasePart], more: float, peak: PeakBytes
     ) -> Phase:
-        """Every batch through the block before, and what is `observed` behind it.
+        """Each batch through the previous block, followed by the parts `observed`.
 
-        more: bytes of further weights.
+        more: bytes of weights that are loaded besides those of the previous block.
         """
         weights = more + float(before.parameters * self.shape.itemsize)
         slices = float(before.pruned * self.shape.itemsize)
@@ -187,7 +190,7 @@ class PhaseModel:
         return Phase(
             name=name,
             parts=parts,
-            held=held,
+            peak=peak,
             read=store + self.job.nodes * (weights + slices),
             written=size,
         )
@@ -195,7 +198,7 @@ class PhaseModel:
     def _hide(
         self, beside: list[PhasePart], computed: list[PhasePart], pieces: int
     ) -> list[PhasePart]:
-        """What is left to wait for of work that runs beside the computation in `pieces`."""
+        """The parts `beside`, less what overlaps with the computation, as they run in `pieces`."""
         busy = () if self.rates.on_gpu else (HASH, HOST)
         shown = [part for part in beside if part.limit in busy]
         hidden = [part for part in beside if part.limit not in busy]
@@ -207,50 +210,51 @@ class PhaseModel:
         share = max(first, 1 - cover / total)
         return shown + [PhasePart(p.what, p.limit, share * p.seconds) for p in hidden]
 
-    def _reduce(self, block: BlockShape, held: Held) -> Phase:
+    def _reduce(self, block: BlockShape, peak: PeakBytes) -> Phase:
+        """Sums the statistics over the workers."""
         job, rates = self.job, self.rates
         added, products = 0.0, 0.0
         for group in block.groups:
             inputs = job.inputs(group)
             full = solver_for(job.settings_of(group)).needs == "full"
-            # Inputs that are few in all are put together as they are, in fp32.
+            # Inputs that are few in total are gathered, in fp32, instead of summed as products.
             kept = inputs is not None and full
             added += 4.0 * (inputs or 0) * group.columns if kept else job.counted([group])
-            if full and not kept and not multiplies(job, group):
-                products += hessian_flops(job.own_tokens(group), group.columns)
-        own = reduced_bytes(added, job.workers)
-        # What leaves the node goes over its network, the rest over the link inside.
+            if full and not kept and not sums_products(job, group):
+                products += hessian_flops(job.busiest_tokens(group), group.columns)
+        sent = reduced_bytes(added, job.workers)
+        # Traffic to other nodes uses the network, the rest the links inside a node.
         outside = (job.workers - job.per_node) / max(job.workers - 1, 1) if job.nodes > 1 else 0.0
         parts = (
-            PhasePart("between nodes", NETWORK, own * outside / rates.network),
-            PhasePart("inside a node", NETWORK, own * (1 - outside) / rates.link),
+            PhasePart("between nodes", NETWORK, sent * outside / rates.network),
+            PhasePart("inside a node", NETWORK, sent * (1 - outside) / rates.link),
             PhasePart("add", BANDWIDTH, 8.0 * added / rates.memory if rates.on_gpu else 0.0),
             PhasePart("Hessian", COMPUTE, products / rates.product(self._precision)),
             self._dispatch,
         )
-        return Phase(name="reduce", parts=parts, held=held, sent=own * job.workers)
+        return Phase(name="reduce", parts=parts, peak=peak, sent=sent * job.workers)
 
-    def _choose(self, block: BlockShape, held: Held) -> Phase:
-        """Groups are dealt to ranks whole: the costliest one's trials set the time."""
-        worst = max(
+    def _choose(self, block: BlockShape, peak: PeakBytes) -> Phase:
+        """Trials for `--shrinkage auto`: one worker for each group, so the costliest one counts."""
+        longest = max(
             (
                 sum(p.seconds for p in self._group(g, sum(r for _, r, _ in g.layers)))
                 for g in set(block.groups)
             ),
             default=0.0,
         )
-        parts = (PhasePart("trials", COMPUTE, _CHOICE_SHARE * worst), self._dispatch)
-        return Phase(name="choose", parts=parts, held=held)
+        parts = (PhasePart("trials", COMPUTE, _CHOICE_SHARE * longest), self._dispatch)
+        return Phase(name="choose", parts=parts, peak=peak)
 
-    def _solve(self, block: BlockShape, held: Held, after: BlockShape | None) -> Phase:
-        """The rank that takes longest; meanwhile the next block's weights are read."""
+    def _solve(self, block: BlockShape, peak: PeakBytes, after: BlockShape | None) -> Phase:
+        """The solves of the slowest worker, which also reads the weights of the next block."""
         job = self.job
         cache: dict[tuple[GroupShape, int], list[PhasePart]] = {}
         computed: list[PhasePart] = []
         most = 0.0
-        for own in job.deal(block):
+        for worker_rows in job.deal(block):
             parts, entries = list[PhasePart](), 0
-            for group, rows in own:
+            for group, rows in worker_rows:
                 if rows and (group, rows) not in cache:
                     cache[group, rows] = self._group(group, rows)
                 parts += cache[group, rows] if rows else []
@@ -271,16 +275,16 @@ class PhaseModel:
             PhasePart("sync", LATENCY, 4 * self.rates.sync),
             self._dispatch,
         ]
-        return Phase(name="solve", parts=merge(parts), held=held, read=read, written=slices)
+        return Phase(name="solve", parts=merge(parts), peak=peak, read=read, written=slices)
 
-    # -- parts ----------------------------------------------------------------------------------
+    # -- parts of phases ------------------------------------------------------------------------
 
     def _group(self, group: GroupShape, rows: int) -> list[PhasePart]:
-        """One group's solve: what is done for the rows, and what every rank does alike."""
+        """The solve of `rows` rows of a group, with the work that is the same on every worker."""
         rates, columns = self.rates, group.columns
         most = rows_at_once(group)
         if rows > most:
-            # What is derived of the statistics is derived again for each part of the rows.
+            # Factorizations are computed again for each part of the rows.
             pieces = [most] * (rows // most) + ([rows % most] if rows % most else [])
             return list(merge(part for piece in pieces for part in self._group(group, piece)))
         device = "cuda" if rates.on_gpu else "cpu"
@@ -308,16 +312,17 @@ class PhaseModel:
     def _product(
         self, what: str, count: float, flops: float, moved: float, precision: str
     ) -> PhasePart:
-        """Products as fast as the slower of arithmetic and memory; on a CPU caches hold them."""
+        """Products, limited by arithmetic or by memory; on a CPU always by arithmetic (caches)."""
         compute = count * flops / self.rates.product(precision)
         memory = count * moved / self.rates.memory if self.rates.on_gpu else 0.0
         return PhasePart(what, BANDWIDTH if memory > compute else COMPUTE, max(compute, memory))
 
     def _forward(self, profile: ForwardProfile, what: str) -> list[PhasePart]:
+        """The forward of all batches of the busiest worker through one block."""
         job, rates = self.job, self.rates
         sequences, batches, _ = job.busiest
         flops = profile.products / rates.product(self.shape.dtype)
-        # A block's result is checked for NaN: read, a mask written and read.
+        # The output is checked for NaN: read once, a mask written and read.
         checked = 2.0 * job.seqlen * self.shape.hidden * self.shape.forward_itemsize
         return [
             PhasePart(f"{what}: products", COMPUTE, sequences * flops),
@@ -333,15 +338,16 @@ class PhaseModel:
         ]
 
     def _hessian(self, block: BlockShape) -> list[PhasePart]:
+        """The sums of second moments of the busiest worker in one block."""
         job, rates = self.job, self.rates
         batches = job.busiest[1]
         flops, moved = 0.0, 0.0
         for group in block.groups:
-            seen = job.own_tokens(group)
+            seen = job.busiest_tokens(group)
             moved += seen * group.columns * (self.shape.forward_itemsize + 4)
-            if multiplies(job, group):
+            if sums_products(job, group):
                 flops += hessian_flops(seen, group.columns)
-                # The product written and read, float64 sums read and written: of a triangle.
+                # Product written and read, float64 sums read and written; upper triangles only.
                 moved += batches * 13.5 * group.columns**2 if rates.on_gpu else 0.0
             elif solver_for(job.settings_of(group)).needs != "full":
                 moved += 12.0 * seen * group.columns
@@ -351,7 +357,10 @@ class PhaseModel:
         ]
 
     def _load(self, size: float, sharers: int = 1) -> list[PhasePart]:
-        """`size` bytes read by a rank, the same by all ranks (sharers 1) or each its own."""
+        """A worker reads `size` bytes: the same as all others (sharers 1), or a part of its own.
+
+        A node reads the same bytes from the disk only once; else `sharers` workers read.
+        """
         fetched = size * (self.job.nodes if sharers == 1 else sharers)
         return [
             PhasePart("load weights", DISK, fetched / self.rates.disk_read),
@@ -359,26 +368,28 @@ class PhaseModel:
         ]
 
     def _store_read(self) -> tuple[list[PhasePart], float]:
-        total, own, _ = self._store()
+        """Parts of reading an activation store, and its bytes."""
+        total, busiest, _ = self._store()
         parts = [
             PhasePart("read store", DISK, total / self.rates.disk_read),
-            PhasePart("verify store", HASH, own / self.rates.hash),
+            PhasePart("verify store", HASH, busiest / self.rates.hash),
         ]
         if self.rates.on_gpu:
-            parts.append(PhasePart("read store", HOST, own / self.rates.copy))
+            parts.append(PhasePart("read store", HOST, busiest / self.rates.copy))
         return parts, total
 
     def _store_written(self) -> tuple[list[PhasePart], float]:
-        total, own, shards = self._store()
+        """Parts of writing an activation store, and its bytes."""
+        total, busiest, shards = self._store()
         parts = [
             PhasePart("write store", DISK, total / self.rates.disk_write),
-            PhasePart("hash store", HASH, own / self.rates.hash),
+            PhasePart("hash store", HASH, busiest / self.rates.hash),
             PhasePart("sync", LATENCY, 2 * shards * self.rates.sync),
         ]
         return parts, total
 
     def _store(self) -> tuple[float, float, int]:
-        """Bytes of a store, of the busiest rank's part of it, and that rank's files."""
+        """Bytes of an activation store; bytes and number of the busiest worker's shards of it."""
         sequences, _, shards = self.job.busiest
         one = float(self.job.seqlen * self.shape.hidden * self.shape.forward_itemsize)
         return self.job.nsamples * one, sequences * one, shards

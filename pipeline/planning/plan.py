@@ -1,4 +1,4 @@
-"""A job's plan: phases and blocks with their seconds, peaks and bytes, and what does not fit."""
+"""The plan of a job: time, peak memory and bytes of its phases and blocks; what does not fit."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from functools import cached_property, partial
 from typing import Any
 
 from pipeline.planning.counts import store_bytes
-from pipeline.planning.memory import compiler_bytes, kept_by_allocator, sums_held
+from pipeline.planning.memory import compiler_bytes, kept_by_allocator, sums_bytes
 from pipeline.planning.phase_parts import Phase
 from pipeline.planning.phases import PhaseModel
 from pipeline.planning.planned_job import PlannedJob
 from pipeline.solvers.registry import solver_class
 
 PLAN_SCHEMA = 1
-# What an allocator on a GPU leaves unused between tensors.
+# Memory of the GPU's allocator over that of the tensors in it.
 _FRAGMENTATION = 1.05
-# Records, tokens and side files.
+# Bytes on disk of records, tokens and side files.
 SLACK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Consecutive blocks `first` to `last` that take the same, each with these phases."""
+    """Consecutive blocks `first` to `last` (inclusive), each with the same phases."""
 
     first: int
     last: int
@@ -31,18 +31,22 @@ class BlockPlan:
 
     @property
     def count(self) -> int:
-        """How many blocks."""
+        """Number of blocks."""
         return self.last - self.first + 1
 
     @property
     def seconds(self) -> float:
-        """Wall seconds of one of them."""
+        """Wall seconds of one of the blocks."""
         return sum(phase.seconds for phase in self.phases)
 
 
 @dataclass(frozen=True)
 class Need:
-    """What the job takes most of somewhere, against what is there; bytes, `has` None: unknown."""
+    """The most that a job needs of a resource, and how much there is of it.
+
+    what: "device memory", "host memory" or "disk". where: the phase that needs most. needs, has:
+    bytes; `has` is None where it is unknown.
+    """
 
     what: str
     where: str
@@ -51,12 +55,15 @@ class Need:
 
     @property
     def fits(self) -> bool:
-        """Whether it is enough, as far as is known."""
+        """Whether there is enough; True where that is unknown."""
         return self.has is None or self.needs <= self.has
 
 
 class Plan:
-    """What `PlannedJob` will take."""
+    """Time, memory and disk that a `PlannedJob` will take.
+
+    before, after: the phases before and after all blocks. blocks: those between.
+    """
 
     def __init__(self, job: PlannedJob) -> None:
         self.job = job
@@ -75,7 +82,7 @@ class Plan:
         return once + sum(block.count * block.seconds for block in self.blocks)
 
     def phases(self) -> Iterator[tuple[str, int, Phase]]:
-        """(where, how often, phase) of every phase there is."""
+        """(where, number of times, phase) of every phase."""
         for phase in self.before:
             yield phase.name, 1, phase
         for block in self.blocks:
@@ -85,10 +92,13 @@ class Plan:
             yield phase.name, 1, phase
 
     def totals(self) -> dict[str, dict[str, Any]]:
-        """Phase name -> its totals over all blocks, in order of time."""
-        found: dict[str, dict[str, Any]] = {}
+        """Phase name -> totals over all blocks, in the order in which the phases first run.
+
+        `host_bytes` and `device_bytes` are maxima. `limits`: seconds by what limits the speed.
+        """
+        totals: dict[str, dict[str, Any]] = {}
         for _, count, phase in self.phases():
-            total = found.setdefault(
+            total = totals.setdefault(
                 phase.name,
                 {"count": 0, "seconds": 0.0, "host_bytes": 0.0, "device_bytes": 0.0,
                  "read_bytes": 0.0, "written_bytes": 0.0, "network_bytes": 0.0, "limits": {}},
@@ -103,40 +113,40 @@ class Plan:
             for part in phase.parts:
                 limits = total["limits"]
                 limits[part.limit] = limits.get(part.limit, 0.0) + count * part.seconds
-        return found
+        return totals
 
     def device_bytes(self, phase: Phase) -> float:
-        """Peak of one GPU in a phase; 0 on CPUs."""
+        """Peak bytes of one GPU in a phase; 0 on CPUs."""
         if not self.job.rates.on_gpu:
             return 0.0
-        return self.job.rates.device_bytes + _FRAGMENTATION * phase.held.device
+        return self.job.rates.device_bytes + _FRAGMENTATION * phase.peak.device
 
     def host_bytes(self, phase: Phase) -> float:
-        """Peak of one worker's process in a phase; in process, of all ranks at once."""
-        held = phase.held.host
+        """Peak bytes of a worker's process in a phase; with the local executor, of all workers."""
+        peak = phase.peak.host
         if not self.job.rates.on_gpu:
-            held += phase.held.device + compiler_bytes(self.job)
-            held += kept_by_allocator(self._largest[not _solves(phase)])
+            peak += phase.peak.device + compiler_bytes(self.job)
+            peak += kept_by_allocator(self._largest[not _solves(phase)])
             if self.job.in_process and self.job.calibrates:
                 kinds = self.job.shape.kinds
                 kept = max(
-                    sums_held(self.job, each) for kind in kinds for each in self.job.passes(kind)
+                    sums_bytes(self.job, each) for kind in kinds for each in self.job.passes(kind)
                 )
-                held += (self.job.workers - 1) * kept
-        return self.job.rates.host_bytes + held
+                peak += (self.job.workers - 1) * kept
+        return self.job.rates.host_bytes + peak
 
     @cached_property
     def _largest(self) -> dict[bool, float]:
-        """Bytes of the largest phase that solves (True), and of the largest other one."""
-        found = {True: 0.0, False: 0.0}
+        """Tensor bytes of the largest phase that solves (True), and of the largest other one."""
+        largest = {True: 0.0, False: 0.0}
         for _, _, phase in self.phases():
-            total = phase.held.device + phase.held.host
-            found[_solves(phase)] = max(found[_solves(phase)], total)
-        return found
+            total = phase.peak.device + phase.peak.host
+            largest[_solves(phase)] = max(largest[_solves(phase)], total)
+        return largest
 
     @property
     def disk_bytes(self) -> dict[str, float]:
-        """What lies on disk at most: activation stores, row slices, the output."""
+        """The most bytes on disk: two activation stores, row slices, the output, and the rest."""
         job = self.job
         store = store_bytes(job.nsamples, job.seqlen, job.shape.hidden, job.shape.forward_itemsize)
         blocks = len(job.shape.blocks)
@@ -149,32 +159,32 @@ class Plan:
 
     @property
     def network_bytes(self) -> float:
-        """Bytes that all ranks send one another in the whole job."""
+        """Bytes that all workers together send in the whole job."""
         return sum(count * phase.sent for _, count, phase in self.phases())
 
     def needs(self) -> tuple[Need, ...]:
-        """Device memory, host memory of the fullest node, and disk, each at its highest.
+        """The most device memory, host memory of a node, and disk that the job needs.
 
-        Where experts hold what they are sent, the most that any routing can make them hold.
+        In a model with experts this is the maximum over all ways to route the tokens.
         """
         if self.job.routes and not self.job.uneven:
             return Plan(replace(self.job, uneven=True)).needs()
-        job, found = self.job, []
+        job, needs = self.job, []
         all_phases = list(self.phases())
         if job.rates.on_gpu:
             where, _, phase = max(all_phases, key=lambda item: self.device_bytes(item[2]))
             memory = job.device_memory or job.rates.device_memory
-            found.append(Need("device memory", where, self.device_bytes(phase), memory))
+            needs.append(Need("device memory", where, self.device_bytes(phase), memory))
         where, _, phase = max(all_phases, key=lambda item: self.host_bytes(item[2]))
         processes = 1 if job.in_process else job.per_node
         driver = 0.0 if job.in_process else min(job.rates.host_bytes, 600e6)
         host = processes * self.host_bytes(phase) + driver
-        found.append(Need("host memory", where, host, job.host_memory))
-        found.append(Need("disk", "the last block", sum(self.disk_bytes.values()), job.disk))
-        return tuple(found)
+        needs.append(Need("host memory", where, host, job.host_memory))
+        needs.append(Need("disk", "the last block", sum(self.disk_bytes.values()), job.disk))
+        return tuple(needs)
 
     def problems(self) -> tuple[tuple[Need, tuple[str, ...]], ...]:
-        """What does not fit, with the options that make it fit, the least costly first."""
+        """What does not fit, and the options that each make it fit, the least costly first."""
 
         def fits(what: str, other: PlannedJob) -> bool:
             return next(need for need in Plan(other).needs() if need.what == what).fits
@@ -191,19 +201,19 @@ def _solves(phase: Phase) -> bool:
 
 
 def _blocks(job: PlannedJob, model: PhaseModel) -> Iterator[BlockPlan]:
-    """Blocks with their phases; neighbours that take the same are one entry."""
+    """The blocks with their phases; consecutive blocks with the same phases are one entry."""
     shape = job.shape
     cache: dict[tuple[int | None, ...], tuple[Phase, ...]] = {}
     start, current = 0, tuple[int | None, ...]()
     kinds = (None, *shape.blocks, None)
-    # What comes after the last block that is pruned is never run.
+    # Blocks after the last one that is pruned are never run.
     last = max(block for block, kind in enumerate(shape.blocks) if shape.kinds[kind].groups)
-    for block, near in enumerate(zip(kinds[1:-1], kinds[:-2], kinds[2:], strict=True)):
-        key = (*near, int(block <= last))
+    for block, nearby in enumerate(zip(kinds[1:-1], kinds[:-2], kinds[2:], strict=True)):
+        key = (*nearby, int(block <= last))
         if key not in cache:
-            own, before, after = (None if k is None else shape.kinds[k] for k in near)
-            assert own is not None
-            cache[key] = tuple(model.block(own, before, after)) if block <= last else ()
+            kind, before, after = (None if k is None else shape.kinds[k] for k in nearby)
+            assert kind is not None
+            cache[key] = tuple(model.block(kind, before, after)) if block <= last else ()
         if current and key != current:
             yield BlockPlan(start, block - 1, cache[current])
             start = block
@@ -213,26 +223,26 @@ def _blocks(job: PlannedJob, model: PhaseModel) -> Iterator[BlockPlan]:
 
 
 def remedies(job: PlannedJob, what: str, fits: Callable[[PlannedJob], bool]) -> tuple[str, ...]:
-    """Options, each of which alone makes the job fit; one that helps nowhere is not named.
+    """Options, as text, each of which alone makes the job fit. For each, the smallest change.
 
-    what: the `Need` that does not fit; fits: whether that of another job does.
+    what: the `Need` that does not fit. fits: whether it fits in another job.
     """
-    found = []
+    options = []
     for texts, others in _variants(job, what):
         for text, other in zip(texts, others, strict=True):
             if fits(other):
-                found.append(text)
+                options.append(text)
                 break
-    return tuple(found)
+    return tuple(options)
 
 
 def _variants(job: PlannedJob, what: str) -> Iterator[tuple[list[str], list[PlannedJob]]]:
-    """Families of changes, each from the smallest on."""
+    """For each option: values as text, and the jobs with them, from the smallest change on."""
     if what != "disk":
         sizes = _halves(job.batch_size)
         yield [f"--batch-size {n}" for n in sizes], [replace(job, batch_size=n) for n in sizes]
-        held = max(job.counted(kind.groups) for kind in job.shape.kinds)
-        limits = [f"{held / 2**k / 1e9:.2g}" for k in range(1, 5)] if held > 1e8 else []
+        sums = max(job.counted(kind.groups) for kind in job.shape.kinds)
+        limits = [f"{sums / 2**k / 1e9:.2g}" for k in range(1, 5)] if sums > 1e8 else []
         yield (
             [f"--hessian-memory {n}" for n in limits],
             [replace(job, hessian_memory=1e9 * float(n)) for n in limits],
@@ -261,15 +271,16 @@ def _variants(job: PlannedJob, what: str) -> Iterator[tuple[list[str], list[Plan
 
 
 def _halves(value: int, least: int = 1) -> list[int]:
-    found = []
+    """A half, a quarter ... of `value`, down to `least`."""
+    halves = []
     while value // 2 >= least:
         value //= 2
-        found.append(value)
-    return found
+        halves.append(value)
+    return halves
 
 
 def at_seqlen(job: PlannedJob, seqlen: int) -> PlannedJob:
-    """The job with shorter sequences: attention falls with the square, all else in proportion."""
+    """The job with another seqlen: attention scales with its square, the rest in proportion."""
     ratio = seqlen / job.seqlen
     kinds = []
     for kind in job.shape.kinds:
@@ -289,12 +300,15 @@ def at_seqlen(job: PlannedJob, seqlen: int) -> PlannedJob:
 
 
 def with_workers(job: PlannedJob, workers: int) -> PlannedJob:
-    """The same job on another number of workers of the same kind, as many on a node."""
+    """The job on another number of workers, with as many on a node."""
     return replace(job, workers=workers, nodes=-(-workers // job.per_node))
 
 
 def scaling(job: PlannedJob, most: int | None = None) -> list[tuple[int, Plan]]:
-    """Plans for 1, 2, 4 ... workers, beyond the job's own number."""
+    """(workers, plan) for 1, 2, 4 ... workers, up to `most`, and for the job's number of them.
+
+    `most` is by default twice the workers of the job, at least 8.
+    """
     limit = most or max(8, 2 * job.workers)
     counts, workers = set[int](), 1
     while workers <= limit:

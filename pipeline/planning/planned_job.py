@@ -1,4 +1,4 @@
-"""What is planned: a model's shape, a job's settings, and the machines they would run on."""
+"""The job to be planned: the model's shape, the settings, and the machines it would run on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.config.solver import AUTO, SolverSettings
 from pipeline.models.forward_capture import LayerGroup
 from pipeline.planning.counts import statistic_bytes, summed_bytes
 from pipeline.planning.rates import Rates
-from pipeline.planning.shapes.experts import most_held
+from pipeline.planning.shapes.experts import most_sum_bytes
 from pipeline.planning.shapes.model import BlockShape, GroupShape, ModelShape
 from pipeline.runtime.split import batch_ranges, deal, even_range, in_passes, shard_ranges
 from pipeline.solvers.registry import solver_for
@@ -21,13 +21,14 @@ from pipeline.worker.solve import deal_rows
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedJob:
-    """One job on one cluster. `settings` are resolved; `rates` are those of one worker.
+    """One job on one cluster.
 
-    hessian_memory: bytes of statistics that a worker may hold at once, None for half of a GPU's
-    memory and for any number on a CPU. host_memory, disk: bytes of a node's memory and of free
-    disk, None where unknown. device_memory: bytes of each worker's GPU, 0 on CPUs. in_process: the
-    local executor, one process that runs rank after rank. expert_tokens: as for `prune`. uneven:
-    whether experts hold what they can at most, instead of what even shares of the tokens take.
+    settings: resolved. rates: those of one worker. host_memory, disk: bytes of a node's memory and
+    of free disk, None where unknown. device_memory: bytes of each worker's GPU, 0 on CPUs.
+    in_process: the local executor, whose one process runs the workers one after another.
+    hessian_memory: bytes of statistics that a worker may hold at once; None: half of a GPU's
+    memory, no limit on a CPU. expert_tokens: as for `prune`. uneven: whether to plan for the most
+    memory that any routing to experts can take, instead of for even shares of the tokens.
     """
 
     shape: ModelShape
@@ -53,82 +54,86 @@ class PlannedJob:
 
     @cached_property
     def every(self) -> tuple[SolverSettings, ...]:
-        """The settings that some layer may have."""
+        """The settings of all layers, each once, those of the job first."""
         groups = (group for kind in self.shape.kinds for group in kind.groups)
         return (self.settings, *{g.override: None for g in groups if g.override is not None})
 
     @cached_property
     def calibrates(self) -> bool:
-        """Whether there are activations at all."""
+        """Whether any layer needs calibration, and so activations."""
         return any(solver_for(settings).needs != "none" for settings in self.every)
 
     @cached_property
     def halves(self) -> int:
-        """2 where statistics of both halves of the calibration are held, to choose by; else 1."""
+        """2 where each half of the calibration has its statistics (`--shrinkage auto`); else 1."""
         return 2 if any(settings.shrinkage == AUTO for settings in self.every) else 1
 
     @cached_property
     def routes(self) -> bool:
-        """Whether which expert a token is sent to decides what is held."""
+        """Whether the memory depends on how tokens are routed to experts."""
         return any(group.active for kind in self.shape.kinds for group in kind.groups)
 
     @cached_property
     def shards(self) -> list[tuple[int, int]]:
-        """Sequences of each activation shard."""
+        """The range of sequences of each activation shard."""
         return shard_ranges(self.nsamples, self.batch_size)
 
     @cached_property
     def busiest(self) -> tuple[int, int, int]:
-        """Sequences, batches and activation shards of the rank that has most sequences."""
-        found = (0, 0, 0)
+        """Sequences, batches and activation shards of the worker with most sequences."""
+        most = (0, 0, 0)
         for rank in range(self.workers):
             start, stop = even_range(len(self.shards), rank, self.workers)
-            own = [last - first for first, last in self.shards[start:stop]]
-            batches = sum(len(batch_ranges(rows, self.batch_size)) for rows in own)
-            found = max(found, (sum(own), batches, len(own)))
-        return found
+            sizes = [last - first for first, last in self.shards[start:stop]]
+            batches = sum(len(batch_ranges(rows, self.batch_size)) for rows in sizes)
+            most = max(most, (sum(sizes), batches, len(sizes)))
+        return most
 
     def settings_of(self, group: GroupShape) -> SolverSettings:
-        """How a group is asked to be solved."""
+        """The settings that the job asks for in a group."""
         return group.override or self.settings
 
     def solved_with(self, group: GroupShape) -> SolverSettings:
-        """How a group is solved: an expert of too few tokens otherwise than asked."""
+        """The settings that a group is solved with: simpler ones for an expert with few tokens."""
         asked = self.settings_of(group)
         least = max(self.expert_tokens, 1) if group.kept and not self.uneven else 0
         return simpler_settings(asked, self.tokens(group), least) or asked
 
     def tokens(self, group: GroupShape) -> float:
-        """Calibration tokens that a group sees in all; where routing is uneven, at most."""
+        """Calibration tokens of a group, over all workers; with uneven routing, the maximum."""
         share = 1.0 if self.uneven else group.share
         return share * self.nsamples * self.seqlen
 
-    def own_tokens(self, group: GroupShape) -> float:
-        """The busiest rank's part of `tokens`."""
+    def busiest_tokens(self, group: GroupShape) -> float:
+        """The share of `tokens` on the busiest worker."""
         return self.tokens(group) * self.busiest[0] / self.nsamples
 
     def inputs(self, group: GroupShape) -> float | None:
-        """How many inputs stand for a group's Hessian; None where the matrix does."""
+        """The number of inputs kept in place of a group's Hessian; None where there is a matrix."""
         tokens = self.tokens(group)
         return tokens if group.kept and tokens < group.columns else None
 
     def statistics(self, groups: Iterable[GroupShape]) -> float:
-        """Bytes of groups' statistics on one rank."""
-        return self._held(groups, self.nsamples * self.seqlen, statistic_bytes, 4)
+        """Bytes of the statistics of groups on one worker."""
+        return self._group_bytes(groups, self.nsamples * self.seqlen, statistic_bytes, 4)
 
     def sums(self, groups: Iterable[GroupShape]) -> float:
-        """Bytes of groups' running sums on one rank, of which the statistics are made."""
+        """Bytes of the running sums of groups on one worker."""
         tokens = self.busiest[0] * self.seqlen / self.halves
-        return self._held(groups, tokens, summed_bytes, self.shape.forward_itemsize)
+        return self._group_bytes(groups, tokens, summed_bytes, self.shape.forward_itemsize)
 
-    def _held(
+    def _group_bytes(
         self,
         groups: Iterable[GroupShape],
         tokens: float,
         whole: Callable[[SolverSettings, int, int], int],
         itemsize: int,
     ) -> float:
-        """tokens: that come, before routing; whole: bytes where no inputs are kept."""
+        """Bytes of statistics or sums.
+
+        tokens: on the worker, before routing. whole: bytes with a matrix, from settings, columns
+        and halves. itemsize: bytes of an element of a kept input.
+        """
         total = 0.0
         for group, count in Counter(groups).items():
             settings, columns = self.settings_of(group), group.columns
@@ -137,21 +142,27 @@ class PlannedJob:
             if not group.kept or solver_for(settings).needs != "full":
                 total += count * matrix
             elif self.uneven and group.active:
-                # Of two halves each is routed for itself.
-                one = most_held(count, group.active, tokens, columns, matrix / self.halves, each)
+                # The two halves are routed independently.
+                half = matrix / self.halves
+                one = most_sum_bytes(count, group.active, tokens, columns, half, each)
                 total += self.halves * one
             else:
-                own = group.share * tokens
-                total += count * (matrix if own >= columns else self.halves * own * each)
+                share = group.share * tokens
+                total += count * (matrix if share >= columns else self.halves * share * each)
         return total
 
     def counted(self, groups: Iterable[GroupShape]) -> float:
-        """Bytes of groups' running sums as `--hessian-memory` counts them: matrices, whatever
-        inputs are kept."""
+        """Bytes of the running sums of groups as `--hessian-memory` counts them.
+
+        All count as matrices, also where inputs are kept instead.
+        """
         return float(sum(summed_bytes(self.settings_of(g), g.columns, self.halves) for g in groups))
 
     def passes(self, block: BlockShape) -> list[BlockShape]:
-        """The block with the groups of each pass: as many as the statistics' memory asks for."""
+        """The block once per pass over the calibration data, with the groups of that pass.
+
+        There are as few passes as the memory for statistics allows.
+        """
         limit = self.hessian_memory
         if limit is None and self.device_memory:
             limit = self.device_memory / 2
@@ -170,7 +181,7 @@ class PlannedJob:
 
     @cached_property
     def busiest_files(self) -> int:
-        """Bytes of weight files of the rank that has most."""
+        """Bytes of the weight files of the worker with most of them."""
         sizes = dict(enumerate(map(float, self.shape.files)))
         owners = deal(list(sizes), sizes, self.workers)
         loads = [0.0] * self.workers
@@ -179,7 +190,7 @@ class PlannedJob:
         return int(max(loads))
 
     def deal(self, block: BlockShape) -> list[list[tuple[GroupShape, int]]]:
-        """Per rank the block's groups and the rows it solves of each, as the workers deal them."""
+        """For each worker, the groups of the block and how many rows of each it solves."""
         return _deal(tuple(map(self.settings_of, block.groups)), block.groups, self.workers)
 
 
@@ -191,15 +202,15 @@ def _deal(
     chosen: dict[str, SolverSettings] = {}
     parts = []
     for number, group in enumerate(groups):
-        own = {f"{number}.{name}": (rows, columns) for name, rows, columns in group.layers}
-        shapes |= own
-        chosen |= dict.fromkeys(own, settings[number])
-        parts.append(LayerGroup(tuple(own), group.columns))
-    found = []
+        layers = {f"{number}.{name}": (rows, columns) for name, rows, columns in group.layers}
+        shapes |= layers
+        chosen |= dict.fromkeys(layers, settings[number])
+        parts.append(LayerGroup(tuple(layers), group.columns))
+    workers_rows = []
     for ranges in deal_rows(chosen, parts, shapes, workers):
         rows = [
             sum(stop - start for start, stop in (ranges.get(n, (0, 0)) for n in part.layers))
             for part in parts
         ]
-        found.append(list(zip(groups, rows, strict=True)))
-    return found
+        workers_rows.append(list(zip(groups, rows, strict=True)))
+    return workers_rows

@@ -1,7 +1,7 @@
-"""How fast a machine is: measured rates, or a GPU's data sheet with stated efficiencies.
+"""How fast a machine is: measured rates, or a GPU's data sheet with assumed efficiencies.
 
-All rates are of one worker while all workers of its machine work, in SI units per second; those of
-the disk are of the filesystem that all nodes share.
+Rates are those of one worker while all workers of its machine are busy, in SI units per second.
+Those of the disk are for the filesystem that all nodes share.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from storage.files.commit import replace_file
 
 RATES_SCHEMA = 1
 
-# Share of a data sheet's peak that products reach in a job: assumptions, not measurements of ours.
-# cuBLAS on H100 gives 700 to 800 TFLOP/s of bf16's 989 on 8,192^3; smaller and odd shapes less.
+# Share of a data sheet's peak that matrix products reach in a job: assumptions, not measurements.
+# cuBLAS on H100 reaches 700 to 800 TFLOP/s of 989 in bf16 at 8,192^3; other shapes less.
 PRODUCT_EFFICIENCY = {
     "bfloat16": 0.6,
     "float16": 0.6,
@@ -29,27 +29,29 @@ PRODUCT_EFFICIENCY = {
 }
 ATTENTION_EFFICIENCY = 0.3
 BANDWIDTH_EFFICIENCY = 0.7
-# The block inversion: thin products and small factors between them.
+# The blocked inverse: narrow products, with small factorizations between them.
 INVERSE_EFFICIENCY = 0.55
-# What reaches memory in one iteration of ADMM or of conjugate gradients, for each entry of the
-# rows, besides the product: twelve and fifteen fp32 reads or writes, some of them fused.
+# Bytes read and written per entry of the rows in one iteration of ADMM (twelve fp32 values) or of
+# conjugate gradients (fifteen), besides the product.
 BYTES_PER_ITERATION = 92.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What one worker's device, its host, and the disk and network around it do in a second.
+    """Rates of a worker's device, its host, and the disk and network that it uses.
 
-    products by precision, attention: floating-point operations; statistics: of the products that
-    Hessians are summed of (TF32 for 16-bit inputs on GPUs). inverse, factor: those of the fp32
-    inverse and of the float64 factor. memory: bytes that operators move. iteration: entries of the
-    rows that a solver's iteration works off, besides its product. operator: seconds to start one.
-    hash: bytes of SHA-256 with the copy to or from a file. copy: bytes from a file in memory to a
-    tensor on the device. check: bytes hashed and checked for NaN. disk_read, disk_write: bytes, all
-    workers together. link: bytes a worker sends within a node, network: between nodes.
-    sync: seconds of one fsync. dispatch: seconds to start a phase and collect it.
-    start: seconds to start the workers. host_bytes, device_bytes: what a worker takes before it
-    holds a tensor. device_memory: bytes of the device, 0 where that is the host's memory.
+    Floating-point operations per second: bfloat16, float16, float32, float64: matrix products;
+    statistics: the products that are summed to Hessians (TF32 for 16-bit inputs on GPUs);
+    attention; inverse: the fp32 inverse; factor: the float64 factor.
+    Bytes per second: memory: read and written by elementwise operators; hash: SHA-256, with the
+    copy to or from a file; copy: from a file in memory to a tensor on the device; check: hashed and
+    checked for NaN; disk_read, disk_write: all workers together; link: sent by a worker within a
+    node; network: sent by a worker between nodes.
+    iteration: entries of the rows per second in an iteration of a solver, besides its product.
+    Seconds: operator: to start an operator; sync: one fsync; dispatch: to start a phase and collect
+    its results; start: to start the workers.
+    Bytes: host_bytes, device_bytes: taken by a worker before it allocates tensors; device_memory:
+    memory of the GPU, 0 on a CPU.
     """
 
     name: str
@@ -90,16 +92,16 @@ class Rates:
                 raise ConfigError(f"rate {field.name} must be a positive number, not {value!r}")
 
     def product(self, precision: str) -> float:
-        """Floating-point operations a second of matrix products."""
+        """Floating-point operations per second of matrix products in a precision."""
         return float(getattr(self, precision))
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the device has memory of its own."""
+        """Whether the worker has a GPU."""
         return self.device_memory > 0
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of JSON values."""
+        """The fields as a dict of JSON values."""
         return {"schema_version": RATES_SCHEMA, **dataclasses.asdict(self)}
 
 
@@ -110,7 +112,7 @@ _MAY_BE_ZERO = frozenset(
 
 @dataclass(frozen=True)
 class DataSheet:
-    """A GPU by its maker's data sheet: dense TFLOP/s, GB, GB/s, and GB/s one way between GPUs."""
+    """Data sheet of a GPU: dense TFLOP/s, memory in GB, bandwidth in GB/s, link in GB/s one way."""
 
     bfloat16: float
     tf32: float
@@ -121,7 +123,7 @@ class DataSheet:
     link: float
 
 
-# NVIDIA's data sheets, without sparsity; float64 is that of the tensor cores where they have it.
+# NVIDIA's data sheets, without sparsity; float64 with tensor cores where they support it.
 GPUS: dict[str, DataSheet] = {
     "H100": DataSheet(989.0, 494.7, 67.0, 67.0, 80.0, 3350.0, 450.0),
     "H100-PCIe": DataSheet(756.0, 378.0, 51.0, 51.0, 80.0, 2000.0, 64.0),
@@ -134,19 +136,19 @@ GPUS: dict[str, DataSheet] = {
 
 
 def gpu_rates(name: str) -> Rates:
-    """Rates of a GPU known by name, with the efficiencies above. Raises `ConfigError`."""
-    found = {known.lower(): known for known in GPUS}.get(name.lower().replace("_", "-"))
-    if found is None:
+    """Rates of a GPU of `GPUS`, with the efficiencies above. Raises `ConfigError` for others."""
+    known_name = {known.lower(): known for known in GPUS}.get(name.lower().replace("_", "-"))
+    if known_name is None:
         raise ConfigError(
-            f"--gpu {name} is not known ({', '.join(GPUS)}); measure one with --calibrate and give "
-            "its --rates"
+            f"--gpu {name} is not known ({', '.join(GPUS)}); write its rates to a file and name it "
+            "with --rates"
         )
-    sheet = GPUS[found]
+    sheet = GPUS[known_name]
     tera = 1e12
     share = PRODUCT_EFFICIENCY
     bandwidth = sheet.bandwidth * 1e9 * BANDWIDTH_EFFICIENCY
     return Rates(
-        name=found,
+        name=known_name,
         bfloat16=sheet.bfloat16 * tera * share["bfloat16"],
         float16=sheet.bfloat16 * tera * share["float16"],
         statistics=sheet.tf32 * tera * share["statistics"],
@@ -175,7 +177,7 @@ def gpu_rates(name: str) -> Rates:
 
 
 def cpu_rates() -> Rates:
-    """Rates of one thread of a server core with AVX-512, where nothing was measured."""
+    """Rates of one thread of a server CPU with AVX-512, used where nothing was measured."""
     return Rates(
         name="CPU thread",
         bfloat16=70e9,
@@ -212,25 +214,25 @@ _PER_THREAD = (
 
 
 def with_threads(rates: Rates, threads: int) -> Rates:
-    """Rates of a worker with `threads` times the threads: compute grows, memory and disk do not."""
+    """`rates`, those of one thread, for `threads` threads: memory and disk rates do not grow."""
     changed = {name: getattr(rates, name) * threads for name in _PER_THREAD}
     return replace(rates, **changed) if threads != 1 else rates
 
 
 def save_rates(rates: Rates, path: Path) -> None:
-    """Writes rates to a JSON file for `--rates`, which people may edit."""
+    """Writes rates to a JSON file for `--rates`, which users may edit."""
     with replace_file(path) as writer:
         writer.write((json.dumps(rates.to_json(), indent=1) + "\n").encode())
 
 
 def load_rates(path: Path) -> Rates:
-    """Reads rates that `save_rates` wrote, or a user who has measured. Raises `ConfigError`."""
+    """Reads a file of rates, by `save_rates` or by a user. Raises `ConfigError` for a bad one."""
     try:
         payload = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--rates {path} cannot be read: {error}") from error
     if not isinstance(payload, dict) or payload.pop("schema_version", None) != RATES_SCHEMA:
-        raise ConfigError(f"--rates {path} is no file of rates; --calibrate writes one")
+        raise ConfigError(f"--rates {path} is not a file of rates; --calibrate writes one")
     known = {field.name for field in dataclasses.fields(Rates)}
     wrong = sorted(known.symmetric_difference(payload) - {"measured"})
     if wrong:

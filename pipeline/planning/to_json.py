@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from pipeline.models.text_forward import NOT_REACHED
 from pipeline.planning.phase_parts import Phase
 from pipeline.planning.plan import PLAN_SCHEMA, Plan, scaling
 
 
 def plan_to_json(plan: Plan, *, scaled: bool = True) -> dict[str, Any]:
-    """Everything the tables show and the parts they are made of. Seconds, bytes and counts."""
+    """The plan with all parts of its phases, in seconds, bytes and counts.
+
+    scaled: whether to add plans for other numbers of workers.
+    """
     job, shape = plan.job, plan.job.shape
     phases = {
         name: {**total, "limit": max(total["limits"], key=total["limits"].__getitem__)}
@@ -26,6 +30,7 @@ def plan_to_json(plan: Plan, *, scaled: bool = True) -> dict[str, Any]:
             "block_kinds": len(shape.kinds),
             "hidden": shape.hidden,
             "dtype": shape.dtype,
+            "skipped_because": {f"block {b}": NOT_REACHED for b in shape.passed_by},
             "unsupported": shape.unsupported,
         },
         "job": {
@@ -71,8 +76,8 @@ def plan_to_json(plan: Plan, *, scaled: bool = True) -> dict[str, Any]:
 
 
 def _experts(plan: Plan) -> list[dict[str, Any]]:
-    """What even routing sends each kind of expert's group; `needs` holds for any routing."""
-    found = dict.fromkeys(g for kind in plan.job.shape.kinds for g in kind.groups if g.active)
+    """Each distinct group of experts, with evenly routed tokens; `needs` are for any routing."""
+    groups = dict.fromkeys(g for kind in plan.job.shape.kinds for g in kind.groups if g.active)
     return [
         {
             "layers": [name for name, _, _ in group.layers],
@@ -83,7 +88,7 @@ def _experts(plan: Plan) -> list[dict[str, Any]]:
             "inputs_kept": plan.job.inputs(group) is not None,
             "method": plan.job.solved_with(group).method,
         }
-        for group in found
+        for group in groups
     ]
 
 

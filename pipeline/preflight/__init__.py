@@ -1,1 +1,1 @@
-"""What is checked before compute: disk, memory, scratch, and folders that all nodes share."""
+"""Checks before the computation starts: disk, memory, scratch, and folders that nodes share."""

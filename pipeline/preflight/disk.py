@@ -1,4 +1,4 @@
-"""How much room a job needs on disk, compared with what is free before it starts."""
+"""The disk space that a job needs, compared with what is free before it starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from storage.object_store import Place
 from storage.output.weight_files import side_files
 from storage.run.directory import RunDirectory
 
-# What records, tokens and reports may take besides weights and activations, in bytes.
+# Bytes of records, tokens and reports.
 _SLACK_BYTES = 64 << 20
 
 
@@ -29,14 +29,14 @@ def check_job_space(
     config: PruneConfig,
     evaluation_sequences: int,
 ) -> None:
-    """Compares what the job will write with what is free, filesystem by filesystem.
+    """Compares what the job will write with what is free, for each filesystem.
 
-    At the most there are two activation stores, also in a repair, which deletes the one that the
-    job is at where there is no room for it; the row slices of all blocks, and of one that is
-    redone; the saved layers; the output; and in the end two stores of the evaluation of
-    `evaluation_sequences` sequences, when the job's own are gone. What an interrupted job has left
-    in the run directory counts as free: the job goes on from it, or deletes it. Raises
-    `ResourceError`.
+    At any time there are at most: two activation stores (a repair deletes the current one where a
+    third would not fit); the row slices of all blocks, and of one block that is redone; the saved
+    layers; the output. At the end, when the activation stores of the calibration are deleted, the
+    evaluation of `evaluation_sequences` sequences has two stores. What an interrupted job has left
+    in the run directory counts as free: the job resumes from it, or deletes it.
+    Raises `ResourceError` where there is too little space.
     """
     store = 0
     needs = {solver_for(settings).needs for settings in config.layer_rules().all_settings()}
@@ -45,7 +45,7 @@ def check_job_space(
     evaluation, measured = config.evaluation(), 0
     if evaluation is not None:
         measured = activation_bytes(skeleton, evaluation_sequences, evaluation.seqlen)
-    here = store if config.scratch_dir is None else 0  # else ranks look at their nodes' scratch
+    here = store if config.scratch_dir is None else 0  # else workers check their node's scratch
     size = _checkpoint_bytes(skeleton, config) + 2 * max(here, measured) + _SLACK_BYTES
     uses = [(run.path, size, run.size())]
     if isinstance(output, Path):
@@ -54,25 +54,25 @@ def check_job_space(
 
 
 def check_evaluation_space(config: EvalConfig, skeleton: Skeleton, sequences: int) -> None:
-    """The same for an evaluation alone, which has two activation stores in its scratch folder."""
+    """The same for `prox24 eval`, which has two activation stores in its scratch folder."""
     store = activation_bytes(skeleton, sequences, config.seqlen)
     scratch = Path(config.scratch_dir or tempfile.gettempdir()).absolute()
     _require([(scratch, 2 * store + _SLACK_BYTES, 0)])
 
 
 def activation_bytes(skeleton: Skeleton, sequences: int, seqlen: int) -> int:
-    """Size of one activation store."""
+    """Bytes of one activation store."""
     hidden = int(skeleton.model.config.get_text_config().hidden_size)
     return sequences * seqlen * hidden * skeleton.dtype.itemsize
 
 
 def existing(path: Path) -> Path:
-    """The nearest folder above `path` that exists: on its filesystem `path` will be."""
+    """The nearest existing folder above `path`, on whose filesystem `path` will be."""
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
 def _checkpoint_bytes(skeleton: Skeleton, config: PruneConfig) -> int:
-    """Row slices of all blocks, those of the largest a second time, and saved layers."""
+    """Bytes of the row slices of all blocks, of those of the largest again, and of saved layers."""
     rules = config.layer_rules()
     blocks, saved = [0], 0
     for block in range(len(skeleton.blocks)):
@@ -98,7 +98,10 @@ def _device(path: Path) -> int:
 
 
 def _require(uses: list[tuple[Path, int, int]]) -> None:
-    """`uses`: a folder, the bytes to be written there, and those there that count as free."""
+    """Raises `ResourceError` for a filesystem with too little space.
+
+    uses: a folder, the bytes to be written to it, and the bytes in it that count as free.
+    """
     by_device: dict[int, list[tuple[Path, int, int]]] = {}
     for use in uses:
         by_device.setdefault(_device(use[0]), []).append(use)

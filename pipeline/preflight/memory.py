@@ -1,4 +1,4 @@
-"""Before a job starts: whether its memory suffices, by the plan, on the nodes that it has got."""
+"""Whether the nodes of a job have enough memory for it, according to its plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from pipeline.config.prune import PruneConfig
 from pipeline.models.selection import layers_to_prune
 from pipeline.models.skeleton import Skeleton
-from pipeline.planning.memory import sums_held
+from pipeline.planning.memory import sums_bytes
 from pipeline.planning.phase_parts import Phase
 from pipeline.planning.plan import Plan, remedies
 from pipeline.planning.planned_job import PlannedJob
@@ -22,84 +22,88 @@ from storage.errors import ModelError, ResourceError
 
 
 def check_memory(
-    skeleton: Skeleton, config: PruneConfig, rooms: Sequence[FreeMemory], progress: Progress
+    skeleton: Skeleton, config: PruneConfig, workers: Sequence[FreeMemory], progress: Progress
 ) -> None:
-    """Compares what the ranks will hold with what `rooms`, one for each rank, have free.
+    """Compares the memory that the workers will need with what they have free.
 
-    Only tensors count that are certainly held at once: neither what a process takes by itself,
-    which it has taken already, nor what an allocator wastes. So a job that is refused cannot end
-    well, and one that is not may still be close; of experts, whose tokens are not known yet, even
-    shares count. Raises `ResourceError` with the plan's advice.
+    workers: the free memory of each worker. Only tensors that are certainly held at once count: not
+    what a process takes by itself, which is taken already, and not what an allocator wastes. So a
+    refused job cannot succeed; one that is not refused may still run out of memory. Experts, whose
+    tokens are not known yet, are counted with even shares.
+    Raises `ResourceError`, with the options that would make the job fit.
     """
-    if _surely_fits(skeleton, config, rooms):
+    if _surely_fits(skeleton, config, workers):
         return
     try:
-        job = _planned(skeleton, config, rooms)
+        job = _planned(skeleton, config, workers)
     except ModelError as error:
         progress.note(f"memory is not checked before the start: {error}")
         return
-    for node, count, free in _by(rooms, lambda room: room.node, lambda room: room.host):
+    for node, count, free in _by_place(workers, lambda w: w.node, lambda w: w.host):
         _require(job, "host memory", f"node {node}", count, free)
     if job.rates.on_gpu:
-        for gpu, count, free in _by(rooms, lambda room: room.gpu or "", lambda room: room.free):
+        for gpu, count, free in _by_place(workers, lambda w: w.gpu or "", lambda w: w.free):
             _require(job, "device memory", f"GPU {gpu}", count, free)
 
 
 def held_bytes(job: PlannedJob, what: str) -> tuple[float, str]:
-    """The most that a rank certainly holds of host or device memory, and in which phase.
+    """The most bytes of host or device memory that a worker certainly holds, and in which phase.
 
-    In process it is all ranks': the statistics of each, and one that works.
+    what: "host memory" or "device memory". With the local executor it is one worker that computes,
+    and the statistics of all others.
     """
 
-    def of(phase: Phase) -> float:
+    def bytes_in(phase: Phase) -> float:
         if what == "device memory":
-            return phase.held.device
-        return phase.held.host + (0.0 if job.rates.on_gpu else phase.held.device)
+            return phase.peak.device
+        return phase.peak.host + (0.0 if job.rates.on_gpu else phase.peak.device)
 
-    where, _, phase = max(Plan(job).phases(), key=lambda item: of(item[2]))
-    held = of(phase)
+    where, _, phase = max(Plan(job).phases(), key=lambda item: bytes_in(item[2]))
+    needed = bytes_in(phase)
     if job.in_process and job.calibrates:
-        kept = (sums_held(job, each) for k in job.shape.kinds for each in job.passes(k))
-        held += (job.workers - 1) * max(kept)
-    return held, where
+        kept = (sums_bytes(job, each) for k in job.shape.kinds for each in job.passes(k))
+        needed += (job.workers - 1) * max(kept)
+    return needed, where
 
 
-def _by(
-    rooms: Sequence[FreeMemory],
-    key: Callable[[FreeMemory], str],
+def _by_place(
+    workers: Sequence[FreeMemory],
+    place: Callable[[FreeMemory], str],
     free: Callable[[FreeMemory], float],
 ) -> list[tuple[str, int, float]]:
-    """(name, ranks there, bytes free) of every node, or GPU."""
-    found: dict[str, list[float]] = {}
-    for room in rooms:
-        found.setdefault(key(room), []).append(free(room))
-    return [(name, len(values), min(values)) for name, values in found.items()]
+    """(name, number of workers, bytes free) of each node or GPU."""
+    by_name: dict[str, list[float]] = {}
+    for worker in workers:
+        by_name.setdefault(place(worker), []).append(free(worker))
+    return [(name, len(values), min(values)) for name, values in by_name.items()]
 
 
 def _require(job: PlannedJob, what: str, name: str, count: int, free: float) -> None:
-    """Refuses what `count` ranks at `name` hold, where that is more than is free."""
-    ranks = 1 if job.in_process else count
-    held, where = held_bytes(job, what)
-    if ranks * held <= free:
+    """Raises `ResourceError` where `count` workers at `name` need more than is free there."""
+    processes = 1 if job.in_process else count
+    needed, where = held_bytes(job, what)
+    if processes * needed <= free:
         return
 
     def fits(other: PlannedJob) -> bool:
-        # Fewer workers are fewer on this node, or GPU, too.
-        share = 1 if job.in_process else max(1, ranks * other.workers // job.workers)
+        # With fewer workers in all there are fewer at this node or GPU, too.
+        here = 1 if job.in_process else max(1, processes * other.workers // job.workers)
         if what == "device memory" or other.workers > job.workers:
-            share = ranks
-        return share * held_bytes(other, what)[0] <= free
+            here = processes
+        return here * held_bytes(other, what)[0] <= free
 
     options = [option.replace("--gpus", "--workers") for option in remedies(job, what, fits)]
-    advice = "what would fit: " + ", or ".join(options) if options else "no one option makes it fit"
+    advice = "no single option makes it fit"
+    if options:
+        advice = "what would fit: " + ", or ".join(options)
     raise ResourceError(
-        f"{name}: {where} needs at least {size_text(ranks * held)} of {what}, {size_text(free)} "
-        f"are free; {advice}"
+        f"{name}: {where} needs at least {size_text(processes * needed)} of {what}, "
+        f"{size_text(free)} are free; {advice}"
     )
 
 
-def _surely_fits(skeleton: Skeleton, config: PruneConfig, rooms: Sequence[FreeMemory]) -> bool:
-    """Whether far more than the job can hold is free: then no plan is made."""
+def _surely_fits(skeleton: Skeleton, config: PruneConfig, workers: Sequence[FreeMemory]) -> bool:
+    """Whether far more memory is free than the job can need: then no plan is made."""
     rules = config.layer_rules()
     full = any(solver_for(settings).needs == "full" for settings in rules.all_settings())
     most, size = 0.0, float(skeleton.dtype.itemsize)
@@ -109,16 +113,17 @@ def _surely_fits(skeleton: Skeleton, config: PruneConfig, rooms: Sequence[FreeMe
         squares = sum(8.0 * c * c for _, c in layers.values())
         widest = max((c for _, c in layers.values()), default=0)
         rows = max((48.0 * r * c for r, c in layers.values()), default=0.0)
-        held = sum(p.numel() for p in module.parameters()) * 3 * size + rows
+        needed = sum(p.numel() for p in module.parameters()) * 3 * size + rows
         if full:
-            held += squares + 16.0 * widest * widest
-        most = max(most, held + 12.0 * tokens * sum(r + c for r, c in layers.values()))
+            needed += squares + 16.0 * widest * widest
+        most = max(most, needed + 12.0 * tokens * sum(r + c for r, c in layers.values()))
     ends = 8.0 * sum(p.numel() for p in skeleton.model.get_input_embeddings().parameters())
-    total = (most + ends) * len(rooms)
-    return all(total < room.host / 2 and (not room.gpu or total < room.free / 2) for room in rooms)
+    total = (most + ends) * len(workers)
+    return all(total < w.host / 2 and (not w.gpu or total < w.free / 2) for w in workers)
 
 
-def _planned(skeleton: Skeleton, config: PruneConfig, rooms: Sequence[FreeMemory]) -> PlannedJob:
+def _planned(skeleton: Skeleton, config: PruneConfig, workers: Sequence[FreeMemory]) -> PlannedJob:
+    """The job to plan, on the nodes of the given workers."""
     settings = config.solver_settings(config.method)
     shape = read_shape(
         skeleton.files.place,
@@ -128,7 +133,7 @@ def _planned(skeleton: Skeleton, config: PruneConfig, rooms: Sequence[FreeMemory
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
     )
-    total = min(room.total for room in rooms)
+    total = min(worker.total for worker in workers)
     rates = replace(gpu_rates("H100"), device_memory=total) if total else cpu_rates()
     return PlannedJob(
         shape=shape,
@@ -136,8 +141,8 @@ def _planned(skeleton: Skeleton, config: PruneConfig, rooms: Sequence[FreeMemory
         nsamples=config.nsamples,
         seqlen=config.seqlen,
         batch_size=config.batch_size,
-        workers=len(rooms),
-        nodes=len({room.node for room in rooms}),
+        workers=len(workers),
+        nodes=len({worker.node for worker in workers}),
         rates=rates,
         device_memory=total,
         in_process=config.executor == "local",

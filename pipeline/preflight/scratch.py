@@ -1,4 +1,4 @@
-"""Before compute: whether each node's scratch holds its ranks' activations."""
+"""Whether the scratch of each node has space for the activations of its workers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from storage.errors import ResourceError
 _SLACK_BYTES = 16 << 20
 
 
-def check_scratch_room(rooms: Sequence[FreeScratch], store: float) -> None:
-    """Raises `ResourceError` where a node's scratch cannot hold its ranks' part of two stores.
+def check_scratch_space(workers: Sequence[FreeScratch], store: float) -> None:
+    """Raises `ResourceError` where a node's scratch cannot hold its share of two activation stores.
 
-    store: bytes of all activations of a block.
+    workers: the free scratch of each worker. store: bytes of one activation store.
     """
-    for place in {room.place for room in rooms}:
-        own = [room for room in rooms if room.place == place]
-        needed = 2 * store * len(own) / len(rooms) + _SLACK_BYTES
-        if own[0].free + own[0].held < needed:
+    for place in {worker.place for worker in workers}:
+        here = [worker for worker in workers if worker.place == place]
+        scratch = here[0]
+        needed = 2 * store * len(here) / len(workers) + _SLACK_BYTES
+        if scratch.free + scratch.held < needed:
             raise ResourceError(
-                f"{own[0].folder} on {own[0].host}: activations need about {needed / 1e9:.2f} GB, "
-                f"{own[0].free / 1e9:.2f} GB are free; choose another --scratch-dir, or lower "
-                "--nsamples or --seqlen"
+                f"{scratch.folder} on {scratch.host}: activations need about "
+                f"{needed / 1e9:.2f} GB, {scratch.free / 1e9:.2f} GB are free; choose another "
+                "--scratch-dir, or lower --nsamples or --seqlen"
             )

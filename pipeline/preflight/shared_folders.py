@@ -1,4 +1,4 @@
-"""What all nodes must see alike: the model, the run directory, the folder of the output."""
+"""Folders that all nodes must see: the model, the run directory, the folder of the output."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from storage.run.shared_folders import Marked, SharedFolder, answer
 
 
 def folders_of(run: RunDirectory, output: Place) -> tuple[SharedFolder, ...]:
-    """What a job writes to on every node: its run directory, and where OUTPUT comes to be.
+    """The folders that a job writes to from every node: its run directory, and that of OUTPUT.
 
-    An object store needs no marker: it is the same one for all who reach it.
+    An object store is not checked: it is the same for every node that reaches it.
     """
     folders = [SharedFolder("the run directory (--run-dir)", str(run.path), SCRATCH_PREFIX)]
     if isinstance(output, Path):
@@ -28,21 +28,21 @@ def folders_of(run: RunDirectory, output: Place) -> tuple[SharedFolder, ...]:
 
 
 def scratch_of(run: RunDirectory) -> tuple[SharedFolder, ...]:
-    """What an evaluation alone writes to."""
+    """The folder that `prox24 eval` writes to from every node."""
     return (SharedFolder("the scratch folder (--scratch-dir)", str(run.path), SCRATCH_PREFIX),)
 
 
-def complaints(job: Job, marks: Sequence[Marked], rank: int) -> list[str]:
-    """What this rank's node does not see as the driver does, in words; run before anything else.
+def what_is_not_seen(job: Job, marks: Sequence[Marked], rank: int) -> list[str]:
+    """What the node of this worker does not see as the driver does, as phrases; empty if nothing.
 
-    The model may be another copy at the same path: its config, headers and sizes are compared here,
-    and its weights by their hashes when they are first read.
+    Runs before anything else. The model may be a copy at the same path: its config, headers and
+    file sizes are compared here, the hashes of its weights when they are first read.
     """
-    found = answer(marks, rank)
+    problems = answer(marks, rank)
     if job.source_identity is None:
-        return found
+        return problems
     try:
-        same = ModelFiles.open(place(job.source)).identity() == job.source_identity
+        same = ModelFiles.read_headers(place(job.source)).identity() == job.source_identity
     except (InputError, OSError) as error:
-        return [f"does not see MODEL, {job.source} ({error})", *found]
-    return found if same else [f"has another model at MODEL, {job.source}", *found]
+        return [f"does not see MODEL, {job.source} ({error})", *problems]
+    return problems if same else [f"has another model at MODEL, {job.source}", *problems]

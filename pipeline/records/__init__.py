@@ -1,1 +1,4 @@
-"""Every JSON of a run directory: its schema number, its writer and its reader in one file each."""
+"""The JSON files of a run directory: for each, its writer and reader in one module.
+
+Their schema numbers are in `schemas`.
+"""

@@ -1,7 +1,7 @@
-"""What a block's record says: made of what the ranks solved, and checked before it is relied on.
+"""The record of a pruned block: made from the ranks' results, and checked when it is read.
 
-`storage` knows of a record's results that they are JSON. The checksum finds accidents; this finds a
-record of another version, or one that was made up.
+To `storage` a record's results are any JSON. Its checksum detects damage; the checks here detect a
+record of another version, or one that prox24 did not write.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _FIELDS = {field.name: str(field.type) for field in dataclasses.fields(SolveRepo
 def read_record(path: Path) -> BlockRecord:
     """The committed record of a block.
 
-    Raises `CorruptFileError`, naming the path, if it is missing, damaged, or not as this version
-    writes it.
+    Raises `CorruptFileError`, naming the path, if it is missing, damaged, or lacks what this
+    version writes.
     """
     record = read_block_record(path)
     try:
@@ -47,16 +47,17 @@ def read_record(path: Path) -> BlockRecord:
 
 
 def check_phase(phase: Mapping[str, Any]) -> None:
-    """Raises ValueError, LookupError, TypeError or AttributeError unless it is a phase's times."""
+    """Raises ValueError, LookupError, TypeError or AttributeError unless it is a `PhaseTimes`."""
     _require(_is_number(phase["wall"]) and bool(phase["ranks"]), "times of a phase")
-    for figures in (*phase["ranks"], *phase["memory"], *phase["counts"]):
-        _require(all(_is_number(value) for value in figures.values()), "figures of a rank")
+    for numbers in (*phase["ranks"], *phase["memory"], *phase["counts"]):
+        _require(all(_is_number(value) for value in numbers.values()), "numbers of a rank")
     for span in phase.get("spans", ()):  # records of older versions have none
-        figures = (span["start"], span["seconds"], *span["ranks"])
-        _require(all(map(_is_number, figures)), "spans of a phase")
+        numbers = (span["start"], span["seconds"], *span["ranks"])
+        _require(all(map(_is_number, numbers)), "spans of a phase")
 
 
 def _fits(value: object, annotation: str) -> bool:
+    """Whether a JSON value fits the type of a field of `SolveReport`."""
     if annotation.startswith("tuple"):
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if annotation.endswith("| None") and value is None:
@@ -88,9 +89,10 @@ def block_record(
     solved: Sequence[SolvedSlices],
     results: dict[str, Any],
 ) -> BlockRecord:
-    """The record that names every rank's row slices and sums up the layers' reports.
+    """The record that names all ranks' row slices, with one merged report per layer.
 
-    layers: name -> (R, C) and safetensors dtype.
+    layers: name → ((R, C), safetensors dtype). solved: one entry per rank and pass. results: facts
+    of the block as a whole.
     """
     records, masks = {}, {}
     for name, (shape, dtype) in layers.items():
@@ -103,7 +105,7 @@ def block_record(
         ]
         reports = [dict(part.reports[name]) for part in parts]
         masks[name] = merge_mask_counts([report.pop("mask") for report in reports])
-        report = merge_reports([SolveReport.from_json(own) for own in reports])
+        report = merge_reports([SolveReport.from_json(each) for each in reports])
         records[name] = LayerRecord(
             shape=shape, dtype=dtype, slices=tuple(slices), results=report.to_json()
         )
@@ -118,7 +120,8 @@ def block_record(
 
 
 def block_error(record: BlockRecord) -> float | None:
-    """A block's relative error in per cent: its layers' objectives summed, over those at zero."""
+    """A block's relative error in per cent: the sum of its layers' objectives, divided by that of
+    their objectives with all weights zero. None if the divisor is zero."""
     reports = [SolveReport.from_json(layer.results) for layer in record.layers.values()]
     zero = sum(report.objective_zero for report in reports)
     return 100 * sum(report.objective for report in reports) / zero if zero > 0 else None

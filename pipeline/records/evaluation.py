@@ -1,4 +1,4 @@
-"""The file of a run directory that says how well its finished model predicts text."""
+"""`report/evaluation.json`: the perplexity of a run's finished model."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from storage.run.directory import RunDirectory
 
 
 def write_evaluation(
-    run: RunDirectory, figures: Mapping[str, Any], guard: Callable[[], None] | None = None
+    run: RunDirectory, metrics: Mapping[str, Any], guard: Callable[[], None] | None = None
 ) -> None:
-    """Writes `report/evaluation.json`: what `pipeline.evaluation.perplexity.measure_perplexity`
-    returns.
+    """Writes `report/evaluation.json`.
 
-    `figures` may also have `against_dense`, as `against_first` of
-    `pipeline.evaluation.perplexity.compare`. What is not finite (a divergence can be infinite) is
-    written as null. `guard` as in `replace_json`.
+    metrics: what `pipeline.evaluation.perplexity.measure_perplexity` returns, perhaps with
+    `against_dense`, which is `against_first` of `pipeline.evaluation.perplexity.compare`. A value
+    that is not finite (a divergence can be infinite) is written as null. guard: as in
+    `replace_json`.
     """
-    payload = {"schema_version": EVALUATION_SCHEMA, **finite(figures)}
+    payload = {"schema_version": EVALUATION_SCHEMA, **finite(metrics)}
     replace_json(run.evaluation(), payload, guard=guard)
 
 
 def read_evaluation(run: RunDirectory) -> dict[str, Any] | None:
-    """The same figures; None where the run's model was not evaluated.
+    """The metrics in `report/evaluation.json`; None if the run's model was not evaluated.
 
-    Raises `CorruptFileError` where the file is damaged.
+    Raises `CorruptFileError` if the file is damaged.
     """
     if not run.evaluation().exists():
         return None
-    figures = read_json(run.evaluation(), EVALUATION_SCHEMA)
-    del figures["schema_version"]
-    return figures
+    metrics = read_json(run.evaluation(), EVALUATION_SCHEMA)
+    del metrics["schema_version"]
+    return metrics
 
 
-def finite(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The same figures, None in place of those that are infinite or no numbers."""
+def finite(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The same metrics, with None in place of NaN and infinite values."""
     return {
         key: finite(value)
         if isinstance(value, Mapping)
         else None
         if isinstance(value, float) and not math.isfinite(value)
         else value
-        for key, value in figures.items()
+        for key, value in metrics.items()
     }

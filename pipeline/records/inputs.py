@@ -15,9 +15,9 @@ from storage.run.directory import RunDirectory
 
 
 def read_inputs(record: Path) -> list[StoredFile]:
-    """The activation shards that a record of a block's inputs names, by number.
+    """The activation shards that the record of a block's inputs names, by number.
 
-    Raises `CorruptFileError` where it is missing or damaged.
+    Raises `CorruptFileError` if it is missing or damaged.
     """
     shards = read_json(record, ACTIVATIONS_SCHEMA).get("shards")
     if not isinstance(shards, list):
@@ -33,7 +33,7 @@ def commit_inputs(
     times: Mapping[str, PhaseTimes],
     guard: Callable[[], None],
 ) -> None:
-    """Publishes the record of block `block`'s inputs: its shards, who wrote them, and how long.
+    """Publishes the record of the inputs of `block`: its shards, the workers, and the times.
 
     guard: the lock's `assert_held`.
     """
@@ -44,8 +44,8 @@ def commit_inputs(
         "workers": workers,
         "phases": {name: phase_times.to_json() for name, phase_times in times.items()},
     }
-    # The store and its record are deleted soon; the report still wants the times. Written
-    # before the commit, or a kill between the two would lose them.
+    # This record is deleted with its shards, before the report needs the times: so a copy. It is
+    # written before the commit, because a kill between the two would lose it.
     replace_json(run.report() / f"inputs-{block:03d}.json", payload, guard=guard)
     publish_json(run.activation_record(block), payload, guard=guard)
 
@@ -57,24 +57,27 @@ def replace_shards(
     workers: list[dict[str, Any]],
     guard: Callable[[], None],
 ) -> None:
-    """Names other files in the record of block `block`'s inputs: number → file."""
+    """Changes the record of the inputs of `block`: number of a shard → the file it now names.
+
+    workers: the processes that run the ranks now. guard: the lock's `assert_held`.
+    """
     path = run.activation_record(block)
     payload = read_json(path, ACTIVATIONS_SCHEMA)
     for index, file in replaced.items():
         payload["shards"][index] = file.to_json()
-    # Now every rank sees its own shards.
+    # Every rank now has its shards on the scratch of its present node.
     payload["workers"] = workers
     replace_json(path, payload, guard=guard)
 
 
 def read_choices(path: Path) -> Any:
-    """What was chosen for each group of a block. Raises `CorruptFileError` where it is damaged."""
+    """Group → the settings chosen for it. Raises `CorruptFileError` if the file is damaged."""
     return read_json(path, CHOICES_SCHEMA)["groups"]
 
 
 def write_choices(
     path: Path, block: int, groups: Mapping[str, Any], guard: Callable[[], None]
 ) -> None:
-    """Writes what was chosen for each group of a block."""
+    """Writes the settings chosen for each group of a block. guard: the lock's `assert_held`."""
     payload = {"schema_version": CHOICES_SCHEMA, "block": block, "groups": groups}
     replace_json(path, payload, guard=guard)

@@ -1,4 +1,4 @@
-"""Progress that is also left in the run directory, for `prox24 status` to read."""
+"""Writes a job's progress to the run directory, for `prox24 status` to read."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _KEPT_FAILURES = 20
 
 
 class RecordedProgress:
-    """Passes every event on to `inner`, and writes `status.json` at each.
+    """Passes every event on to `inner` and writes `status.json`.
 
-    What people see and what the file says come from the same events. Nothing is written before the
-    first one, so a run directory that turns out to be another job's is left as it is.
+    So the terminal and the file show the same events. Nothing is written before the first event: a
+    run directory that turns out to be another job's is not changed.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class RecordedProgress:
         }
 
     def begin(self, title: str, blocks: int, done: int) -> None:
-        """Records what starts."""
+        """Records what begins, and the number of blocks."""
         self._inner.begin(title, blocks, done)
         self._write(title=title, blocks=blocks)
 
     def phase(self, name: str, block: int | None = None) -> None:
-        """Records the phase and when it began, and how long the one before took if of no block."""
+        """Records the phase and its start, and the duration of a phase outside the blocks."""
         self._inner.phase(name, block)
         now = time.time()
         before, around = self._state["phase"], dict(self._state["around_blocks"])
@@ -66,12 +66,12 @@ class RecordedProgress:
         self._write(phase=name, block=block, phase_started=now, around_blocks=around)
 
     def block_done(self, block: int, relative_error: float | None) -> None:
-        """Records when the next block began."""
+        """Records the start of the next block."""
         self._inner.block_done(block, relative_error)
         self._write(block_started=time.time())
 
     def attempt_failed(self, what: str, attempt: int, attempts: int, reason: str) -> None:
-        """Records the failure."""
+        """Records the failure; the last 20 are kept."""
         self._inner.attempt_failed(what, attempt, attempts, reason)
         failure = {
             "what": what,
@@ -83,12 +83,12 @@ class RecordedProgress:
         self._write(failures=[*self._state["failures"], failure][-_KEPT_FAILURES:])
 
     def note(self, message: str) -> None:
-        """Records the last one."""
+        """Records the latest note."""
         self._inner.note(message)
         self._write(note=message)
 
     def end(self) -> None:
-        """Only passed on: `recorded` knows how the job ended."""
+        """Passes the event on; `recorded` writes how the job ended."""
         self._inner.end()
 
     def ended(self, how: str, error: str | None = None) -> None:
@@ -108,7 +108,7 @@ def recorded(
 ) -> Iterator[RecordedProgress]:
     """A `RecordedProgress` for one run of a job, which also records how the run ends.
 
-    A run that ends before the directory is a job's (there is no manifest) leaves no status.
+    The status is removed if the run ends before it has written the manifest.
     """
     progress = RecordedProgress(inner, run, lock, source, output)
     try:

@@ -1,4 +1,4 @@
-"""A job's identity: what `run.json` says, and how a run directory of another job is refused."""
+"""`run.json`, the manifest: a job's identity, by which another job's run directory is refused."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from storage.output.weight_files import hash_side_files
 from storage.run.directory import RunDirectory, differences
 from storage.run.lock import RunLock
 
-# Raised whenever a change gives other bytes for the same job: a half-done job must not mix both.
+# Increased by every change that gives other bytes for the same job: a resumed job must not mix the
+# results of two versions.
 SOLVER_VERSION = 5
-# What a manifest must hold.
+# The keys of a manifest that are read, with their types.
 _KEYS = {
     "job": dict,
     "tokens": dict,
@@ -33,7 +34,10 @@ _KEYS = {
 
 
 def data_identity(dataset: str) -> dict[str, Any]:
-    """What the text is: a local file's name and SHA-256, or a hub id. Raises `DataError`."""
+    """The identity of a text: a local file's name and SHA-256, or a hub id without one.
+
+    Raises `DataError` for a local file that is missing.
+    """
     if not is_local(dataset):
         return {"name": dataset, "sha256": None}
     path = Path(dataset).expanduser()
@@ -45,7 +49,7 @@ def data_identity(dataset: str) -> dict[str, Any]:
 def describe_job(
     config: PruneConfig, skeleton: Skeleton, dataset: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything that decides the result, as JSON; equal for equal jobs, free of local paths."""
+    """Everything that the result depends on, as JSON without local paths; equal for equal jobs."""
     settings = config.what()
     del settings["dataset"]
     if config.eval_dataset is not None:
@@ -61,17 +65,17 @@ def describe_job(
 
 
 def read_manifest(run: RunDirectory) -> dict[str, Any] | None:
-    """`run.json`; None in a new run directory.
+    """The content of `run.json`; None in a new run directory.
 
-    It is never made anew beside committed files: without it no one can tell which job they are of.
-    Raises `CorruptFileError` where it is damaged, or missing beside them.
+    Raises `CorruptFileError` if it is damaged, or missing although blocks are committed: without it
+    the job that they belong to is unknown.
     """
     if run.manifest.exists():
         manifest = read_json(run.manifest, MANIFEST_SCHEMA)
         if not _KEYS.items() <= {key: type(value) for key, value in manifest.items()}.items():
             raise CorruptFileError(
-                f"{run.manifest}: not as this prox24 writes it; delete the run directory to start "
-                "anew, or use the version that wrote it"
+                f"{run.manifest}: not as this prox24 writes it; use the version that wrote it, or "
+                "delete the run directory to start anew"
             )
         return manifest
     if run.blocks_begun() or run.committed_activations():
@@ -85,17 +89,18 @@ def read_manifest(run: RunDirectory) -> dict[str, Any] | None:
 def check_manifest(
     run: RunDirectory, manifest: dict[str, Any], job: dict[str, Any], source: ModelFiles
 ) -> None:
-    """Raises `RunDirectoryError` naming what differs between the directory's job and this one.
+    """Raises `RunDirectoryError` if the directory's job is not this one, naming what differs.
 
-    That includes files of the source model: all but its weights' values, which workers compare.
+    The source model's files are compared, except the values of its weights: `require_fingerprints`
+    compares those, when the workers have hashed them.
     """
-    found = differences(manifest["job"], job)
-    if [line.partition(":")[0] for line in found] == ["source"]:
-        found += differences(manifest["source_parts"], source.parts())
-    found += differences(manifest["side_files"], hash_side_files(source))
-    if found:
+    changed = differences(manifest["job"], job)
+    if [line.partition(":")[0] for line in changed] == ["source"]:
+        changed += differences(manifest["source_parts"], source.parts())
+    changed += differences(manifest["side_files"], hash_side_files(source))
+    if changed:
         raise RunDirectoryError(
-            f"{run.path} is the run directory of another job ({'; '.join(found[:5])}); choose "
+            f"{run.path} is the run directory of another job ({'; '.join(changed[:5])}); choose "
             "another --run-dir, restore the files that differ, or delete it to start anew"
         )
 
@@ -109,10 +114,8 @@ def write_manifest(
     fingerprints: Sequence[WeightFileFingerprint],
     blocks: int,
 ) -> dict[str, Any]:
-    """Publishes `run.json`, after which the directory belongs to this job; returns it."""
-    hashes: dict[str, str] = {}
-    for fingerprint in fingerprints:
-        hashes |= fingerprint.tensors
+    """Publishes `run.json`, by which the directory becomes this job's; returns its content."""
+    hashes = source.hashes(fingerprints)
     payload = {
         "schema_version": MANIFEST_SCHEMA,
         "prox24": VERSION,
@@ -120,7 +123,7 @@ def write_manifest(
         "tokens": tokens.to_json(),
         "weight_files": {f.file: f.sha256 for f in sorted(fingerprints, key=lambda f: f.file)},
         "blocks": blocks,
-        # Hashes of what workers read again and again, to be verified each time.
+        # Workers read these tensors several times, and compare them with the hashes each time.
         "tensors": dict(sorted(hashes.items())),
         "side_files": hash_side_files(source),
         "source_parts": source.parts(),
@@ -130,9 +133,9 @@ def write_manifest(
 
 
 def expect_source(run: RunDirectory, source: ModelFiles) -> None:
-    """Has `source` verify every tensor that it reads against the manifest.
+    """Has `source` compare every tensor that it reads with its hash in the manifest.
 
-    Raises `CorruptFileError` where config.json or a header is not what the job began with, or the
+    Raises `CorruptFileError` if config.json or a header has changed since the job began, or if the
     manifest is damaged.
     """
     manifest = read_json(run.manifest, MANIFEST_SCHEMA)
@@ -149,9 +152,9 @@ def expect_source(run: RunDirectory, source: ModelFiles) -> None:
 def require_fingerprints(
     run: RunDirectory, manifest: dict[str, Any], fingerprints: Sequence[WeightFileFingerprint]
 ) -> None:
-    """Compares the source's weight files with those the job began with."""
-    found = {fingerprint.file: fingerprint.sha256 for fingerprint in fingerprints}
-    changed = differences(manifest["weight_files"], found)
+    """Raises `RunDirectoryError` if a weight file of the source differs from the manifest."""
+    hashes = {fingerprint.file: fingerprint.sha256 for fingerprint in fingerprints}
+    changed = differences(manifest["weight_files"], hashes)
     if changed:
         raise RunDirectoryError(
             f"{run.path} is the run directory of another model: {'; '.join(changed[:3])}; restore "

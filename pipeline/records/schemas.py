@@ -1,8 +1,8 @@
-"""The schema number of each JSON file that this folder reads and writes; a change of a file's form
-raises its number, and a reader refuses every other.
+"""The schema numbers of the JSON files that this folder reads and writes.
 
-Those of files that `storage` reads and writes stand there: block records in
-`storage.run.directory`, the lock, the status and uploads beside their writers.
+A change of a file's form raises its number; a reader refuses all other numbers. The numbers of
+files that `storage` reads and writes are in `storage`: that of block records in
+`storage.run.directory`, those of the lock, the status and the uploads beside their writers.
 """
 
 MANIFEST_SCHEMA = 1

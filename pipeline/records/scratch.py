@@ -1,4 +1,5 @@
-"""What a run directory says of the scratch on its nodes: its folder's name, and who wrote there."""
+"""What a run directory records about scratch on the nodes (`--scratch-dir`): the name of the job's
+folder there, and the workers that wrote to it."""
 
 from __future__ import annotations
 
@@ -20,9 +21,10 @@ TOKEN_BYTES = 8
 
 @dataclass(frozen=True)
 class FreeScratch:
-    """A rank's scratch: which one it is, on which host, bytes free, and bytes of this job's there.
+    """The scratch that a rank sees.
 
-    Ranks on one node have the same `place`.
+    place: an id, the same for all ranks of a node. host, folder: for messages. free: bytes. held:
+    bytes that this job's files take.
     """
 
     place: str
@@ -35,9 +37,10 @@ class FreeScratch:
 def scratch_folder(
     run: RunDirectory, scratch_dir: str | None, guard: Callable[[], None]
 ) -> str | None:
-    """The job's own folder, on each node, if it has any; the same after the job is resumed.
+    """The job's scratch folder, the same after a resume; None without --scratch-dir.
 
-    `~` and variables of the environment are each node's own.
+    `~` and environment variables in it are left for each node to expand. guard: the lock's
+    `assert_held`.
     """
     if scratch_dir is None:
         return None
@@ -50,7 +53,7 @@ def scratch_folder(
 
 
 def kept_names(run: RunDirectory) -> dict[int, list[str]]:
-    """Block → names of the activation shards that records name; unreadable records name none."""
+    """Block → the activation shards that its record names; unreadable records are left out."""
     kept: dict[int, list[str]] = {}
     for block in run.committed_activations():
         with contextlib.suppress(InputError):
@@ -59,17 +62,17 @@ def kept_names(run: RunDirectory) -> dict[int, list[str]]:
 
 
 def written_by(run: RunDirectory) -> tuple[tuple[str, str], ...]:
-    """The node of each rank that wrote the newest activations, as Ray's id and address.
+    """By rank, the node that wrote the newest activations: (Ray's node id, its address).
 
-    "" stands for what the record does not say; empty where there is no record that can be read.
+    "" stands for what the record lacks; () if no record can be read.
     """
     for block in reversed(run.committed_activations()):
         with contextlib.suppress(InputError):
             record = read_json(run.activation_record(block), ACTIVATIONS_SCHEMA)
             workers = record.get("workers")
-            if isinstance(workers, list) and all(isinstance(own, dict) for own in workers):
+            if isinstance(workers, list) and all(isinstance(each, dict) for each in workers):
                 return tuple(
-                    (_text(own.get("node")), _text(own.get("node_address"))) for own in workers
+                    (_text(each.get("node")), _text(each.get("node_address"))) for each in workers
                 )
     return ()
 
@@ -79,7 +82,7 @@ def _text(value: object) -> str:
 
 
 def read_token(run: RunDirectory) -> str | None:
-    """What tells the job's folders on scratch from others'; None where it has none."""
+    """The token in the name of the job's scratch folders; None if the job has none."""
     with contextlib.suppress(InputError):
         token = read_json(run.scratch(), SCRATCH_SCHEMA).get("token")
         if isinstance(token, str) and token.isalnum():

@@ -1,8 +1,8 @@
-"""What a run directory tells about its job, from outside: no cluster, no lock, nothing written.
+"""The state of a job, read from its run directory: without a cluster or the lock; writes nothing.
 
-The records alone say which blocks are done, how good they are and how long they took; the lock
-file says who works on them; `status.json`, where it is there and whole, adds the phase and the
-failed attempts. Needs neither torch nor Ray, so it starts at once.
+The records have the committed blocks with their errors and times, the lock file has the owner, and
+`status.json`, if it is there and intact, adds the phase and the failed attempts. Imports neither
+torch nor Ray, so that `prox24 status` starts fast.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from storage.run.directory import BLOCK_SCHEMA, RunDirectory
 from storage.run.lock import Owner, is_alive, read_owner
 from storage.run.status_file import STATUS_NAME, STATUS_SCHEMA
 
-# A heartbeat of another host that is older than this may be a dead owner's (see `RunLock`).
+# If a heartbeat is older than this, its owner may be dead (see `RunLock`).
 STALE_SECONDS = 30.0
 STATUS_OUTPUT_SCHEMA = 1
-"""Of what `read_status` returns."""
+"""The schema number of what `read_status` returns."""
 _AVERAGED_BLOCKS = 8
 _LONGEST_TEXT = 500
 
 
 def find_run_directory(path: Path) -> RunDirectory:
-    """The run directory at `path`, or at `path.run` where `path` is a job's OUTPUT.
+    """The run directory at `path`, or at `path.run` if `path` is a job's OUTPUT.
 
     Raises `RunDirectoryError` if neither is one.
     """
@@ -58,25 +58,26 @@ def _is_run_directory(path: Path) -> bool:
 
 
 def read_status(run: RunDirectory) -> dict[str, Any]:
-    """Everything that can be told, as JSON values; times in seconds, sizes in bytes.
+    """The job's state as JSON values; times in seconds, sizes in bytes, None for what is unknown.
 
-    `state`: running, frozen (alive, but its heartbeat stopped), silent (another host's owner whose
-    heartbeat stopped), dead, interrupted, failed, finished, or stopped (no owner, and no word of
-    how it ended). What is not known is None. `problems` names files that are damaged.
+    state: `running`; `frozen` (the process lives, but its heartbeat stopped); `silent` (the
+    heartbeat of an owner on another host stopped); `dead`; `interrupted`; `failed`; `finished`; or
+    `stopped` (no owner, and no record of how it ended). problems: one line per damaged file.
     """
     problems: list[str] = []
     owner = _owner(run, problems)
-    said = _said(run, problems)
+    status = _record(run, run.path / STATUS_NAME, problems, STATUS_SCHEMA)
     manifest = _record(run, run.manifest, problems, MANIFEST_SCHEMA)
-    blocks, total, finished = _blocks(run, manifest, said, problems)
-    state = _state(owner, said, finished)
-    current = said if owner is None or said.get("nonce") == owner["nonce"] else {}
-    going = owner is not None
+    blocks, total, finished = _blocks(run, manifest, status, problems)
+    state = _state(owner, status, finished)
+    # The status may be an earlier owner's.
+    current = status if owner is None or status.get("nonce") == owner["nonce"] else {}
+    owned = owner is not None
     return {
         "schema_version": STATUS_OUTPUT_SCHEMA,
         "run_directory": str(run.path),
         "state": state,
-        "job": _job(manifest, said),
+        "job": _job(manifest, status),
         "blocks": {"done": len(blocks), "total": total, "committed": blocks},
         "phase": _phase(current) if state != "finished" else None,
         "attempts": _failures(current),
@@ -84,14 +85,14 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
         "eta_seconds": _eta(blocks, total, current, running=state in ("running", "frozen")),
         "seconds_per_block": _pace(blocks),
         "disk": _disk(run),
-        "note": _text(current.get("note")) if going else None,
-        "error": None if going else _text(said.get("error")),
+        "note": _text(current.get("note")) if owned else None,
+        "error": None if owned else _text(status.get("error")),
         "problems": problems,
     }
 
 
 def _record(run: RunDirectory, path: Path, problems: list[str], schema: int) -> dict[str, Any]:
-    """A record, or an empty one where the file is missing; a damaged one is also a problem."""
+    """The content of a JSON file; {} if it is missing or damaged. Damage is added to `problems`."""
     if not os.path.lexists(path):
         return {}
     try:
@@ -102,32 +103,28 @@ def _record(run: RunDirectory, path: Path, problems: list[str], schema: int) -> 
         return {}
 
 
-def _said(run: RunDirectory, problems: list[str]) -> dict[str, Any]:
-    return _record(run, run.path / STATUS_NAME, problems, STATUS_SCHEMA)
-
-
 def _owner(run: RunDirectory, problems: list[str]) -> dict[str, Any] | None:
-    """Who holds the lock, or died with it. `alive` is None where this host cannot tell."""
+    """The lock's owner, alive or dead; None without one. `alive`: None if this host cannot tell."""
     try:
-        found: Owner | None = read_owner(run.path)
+        owner: Owner | None = read_owner(run.path)
     except OSError as error:
         problems.append(f"{run.path}: the lock cannot be read ({error.strerror})")
         return None
-    if found is None:
+    if owner is None:
         if any(run.path.glob("lock-*.json")):
-            problems.append(f"{run.path}: the lock file is damaged; who owns it is not known")
+            problems.append(f"{run.path}: the lock file is damaged; its owner is not known")
         return None
     return {
-        "host": _text(found.host),
-        "pid": found.pid,
-        "heartbeat": found.heartbeat,
-        "heartbeat_age": max(0.0, time.time() - found.heartbeat),
-        "alive": is_alive(found),
-        "nonce": found.nonce,
+        "host": _text(owner.host),
+        "pid": owner.pid,
+        "heartbeat": owner.heartbeat,
+        "heartbeat_age": max(0.0, time.time() - owner.heartbeat),
+        "alive": is_alive(owner),
+        "nonce": owner.nonce,
     }
 
 
-def _state(owner: dict[str, Any] | None, said: dict[str, Any], finished: bool) -> str:
+def _state(owner: dict[str, Any] | None, status: dict[str, Any], finished: bool) -> str:
     if owner is not None:
         fresh = owner["heartbeat_age"] < STALE_SECONDS
         if owner["alive"] is False:
@@ -137,38 +134,38 @@ def _state(owner: dict[str, Any] | None, said: dict[str, Any], finished: bool) -
         return "running" if fresh else "silent"
     if finished:
         return "finished"
-    return said["ended"] if said.get("ended") in ("interrupted", "failed") else "stopped"
+    return status["ended"] if status.get("ended") in ("interrupted", "failed") else "stopped"
 
 
 def _blocks(
-    run: RunDirectory, manifest: dict[str, Any], said: dict[str, Any], problems: list[str]
+    run: RunDirectory, manifest: dict[str, Any], status: dict[str, Any], problems: list[str]
 ) -> tuple[list[dict[str, Any]], int | None, bool]:
-    """The committed blocks' figures, the number of all blocks, and whether the job is over.
+    """The committed blocks' metrics, the number of all blocks, and whether the job has finished.
 
-    A finished job has deleted its records; its summary has the same figures.
+    A finished job has deleted its blocks' records; its summary has the same metrics.
     """
     blocks = []
     committed = run.committed_blocks()
     for block in committed:
         record = _record(run, run.record(block), problems, BLOCK_SCHEMA)
         results, layers = _mapping(record.get("results")), _mapping(record.get("layers"))
-        blocks.append(_figures(block, record, results.get("seconds"), _error(layers)))
-    total = next((n for n in (manifest.get("blocks"), said.get("blocks")) if is_count(n)), None)
+        blocks.append(_metrics(block, record, results.get("seconds"), _error(layers)))
+    total = next((n for n in (manifest.get("blocks"), status.get("blocks")) if is_count(n)), None)
     summary = _record(run, run.report() / "summary.json", problems, SUMMARY_SCHEMA)
     reported = summary.get("blocks")
-    # The summary comes before the output, the records go after it.
+    # The summary is written before the output; the records are deleted after it.
     finished = isinstance(reported, list) and not committed and bool(manifest)
     if finished:
         entries = [_mapping(entry) for entry in cast(list[Any], reported)]
         blocks = [
-            _figures(n, entry, entry.get("seconds"), _number(entry.get("relative_error")))
+            _metrics(n, entry, entry.get("seconds"), _number(entry.get("relative_error")))
             for n, entry in enumerate(entries)
         ]
         total = len(blocks)
     return blocks, total, finished
 
 
-def _figures(
+def _metrics(
     block: int, record: dict[str, Any], seconds: object, error: float | None
 ) -> dict[str, Any]:
     return {
@@ -180,7 +177,7 @@ def _figures(
 
 
 def _error(layers: dict[str, Any]) -> float | None:
-    """A block's relative error in per cent, as `pipeline.records.block.block_error` has it."""
+    """A block's relative error in per cent, as `pipeline.records.block.block_error` computes it."""
     reports = [_mapping(_mapping(layer).get("results")) for layer in layers.values()]
     objective = [_number(report.get("objective")) for report in reports]
     zero = [_number(report.get("objective_zero")) for report in reports]
@@ -190,12 +187,12 @@ def _error(layers: dict[str, Any]) -> float | None:
     return 100 * sum(cast(list[float], objective)) / below if below > 0 else None
 
 
-def _job(manifest: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+def _job(manifest: dict[str, Any], status: dict[str, Any]) -> dict[str, Any]:
     job = _mapping(manifest.get("job"))
     settings = _mapping(job.get("settings"))
     return {
-        "source": _text(said.get("source")),
-        "output": _text(said.get("output")),
+        "source": _text(status.get("source")),
+        "output": _text(status.get("output")),
         "method": _text(settings.get("method")),
         "pattern": _text(settings.get("pattern")),
         "nsamples": settings["nsamples"] if is_count(settings.get("nsamples")) else None,
@@ -204,17 +201,17 @@ def _job(manifest: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _phase(said: dict[str, Any]) -> dict[str, Any] | None:
-    name, since = _text(said.get("phase")), _number(said.get("phase_started"))
+def _phase(status: dict[str, Any]) -> dict[str, Any] | None:
+    name, since = _text(status.get("phase")), _number(status.get("phase_started"))
     if name is None or since is None:
         return None
-    block = said["block"] if is_count(said.get("block")) else None
+    block = status["block"] if is_count(status.get("block")) else None
     return {"name": name, "block": block, "seconds": max(0.0, time.time() - since)}
 
 
-def _failures(said: dict[str, Any]) -> list[dict[str, Any]]:
+def _failures(status: dict[str, Any]) -> list[dict[str, Any]]:
     """Failed attempts of the current run of the job, in order."""
-    failures = said.get("failures")
+    failures = status.get("failures")
     return [
         {
             "what": _text(entry.get("what")) or "?",
@@ -228,27 +225,27 @@ def _failures(said: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _pace(blocks: list[dict[str, Any]]) -> float | None:
-    """Mean seconds of the last blocks, in whichever run of the job they were made."""
+    """Mean seconds of the last blocks, over all runs of the job."""
     seconds = [b["seconds"] for b in blocks[-_AVERAGED_BLOCKS:] if b["seconds"] is not None]
     return sum(seconds) / len(seconds) if seconds else None
 
 
 def _eta(
-    blocks: list[dict[str, Any]], total: int | None, said: dict[str, Any], *, running: bool
+    blocks: list[dict[str, Any]], total: int | None, status: dict[str, Any], *, running: bool
 ) -> float | None:
-    """Seconds that the blocks still take, from now or, if nothing runs, once it runs again."""
+    """Estimated seconds for the remaining blocks: from now, or from when the job is resumed."""
     pace = _pace(blocks)
     if pace is None or total is None or len(blocks) > total:
         return None
     left = (total - len(blocks)) * pace
-    since = _number(said.get("block_started"))
+    since = _number(status.get("block_started"))
     if running and since is not None and left:
         left -= min(pace, max(0.0, time.time() - since))
     return left
 
 
 def _disk(run: RunDirectory) -> dict[str, int]:
-    """Bytes in the run directory, and free on its filesystem."""
+    """Bytes in the run directory and its large parts, and bytes free on its filesystem."""
     parts = {
         name: 0 if (run.path / name).is_symlink() else RunDirectory(run.path / name).size()
         for name in ("activations", "checkpoints")
@@ -264,14 +261,14 @@ def _mapping(value: object) -> dict[str, Any]:
 
 
 def _number(value: object) -> float | None:
-    """A finite number that is not negative; None for anything else."""
+    """A finite number of at least 0; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if 0 <= value < 2**63 and math.isfinite(value) else None
 
 
 def _text(value: object) -> str | None:
-    """A string fit to be shown: printable, and cut if it is long."""
+    """A string that can be shown: printable, and cut if it is long; None for other types."""
     if not isinstance(value, str):
         return None
     shown = "".join(c if c.isprintable() else " " for c in value)

@@ -1,4 +1,4 @@
-"""What a job measured about itself: errors by block, seconds by kind of work, peak memory."""
+"""`report/summary.json`: a job's errors by block, seconds by kind of work, and peak memory."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ KINDS = ("forward", "hessian", "reduce", "choose", "solve", "io", "load")
 def summarize(
     run: RunDirectory, records: Sequence[BlockRecord], note: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The finished job's figures.
+    """The metrics of a finished job, over all its runs; each phase counts in its committed attempt.
 
-    `wall`: seconds of all phases at the driver. `seconds`: that time split by kind of work, each
-    the mean over ranks, so that the parts and "other" (waiting, dispatch) add up to `wall`.
-    `memory`: peak bytes of the driver and of the largest worker, in all and in each block (the
-    driver's since its start, a Ray worker's of each phase). Interrupted runs are included:
-    each phase is counted once, in the attempt that was committed. `workers` says who did what,
-    `timeline` when (see `pipeline.records.times`), `counts` what was moved (see
-    `pipeline.runtime.stopwatch`), a block's with the making of its inputs; so are its `phases`:
-    wall `seconds` and the largest worker's peak bytes of each. `masks`: see
-    `pipeline.solvers.mask_counts`. A damaged file of times is named to `note`, and missing in the
-    sums.
+    wall: seconds of all phases at the driver. seconds: the same time by kind of work, each the mean
+    over ranks; "other" (waiting, dispatch) makes up the rest. memory: peak bytes of the driver
+    (since its start) and of the largest worker (a Ray worker's by phase). workers, timeline: see
+    `pipeline.records.times`. counts: see `pipeline.runtime.stopwatch`.
+
+    blocks: the same of each block. Its `counts` and `phases` (wall `seconds`, peak bytes of the
+    largest worker) include the computation of its inputs. `masks`: see
+    `pipeline.solvers.mask_counts`.
+
+    If a file of times is damaged, `note` is called with its name, and the sums lack it.
     """
     work = [Work(r.block, r.results.get("workers", []), r.results["phases"]) for r in records]
     for block in range(len(records)):
@@ -72,12 +72,12 @@ def write_summary(
 
 
 def read_summary(run: RunDirectory) -> dict[str, Any]:
-    """Reads `report/summary.json`. Raises `CorruptFileError` where it is missing or damaged."""
+    """Reads `report/summary.json`. Raises `CorruptFileError` if it is missing or damaged."""
     return read_json(run.report() / "summary.json", SUMMARY_SCHEMA)
 
 
 def _block(record: BlockRecord, work: Sequence[Work]) -> dict[str, Any]:
-    """A block's figures; `work`: its own."""
+    """A block's metrics. work: the phases of this block alone."""
     results = record.results
     phases = [phase for part in work for phase in part.phases.items()]
     return {

@@ -1,4 +1,4 @@
-"""Where a block's time went, phase by phase, as its record tells."""
+"""The times of a block's phases, as its records store them, and sums of them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pipeline.messages import Outcome
 
 @dataclass
 class PhaseTimes:
-    """Seconds of one phase: wall time at the driver, and each rank's by kind of work.
+    """Times of one phase, summed over a block's passes.
 
-    `counts`: what each rank counted meanwhile (see `pipeline.runtime.stopwatch`). `spans`: each
-    pass's `start` in seconds since the epoch, its wall `seconds`, and each rank's seconds in
-    `ranks`.
+    wall: seconds at the driver. ranks: by rank, kind of work → seconds. memory: by rank, peak
+    bytes. counts: by rank (see `pipeline.runtime.stopwatch`). spans: one entry per pass: `start` in
+    seconds since the epoch, wall `seconds`, and in `ranks` the seconds of each rank.
     """
 
     wall: float
@@ -35,7 +35,10 @@ class PhaseTimes:
 def add_phase(
     times: dict[str, PhaseTimes], phase: str, wall: float, outcomes: list[Outcome[Any]]
 ) -> None:
-    """Adds the times of a phase that ends now; a block may take it in several passes."""
+    """Adds to `times` a phase that has just ended after `wall` seconds.
+
+    A phase that a block takes in several passes is summed.
+    """
     busy = [round(sum(o.seconds.values()), 3) for o in outcomes]
     spans = [{"start": round(time.time() - wall, 3), "seconds": round(wall, 3), "ranks": busy}]
     seconds, memory = [o.seconds for o in outcomes], [o.memory for o in outcomes]
@@ -64,7 +67,7 @@ def _largest(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Work:
-    """Phases of a block (see `PhaseTimes.to_json`), and who ran their ranks, in rank order."""
+    """Phases of a block (see `PhaseTimes.to_json`), and the worker processes, in rank order."""
 
     block: int
     workers: Sequence[Mapping[str, Any]]
@@ -72,35 +75,35 @@ class Work:
 
 
 def by_worker(work: Iterable[Work]) -> list[dict[str, Any]]:
-    """Per worker process, in the order of ranks: what it did in the committed attempts.
+    """The committed work of each worker process, in the order of ranks.
 
-    `rank`, `host`, `pid`, `node` (Ray's id, if any), `blocks` that it had a part in, `seconds` by
-    kind of work, `counts`, and `peak_bytes` of resident memory.
+    Each entry has `rank`, `host`, `pid`, `node` (Ray's id, if any), the `blocks` that it worked on,
+    `seconds` by kind of work, `counts`, and `peak_bytes` of resident memory.
     """
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    totals: dict[tuple[Any, ...], dict[str, Any]] = {}
     for part in work:
         for rank, worker in enumerate(part.workers):
             key = (worker["host"], worker["pid"], worker.get("node"), rank)
-            own = found.setdefault(key, _nothing(worker, rank))
-            own["blocks"].add(part.block)
+            total = totals.setdefault(key, _no_work(worker, rank))
+            total["blocks"].add(part.block)
             for phase in part.phases.values():
                 if rank < len(phase["ranks"]):
-                    _add(own["seconds"], phase["ranks"][rank])
-                    _add(own["counts"], phase["counts"][rank])
+                    _add(total["seconds"], phase["ranks"][rank])
+                    _add(total["counts"], phase["counts"][rank])
                     peak = phase["memory"][rank].get("rss_bytes", 0)
-                    own["peak_bytes"] = max(own["peak_bytes"], peak)
-    ordered = sorted(found.values(), key=lambda own: (own["rank"], min(own["blocks"])))
-    return [{**own, "blocks": sorted(own["blocks"])} for own in ordered]
+                    total["peak_bytes"] = max(total["peak_bytes"], peak)
+    ordered = sorted(totals.values(), key=lambda total: (total["rank"], min(total["blocks"])))
+    return [{**total, "blocks": sorted(total["blocks"])} for total in ordered]
 
 
 def timeline(work: Iterable[Work], workers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The committed phases, by start: which of `workers` (as `by_worker` has them) did what when.
+    """The committed phases in order of their start; `workers`: what `by_worker` returns.
 
-    Each with `block`, `phase`, `start` in seconds since the epoch, wall `seconds` at the driver,
-    and, in the order of ranks, `workers` (indices) and `busy` (seconds of each).
+    Each entry has `block`, `phase`, `start` in seconds since the epoch, wall `seconds` at the
+    driver, and in the order of ranks `workers` (indices) and `busy` (seconds of each).
     """
     numbers = {(w["host"], w["pid"], w["node"], w["rank"]): n for n, w in enumerate(workers)}
-    found = [
+    spans = [
         {
             "block": part.block,
             "phase": name,
@@ -116,23 +119,22 @@ def timeline(work: Iterable[Work], workers: Sequence[Mapping[str, Any]]) -> list
         for name, phase in part.phases.items()
         for span in phase.get("spans", ())
     ]
-    return sorted(found, key=lambda span: float(span["start"]))
+    return sorted(spans, key=lambda span: float(span["start"]))
 
 
 def sum_counts(phases: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """What all ranks counted in these phases; `statistics_bytes` is of one rank, not their sum."""
+    """The counts of these phases, summed over ranks; `statistics_bytes` is that of the largest."""
     total: dict[str, int] = {}
     for phase in phases:
         for counts in phase["counts"]:
             _add(total, counts)
-        size = max((counts.get("statistics_bytes", 0) for counts in phase["counts"]), default=0)
-        own = sum(counts.get("statistics_bytes", 0) for counts in phase["counts"])
-        if own:
-            total["statistics_bytes"] += size - own
+        sizes = [counts.get("statistics_bytes", 0) for counts in phase["counts"]]
+        if sum(sizes):
+            total["statistics_bytes"] += max(sizes) - sum(sizes)
     return total
 
 
-def _nothing(worker: Mapping[str, Any], rank: int) -> dict[str, Any]:
+def _no_work(worker: Mapping[str, Any], rank: int) -> dict[str, Any]:
     who = {key: worker.get(key) for key in ("host", "pid", "node")}
     return {"rank": rank, **who, "blocks": set(), "seconds": {}, "counts": {}, "peak_bytes": 0}
 

@@ -1,4 +1,4 @@
-"""The calibration tokens of a job: cut from the text once, and again if their file is damaged."""
+"""`tokens.arrow`, a job's calibration tokens: cut from the text once, and again if damaged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from storage.run.directory import RunDirectory
 from storage.run.lock import RunLock
 
 CutTokens = Callable[[Skeleton, PruneConfig], Tensor]
-"""Gives a job's calibration tokens, (nsamples, seqlen) int64; the same ones whenever asked."""
+"""Returns a job's calibration tokens, (nsamples, seqlen) int64; the same ones at every call."""
 
 
 def committed_tokens(
@@ -33,13 +33,16 @@ def committed_tokens(
     progress: Progress,
     cut: CutTokens,
 ) -> StoredFile:
-    """The calibration tokens' file: the one that the manifest names, whole, or a new one."""
+    """The file of the calibration tokens: the one that the manifest names, or a new one.
+
+    Errors as in `mend_tokens`, and those of `cut`.
+    """
     if manifest is not None:
         stored = StoredFile.from_json(manifest["tokens"], str(run.manifest))
         mend_tokens(run, lock, skeleton, config, stored, progress, cut)
         return stored
     tokens = cut(skeleton, config)
-    # Not under the final name, which a late process would delete or find taken.
+    # Not written under the final name, which a late process of a former owner could delete.
     temporary = temporary_name(run.tokens())
     stored = write_tokens(temporary, tokens)
     replace_by(temporary, run.tokens(), lock.assert_held)
@@ -55,9 +58,9 @@ def mend_tokens(
     progress: Progress,
     cut: CutTokens,
 ) -> bool:
-    """Cuts the tokens from the text again if their file is damaged; whether it was.
+    """Cuts the tokens from the text again if their file is damaged; returns whether it was.
 
-    Raises `CorruptFileError` where that gives other bytes: the job cannot go on with them.
+    Raises `CorruptFileError` if the text now gives other tokens: the job cannot continue with them.
     """
     path = run.path / stored.name
     state = damage(path, stored, hashed=True)
@@ -76,7 +79,10 @@ def mend_tokens(
 
 
 def cut_tokens(skeleton: Skeleton, config: PruneConfig) -> Tensor:
-    """Cuts them from the text. Raises an `InputError` for a text or tokenizer that will not do."""
+    """Cuts calibration tokens, (nsamples, seqlen) int64, from the text.
+
+    Raises an `InputError` for a text or tokenizer that cannot be used.
+    """
     tokenizer = load_tokenizer(skeleton.files.folder, config.trust_remote_code)
     tokens = calibration_tokens(
         tokenizer, config.dataset, config.text_column, config.nsamples, config.seqlen, config.seed

@@ -1,4 +1,4 @@
-"""What to try next, where a job's figures give a reason. Pure: figures in, sentences out."""
+"""What to try next, derived from the results of a job. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 from pipeline.reporting.layer_table import by_kind
 from pipeline.solvers.registry import solver_class
 
-# A layer or block stands out that is far outside the spread of its like, in logarithms (scaled
-# median absolute deviations, at least a factor), and large enough to matter.
+# An outlier is a layer or block whose error is far above those of the others of its kind, in
+# logarithms (scaled median absolute deviations), and large enough to matter.
 _DEVIATIONS = 4.0
 _SMALLEST_SPREAD = math.log(1.2)
-_WORTH_A_LOOK = 1.0  # per cent
-_LIKE_NEEDED = 8
-_FEW = 0.1  # of the like: more than that are a kind of their own
+_LEAST_ERROR = 1.0  # percent
+_VALUES_NEEDED = 8
+_FEW = 0.1  # the largest share of outliers: more of them are not exceptions
 _SHOWN = 5
-# Fewer tokens than that for each input of a layer leave its Hessian noisy.
+# With fewer tokens per input of a layer than this, its Hessian is noisy.
 _TOKENS_PER_COLUMN = 4
-# A share of the support that the last step still changed.
+# Advice is given if the last step still changed more than this share of the support.
 _UNSETTLED = 0.01
-_NORMAL = 1.4826  # of a normal distribution: standard deviation over median absolute deviation
+_NORMAL = 1.4826  # standard deviation over median absolute deviation, of a normal distribution
 
 
 @dataclass(frozen=True)
 class Advice:
-    """`subject` (a layer, a block, a setting): what is the matter, and what to do about it."""
+    """What was noticed about `subject` (a layer, a block, a setting), and what to do about it."""
 
     subject: str
     finding: str
@@ -42,11 +42,11 @@ def advise(
     *,
     measured: bool,
 ) -> list[Advice]:
-    """What to try, most telling first; empty where nothing stands out.
+    """What to try next, the most specific advice first; empty where there is none.
 
-    layers: rows of `layer_rows`. blocks: `block` and `relative_error` (per cent, or None).
-    settings: the job's options, solver defaults filled in. measured: whether the output's
-    perplexity is known.
+    layers: rows of `layer_rows`. blocks: with `block` and `relative_error` (percent, or None).
+    settings: the options of the job, with the defaults of the solver. measured: whether the
+    perplexity of the output is known.
     """
     return [
         *_layers_apart(layers),
@@ -61,40 +61,40 @@ def advise(
 
 _MEASURE = Advice(
     "the whole model",
-    "its perplexity was not measured, and errors of layers say little of a model's use.",
-    "Hold it against the dense one on your own text: prox24 eval MODEL OUTPUT --dataset TEXT",
+    "its perplexity was not measured, and errors of layers say little about how well it works.",
+    "Compare it with the dense model on your own text: prox24 eval MODEL OUTPUT --dataset TEXT",
 )
 
 
 def outliers(values: Sequence[float]) -> list[int]:
-    """Indices of positive values that lie far above the others, the largest first.
+    """Indices of positive values that are far above the others, the largest first.
 
-    Far: more than 4 scaled median absolute deviations of the logarithms, and more than twice the
-    median. None among fewer than 8 values, which have no spread to speak of, and none where more
-    than a tenth are that far: they are a kind of their own.
+    Far above: more than 4 scaled median absolute deviations of the logarithms above the median, and
+    more than twice the median. Empty for fewer than 8 values, too few for a spread, and where more
+    than a tenth of the values are far above: these are not exceptions.
     """
     logs = [math.log(value) for value in values if value > 0]
-    if len(logs) < _LIKE_NEEDED:
+    if len(logs) < _VALUES_NEEDED:
         return []
     middle = median(logs)
     spread = _NORMAL * median(abs(value - middle) for value in logs)
     limit = max(
         middle + _DEVIATIONS * max(spread, _SMALLEST_SPREAD / _DEVIATIONS), middle + math.log(2)
     )
-    found = [n for n, value in enumerate(values) if value > 0 and math.log(value) > limit]
-    if len(found) > max(1.0, _FEW * len(logs)):
+    far = [n for n, value in enumerate(values) if value > 0 and math.log(value) > limit]
+    if len(far) > max(1.0, _FEW * len(logs)):
         return []
-    return sorted(found, key=lambda n: -values[n])
+    return sorted(far, key=lambda n: -values[n])
 
 
 def _layers_apart(layers: Sequence[Mapping[str, Any]]) -> Iterator[Advice]:
-    found = []
+    outlying = []
     for kind, members in by_kind(layers).items():
         errors = [float(layer["relative_error"]) for layer in members]
-        found += [(errors[n], median(errors), kind, members[n]) for n in outliers(errors)]
-    found = [entry for entry in found if entry[0] >= _WORTH_A_LOOK]
-    found.sort(key=lambda entry: -entry[0])
-    for error, usual, kind, layer in found[:_SHOWN]:
+        outlying += [(errors[n], median(errors), kind, members[n]) for n in outliers(errors)]
+    outlying = [entry for entry in outlying if entry[0] >= _LEAST_ERROR]
+    outlying.sort(key=lambda entry: -entry[0])
+    for error, usual, kind, layer in outlying[:_SHOWN]:
         yield Advice(
             layer["name"],
             f"its error is {error:.2f} %; the median of all {kind} is {usual:.2f} %.",
@@ -106,24 +106,24 @@ def _layers_apart(layers: Sequence[Mapping[str, Any]]) -> Iterator[Advice]:
 def _blocks_apart(blocks: Sequence[Mapping[str, Any]]) -> Iterator[Advice]:
     known = [block for block in blocks if block["relative_error"] is not None]
     errors = [float(block["relative_error"]) for block in known]
-    for n in [n for n in outliers(errors) if errors[n] >= _WORTH_A_LOOK][:_SHOWN]:
+    for n in [n for n in outliers(errors) if errors[n] >= _LEAST_ERROR][:_SHOWN]:
         yield Advice(
             f"block {known[n]['block']}",
             f"its error is {errors[n]:.2f} %; the median block's is {median(errors):.2f} %.",
             "Look for the layer that causes it in the figures, and try more calibration text "
-            "(--nsamples): the first and last blocks see inputs unlike the others'.",
+            "(--nsamples): inputs of the first and last blocks differ from those of the others.",
         )
 
 
 def _deviations(layers: Sequence[Mapping[str, Any]]) -> Iterator[Advice]:
-    concerned: dict[str, list[str]] = {}
+    by_deviation: dict[str, list[str]] = {}
     for layer in layers:
-        for what in layer["deviations"]:
-            concerned.setdefault(what, []).append(layer["name"])
-    for what, names in sorted(concerned.items()):
+        for deviation in layer["deviations"]:
+            by_deviation.setdefault(deviation, []).append(layer["name"])
+    for deviation, names in sorted(by_deviation.items()):
         yield Advice(
             names[0] if len(names) == 1 else f"{len(names)} layers, the first {names[0]}",
-            f"done other than asked: {what}.",
+            f"not solved as asked: {deviation}.",
             "More calibration text (--nsamples) or a larger --damping makes the problem "
             "better conditioned.",
         )
@@ -140,8 +140,8 @@ def _little_text(
         yield Advice(
             "calibration",
             f"{tokens:,} tokens are few for layers with {widest:,} inputs: the second moments "
-            "that the solver trusts are noisy.",
-            f"Give more text: --nsamples {wanted} or more.",
+            "that the solver uses are noisy.",
+            f"Use more text: --nsamples {wanted} or more.",
         )
 
 
@@ -157,7 +157,7 @@ def _unsettled(layers: Sequence[Mapping[str, Any]]) -> Iterator[Advice]:
         yield Advice(
             worst["name"],
             f"the last step still changed {100 * float(worst['support_change']):.1f} % of its mask "
-            f"(as more than 1 % in {len(moving)} layers).",
+            f"(more than 1 % in {len(moving)} layers).",
             str(solver_class(worst["method"]).unsettled_advice),
         )
 
@@ -167,12 +167,12 @@ def _settings(settings: Mapping[str, Any]) -> Iterator[Advice]:
     if not solver_class(method).joint:
         yield Advice(
             f"--method {method}",
-            "methods that look for the mask and the weights together lose less at 2:4.",
+            "methods that optimize mask and weights together have lower errors at 2:4.",
             "Try --method prox_admm, the default, on the same text.",
         )
     if solver_class(method).statistic != "none" and settings["refine"] == "none":
         yield Advice(
             "--refine none",
-            "the kept weights were not adjusted to the mask that was found.",
+            "the kept weights were not adjusted to the mask.",
             "Try --refine cg: it lowers the error of any method without changing the mask.",
         )

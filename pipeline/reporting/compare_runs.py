@@ -1,11 +1,11 @@
-"""`prox24 compare`: what differs between finished jobs, and what came of it."""
+"""`prox24 compare`: the settings in which finished jobs differ, and their results."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.reporting.run_summary import RunSummary, Scalar, read_figures
+from pipeline.reporting.run_summary import RunSummary, Scalar, read_run_summary
 from pipeline.reporting.tables import Column, Table
 from storage.errors import ConfigError
 
@@ -14,7 +14,7 @@ ERRORS = "Relative error by kind of layer, %"
 OBJECTIVES = "Objective by kind of layer"
 COSTS = "Time and memory"
 
-# Of `report/evaluation.json`: key, title and format; those after the first against the dense model.
+# Comparison with the dense model in `report/evaluation.json`: key, title and format.
 _AGAINST_DENSE = (
     ("loss_difference", "loss, nats", "+.4f"),
     ("standard_error", "± of it", ".4f"),
@@ -24,16 +24,16 @@ _AGAINST_DENSE = (
 )
 _MEMORY = ("driver_rss_bytes", "worker_rss_bytes", "worker_device_bytes")
 _STATISTIC_NOTE = (
-    "Errors on different statistics do not compare: on `full` they weigh a layer's whole second "
-    "moment of inputs, on `diagonal` its diagonal, on `none` the weights alone."
+    "Errors on different statistics are not comparable: `full` uses all second moments of a "
+    "layer's inputs, `diagonal` only their diagonal, `none` only the weights."
 )
-_WORLD_NOTE = "Times of runs on different numbers of workers or machines compare with care."
+_WORLD_NOTE = "Compare the times of runs on different numbers of workers, or machines, with care."
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunSummary]:
-    """The figures of each run directory or OUTPUT, named by what tells them apart.
+    """The summary of each run directory or OUTPUT, named by its folder, or by its path if needed.
 
-    Raises `ConfigError` where one is given twice; else as `read_figures`.
+    Raises `ConfigError` where a path is given twice, and errors as `read_run_summary` does.
     """
     names = [path.absolute().name.removesuffix(".run") for path in paths]
     if len(set(names)) < len(names):
@@ -41,11 +41,11 @@ def read_runs(paths: Sequence[Path]) -> list[RunSummary]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"{twice} is given twice; name each run once")
-    return [read_figures(path, name) for path, name in zip(paths, names, strict=True)]
+    return [read_run_summary(path, name) for path, name in zip(paths, names, strict=True)]
 
 
 def comparison(runs: Sequence[RunSummary]) -> Table:
-    """The table of `runs`, a row each."""
+    """The table of `runs`, with one row for each."""
     columns = [*_settings(runs), *_model(runs)]
     columns += _by_kind(runs, "relative_error", ERRORS, ".3f")
     columns += _by_kind(runs, "objective", OBJECTIVES, ".4g")
@@ -59,7 +59,7 @@ def comparison(runs: Sequence[RunSummary]) -> Table:
 
 
 def _settings(runs: Sequence[RunSummary]) -> list[Column]:
-    """The settings that are not the same in all runs; one that a run does not have is None."""
+    """The settings that are not equal in all runs; None for a run without that setting."""
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     columns = []
     for name in names:
@@ -70,24 +70,24 @@ def _settings(runs: Sequence[RunSummary]) -> list[Column]:
 
 
 def _model(runs: Sequence[RunSummary]) -> list[Column]:
-    """How well the pruned models predict text, where they were evaluated."""
-    evaluated = [run.evaluation or {} for run in runs]
-    against = [evaluation.get("against_dense") or {} for evaluation in evaluated]
-    perplexities = tuple(evaluation.get("perplexity") for evaluation in evaluated)
+    """Perplexity and comparison with the dense model, where the pruned models were evaluated."""
+    evaluations = [run.evaluation or {} for run in runs]
+    against_dense = [evaluation.get("against_dense") or {} for evaluation in evaluations]
+    perplexities = tuple(evaluation.get("perplexity") for evaluation in evaluations)
     columns = [Column("perplexity", "perplexity", SETTINGS, perplexities, ".3f")]
     for key, title, form in _AGAINST_DENSE:
-        values = tuple(figures.get(key) for figures in against)
+        values = tuple(metrics.get(key) for metrics in against_dense)
         columns.append(Column(key, title, SETTINGS, values, form))
     return columns
 
 
 def _by_kind(runs: Sequence[RunSummary], what: str, part: str, form: str) -> list[Column]:
-    """A figure of all layers, and of each kind that a run has."""
+    """A metric (an attribute of `KindError`) for all layers, and for each kind of layer."""
     kinds = list(dict.fromkeys(kind for run in runs for kind in run.kinds))
     columns = [Column(what, "all layers", part, tuple(getattr(r.whole, what) for r in runs), form)]
     for kind in kinds:
         values = tuple(getattr(r.kinds[kind], what) if kind in r.kinds else None for r in runs)
-        title = kind.rsplit(".", 1)[-1] if _told_apart(kinds) else kind
+        title = kind.rsplit(".", 1)[-1] if _last_names_differ(kinds) else kind
         columns.append(Column(f"{what} {kind}", title, part, values, form))
     if len({run.statistic for run in runs}) > 1:
         columns.append(
@@ -96,7 +96,8 @@ def _by_kind(runs: Sequence[RunSummary], what: str, part: str, form: str) -> lis
     return columns
 
 
-def _told_apart(kinds: Sequence[str]) -> bool:
+def _last_names_differ(kinds: Sequence[str]) -> bool:
+    """Whether the last parts of the kinds' names, such as `q_proj`, are all different."""
     return len({kind.rsplit(".", 1)[-1] for kind in kinds}) == len(kinds)
 
 

@@ -1,4 +1,4 @@
-"""What the report tells, gathered from the run directory: one row per layer, and what is beside."""
+"""The data of the report, from the run directory: one row per layer, and tables by kind."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pipeline.solvers.mask_counts import merged_groups
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """A finished job.
+    """All records of a finished job that the report is made from.
 
-    results: what `prox24.json` in its output says. summary: see
-    `pipeline.records.summary.summarize`. manifest: `run.json`. status: `status.json`, empty where
-    there is none. layers: see `layer_rows`.
+    results: `prox24.json` of the output. summary: see `pipeline.records.summary.summarize`.
+    manifest: `run.json`. status: `status.json`, empty where there is none. layers: see
+    `layer_rows`.
     """
 
     run_directory: str
@@ -30,13 +30,13 @@ class Facts:
 
     @property
     def solver(self) -> Mapping[str, Any]:
-        """The solver's settings, with its defaults filled in."""
+        """The settings of the solver, with defaults filled in."""
         solver: Mapping[str, Any] = self.results["job"]["solver"]
         return solver
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """The options that decide the result, as they were given."""
+        """The options that determine the result, as given by the user."""
         settings: Mapping[str, Any] = self.results["job"]["settings"]
         return settings
 
@@ -44,13 +44,13 @@ class Facts:
 def layer_rows(summary: Mapping[str, Any], results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per pruned layer, in model order.
 
-    The fields of `prox24.json`, with `rows` and `columns` for its shape, and `kind`: the layer's
-    name with every number replaced by `*`. Of its mask (None where an older version made the block
-    and counted nothing) `weights`, `kept`, `magnitude_too` and `groups` as in
-    `pipeline.solvers.mask_counts.mask_counts`, and `magnitude_share`: the share of the kept
-    weights, 0 to 1, that magnitude would also have kept. Of its inputs (None in the same way)
-    `inputs_never`, `inputs_rarely`, `inputs_often` and `norm_correlation` as in
-    `pipeline.solvers.mask_counts.column_pattern`.
+    A row has the fields of `prox24.json`, with `rows` and `columns` in place of the shape, and:
+    - `kind`: see `kind_of`;
+    - `weights`, `kept`, `magnitude_too` and `groups`: see `pipeline.solvers.mask_counts`;
+    - `magnitude_share`: the share of the kept weights, 0 to 1, that magnitude pruning keeps, too;
+    - `inputs_never`, `inputs_rarely`, `inputs_often` and `norm_correlation`: see
+      `pipeline.solvers.mask_counts.column_pattern`.
+    Counts are None where an older version pruned the block and did not count.
     """
     masks = {block["block"]: block.get("masks", {}) for block in summary["blocks"]}
     rows = []
@@ -75,12 +75,12 @@ def layer_rows(summary: Mapping[str, Any], results: Mapping[str, Any]) -> list[d
 
 
 def share(part: int | None, whole: int | None) -> float | None:
-    """part / whole; None where either is not known or there is no whole."""
+    """part / whole; None where either is unknown or the whole is 0."""
     return None if part is None or not whole else part / whole
 
 
 def distinct(layers: Iterable[Mapping[str, Any]], key: str) -> list[Any]:
-    """The values that the layers have under `key`, each once, in model order."""
+    """The distinct values of the layers under `key`, in model order."""
     return list(dict.fromkeys(layer[key] for layer in layers))
 
 
@@ -93,11 +93,11 @@ def by_kind(layers: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
 
 
 def kind_table(layers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per kind of layer: how many, shapes, median and worst relative error, and the mask's shares.
+    """One row per kind of layer: count, shapes, median and worst error, and counts of the masks.
 
-    Errors in per cent. `magnitude_share` is of all kept weights of the kind together, None where
-    it is not known of each layer. `pattern` and `groups` are None and empty where the layers of
-    the kind have several patterns (`--override`).
+    Errors are in percent. `magnitude_share` is that of all layers of the kind together; None where
+    it is unknown for a layer. `pattern` is None and `groups` empty where the layers of the kind
+    have different patterns (`--override`).
     """
     table = []
     for kind, members in by_kind(layers).items():
@@ -126,11 +126,11 @@ def kind_table(layers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def input_table(layers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per kind of layer whose masks' inputs were counted: which it prefers.
+    """One row per kind of layer: how evenly its masks keep the inputs, where that was counted.
 
-    `inputs`: of all its layers together; `never`, `rarely`, `often`: how many of these, as in
-    `pipeline.solvers.mask_counts.column_pattern`. `correlation`: the median layer's, None where
-    none is known.
+    `inputs`: number of inputs of all layers of the kind. `never`, `rarely`, `often`: how many of
+    these are kept so often; see `pipeline.solvers.mask_counts.column_pattern`. `correlation`: the
+    median of the layers' `norm_correlation`; None where none is known.
     """
     table = []
     for kind, members in by_kind(layers).items():
@@ -153,11 +153,11 @@ def input_table(layers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def positions_kept(groups: Mapping[str, int], keep: int) -> dict[str, float]:
-    """How groups split over the positions they keep, as shares of all groups that sum to 1.
+    """Set of kept positions -> its share of all groups; the shares sum to 1.
 
-    Groups that keep fewer than `keep` positions are told together, under "fewer". Where there
-    are more than eight ways, as in 4:8, the share of groups that keep each position, under its
-    number from 1: these sum to `keep` at most. Empty where there are no groups.
+    Groups that keep fewer than `keep` positions are counted as "fewer". Where there are more than
+    eight sets, as in 4:8: position, from "1" on, -> the share of groups that keep it; these shares
+    sum to at most `keep`. Empty where there are no groups.
     """
     total = sum(groups.values())
     if not total:
@@ -176,7 +176,7 @@ def positions_kept(groups: Mapping[str, int], keep: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Pause:
-    """Nothing was committed for long: the job was stopped, or work was lost. Times in seconds."""
+    """A time without committed work: the job was stopped, or work was lost. In seconds."""
 
     at: float
     seconds: float
@@ -185,10 +185,10 @@ class Pause:
 def without_pauses(
     spans: Sequence[Mapping[str, Any]], longest: float
 ) -> tuple[list[dict[str, Any]], list[Pause]]:
-    """The timeline from 0, gaps of more than `longest` seconds taken out, and those gaps.
+    """The timeline, starting at 0, without gaps of more than `longest` seconds; and these gaps.
 
-    spans: by start (`pipeline.records.times.timeline`). A pause's `at` is in the times that are
-    returned.
+    spans: ordered by start (see `pipeline.records.times.timeline`). `Pause.at` refers to the
+    returned timeline.
     """
     moved: list[dict[str, Any]] = []
     pauses: list[Pause] = []

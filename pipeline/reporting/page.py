@@ -1,4 +1,4 @@
-"""The report as one HTML file: what the figures say in words, tables, and plots."""
+"""The report as one HTML file: a summary in words, tables, and plots."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from pipeline.runtime.units import size
 from pipeline.version import VERSION
 
 TEMPLATE_NAME = "page.html.j2"
-"""Lies beside this module; pyproject.toml names it as package data."""
+"""In the folder of this module; pyproject.toml lists it as package data."""
 
 _WORST = 20
 _WORKERS_SHOWN = 16
 _STATISTICS = {
-    "full": "the calibration text's inputs to the layer, all correlations between them included",
-    "diagonal": "the calibration text's inputs to the layer, each by itself",
-    "none": "inputs that are all alike, since the method uses no calibration inputs",
+    "full": "the layer's inputs on the calibration text, with their correlations",
+    "diagonal": "the layer's inputs on the calibration text, without their correlations",
+    "none": "uncorrelated inputs of equal size, since the method uses no calibration inputs",
 }
 
 _KINDS = {
@@ -37,12 +37,12 @@ _KINDS = {
     "reduce": "summing these over the workers",
     "choose": "choosing regularization",
     "solve": "solving for masks and weights",
-    "io": "activations and results, read and written",
-    "load": "weights, read from the source",
-    "other": "waiting for the others or the driver, and dispatch",
+    "io": "reading and writing activations and results",
+    "load": "reading weights of the source",
+    "other": "waiting for other workers or the driver, and dispatch",
 }
-_OF_INPUTS = ("never", "rarely", "often")
-# Phases of the job's last run that are of no block.
+_INPUT_COUNTS = ("never", "rarely", "often")
+# Phases of the last run of the job that do not belong to a block.
 _AROUND_BLOCKS = {
     "read text": "reading text",
     "start workers": "starting workers",
@@ -52,7 +52,7 @@ _AROUND_BLOCKS = {
 
 
 def report_page(facts: Facts) -> str:
-    """The whole page. Pure but for drawing; every value that comes from a file is escaped."""
+    """The page as HTML. Every value that comes from a file is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.reporting", "."),
         autoescape=True,
@@ -82,7 +82,7 @@ def report_page(facts: Facts) -> str:
 
 
 def _skipped(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Why layers stayed dense, and which, with commas between."""
+    """(reason, names of layers) for the layers that stayed dense."""
     layers: dict[str, list[str]] = {}
     for name, reason in results["skipped_because"].items():
         layers.setdefault(reason, []).append(name)
@@ -99,7 +99,7 @@ def _figure(image: str, caption: str) -> dict[str, str]:
 
 
 def _result_in_words(facts: Facts) -> list[str]:
-    """What came out, for someone who knows neither the job nor the method."""
+    """The result of the job, for a reader who knows neither the job nor the method."""
     layers = facts.layers
     weights = sum(layer["rows"] * layer["columns"] for layer in layers)
     errors = [float(layer["relative_error"]) for layer in layers]
@@ -110,18 +110,18 @@ def _result_in_words(facts: Facts) -> list[str]:
         f"{len(layers)} linear layers in {len(facts.summary['blocks'])} blocks, with {weights:,} "
         f"weights, were pruned by {methods}: {zeros}. Everything else in the model is unchanged. "
         "On the calibration text the outputs of the pruned layers change "
-        f"by {median(errors):.2g} % of their energy (the median layer), and by {max(errors):.2g} % "
-        f"in the worst, {worst['name']}."
+        f"by {median(errors):.2g} % of their energy in the median layer, and by "
+        f"{max(errors):.2g} % in the worst, {worst['name']}."
     )
     measured = facts.results.get("perplexity")
     if measured is None:
         return [first]
     dense = measured.get("dense")
-    before = "" if dense is None else f" The dense model's is {dense:.2f}."
+    dense_too = "" if dense is None else f" That of the dense model is {dense:.2f}."
     return [
         first,
         f"Its perplexity on {measured['dataset']} is {measured['perplexity']:,.2f} "
-        f"({measured['tokens']:,} tokens; lower is better).{before}",
+        f"({measured['tokens']:,} tokens; lower is better).{dense_too}",
     ]
 
 
@@ -167,11 +167,12 @@ def _count(number: int, what: str) -> str:
 
 
 def _meaning(layers: Sequence[Mapping[str, Any]]) -> str:
-    against = [_STATISTICS[name] for name in dict.fromkeys(layer["statistic"] for layer in layers)]
+    inputs = [_STATISTICS[name] for name in dict.fromkeys(layer["statistic"] for layer in layers)]
     return (
-        "The relative error of a layer is the energy of the change of its output, in per cent of "
+        "The relative error of a layer is the energy of the change of its output, in percent of "
         "the energy of its output: 0 if pruning changed nothing, 100 if every weight were zero. "
-        f"Outputs are those for {'; or for '.join(against)}. A block's adds up its layers."
+        f"Outputs are those for {'; or for '.join(inputs)}. The error of a block is that of all "
+        "its layers together."
     )
 
 
@@ -182,12 +183,12 @@ def _errors(facts: Facts) -> dict[str, Any]:
         "depth": _figure(
             error_by_depth(layers, facts.summary["blocks"]),
             "Relative error of the layers against depth. Where a kind has several layers in a "
-            "block the line is their mean, and the shade goes from the least to the largest.",
+            "block, the line is their mean, and the shaded area is their range.",
         ),
         "kinds": _figure(
             error_by_kind(layers),
-            "Relative error by kind of layer: each point is a layer, each black bar the median; "
-            "the block of the largest is named.",
+            "Relative error by kind of layer: each point is a layer, each black bar a median; "
+            "the block with the largest error is named.",
         ),
         "kind_header": ["kind of layer", "shape", "#layers", "#median, %", "#worst, %", "#block"],
         "kind_rows": [
@@ -195,7 +196,7 @@ def _errors(facts: Facts) -> dict[str, Any]:
              _error(row["worst"]), row["worst_block"])
             for row in kind_table(layers)
         ],
-        "worst_header": ["layer", "#error, %", "#damping", "#shrinkage", "done other than asked"],
+        "worst_header": ["layer", "#error, %", "#damping", "#shrinkage", "not solved as asked"],
         "worst_rows": [
             (layer["name"], _error(layer["relative_error"]), f"{layer['damping']:.3g}",
              f"{layer['shrinkage']:.3g}", "; ".join(layer["deviations"]))
@@ -219,22 +220,22 @@ def _mask(facts: Facts) -> dict[str, Any]:
     return {
         "mask": _figure(
             masks(layers),
-            "Left: the share of the kept weights that magnitude would have kept too."
+            "Left: the share of the kept weights that magnitude pruning would have kept, too."
             + (" Right: which positions the groups keep (■)." if groups else ""),
         ),
         "input_header": [
             "kind of layer", "#inputs", "#never kept", "#rarely", "#often", "#with their norm",
         ],
         "input_rows": [
-            (row["kind"], f"{row['inputs']:,}", *(f"{row[name]:,}" for name in _OF_INPUTS),
+            (row["kind"], f"{row['inputs']:,}", *(f"{row[name]:,}" for name in _INPUT_COUNTS),
              "" if row["correlation"] is None else f"{row['correlation']:+.2f}")
             for row in input_table(layers)
         ],
         "mask_words": (
             f"{kept:,} of {weights:,} weights ({100 * (share(kept, weights) or 0):.2f} %) are not "
-            "zero. Choosing by magnitude alone would have kept "
-            f"{100 * (share(too, kept) or 0):.1f} % of them too: the lower, the more the method "
-            "departs from magnitude. Within a group no position should be much preferred."
+            "zero. Magnitude pruning would have kept "
+            f"{100 * (share(too, kept) or 0):.1f} % of them, too: the lower, the more the method "
+            "differs from it. No position in a group should be kept much more often than others."
         ),
     }  # fmt: skip
 
@@ -259,16 +260,16 @@ def _times(facts: Facts) -> dict[str, Any]:
     return {
         "times": _figure(
             time_and_memory(blocks),
-            "Above: each block's seconds at the driver, by phase; below: the largest worker's "
-            'peak memory in each phase, in the same colours. "advance" is the pruned pass of one '
-            "block and the dense pass of the next in one.",
+            "Above: seconds of each block at the driver, by phase. Below: peak memory of the "
+            'largest worker in each phase, in the same colours. "advance" is the pruned pass of '
+            "one block together with the dense pass of the next.",
         )
         if all("phases" in block for block in blocks)
         else None,
         "time_words": (
             f"All phases of the blocks took {_in_words(wall)}"
-            f"{f', beside them {around}' if around else ''}. Of interrupted runs only what was "
-            f"committed is counted. Peak memory: {peaks}."
+            f"{f'; other phases: {around}' if around else ''}. Interrupted runs count only as far "
+            f"as their work was committed. Peak memory: {peaks}."
         ),
         "work_header": ["kind of work", "#seconds, mean of workers", "#% of all"],
         "work_rows": rows,
@@ -281,8 +282,8 @@ def _workers(facts: Facts) -> dict[str, Any]:
     return {
         "timeline": _figure(
             workers_timeline(spans, workers),
-            "What each worker was at, by phase. White: waiting for the others or for the driver, "
-            "or work that was lost and is not counted. Pauses of more than a minute are cut out.",
+            "When each worker was busy, by phase. White: waiting for other workers or for the "
+            "driver, or work that was lost. Pauses of more than a minute are cut out.",
         )
         if spans
         else None,
@@ -299,21 +300,21 @@ def _workers(facts: Facts) -> dict[str, Any]:
 
 
 def _failures(facts: Facts) -> list[tuple[str, str]]:
-    """Failed attempts: those of blocks as the records tell, others of the last run of the job."""
-    found = [
+    """Failed attempts: at blocks, from their records; others only from the last run of the job."""
+    failures = [
         (f"block {block['block']}", str(why))
         for block in facts.summary["blocks"]
         for why in block["failures"]
     ]
-    known = {what for what, _ in found}
+    known = {what for what, _ in failures}
     for failure in facts.status.get("failures", []):
         if failure["what"] not in known:
-            found.append((str(failure["what"]), str(failure["reason"])))
-    return found
+            failures.append((str(failure["what"]), str(failure["reason"])))
+    return failures
 
 
 def _settings(facts: Facts) -> list[tuple[str, Any]]:
-    """Options, those of the solver as they were resolved; what was not set is left out."""
+    """The options, those of the solver with defaults filled in; without those that are None."""
     options = {**facts.settings, **facts.solver}
     options |= {"dataset": facts.results["job"]["dataset"]["name"]}
     options |= {"forward_dtype": facts.results["job"]["forward_dtype"]}

@@ -1,4 +1,4 @@
-"""The report's figures, drawn by matplotlib and handed back as images that need no other file."""
+"""The figures of the report, drawn by matplotlib as data URIs of SVG images."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pipeline.config.pattern import Pattern
 from pipeline.reporting.layer_table import by_kind, kind_table, positions_kept, without_pauses
 from pipeline.runtime.units import duration
 
-# Okabe and Ito's colours, which the colour-blind tell apart, and more for models of many kinds.
+# The colour-blind-safe palette of Okabe and Ito, and more colours for models with many kinds.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#637939",
             "#7B4173", "#999999")  # fmt: skip
 _PHASES = ("embed", "propagate", "advance", "calibrate", "reduce", "choose", "solve")
-_WIDTH = 10.0  # inches, of 72 points
+_WIDTH = 10.0  # inches
 _LEGEND: dict[str, Any] = {
     "loc": "upper left",
     "bbox_to_anchor": (1.01, 1.02),
@@ -30,7 +30,7 @@ _LEGEND: dict[str, Any] = {
     "fontsize": 9,
 }
 _STYLE: dict[Any, Any] = {
-    # Text as text: small files, and the reader's own fonts.
+    # Text as text, not as outlines: small files, in the fonts of the reader.
     "svg.fonttype": "none",
     "svg.hashsalt": "prox24",
     "font.size": 10,
@@ -41,7 +41,7 @@ _STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "text.parse_math": False,
 }
-# More shapes than these are drawn as pixels: a figure of a large job stays small.
+# More shapes than this are rasterized, so that files stay small for large jobs.
 _MOST_SHAPES = 3000
 _PIXELS_PER_INCH = 200
 _LONGEST_PAUSE = 60.0  # seconds
@@ -49,8 +49,8 @@ _LANES_NAMED = 40
 
 
 def _image(draw: Callable[[Figure], None], height: float) -> str:
-    """A data URI of what `draw` draws, `height` inches high."""
-    # A home that cannot be written to, or a first look for fonts, is no news for a job's user.
+    """The drawing of `draw` as a data URI. height: in inches."""
+    # Users need not see its warnings about a home without write permission, or a font search.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, height))
@@ -61,7 +61,7 @@ def _image(draw: Callable[[Figure], None], height: float) -> str:
 
 
 def _axes(figure: Figure, *, bottom: float = 0.14, top: float = 0.94, left: float = 0.08) -> Axes:
-    """One pair of axes, with room for a legend on the right."""
+    """One pair of axes, with space for a legend on the right."""
     return figure.add_axes((left, bottom, 0.76 - left, top - bottom))
 
 
@@ -70,7 +70,7 @@ def _colour(number: int) -> str:
 
 
 def _scale(axes: Axes, which: str, layers: Sequence[Mapping[str, Any]]) -> None:
-    """The errors' axis ("x" or "y"): logarithmic where they differ by more than a factor of ten."""
+    """Sets up the error axis ("x" or "y"): logarithmic if errors differ by more than 10 times."""
     positive = [float(layer["relative_error"]) for layer in layers if layer["relative_error"] > 0]
     if positive and max(positive) > 10 * min(positive):
         axes.set(**{f"{which}scale": "log"})
@@ -81,22 +81,22 @@ def _scale(axes: Axes, which: str, layers: Sequence[Mapping[str, Any]]) -> None:
 
 
 def error_by_depth(layers: Sequence[Mapping[str, Any]], blocks: Sequence[Mapping[str, Any]]) -> str:
-    """Relative error of each kind of layer against the block; whole blocks in black."""
+    """Relative error of each kind of layer against the block; of whole blocks in black."""
 
     def draw(figure: Figure) -> None:
         axes = _axes(figure)
         many = len({layer["block"] for layer in layers}) > 40
         marker: dict[str, Any] = {"marker": "." if many else "o", "markersize": 4, "linewidth": 1.2}
         for number, (kind, members) in enumerate(by_kind(layers).items()):
-            found: dict[int, list[float]] = {}
+            errors: dict[int, list[float]] = {}
             for layer in members:
-                found.setdefault(layer["block"], []).append(float(layer["relative_error"]))
-            means = [fmean(errors) for errors in found.values()]
-            axes.plot(list(found), means, label=kind, color=_colour(number), **marker)
-            if len(members) > len(found):
-                lowest, highest = map(min, found.values()), map(max, found.values())
+                errors.setdefault(layer["block"], []).append(float(layer["relative_error"]))
+            means = [fmean(values) for values in errors.values()]
+            axes.plot(list(errors), means, label=kind, color=_colour(number), **marker)
+            if len(members) > len(errors):
+                lowest, highest = map(min, errors.values()), map(max, errors.values())
                 axes.fill_between(
-                    list(found), list(lowest), list(highest), color=_colour(number), alpha=0.15
+                    list(errors), list(lowest), list(highest), color=_colour(number), alpha=0.15
                 )
         known = [block for block in blocks if block["relative_error"] is not None]
         axes.plot(
@@ -113,7 +113,7 @@ def error_by_depth(layers: Sequence[Mapping[str, Any]], blocks: Sequence[Mapping
 
 
 def error_by_kind(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Every layer's relative error, in a row for each kind; medians as bars, the worst named."""
+    """Relative error of every layer, one row per kind; medians as bars, the worst block named."""
     table = kind_table(layers)
 
     def draw(figure: Figure) -> None:
@@ -139,7 +139,7 @@ def error_by_kind(layers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _ordered(phases: Sequence[str]) -> list[str]:
-    """The phases' names in the order of a block's work."""
+    """The distinct phases, in the order in which a block runs them."""
     return sorted(set(phases), key=lambda name: (name not in _PHASES, *_index(name)))
 
 
@@ -152,7 +152,7 @@ def _phase_colour(phase: str) -> str:
 
 
 def time_and_memory(blocks: Sequence[Mapping[str, Any]]) -> str:
-    """Each block's seconds by phase, stacked; under it the largest worker's peak in each phase."""
+    """Seconds of each block by phase, stacked; below, peak memory of the largest worker."""
 
     def draw(figure: Figure) -> None:
         above = figure.add_axes((0.08, 0.56, 0.68, 0.40))
@@ -191,7 +191,7 @@ def time_and_memory(blocks: Sequence[Mapping[str, Any]]) -> str:
 def workers_timeline(
     spans: Sequence[Mapping[str, Any]], workers: Sequence[Mapping[str, Any]]
 ) -> str:
-    """One lane per worker process: what it was at, and when. Long pauses are taken out."""
+    """One lane per worker process, with its phases over time. Long pauses are cut out."""
     moved, pauses = without_pauses(spans, _LONGEST_PAUSE)
     shapes = sum(len(span["workers"]) for span in moved)
     longest = max(span["start"] + span["seconds"] for span in moved)
@@ -229,7 +229,10 @@ def workers_timeline(
 def _bars(
     span: Mapping[str, Any], workers: Sequence[Mapping[str, Any]]
 ) -> list[tuple[int, float, float]]:
-    """Lane, start and seconds of each rank's part; ranks in one process take turns."""
+    """(lane, start, seconds) of each worker in a span.
+
+    Workers in the same process run one after another.
+    """
     bars = []
     ended: dict[tuple[Any, Any], float] = {}
     for lane, busy in zip(span["workers"], span["busy"], strict=True):
@@ -241,9 +244,9 @@ def _bars(
 
 
 def masks(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Left: the share of kept weights that magnitude would keep too. Right: positions in groups.
+    """Left: share of the kept weights that magnitude pruning keeps, too. Right: kept positions.
 
-    The right one is of the kinds of layers that have groups: unstructured ones have none.
+    The right plot shows the kinds of layers with N:M groups only.
     """
     table = [entry for entry in kind_table(layers) if entry["groups"]]
 
@@ -272,10 +275,10 @@ def _positions(axes: Axes, table: Sequence[Mapping[str, Any]]) -> None:
     shares = [
         positions_kept(entry["groups"], keep) for entry, keep in zip(table, keeps, strict=True)
     ]
-    names = list(dict.fromkeys(name for own in shares for name in own))
+    names = list(dict.fromkeys(name for by_positions in shares for name in by_positions))
     left = [0.0] * len(table)
     for number, name in enumerate(names):
-        widths = [100 * own.get(name, 0.0) for own in shares]
+        widths = [100 * by_positions.get(name, 0.0) for by_positions in shares]
         axes.barh(range(len(table)), widths, 0.8, left, label=_shown(name), color=_colour(number))
         left = [start + more for start, more in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(table)), [entry["kind"] for entry in table])
@@ -285,7 +288,7 @@ def _positions(axes: Axes, table: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _shown(positions: str) -> str:
-    """`1010` as boxes, `3` (see `positions_kept`) as a position."""
+    """A key of `positions_kept` as text: `1010` as boxes, `3` as a position."""
     if positions == "fewer":
         return "fewer kept"
     if len(positions) == 1:

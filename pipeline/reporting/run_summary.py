@@ -1,4 +1,4 @@
-"""What a finished job is known by, read from its run directory alone: needs no model, no Ray."""
+"""The settings and results of a finished job, read from its run directory; no model, no Ray."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from storage.run.directory import RunDirectory
 
 Scalar = str | int | float | bool | None
 
-# What decides how a perplexity compares with others.
+# Perplexities are comparable only where all of these are equal.
 _EVALUATION_SETTINGS = ("dataset", "revision", "seqlen", "nsamples", "dtype")
 
 
 @dataclass(frozen=True)
 class KindError:
-    """The layers of one kind (`self_attn.q_proj`), of all blocks: their objectives summed.
+    """The error of the layers of one kind (`self_attn.q_proj`) in all blocks together.
 
-    objective, objective_zero: see `pipeline.solvers.types.SolveReport`.
+    layers: their number. objective, objective_zero: sums over these layers; see
+    `pipeline.solvers.types.SolveReport`.
     """
 
     layers: int
@@ -36,7 +37,7 @@ class KindError:
 
     @property
     def relative_error(self) -> float:
-        """In per cent, as a block's."""
+        """In percent, as for a block."""
         return percentage(self.objective, self.objective_zero)
 
     def __add__(self, other: KindError) -> KindError:
@@ -54,12 +55,12 @@ NO_LAYERS = KindError(0, 0.0, 0.0)
 class RunSummary:
     """One finished job.
 
-    settings: everything that decides its result, flat, the solver's defaults filled in; with those
-    of its evaluation, where there is one. evaluation: `report/evaluation.json`, or None. kinds: by
-    kind of layer, in model order. statistic: what stood for H in the objectives; those of two
-    statistics do not compare. wall: seconds of all phases. seconds: those by kind of work. memory:
-    peak bytes (see `pipeline.records.summary.summarize`). world: ranks, at the end. weight_files:
-    SHA-256 of the source's files.
+    settings: everything that determines the result, flat, with the defaults of the solver, and with
+    the settings of its evaluation if there is one. evaluation: `report/evaluation.json`, or None.
+    kinds: by kind of layer, in model order. statistic: the form of H in the objectives, which are
+    comparable only with the same form. wall: seconds of all phases. seconds: by kind of work.
+    memory: peak bytes (see `pipeline.records.summary.summarize`). world: number of workers of the
+    last block. weight_files: name -> SHA-256 of the files of the source.
     """
 
     name: str
@@ -79,11 +80,11 @@ class RunSummary:
         return sum(self.kinds.values(), NO_LAYERS)
 
 
-def read_figures(path: Path, name: str) -> RunSummary:
-    """The figures of the job whose run directory, or whose OUTPUT, is `path`.
+def read_run_summary(path: Path, name: str) -> RunSummary:
+    """The summary of the job with run directory, or OUTPUT, `path`; `name` is its name in tables.
 
-    Raises `RunDirectoryError` where it is none, or its job has not finished, `CorruptFileError`
-    where a file of it is damaged.
+    Raises `RunDirectoryError` if there is no run directory or its job has not finished, and
+    `CorruptFileError` for a damaged file.
     """
     run = find_run_directory(path)
     state = read_status(run)["state"]
@@ -93,15 +94,15 @@ def read_figures(path: Path, name: str) -> RunSummary:
         )
     manifest, summary = read_json(run.manifest, MANIFEST_SCHEMA), read_summary(run)
     try:
-        return _figures(run, name, manifest, summary)
+        return _run_summary(run, name, manifest, summary)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(
-            f"{run.path}: run.json or report/summary.json is not as this prox24 writes it; use the "
-            "version that wrote it"
+            f"{run.path}: run.json or report/summary.json was written by another version of "
+            "prox24, or is damaged; use the version that wrote it"
         ) from error
 
 
-def _figures(
+def _run_summary(
     run: RunDirectory, name: str, manifest: dict[str, Any], summary: dict[str, Any]
 ) -> RunSummary:
     evaluation = read_evaluation(run)
@@ -110,11 +111,11 @@ def _figures(
     for block in summary["blocks"]:
         for layer, report in block["layers"].items():
             kind = kind_of(layer)
-            own = KindError(1, float(report["objective"]), float(report["objective_zero"]))
-            kinds[kind] = kinds.get(kind, NO_LAYERS) + own
+            error = KindError(1, float(report["objective"]), float(report["objective_zero"]))
+            kinds[kind] = kinds.get(kind, NO_LAYERS) + error
             statistics.add(str(report["statistic"]))
     job = manifest["job"]
-    # The solver's settings have the options of the same name with their defaults filled in.
+    # The settings of the solver are options, too, with defaults filled in.
     settings = {**job["settings"], **job["solver"]}
     settings |= {key: value for key, value in job.items() if key not in ("settings", "solver")}
     if evaluation is not None:
@@ -134,7 +135,7 @@ def _figures(
 
 
 def kind_of(layer: str) -> str:
-    """The kind of a layer: its name in the block, numbers (of experts) made alike."""
+    """The kind of a layer: its name in the block, with numbers (of experts) replaced by `*`."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer)
 
 

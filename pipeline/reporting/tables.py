@@ -1,4 +1,4 @@
-"""Tables of figures: one list of records, written as Markdown, CSV and parquet."""
+"""Tables of results, written as Markdown, CSV and Parquet."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from storage.files.commit import replace_file
 
 Value = str | int | float | bool | None
 
-# Of a SHA-256 people need no more than what tells it from another.
+# Only the first digits of a SHA-256 are shown.
 _HASH = re.compile(r"(?:sha256:)?([0-9a-f]{64})")
 _SHOWN_DIGITS = 12
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column: `name` for programs, `title` for people, `form` a format for its numbers.
+    """One column.
 
-    values: one per row; None where there is none. part: tables for people are one for each part.
+    name: for programs. title: for readers. part: Markdown has one table for each part. values: one
+    per row, None where there is none. form: format of the numbers.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Column:
     form: str = ""
 
     def shown(self, row: int) -> str:
-        """The value of a row as people read it."""
+        """The value of a row as text."""
         value = self.values[row]
         if value is None:
             return ""
@@ -43,14 +44,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Named rows and their columns; `notes` are what a reader must know, a sentence each."""
+    """Named rows and their columns. notes: sentences that a reader must know."""
 
     rows: tuple[str, ...]
     columns: tuple[Column, ...]
     notes: tuple[str, ...] = ()
 
     def parts(self) -> dict[str, list[Column]]:
-        """The columns by part, in order, without those that hold nothing."""
+        """The columns by part, in order, without empty ones."""
         parts: dict[str, list[Column]] = {}
         for column in self.columns:
             if any(value is not None for value in column.values):
@@ -59,7 +60,7 @@ class Table:
 
 
 def known_rows(columns: Sequence[Column]) -> list[int]:
-    """Numbers of the rows of which at least one of the columns knows something."""
+    """Indices of the rows in which at least one of the columns has a value."""
     rows = range(len(columns[0].values))
     return [row for row in rows if any(column.values[row] is not None for column in columns)]
 
@@ -81,7 +82,7 @@ def markdown(table: Table) -> str:
 
 
 def arrow(table: Table) -> Any:
-    """The same as a `pyarrow.Table`: `run`, then a column for each of the table's."""
+    """The table as a `pyarrow.Table`: `run`, then its columns."""
     import pyarrow as pa  # in functions: the commands that print tables start without it
 
     data = {"run": pa.array(table.rows, pa.string())}
@@ -113,7 +114,7 @@ def write_table(
 
 
 def _array(values: Sequence[Value]) -> Any:
-    """A column of one type: text where the values are of several."""
+    """The values as an Arrow array: floats for numbers of two types, else text for mixed types."""
     import pyarrow as pa
 
     kinds = {type(value) for value in values if value is not None}

@@ -1,4 +1,4 @@
-"""Makes `report/report.html` and `report/report.parquet` of a finished job, or makes them again."""
+"""Writes `report/report.html` and `report/report.parquet` of a finished job, also again later."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ _LAYER_FIELDS = {
 def leave_report(
     run: RunDirectory, output: Place, job: dict[str, Any], lock: RunLock, progress: Progress
 ) -> None:
-    """The last step of a job, whose output is whole: where it fails, one line says so.
+    """The last step of a job, after its output is complete. A failure is only noted in one line.
 
-    Raises `RunDirectoryError` where another process has taken the run over.
+    Raises `RunDirectoryError` where another process has taken over the run.
     """
     progress.phase("report")
     try:
         results = finished_output(output, job)
         if results is None:
-            raise CorruptFileError(f"{output}: its prox24.json is gone")
+            raise CorruptFileError(f"{output}: its prox24.json is missing")
         replace_json(run.report() / _COPY_NAME, results, guard=lock.assert_held)
         make_report(run, results, lock.assert_held)
     except Exception as error:
@@ -65,12 +65,12 @@ def leave_report(
 def make_report(
     run: RunDirectory, results: Mapping[str, Any], guard: Callable[[], None] | None = None
 ) -> Path:
-    """Writes page and table into the run directory's `report/`; returns the page's path.
+    """Writes page and table into `report/` of the run directory; returns the path of the page.
 
-    results: what the output's `prox24.json` says. `guard` as in `replace_file`. Raises
-    `CorruptFileError` where what the report is made from is damaged or of another version.
+    results: `prox24.json` of the output. guard: as in `replace_file`. Raises `CorruptFileError`
+    where a record of the job is damaged or was written by another version.
     """
-    # Drawing takes a second to import, and most commands do not draw.
+    # Importing matplotlib takes a second, and most commands do not draw.
     from pipeline.reporting.page import report_page
 
     try:
@@ -79,8 +79,8 @@ def make_report(
         page = report_page(facts)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CorruptFileError(
-            f"{run.report()}: not as this prox24 leaves it ({type(error).__name__}: {error}); use "
-            "the version that ran the job"
+            f"{run.report()}: its records are damaged or of another version of prox24 "
+            f"({type(error).__name__}: {error}); use the version that ran the job"
         ) from error
     for name, raw in ((TABLE_NAME, table), (PAGE_NAME, page.encode("utf-8"))):
         with replace_file(run.report() / name, guard) as writer:
@@ -89,10 +89,10 @@ def make_report(
 
 
 def report_again(path: Path) -> Path:
-    """Makes the report of the finished job in the run directory `path` (or beside OUTPUT `path`).
+    """Makes the report of the finished job with run directory, or OUTPUT, `path`.
 
-    Returns the page's path. Needs neither the models nor a cluster, and no lock: the files are
-    replaced whole. Raises `RunDirectoryError` where no finished job is there.
+    Returns the path of the page. Needs no models, no cluster, and no lock, since files are replaced
+    as a whole. Raises `RunDirectoryError` where there is no finished job.
     """
     run = find_run_directory(path)
     manifest = read_manifest(run)
@@ -104,8 +104,8 @@ def report_again(path: Path) -> Path:
             results = finished_output(place(output), manifest["job"])
     if results is None:
         raise RunDirectoryError(
-            f"{run.path}: no finished job, so there is nothing to report; `prox24 status` tells "
-            "how far it is"
+            f"{run.path}: no finished job, so there is nothing to report; `prox24 status` shows "
+            "its progress"
         )
     return make_report(run, results)
 

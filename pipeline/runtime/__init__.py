@@ -1,1 +1,1 @@
-"""The machine under a job: devices, threads, clocks, free memory, and how work is divided."""
+"""Devices, threads, clocks, free memory, and how work is divided over the workers."""

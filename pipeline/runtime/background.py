@@ -1,6 +1,6 @@
-"""One thread for what the device need not wait for: reading ahead, writing behind.
+"""A background thread that reads ahead and writes behind while the device computes.
 
-Hashing, copying and disk calls let go of Python's lock, so they run beside the computation.
+Hashing, copying and disk calls release Python's global lock, so they overlap with computation.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ R = TypeVar("R")
 
 
 class Background:
-    """Runs functions one after another in a thread of its own, made when first needed."""
+    """Runs functions one after another in a thread, which is started when first needed."""
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
 
     def submit(self, function: Callable[[], R]) -> Future[R]:
-        """Begins with `function` once what was submitted before is done."""
+        """Runs `function` after all functions that were submitted before."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="prox24-background")
         return self._pool.submit(function)
 
     def ahead(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """`map(function, items)`, the next result being made while the caller uses the last one."""
+        """`map(function, items)`; the next result is computed while the caller uses this one."""
         coming: Future[R] | None = None
         try:
             for item in items:
@@ -42,19 +42,19 @@ class Background:
 
 
 class Behind:
-    """Writes that are waited for one write later; at most one is under way."""
+    """Writes in the background, at most one at a time; each is waited for before the next."""
 
     def __init__(self, background: Background) -> None:
         self._background = background
         self._writing: Future[None] | None = None
 
     def add(self, function: Callable[[], None]) -> None:
-        """Waits for the write before, raising its error, and begins with this one."""
+        """Waits for the previous write, raising its error, and starts this one."""
         self.wait()
         self._writing = self._background.submit(function)
 
     def wait(self) -> None:
-        """Waits for the write that is under way; raises its error."""
+        """Waits for the current write, if any; raises its error."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()

@@ -1,4 +1,4 @@
-"""The device that a rank computes on, and what makes its results repeatable."""
+"""The device that a worker computes on, its free memory, and settings for repeatable results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from storage.errors import ConfigError, first_line
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device that `--device` names; by default the GPU where there is one.
+    """The device of `--device`; None: a GPU if there is one, else the CPU.
 
     Raises `ConfigError` for a device that this machine does not have.
     """
@@ -27,9 +27,10 @@ def choose_device(name: str | None) -> torch.device:
 
 @dataclass(frozen=True)
 class FreeMemory:
-    """What a rank finds free: on its node, in bytes of memory, and on its GPU, if it has one.
+    """The free memory of a worker.
 
-    gpu names the GPU, which several ranks may share; total is its memory in bytes.
+    node: its name. host: free bytes of the node. gpu: UUID of the GPU, which several workers may
+    share; None on a CPU. free, total: free and total bytes of the GPU; 0 on a CPU.
     """
 
     node: str
@@ -40,7 +41,7 @@ class FreeMemory:
 
 
 def free_memory_on(device: torch.device) -> FreeMemory:
-    """The room that a rank on `device` has now."""
+    """The memory that a worker on `device` has free now."""
     node, host = platform.node(), available_memory()
     if device.type != "cuda":
         return FreeMemory(node, host)
@@ -50,9 +51,9 @@ def free_memory_on(device: torch.device) -> FreeMemory:
 
 
 def statistics_room(device: torch.device) -> float | None:
-    """Bytes of statistics that a device should hold at once; None for any number.
+    """The most bytes of statistics that a device should hold at once; None for no limit.
 
-    Half of a GPU: a solve takes two matrices more, of one group at a time.
+    On a GPU it is half of its memory: solves need two more matrices, of one group at a time.
     """
     if device.type != "cuda":
         return None
@@ -60,8 +61,8 @@ def statistics_room(device: torch.device) -> float | None:
 
 
 def make_deterministic(threads: int) -> None:
-    """Fixes what lets equal inputs give unequal bytes: thread count and kernel choice."""
-    # Read by cuBLAS when its first handle is made.
+    """Fixes the number of threads and the choice of kernels: equal inputs then give equal bytes."""
+    # cuBLAS reads it when its first handle is created.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False

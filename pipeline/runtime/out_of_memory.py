@@ -1,4 +1,4 @@
-"""Running out of memory: how it is recognised, and what to lower."""
+"""Out-of-memory errors: how they are recognised, and what the user can lower."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from storage.errors import ResourceError
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a phase ended because an allocation failed, on a GPU or in host memory."""
+    """Whether an error is a failed allocation, on a GPU or in host memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # torch has no type of its own for a failed allocation on the host.
+    # torch has no error class for a failed allocation on the host.
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 @contextmanager
 def explaining(phase: str, block: int | None) -> Iterator[None]:
-    """Raises `ResourceError` for a phase that runs out of memory; other errors as they are."""
+    """Raises `ResourceError` for an out-of-memory error inside; other errors pass unchanged."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -30,14 +30,14 @@ def explaining(phase: str, block: int | None) -> Iterator[None]:
 
 
 def explained(error: Exception, phase: str, block: int | None) -> ResourceError:
-    """The error for people: which block and phase, and what to lower."""
+    """The error for users, with block, phase and what to lower."""
     of_block = "" if block is None else f"block {block}, "
     first = " ".join(str(error).split(".")[0].split()) or type(error).__name__
     return ResourceError(f"{of_block}phase {phase}: out of memory ({first}); {remedy(phase)}")
 
 
 def remedy(phase: str) -> str:
-    """What to lower, by what takes the memory in a phase."""
+    """What the user can lower or add, depending on the phase."""
     nodes = "fewer workers on a node (--workers), or nodes with more memory"
     if phase in ("embed", "calibrate", "advance", "propagate"):
         return f"lower --batch-size (of a new job), or use {nodes}"

@@ -1,4 +1,4 @@
-"""What a long job tells the person who waits, without knowing how it is shown."""
+"""How a long job reports its progress, independent of how it is shown."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told of every step of a job; drawn by the command line, ignored in tests."""
+    """Gets every step of a job. The command line shows them; tests ignore them."""
 
     def begin(self, title: str, blocks: int, done: int) -> None:
-        """A job over `blocks` blocks starts, `done` of which an earlier run has finished."""
+        """A job of `blocks` blocks starts; earlier runs have finished `done` of them."""
         ...
 
     def phase(self, name: str, block: int | None = None) -> None:
@@ -17,24 +17,24 @@ class Progress(Protocol):
         ...
 
     def block_done(self, block: int, relative_error: float | None) -> None:
-        """A block is committed; its error is in per cent, None where none is known."""
+        """A block is committed. relative_error: in percent, None where it is unknown."""
         ...
 
     def attempt_failed(self, what: str, attempt: int, attempts: int, reason: str) -> None:
-        """`what` (a block or a phase) failed for the `attempt`-th time and is tried again."""
+        """Attempt number `attempt` at `what` (a block or a phase) failed; it is tried again."""
         ...
 
     def note(self, message: str) -> None:
-        """Something that the user should know, once."""
+        """A message for the user."""
         ...
 
     def end(self) -> None:
-        """The job is over, well or not; called once."""
+        """The job has ended, with or without an error; called once."""
         ...
 
 
 class Silent:
-    """Shows nothing."""
+    """A `Progress` that shows nothing."""
 
     def begin(self, title: str, blocks: int, done: int) -> None:
         """Nothing."""

@@ -1,10 +1,10 @@
-"""Where time and memory go: one stopwatch per worker, peaks read from the system.
+"""Measures time and memory: one stopwatch per worker, peaks of memory read from the system.
 
-What a worker counts besides, by name (`Stopwatch.count`): `tokens` that blocks were run on,
-`solved_weights`, bytes that were moved (`activations_read_bytes`, `activations_written_bytes`,
-`weights_read_bytes`, `slices_read_bytes`, `slices_written_bytes`, `output_written_bytes`,
-`statistics_sent_bytes` to other workers), and `statistics_bytes`, the size of what was summed.
-Bytes are those of the tensors or files: a hash that is compared first reads a file once more.
+A worker also counts (`Stopwatch.count`): `tokens` that blocks were run on, `solved_weights`, bytes
+that were moved (`activations_read_bytes`, `activations_written_bytes`, `weights_read_bytes`,
+`slices_read_bytes`, `slices_written_bytes`, `output_written_bytes`, and `statistics_sent_bytes` to
+other workers), and `statistics_bytes`, the size of the sums. Bytes are those of tensors or files:
+reading a file again to compare its hash does not count.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch
 
 
 class Stopwatch:
-    """Seconds by kind of work. Nested timings are exclusive: the inner one is taken off the outer.
+    """Seconds by kind of work. Nested timings are exclusive: the outer one excludes the inner one.
 
-    On a GPU each boundary waits for the device, or a kernel's time would land on whoever waits.
-    With `trace` each stretch is kept as (kind, start in seconds since the epoch, seconds).
+    On a GPU each start and end waits for the device, so that kernels count as the right kind.
+    With `trace` each interval is kept as (kind, start in seconds since the epoch, seconds).
     """
 
     def __init__(self, device: torch.device, *, trace: bool = False) -> None:
@@ -59,16 +59,16 @@ class Stopwatch:
                 self.events.append((kind, time.time() - elapsed, elapsed))
 
     def count(self, name: str, amount: int) -> None:
-        """Adds to what is counted under `name`."""
+        """Adds `amount` to the count `name`."""
         self.counts[name] = self.counts.get(name, 0) + amount
 
     def take_counts(self) -> dict[str, int]:
-        """What was counted since the last call."""
+        """The counts since the last call, by name."""
         counts, self.counts = self.counts, {}
         return counts
 
     def take_events(self) -> tuple[tuple[str, float, float], ...]:
-        """The stretches since the last call; none without `trace`."""
+        """The intervals since the last call; none without `trace`."""
         events, self.events = self.events, []
         return tuple(events)
 
@@ -79,7 +79,7 @@ class Stopwatch:
 
 
 def reset_peaks(device: torch.device) -> None:
-    """Starts the peaks of host and device memory anew, where the system lets us."""
+    """Resets the peaks of host and device memory, where the system allows it."""
     with contextlib.suppress(OSError):
         # 5: reset the peak resident set size (proc(5)).
         Path("/proc/self/clear_refs").write_text("5")

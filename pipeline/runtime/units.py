@@ -1,17 +1,17 @@
-"""Figures as people read them, the same in messages, tables and reports."""
+"""Durations and sizes as text, for messages, tables and reports."""
 
 from __future__ import annotations
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03`, `2:03` or `0:03`."""
+    """Hours, minutes and seconds: `1:02:03`, `2:03` or `0:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def size(count: int) -> str:
-    """`512 B`, `1.5 MB`, `34.1 GB`: decimal units, as in other messages."""
+    """Bytes in decimal units: `512 B`, `1.5 MB`, `34.1 GB`."""
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB", "PB"):
         if value < 1000:

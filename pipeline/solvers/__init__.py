@@ -1,6 +1,6 @@
-"""Layer-wise pruning. All are pure functions of tensors: no files, devices, clocks or logging.
+"""Layer-wise pruning: pure functions of tensors, without files, clocks or logging.
 
-`registry.solver_for(settings)` gives a method's solver. `methods/` holds the methods, one file
-each; `base` what they share; `kernels/` their inner loops for numba, Triton and plain torch.
-Importing this package imports nothing.
+`registry.solver_for(settings)` returns the solver of a method. `methods/` has one file per method,
+`base` what they share, `kernels/` their inner loops in numba, Triton and plain torch.
+Importing this package imports nothing else.
 """

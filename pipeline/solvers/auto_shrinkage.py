@@ -1,9 +1,8 @@
-"""``--shrinkage auto``: the regularization of a group chosen on two halves of the calibration.
+"""`--shrinkage auto`: chooses the regularization of a group on two halves of the calibration.
 
-A few settings are solved on the statistics of one half and judged on the other: the estimate
-made from the counts (regularize.estimate), weaker and stronger ones, and Wanda, which is what
-full shrinkage means. What is carried over to the whole is the factor on the estimate, which
-itself knows that there are twice as many tokens.
+A few settings are solved on the statistics of one half and evaluated on the other half: the
+estimate (`hessian.estimate`), weaker and stronger ones, and Wanda, which equals full shrinkage.
+The result is the best factors on the estimate, applied to the estimate from all tokens.
 """
 
 from __future__ import annotations
@@ -24,15 +23,19 @@ from pipeline.solvers.types import Statistics, percentage
 
 # Factors on the estimated (damping, shrinkage), in the order in which they are tried.
 _FACTORS = ((1.0, 1.0), (0.2, 0.2), (1.0, 4.0), (4.0, 1.0), (0.2, 1.0), (0.05, 0.05))
-# A trial: one inverse, few iterations, and one row in eight.
-# Of the solve; the rest up to a quarter goes to the estimates and the judging.
+# Time of all trials as a share of the solve. With estimates and evaluation it is about a quarter.
 _TRIAL_SHARE = 0.15
+# A trial has one inverse, few iterations, and one row in eight.
 _TRIAL_ITERATIONS, _ROW_SHARE, _LEAST_ROWS = 20, 8, 16
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting solved on a half of the calibration; relative error in percent on the other."""
+    """One setting, solved on one half of the calibration.
+
+    damping_factor, shrinkage_factor: its factors on the estimate. relative_error: on the other
+    half, in percent.
+    """
 
     damping: float
     shrinkage: float
@@ -43,14 +46,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class RegularizationChoice:
-    """Damping and shrinkage for a group, to be put in its settings, and the trials behind them."""
+    """The damping and shrinkage chosen for a group, and the trials they were chosen from."""
 
     damping: float
     shrinkage: float
     trials: tuple[Trial, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of JSON values; ``damping`` and ``shrinkage`` are fields of the settings."""
+        """The fields as a dict of JSON values."""
         return {**asdict(self), "trials": [asdict(trial) for trial in self.trials]}
 
 
@@ -61,29 +64,29 @@ def choose_regularization(
 ) -> RegularizationChoice:
     """Choose damping and shrinkage for layers that share an input.
 
-    weights: name -> (R_i, C), all rows of every layer of the group, so that every rank that asks
-    gets the same answer. halves: full statistics of two halves of the calibration sequences.
-    The trials cost at most about a quarter of a solve: where the rows are few beside the columns,
-    fewer settings are tried. Where Wanda is better than all of them, the choice is full shrinkage.
-    Raises NumericalError as a solve would.
+    weights: name -> (R_i, C), all rows of all layers of the group, so that the choice does not
+    depend on the worker. halves: full statistics of the two halves of the calibration sequences.
+    The trials take at most about a quarter of the time of a solve: with few rows compared with the
+    columns, fewer settings are tried. If Wanda is the best of all, the choice is full shrinkage.
+    Raises NumericalError as a solve does.
     """
     rows = _sample(weights)
     total = sum(len(weight) for weight in weights.values())
-    fit, judge = halves
+    fit, held_out = halves
     damping, shrinkage = estimate(fit)
-    zero = float(objective(torch.zeros_like(rows), rows, judge).sum())
+    zero = float(objective(torch.zeros_like(rows), rows, held_out).sum())
 
-    def held_out(solver: ProxAdmmSolver | WandaSolver) -> float:
+    def held_out_error(solver: ProxAdmmSolver | WandaSolver) -> float:
         solved = solver.weights(rows, solver.prepare(fit))
-        return percentage(float(objective(solved, rows, judge).sum()), zero)
+        return percentage(float(objective(solved, rows, held_out).sum()), zero)
 
     wanda = WandaSolver(SolverSettings(method="wanda", pattern=settings.pattern))
-    trials = [Trial(0.0, 1.0, 0.0, 0.0, held_out(wanda))]
+    trials = [Trial(0.0, 1.0, 0.0, 0.0, held_out_error(wanda))]
     for by_damping, by_shrinkage in _FACTORS[
         : _affordable(total, len(rows), fit.columns, settings)
     ]:
         tried = (by_damping * damping, min(by_shrinkage * shrinkage, 1.0))
-        error = held_out(ProxAdmmSolver(_trial_settings(settings, *tried)))
+        error = held_out_error(ProxAdmmSolver(_trial_settings(settings, *tried)))
         trials.append(Trial(*tried, by_damping, by_shrinkage, error))
     best = min(trials, key=lambda trial: trial.relative_error)
     if best is trials[0]:
@@ -95,14 +98,17 @@ def choose_regularization(
 
 
 def _sample(weights: Mapping[str, Tensor]) -> Tensor:
-    """Every eighth row of every layer, at least 16 rows of the group: (R', C) fp32."""
+    """Every eighth row of every layer, or more so that the group has 16 rows: (R', C) fp32."""
     total = sum(len(weight) for weight in weights.values())
     step = max(1, min(_ROW_SHARE, total // _LEAST_ROWS))
     return torch.cat([weight.detach()[::step].float() for weight in weights.values()])
 
 
 def _affordable(total: int, sampled: int, columns: int, settings: SolverSettings) -> int:
-    """How many trials the share of a solve pays for, at least one; in units of one inverse."""
+    """How many trials fit into `_TRIAL_SHARE` of a solve, at least one.
+
+    total, sampled: rows of the group, and of a trial. Times are in units of one inverse.
+    """
     solve = 2 + total / columns * (settings.admm_iterations + 14)
     products = _TRIAL_ITERATIONS + 4
     trial = 1 + sampled / columns * products
@@ -110,7 +116,7 @@ def _affordable(total: int, sampled: int, columns: int, settings: SolverSettings
 
 
 def _trial_settings(settings: SolverSettings, damping: float, shrinkage: float) -> SolverSettings:
-    """A short prox_admm: one inverse at a strong penalty, lambda to the same end in fewer steps."""
+    """A short prox_admm: one inverse at a large rho, and lambda grows to the same end faster."""
     end = settings.admm_lambda * settings.admm_lambda_growth ** (settings.admm_iterations)
     return replace(
         settings,

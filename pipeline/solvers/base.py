@@ -1,4 +1,7 @@
-"""What all methods share: checks, stacking the rows of a group, refinement, reports."""
+"""What all methods share: checks, stacking the rows of a group's layers, refinement, reports.
+
+Shapes: R rows (output features), C columns (input features).
+"""
 
 from __future__ import annotations
 
@@ -36,10 +39,11 @@ _ROW_TILE = 16
 
 @dataclass(frozen=True)
 class GroupData:
-    """What a method derived from the statistics of a group of layers with the same input.
+    """What a method computed once from the statistics of a group of layers that share an input.
 
-    problem: the regularized Hessian, where the method or its refinement needs one. matrix: a
-    (C, C) fp32 that belongs to the method. eigenvalue: the largest of H~, for ``prox``.
+    problem: the regularized Hessian, where the method or its refinement needs it. matrix: a
+    (C, C) fp32 matrix of the method, such as a factor. eigenvalue: the largest one of H~, which
+    `prox` needs. deviations: see `SolveReport`.
     """
 
     statistics: Statistics | None
@@ -50,11 +54,13 @@ class GroupData:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A method's result before refinement: weight (R, C) fp32, the mask (R, C) bool of what may be
-    non-zero, iterations run, and the share of every row's support the last step changed, (R,).
+class MethodResult:
+    """The result of a method before refinement.
 
-    problem: the problem that was solved, if not the prepared one (its damping was raised).
+    weight: (R, C) fp32. mask: (R, C) bool, True where a weight may be non-zero. iterations: how
+    many were run. support_change: (R,) fp32, share of each row's support that the last step
+    changed. blocksize: the lazy block size that was used, if any. problem: the problem that was
+    solved, where it is not the prepared one because its damping was raised.
     """
 
     weight: Tensor
@@ -68,26 +74,25 @@ class Found:
 class BaseSolver(ABC):
     """One method with its settings.
 
-    A subclass gives ``statistic``, ``_find`` and, where it computes something per group,
-    ``_derive``; and what its solve takes: ``method_cost``, ``method_counts``, ``matrix_bytes``,
-    ``rows_held``.
+    A subclass defines `statistic` and `_find`, and `_derive` if it computes something once per
+    group. It states its cost by `method_cost`, `method_counts`, `matrix_bytes` and `rows_held`.
     """
 
-    # What the choice itself needs of the inputs: "none", "diagonal" or "full".
+    # The statistic of the inputs that choosing the mask needs: "none", "diagonal" or "full".
     statistic: ClassVar[str] = "full"
-    # Chooses by a score of each weight, and leaves the kept ones as they are.
+    # True: keeps the weights with the best scores, without changing their values.
     by_score: ClassVar[bool] = False
-    # Looks for the mask and the weights together.
+    # True: optimizes mask and weights together.
     joint: ClassVar[bool] = False
-    # Compiles kernels in a CPU worker.
+    # True: compiles kernels in a CPU worker.
     compiles: ClassVar[bool] = False
-    # Writes the Hessian down where it is given as inputs.
+    # True: forms the C x C Hessian even where the statistics are inputs.
     writes_hessian: ClassVar[bool] = False
-    # Matrices of the rows' size, fp32, that it holds at most, besides C x C.
+    # The most (R, C) fp32 matrices that a solve holds at once, besides C x C matrices.
     rows_held: ClassVar[int] = 9
-    # The fields of `SolverSettings` that this method alone reads.
-    own_settings: ClassVar[tuple[str, ...]] = ()
-    # What to try where the last step still changed much of the mask; None: not a sign of anything.
+    # The fields of `SolverSettings` that only this method reads.
+    method_settings: ClassVar[tuple[str, ...]] = ()
+    # Advice where the last step still changed much of the mask; None where that means nothing.
     unsettled_advice: ClassVar[str | None] = None
 
     def __init__(self, settings: SolverSettings) -> None:
@@ -96,16 +101,20 @@ class BaseSolver(ABC):
 
     @property
     def needs(self) -> str:
-        """ "none", "diagonal" or "full"; an explicit refinement makes it "full"."""
+        """The statistic of a solve: that of the method, or "full" if there is a refinement."""
         return self.statistic if self.settings.refine == "none" else "full"
 
     @property
     def separable(self) -> bool:
-        """Whether a row slice solves to the same as those rows in the whole layer."""
+        """Whether a row slice, solved alone, gives the same bytes as in the whole layer."""
         return True
 
     def prepare(self, statistics: Statistics | None) -> GroupData:
-        """Everything that belongs to the group. Raises NumericalError, ConfigError."""
+        """What all layers of a group share, computed from its statistics.
+
+        Raises NumericalError for missing or invalid statistics, ConfigError where the pattern does
+        not divide C.
+        """
         if statistics is None:
             if self.needs != "none":
                 raise NumericalError(f"{self.settings.method} needs {self.needs} statistics")
@@ -119,21 +128,22 @@ class BaseSolver(ABC):
         return self._derive(GroupData(statistics))
 
     def solve(self, weight: Tensor, prepared: GroupData) -> Solution:
-        """Prune one layer or row slice: (R, C) of any float dtype, left as it is."""
+        """Prune one layer or row slice: (R, C) of any float dtype, which is not changed."""
         return self.solve_group({"": weight}, prepared)[""]
 
     def weights(self, weight: Tensor, prepared: GroupData) -> Tensor:
-        """(R, C) fp32: what the method itself finds, without refinement and report."""
+        """The pruned weight (R, C) fp32 of the method, without refinement and report."""
         return self._find(self._stack({"": weight}), prepared).weight[: len(weight)]
 
     def solve_group(
         self, weights: Mapping[str, Tensor], prepared: GroupData
     ) -> dict[str, Solution]:
-        """Prune layers, or row slices of layers, that share the input of ``prepared``.
+        """Prune layers, or row slices of layers, that share the input of `prepared`.
 
-        weights: name -> (R_i, C) of any float dtype on the statistics' device; R_i may be 0.
-        Rows are stacked, so that factorizations and products serve all layers at once.
-        Raises NumericalError naming the layer for NaN or Inf in a weight, before any work.
+        weights: name -> (R_i, C) of any float dtype, on the device of the statistics; R_i may be 0.
+        Their rows are stacked and solved together.
+        Raises NumericalError, naming the layer, for a wrong shape or NaN or Inf in a weight; all
+        weights are checked first.
         """
         for name, weight in weights.items():
             self._check_weight(name, weight, prepared)
@@ -145,26 +155,26 @@ class BaseSolver(ABC):
         if not weights:
             return {}
         original = self._stack(weights)
-        found = self._find(original, prepared)
-        problem = found.problem or prepared.problem
-        refined = self._refine(found, original, problem, prepared)
+        result = self._find(original, prepared)
+        problem = result.problem or prepared.problem
+        refined = self._refine(result, original, problem, prepared)
         zero = objective(torch.zeros_like(original), original, prepared.statistics)
         solutions: dict[str, Solution] = {}
         start = 0
         for name, weight in weights.items():
             rows = slice(start, start + weight.shape[0])
-            report = self._report(found, refined, zero, rows, problem, prepared)
-            # Adding zero turns -0 into 0: pruned entries have one bit pattern.
+            report = self._report(result, refined, zero, rows, problem, prepared)
+            # -0.0 + 0.0 is 0.0: all pruned entries have the same bits.
             solutions[name] = Solution(refined.weight[rows] + 0.0, report)
             start = rows.stop
         return solutions
 
     def _stack(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """The rows of all layers, (R, C) fp32, and zero rows up to a multiple of 16.
+        """The rows of all layers, (R, C) fp32, padded with zero rows to a multiple of 16.
 
-        A CPU product takes other paths for a handful of rows or an odd rest, and rounds there in
-        another order; with whole tiles a slice gives the same bytes as the layer. Zero rows are
-        left out where rows are compared with each other.
+        CPU matrix products use other code, which rounds in another order, for few rows and for
+        remainders of a tile. With whole tiles a row slice gives the same bytes as the whole layer.
+        There is no padding where the method compares rows with each other.
         """
         parts = [weight.detach().float() for weight in weights.values()]
         missing = -sum(len(part) for part in parts) % _ROW_TILE
@@ -173,52 +183,55 @@ class BaseSolver(ABC):
         return torch.cat(parts)
 
     @abstractmethod
-    def _find(self, original: Tensor, prepared: GroupData) -> Found:
-        """Choose mask and weights for (R, C) fp32, which must not be changed."""
+    def _find(self, original: Tensor, prepared: GroupData) -> MethodResult:
+        """Choose mask and weights for `original` (R, C) fp32, which must not be changed."""
 
     def _derive(self, prepared: GroupData) -> GroupData:
-        """Add what the method itself computes once per group."""
+        """`prepared` with what the method computes once per group added."""
         return prepared
 
-    # -- what a solve takes -----------------------------------------------------------------
+    # -- time and memory of a solve -------------------------------------------------------------
 
     def method_cost(self, columns: int) -> MethodCost:
-        """The method's own part of `cost`."""
+        """The part of `cost` that is due to the method: no refinement, no objectives."""
         return MethodCost()
 
     def method_counts(self, rows: int, columns: int, device: str) -> SolveCounts:
-        """The method's own counts for (rows, columns) on a torch device type, with a Hessian."""
+        """The method's counts for (R, C) with a Hessian; `device`: a torch device type."""
         return SolveCounts(moved=60.0 * rows * columns, operators=40)
 
     def matrix_bytes(self, columns: float) -> float:
-        """Bytes of what the method derives of a Hessian (C, C)."""
+        """Bytes of what the method computes from a Hessian (C, C)."""
         return 0.0
 
     def cost(self, columns: int) -> SolveCost:
-        """For layers with ``columns`` inputs. Deterministic: every worker must agree on it."""
-        own, refined = self.method_cost(columns), self.settings.refine != "none"
-        # Refinement: one product a step, one for its start. Objectives: at zero, before, after.
+        """The cost of layers with `columns` inputs. Deterministic: all workers must agree on it."""
+        method, refined = self.method_cost(columns), self.settings.refine != "none"
+        # Refinement: one product per step and one to start. Objectives: at zero, before, after.
         products = (self.settings.refine_steps or 0) + 1 if refined else 0
-        products += own.products + (1 if self.by_score and not refined else 3)
-        per_row = products * 2.0 * columns**2 + own.per_row
-        return SolveCost(own.fixed, per_row, products)
+        products += method.products + (1 if self.by_score and not refined else 3)
+        per_row = products * 2.0 * columns**2 + method.per_row
+        return SolveCost(method.fixed, per_row, products)
 
     def counts_of_inputs(self, whole: SolveCounts, columns: int, inputs: float) -> SolveCounts:
-        """``whole``, the counts with a Hessian, if it is solved from n inputs (Woodbury)."""
+        """The counts with n inputs in place of the Hessian, from `whole`, those with a Hessian.
+
+        H is then used as inputs^T inputs, and its inverse through Woodbury's identity.
+        """
         other = whole.other
         if self.settings.shrinkage == ESTIMATE or self.writes_hessian:
-            other += 2.0 * inputs * columns**2  # all entries of H are made once
+            other += 2.0 * inputs * columns**2  # all entries of H are computed once
         return replace(
             whole,
             products=2 * inputs / columns * whole.products,
-            # One product with (C, n).
+            # One product with (C, n) each.
             wide=whole.wide * (inputs / columns) / objective_share(columns),
             other=other,
             inverse=0.0,
         )
 
     def matrix_bytes_of_inputs(self, rows: int, columns: float, inputs: float) -> float:
-        """Bytes of what the method derives of n inputs (n, C), for padded rows."""
+        """Bytes of what the method computes from n inputs (n, C); `rows` are padded rows."""
         return 4.0 * inputs * rows + entry_bytes(columns, inputs)
 
     def _check_weight(self, name: str, weight: Tensor, prepared: GroupData) -> None:
@@ -236,18 +249,22 @@ class BaseSolver(ABC):
             raise NumericalError(f"{label}the weight holds NaN or Inf")
 
     def _refine(
-        self, found: Found, original: Tensor, problem: ScaledHessian | None, prepared: GroupData
+        self,
+        result: MethodResult,
+        original: Tensor,
+        problem: ScaledHessian | None,
+        prepared: GroupData,
     ) -> Refined:
         kind, steps = self.settings.refine, self.settings.refine_steps or 0
         if problem is None or kind == "none":
-            value = objective(found.weight, original, prepared.statistics)
+            value = objective(result.weight, original, prepared.statistics)
             untouched = torch.zeros(len(value), dtype=torch.bool, device=value.device)
-            return Refined(found.weight, value, value, untouched)
-        return refine(found.weight, original, problem, kind, steps, found.mask)
+            return Refined(result.weight, value, value, untouched)
+        return refine(result.weight, original, problem, kind, steps, result.mask)
 
     def _report(
         self,
-        found: Found,
+        result: MethodResult,
         refined: Refined,
         zero: Tensor,
         rows: slice,
@@ -256,7 +273,7 @@ class BaseSolver(ABC):
     ) -> SolveReport:
         settings = self.settings
         count = rows.stop - rows.start
-        facts: dict[str, Any] = {
+        objectives: dict[str, Any] = {
             "objective_zero": total_of_rows(zero[rows]),
             "objective_before": total_of_rows(refined.before[rows]),
             "objective": total_of_rows(refined.after[rows]),
@@ -266,35 +283,38 @@ class BaseSolver(ABC):
             method=settings.method,
             pattern=str(self.pattern),
             rows=count,
-            **facts,
-            relative_error=percentage(facts["objective"], facts["objective_zero"]),
+            **objectives,
+            relative_error=percentage(objectives["objective"], objectives["objective_zero"]),
             statistic=statistic_name(prepared.statistics),
             tokens=prepared.statistics.tokens if prepared.statistics else 0,
-            iterations=found.iterations,
-            support_change=float(found.support_change[rows].sum()) / max(count, 1),
+            iterations=result.iterations,
+            support_change=float(result.support_change[rows].sum()) / max(count, 1),
             refine=settings.refine,
             refine_steps=settings.refine_steps or 0,
             rows_kept_unrefined=int(refined.kept[rows].sum()),
             damping=problem.damping if problem else 0.0,
             shrinkage=problem.shrinkage if problem else 0.0,
-            blocksize=found.blocksize,
+            blocksize=result.blocksize,
             deviations=notes,
         )
 
 
-def solve_diagonal(original: Tensor, problem: ScaledHessian, pattern: Pattern) -> Found:
-    """The exact solution where full shrinkage has made H diagonal: Wanda's choice, weights as
-    they are on the live columns."""
-    rows, _ = problem.enter(original)
+def solve_diagonal(original: Tensor, problem: ScaledHessian, pattern: Pattern) -> MethodResult:
+    """The exact solution where full shrinkage has made H diagonal: Wanda's mask on (R, C) fp32.
+
+    Kept weights on live columns are not changed; weights on dead columns are 0.
+    """
+    rows, _ = problem.scale_rows(original)
     mask = keep_mask(pattern, rows.abs())
-    still = torch.zeros(len(original), device=original.device)
-    return Found(original * (mask & problem.live), mask, 1, still)
+    no_change = torch.zeros(len(original), device=original.device)
+    return MethodResult(original * (mask & problem.live), mask, 1, no_change)
 
 
 def support_change(before: Tensor, after: Tensor, kept: Tensor) -> Tensor:
-    """Share of each row's support that changed: (R, C) bool twice, and the final mask -> (R,).
+    """Share of each row's support that changed between two steps, (R,) fp32.
 
-    An entry that leaves and one that enters are one change.
+    before, after: supports (R, C) bool. kept: the final mask (R, C) bool, whose size the change is
+    divided by. One entry that leaves the support and one that enters it are one change.
     """
     changed = (before ^ after).sum(dim=1).float() / 2
     return changed / kept.sum(dim=1).clamp(min=1)

@@ -1,29 +1,29 @@
-"""What a solve takes, from shapes and settings alone: for dealing rows to workers and for plans.
+"""Time and memory of a solve, from shapes and settings: to split rows over workers, and for plans.
 
-R: rows of a rank, C: columns of a group, n: inputs that stand for a Hessian. A solver gives these
-for its own method (`base.BaseSolver`); here is how they are stated.
+R: rows of a worker, C: columns of a group, n: inputs in place of a Hessian. The types are defined
+here; `base.BaseSolver` and the methods fill them in.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Time of the elementwise work of an iteration on one entry, in operations at the speed of a
-# product, and of one inverse above the 2 C^3 operations that it needs: measured on a CPU
-# (benchmarks/scaling.py). A GPU's are of another size, but are small beside products there.
+# Measured on a CPU (benchmarks/scaling.py), in operations at the speed of a matrix product: the
+# elementwise work of an iteration per entry, and the time of an inverse over that of its 2 C^3
+# operations. On a GPU they differ, but are small compared with the products.
 OPERATIONS_PER_ENTRY = 500.0
 INVERSE_SLOWDOWN = 1.2
 INVERSE_PANEL = 512
-"""Columns that a blocked inverse takes at a time."""
+"""Columns of a panel of the blocked inverse."""
 _ENTRY_PANEL = 256
 
 
 @dataclass(frozen=True)
 class SolveCost:
-    """Operations, at the speed of a matrix product, of solving one group of layers on one worker.
+    """Cost of solving one group of layers on one worker, in operations of a matrix product.
 
-    fixed: paid by each worker that solves any of the group's rows (factorizations). per_row: for
-    each row. products: how many products (R, C) x (C, C) are among them.
+    fixed: operations for each worker that solves any rows of the group (factorizations). per_row:
+    operations for each row. products: number of products (R, C) x (C, C) that per_row contains.
     """
 
     fixed: float
@@ -37,10 +37,10 @@ class SolveCost:
 
 @dataclass(frozen=True)
 class MethodCost:
-    """A method's own part of a `SolveCost`, without refinement and objectives.
+    """The part of a `SolveCost` that is due to the method: no refinement, no objectives.
 
-    products: products (R, C) x (C, C). fixed: operations that each worker pays. per_row: of each
-    row, beside the products.
+    products: number of products (R, C) x (C, C). fixed: operations for each worker. per_row:
+    operations for each row besides the products.
     """
 
     products: int = 0
@@ -50,15 +50,14 @@ class MethodCost:
 
 @dataclass(frozen=True)
 class SolveCounts:
-    """One group's solve on one rank.
+    """Work of solving one group on one worker.
 
-    products: number of fp32 products (R, C) x (C, C), wide: of objectives, each
-    `objective_share` of a product in float64; no whole numbers where n inputs stand for the matrix,
-    and a product is two with (C, n). other: further
-    fp32 operations of products on rows. inverse: operations of fp32 inverses, factor: of the
-    float64 factor, both the same on every rank. steps: iterations that touch all of the rows.
-    moved: bytes of passes over C x C and over rows outside the iterations. operators: kernels
-    started.
+    products: number of fp32 products (R, C) x (C, C). wide: number of objectives, each the
+    `objective_share` of a float64 product. Both are fractions where n inputs are used in place of
+    the Hessian: then a product is two with (C, n). other: further fp32 operations of products on
+    rows. inverse: operations of fp32 inverses; factor: of the float64 factor; both are the same on
+    every worker. steps: iterations, each a pass over all rows. moved: bytes read and written over
+    C x C and over rows, outside the iterations. operators: number of kernels started.
     """
 
     products: float = 0
@@ -72,13 +71,14 @@ class SolveCounts:
 
 
 def objective_share(columns: int) -> float:
-    """The share of a product (R, C) x (C, C) that an objective takes: panels of H above its
-    diagonal blocks count twice instead of being multiplied twice."""
+    """Operations of an objective as a share of a product (R, C) x (C, C).
+
+    H is symmetric: the blocks above the diagonal count twice, those below are not multiplied.
+    """
     count = -(-columns // 256)
     return (count + 1) / (2 * count)
 
 
 def entry_bytes(columns: float, inputs: float) -> float:
-    """Bytes held while entries of H, made of n inputs, are looked at in panels, or objectives are
-    taken in float64."""
+    """Bytes held at once while H is computed from n inputs panel by panel, or for an objective."""
     return max(12.0 * _ENTRY_PANEL * columns, 8.0 * inputs * columns)

@@ -1,14 +1,14 @@
-"""Dead columns, shrinkage, damping and scaling: from statistics to the matrix that is solved.
+"""The regularized and scaled Hessian H~ of a group: dead columns, shrinkage, damping, scaling.
 
-All of it is derived once per group of layers with the same input, and none of it from weights.
-The scaled matrix has a unit diagonal by construction:
+It is computed once per group of layers that share an input, from statistics only, not from weights:
 
     H  = sum / tokens,   H_jj = 0 marks a dead column
     H <- (1 - a) H + a diag(H)                  shrinkage a
     H <- H + damping * mean(live diag H) * I    damping
     H~ = D^-1 H D^-1, D = diag(H)^1/2           so W~ = W D
 
-so only D and the factor on the off-diagonal entries have to be kept: H~ is written on demand.
+H~ has a unit diagonal. So D and the factor on the off-diagonal entries determine it, and the
+(C, C) matrix is formed only where a solver needs it. Shapes: R rows, C columns.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ _DAMPING_RAISES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @dataclass(frozen=True)
 class ScaledHessian:
-    """The regularized problem of a group in coordinates where the diagonal is 1.
+    """H~ of a group of layers, and the scaling of weights that goes with it.
 
-    statistics: the sums it is made of. live: (C,) bool. scale: (C,) fp32, D, 1 on dead columns.
-    inverse_scale: (C,) fp32, 0 on dead columns, which are thereby cut off from all others.
+    statistics: the sums that H~ is computed from. live: (C,) bool, False on dead columns. scale:
+    (C,) fp32, the diagonal of D, 1 on dead columns. inverse_scale: (C,) fp32, its inverse, 0 on
+    dead columns: they do not interact with other columns. deviations: see `SolveReport`.
     """
 
     statistics: Statistics
@@ -50,14 +51,14 @@ class ScaledHessian:
 
     @property
     def hessian(self) -> Tensor:
-        """(C, C) fp32 sum of x x^T, as given; made anew where the inputs were given."""
+        """(C, C) fp32 sum of x x^T; with inputs in its place, it is computed at each access."""
         return require_hessian(self.statistics)
 
     def write(self, ridge: float = 0.0, out: Tensor | None = None) -> Tensor:
-        """H~ + ridge * I as (C, C) fp32, into ``out`` if given; no other C x C is allocated."""
+        """H~ + ridge * I as (C, C) fp32, into `out` if given; no other C x C is allocated."""
         hessian = self.hessian
         out = torch.empty_like(hessian) if out is None else out
-        # The two factors go in one after the other: their product may leave fp32's range.
+        # One factor after the other: their product may overflow or underflow in fp32.
         left = self.inverse_scale * ((1 - self.shrinkage) / self.statistics.tokens)
         torch.mul(hessian, left[:, None], out=out)
         out.mul_(self.inverse_scale)
@@ -65,33 +66,34 @@ class ScaledHessian:
         return out
 
     def multiply(self, rows: Tensor) -> Tensor:
-        """``rows`` (R, C) fp32 times H~, without writing H~."""
+        """`rows` (R, C) fp32 times H~, (R, C) fp32, without forming H~."""
         inputs, scaled = self.statistics.inputs, rows * self.inverse_scale
         product = scaled @ self.hessian if inputs is None else (scaled @ inputs.T) @ inputs
         return product.mul_(self._right_scale).addcmul_(rows, self.ridge)
 
     def scaled_inputs(self) -> Tensor:
-        """(tokens, C) fp32 U, where the inputs were given: H~ = U^T U + diag(ridge)."""
+        """U (tokens, C) fp32 with H~ = U^T U + diag(ridge). Only with inputs for a Hessian."""
         assert self.statistics.inputs is not None
         factor = math.sqrt((1 - self.shrinkage) / self.statistics.tokens)
         return self.statistics.inputs * (self.inverse_scale * factor)
 
     @cached_property
     def _right_scale(self) -> Tensor:
-        """(C,): what the sums are multiplied by from the right, with the mean's 1/tokens."""
+        """(C,) fp32: factor on the columns of the sums: D^-1, shrinkage and 1 / tokens."""
         return self.inverse_scale * ((1 - self.shrinkage) / self.statistics.tokens)
 
     @cached_property
     def ridge(self) -> Tensor:
-        """(C,): what the scaled sums lack of a unit diagonal."""
+        """(C,) fp32: what is added to the diagonal of the scaled sums to make it 1."""
         return 1 - diagonal_of(self.statistics) * self._right_scale * self.inverse_scale
 
-    def enter(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(R, C) fp32 -> W~ with every row scaled to mean magnitude 1 over live columns, and what
-        ``leave`` needs to undo it, (R, 1).
+    def scale_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """W~ = W D, each row scaled to mean magnitude 1 over the live columns.
 
-        Each row has its own scale, so a slice needs nothing of the layer; a row of zeros keeps
-        its own. Factors are applied one by one, each at most 1: weights and Hessians of 1e30 pass.
+        (R, C) fp32 -> (R, C) fp32 and the row sizes (R, 2), which `unscale_rows` needs.
+        Each row has a scale of its own, so a row slice needs nothing from the rest of the layer.
+        Rows of zeros stay zero. Factors of at most 1 are applied one after another, so that weights
+        and Hessians of 1e30 do not overflow.
         """
         peak = weight.abs().amax(dim=1, keepdim=True)
         peak = torch.where(peak > 0, peak, torch.ones_like(peak))
@@ -100,31 +102,34 @@ class ScaledHessian:
         size = torch.where(size > 0, size, torch.ones_like(size))
         return rows.div_(size), torch.cat([size, peak], dim=1)
 
-    def leave(self, rows: Tensor, sizes: Tensor) -> Tensor:
-        """The inverse of ``enter``: (R, C) in scaled coordinates -> weights; dead columns are 0."""
+    def unscale_rows(self, rows: Tensor, sizes: Tensor) -> Tensor:
+        """The inverse of `scale_rows`: (R, C), row sizes (R, 2) -> weights, 0 on dead columns."""
         relative = self._relative_scale
         back = torch.where(relative > 0, 1 / relative, torch.zeros_like(relative))
         return (rows * sizes[:, :1]).mul_(back).mul_(sizes[:, 1:])
 
     @cached_property
     def _relative_scale(self) -> Tensor:
-        """(C,) D over its largest live entry, 0 on dead columns."""
+        """(C,) fp32: D divided by its largest live entry, 0 on dead columns."""
         scale = torch.where(self.live, self.scale, torch.zeros_like(self.scale))
         top = scale.amax()
         return scale / torch.where(top > 0, top, torch.ones_like(top))
 
     def objective(self, undamped: Tensor, change: Tensor) -> Tensor:
-        """The regularized objective per row, (R,) float64, from the plain one and dW (R, C)."""
+        """The objective with the regularized H per row, (R,) float64.
+
+        undamped: (R,) float64, the objective with the plain H. change: dW (R, C).
+        """
         mean = diagonal_of(self.statistics).double() / self.statistics.tokens
-        # H_reg - (1 - a) H is diagonal; on dead columns dW costs nothing.
+        # The regularized H minus (1 - a) H is diagonal. Dead columns cost nothing.
         extra = (self.scale.double().square() - (1 - self.shrinkage) * mean) * self.live
         return (1 - self.shrinkage) * undamped + change.double().square() @ extra
 
 
 def require_hessian(statistics: Statistics | None) -> Tensor:
-    """(C, C) fp32, the full statistic, or NumericalError where the caller gave none."""
+    """(C, C) fp32 sum of x x^T. Raises NumericalError where the statistics are not full."""
     if statistics is None or not statistics.full:
-        raise NumericalError("this solve needs the full Hessian, and only a part was given")
+        raise NumericalError("this solve needs the full Hessian, which the statistics do not have")
     if statistics.inputs is not None:
         return statistics.inputs.T @ statistics.inputs
     assert statistics.hessian is not None
@@ -132,7 +137,7 @@ def require_hessian(statistics: Statistics | None) -> Tensor:
 
 
 def check_statistics(statistics: Statistics) -> None:
-    """Raise NumericalError for counts of zero, wrong shapes, NaN, Inf or a negative diagonal."""
+    """Raise NumericalError for 0 tokens, wrong shapes, NaN, Inf or a negative diagonal."""
     columns = statistics.columns
     if statistics.tokens < 1:
         raise NumericalError("the statistics hold no calibration tokens")
@@ -148,7 +153,7 @@ def check_statistics(statistics: Statistics) -> None:
         if statistics.hessian.shape != (columns, columns):
             shape = tuple(statistics.hessian.shape)
             raise NumericalError(f"the Hessian has shape {shape}, not ({columns}, {columns})")
-        # The extremes carry a NaN on, and take one pass and no memory.
+        # NaN propagates to the extremes, which take one pass and no memory.
         if not bool(torch.isfinite(torch.stack(statistics.hessian.aminmax())).all()):
             raise NumericalError("the Hessian holds NaN or Inf: the layer's inputs are not finite")
         diagonal = statistics.hessian.diagonal()
@@ -164,18 +169,20 @@ def check_statistics(statistics: Statistics) -> None:
 
 
 def diagonal_of(statistics: Statistics | None) -> Tensor:
-    """(C,) fp32 sum of x_j^2 from whichever statistic is there, or NumericalError."""
+    """(C,) fp32 sum of x_j^2, from whichever statistic there is. Raises NumericalError for none."""
     if statistics is not None and statistics.hessian is not None:
         return statistics.hessian.diagonal()
     if statistics is not None and statistics.inputs is not None:
         return statistics.inputs.square().sum(dim=0)
     if statistics is None or statistics.diagonal is None:
-        raise NumericalError("this solve needs the diagonal of the Hessian, and none was given")
+        raise NumericalError(
+            "this solve needs the diagonal of the Hessian, which the statistics do not have"
+        )
     return statistics.diagonal
 
 
 def joined(first: Statistics, second: Statistics) -> Statistics:
-    """The statistics of two sets of sequences together: one C x C beside theirs, if any."""
+    """The sum of the statistics of two sets of sequences; allocates at most one C x C."""
     tokens = first.tokens + second.tokens
     hessian = diagonal = inputs = None
     if first.inputs is not None and second.inputs is not None and tokens < first.columns:
@@ -195,7 +202,7 @@ def joined(first: Statistics, second: Statistics) -> Statistics:
 
 
 def moments(statistics: Statistics, rows: slice) -> Tensor:
-    """Rows of the full statistic, (len(rows), C) fp32."""
+    """Rows of the sum of x x^T, (len(rows), C) fp32."""
     if statistics.inputs is not None:
         return statistics.inputs[:, rows].T @ statistics.inputs
     return require_hessian(statistics)[rows]
@@ -204,7 +211,11 @@ def moments(statistics: Statistics, rows: slice) -> Tensor:
 def scaled_hessian(
     statistics: Statistics | None, *, damping: float, shrinkage: float
 ) -> ScaledHessian:
-    """Regularize and scale the full statistic. Raises NumericalError (see check_statistics)."""
+    """Regularize and scale the full Hessian: see the top of this module.
+
+    damping: as a share of the mean live diagonal. shrinkage: 0 to 1. Raises NumericalError where
+    the statistics are not full or `check_statistics` refuses them.
+    """
     if statistics is None or not statistics.full:
         require_hessian(statistics)
     assert statistics is not None
@@ -225,9 +236,9 @@ def scaled_hessian(
 
 
 def raise_damping(problem: ScaledHessian) -> ScaledHessian:
-    """The same problem with the next damping of 1e-4, 1e-3, 1e-2, 0.1, 1 above the present one.
+    """The same problem with the next larger damping of 1e-4, 1e-3, 1e-2, 0.1, 1.
 
-    The rule where a Cholesky factor fails. Raises NumericalError after the last.
+    Used where a Cholesky factorization fails. Raises NumericalError if damping is 1 already.
     """
     for damping in _DAMPING_RAISES:
         if damping > problem.damping:
@@ -242,13 +253,13 @@ def raise_damping(problem: ScaledHessian) -> ScaledHessian:
 
 
 def largest_eigenvalue(problem: ScaledHessian) -> float:
-    """lambda_max of H~ by 64 power steps.
+    """The largest eigenvalue of H~, by 64 steps of the power method.
 
-    Power steps approach from below, so the result is raised by 2 %; a gradient step would
-    tolerate twice the exact value.
+    The power method converges from below, so 2 % are added. Gradient descent with step 1 / L
+    converges for every L above half the largest eigenvalue.
     """
     columns = problem.statistics.columns
-    # A fixed, irregular start: the ones vector can be orthogonal to the leading eigenvector.
+    # A fixed, irregular start vector: ones can be orthogonal to the leading eigenvector.
     index = torch.arange(columns, dtype=torch.float32, device=problem.scale.device)
     vector = 1 + 0.5 * torch.cos(index * 2.399963)
     norm = vector.norm()
@@ -259,7 +270,10 @@ def largest_eigenvalue(problem: ScaledHessian) -> float:
 
 
 def regularization_of(settings: SolverSettings, statistics: Statistics) -> tuple[float, float]:
-    """(damping, shrinkage) of resolved settings as numbers. Raises ValueError on "auto"."""
+    """(damping, shrinkage) as numbers, estimated from the statistics if the settings say so.
+
+    Raises ValueError for unresolved settings and for shrinkage "auto".
+    """
     if settings.damping is None or settings.shrinkage is None:
         raise ValueError("the settings are not resolved")
     if settings.shrinkage == ESTIMATE:
@@ -271,18 +285,19 @@ def regularization_of(settings: SolverSettings, statistics: Statistics) -> tuple
 
 
 def estimate(statistics: Statistics) -> tuple[float, float]:
-    """(damping, shrinkage) from how noisy H must be, given its own entries and its token count.
+    """(damping, shrinkage) estimated from the sampling noise of H: from its entries and tokens.
 
     Shrinkage: x / (1 + 2 x), where x is twice the intensity that minimizes the expected squared
     error of the correlations r (Schäfer & Strimmer, "A Shrinkage Approach to Large-Scale
-    Covariance Matrix Estimation", their target of no correlation): the sum of var(r) over the sum
-    of r^2, with var(r) = (1 - r^2)^2 / tokens. Twice, because tokens of one text are no
-    independent draws; bounded, because it is correlation that a solver lives on. Damping:
-    0.3 sqrt(live columns / tokens), of the geometric mean of the diagonal, which a few loud
-    columns do not lift. The constants were fitted to held-out errors: three layers at 512 tokens,
-    and twelve layers of SmolLM2-135M at 4,096, 16,384 and 65,536, where the result is 2.3 %,
-    1.1 % and 0.7 % above the best of a grid of 30 settings.
-    Raises NumericalError (see check_statistics).
+    Covariance Matrix Estimation", with uncorrelated columns as target): the sum of var(r) over the
+    sum of r^2, with var(r) = (1 - r^2)^2 / tokens. Twice, because tokens of a text are not
+    independent samples; bounded by 1/2, because solvers exploit correlations.
+    Damping: 0.3 sqrt(live columns / tokens) times the geometric mean of the diagonal, which a few
+    large columns do not raise.
+    The constants were fitted to held-out errors: three layers at 512 tokens, and twelve layers of
+    SmolLM2-135M at 4,096, 16,384 and 65,536 tokens, where the result is 2.3 %, 1.1 % and 0.7 %
+    above the best of a grid of 30 settings.
+    Raises NumericalError where the statistics are not full or `check_statistics` refuses them.
     """
     if not statistics.full:
         require_hessian(statistics)
@@ -301,7 +316,7 @@ def estimate(statistics: Statistics) -> tuple[float, float]:
         )
         signal += square.sum(dtype=torch.float64)
         noise += square.neg_().add_(1).square_().sum(dtype=torch.float64)
-    # The diagonal's r = 1 has no noise; a dead column's r = 0 would count as all noise.
+    # On the diagonal r = 1 has no noise. Dead columns have r = 0, which would count as noise.
     dead = statistics.columns - columns
     noise -= dead * (statistics.columns + columns)
     signal -= columns

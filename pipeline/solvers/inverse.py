@@ -1,8 +1,9 @@
-"""(H~ + rho I)^-1 as ADMM applies it: held as a matrix, or as what few inputs leave of one.
+"""(H~ + rho I)^-1 as ADMM applies it: a dense matrix, or a low-rank form where inputs are few.
 
-With n inputs X (n, C), H~ is U^T U + diag(r) with U = sqrt((1 - a) / n) X D^-1 and r what the unit
-diagonal lacks: shrinkage and damping, which in these coordinates is no multiple of the identity.
-So with E = diag(r) + rho I, which is diagonal all the same, Woodbury's identity gives
+With n inputs X (n, C) in place of the Hessian, H~ = U^T U + diag(r), where
+U = sqrt((1 - a) / n) X D^-1 and r is what U^T U lacks of a unit diagonal: shrinkage a and damping,
+which is not a multiple of the identity after scaling. With the diagonal matrix E = diag(r) + rho I,
+Woodbury's identity gives
 
     (U^T U + E)^-1 = E^-1 - E^-1 U^T (I + U E^-1 U^T)^-1 U E^-1 = E^-1 - V^T V,
     V = L^-1 U E^-1,    L L^T = I + U E^-1 U^T   (n, n).
@@ -21,20 +22,20 @@ from pipeline.solvers.kernels.cholesky import invert_
 
 
 class Inverse(Protocol):
-    """A symmetric (C, C) that rows are multiplied by."""
+    """A symmetric (C, C) matrix."""
 
     def multiply(self, rows: Tensor, out: Tensor) -> None:
-        """`rows` (R, C) fp32 times it, into `out`."""
+        """Writes `rows` (R, C) fp32 times the matrix into `out` (R, C)."""
         ...
 
     def diagonal(self) -> Tensor:
-        """(C,): its diagonal."""
+        """The diagonal (C,) fp32."""
         ...
 
 
 @dataclass(frozen=True)
-class HeldInverse:
-    """An inverse that is written out, (C, C)."""
+class DenseInverse:
+    """An inverse as a (C, C) fp32 matrix."""
 
     matrix: Tensor
 
@@ -49,38 +50,38 @@ class HeldInverse:
 
 @dataclass(frozen=True)
 class LowRankInverse:
-    """diag(plain) - factor^T factor: plain (C,), factor (n, C), fp32."""
+    """diag(entries) - factor^T factor: entries (C,), factor (n, C), both fp32."""
 
-    plain: Tensor
+    entries: Tensor
     factor: Tensor
 
     def multiply(self, rows: Tensor, out: Tensor) -> None:
-        """See `Inverse`; two products (R, C) x (C, n) in place of one (R, C) x (C, C)."""
-        torch.mul(rows, self.plain, out=out)
+        """See `Inverse`; two products (R, C) x (C, n) instead of one (R, C) x (C, C)."""
+        torch.mul(rows, self.entries, out=out)
         out.addmm_(rows @ self.factor.T, self.factor, alpha=-1)
 
     def diagonal(self) -> Tensor:
         """See `Inverse`."""
-        return self.plain - self.factor.square().sum(dim=0)
+        return self.entries - self.factor.square().sum(dim=0)
 
 
 def inverse_of(problem: ScaledHessian, rho: float, buffer: Tensor | None) -> Inverse | None:
-    """(H~ + rho I)^-1, or None where that was not positive definite to working precision.
+    """(H~ + rho I)^-1; None where H~ + rho I is not positive definite to working precision.
 
-    buffer: (C, C) fp32 that the inverse is written into; of inputs none is needed.
+    buffer: (C, C) fp32 that the inverse is written into; None with inputs in place of the Hessian.
     """
     if problem.statistics.inputs is None:
         buffer = problem.write(rho, buffer)
-        return HeldInverse(buffer) if bool(invert_(buffer)) else None
+        return DenseInverse(buffer) if bool(invert_(buffer)) else None
     rows_nC = problem.scaled_inputs()
     extra = problem.ridge + rho
     if not bool((extra > 0).all()):
         return None
-    plain = 1 / extra
-    core = (rows_nC * plain) @ rows_nC.T
+    entries = 1 / extra
+    core = (rows_nC * entries) @ rows_nC.T
     core.diagonal().add_(1)
     lower, info = torch.linalg.cholesky_ex(core)
     if int(info):
         return None
-    factor = torch.linalg.solve_triangular(lower, rows_nC * plain, upper=False)
-    return LowRankInverse(plain, factor)
+    factor = torch.linalg.solve_triangular(lower, rows_nC * entries, upper=False)
+    return LowRankInverse(entries, factor)

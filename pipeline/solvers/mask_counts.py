@@ -1,4 +1,4 @@
-"""What a mask looks like, counted row by row while the dense weight is still at hand."""
+"""Counts that describe a mask, taken while the dense weight is still in memory."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 from pipeline.config.pattern import Pattern
 from pipeline.solvers.masks import keep_mask
 
-_CHUNK_WEIGHTS = 1 << 20  # looked at at once: little memory beside a solve's
-_WIDEST_GROUP = 8  # of which each of the 2^M possible sets of positions is counted
+_CHUNK_WEIGHTS = 1 << 20  # weights counted at once: little memory compared with a solve
+_WIDEST_GROUP = 8  # up to this M each of the 2^M possible sets of positions is counted
 
 
 @torch.no_grad()
 def mask_counts(
     pruned: Tensor, dense: Tensor, pattern: Pattern, moments: Tensor | None = None
 ) -> dict[str, Any]:
-    """Counts in rows of a layer, for `merge_mask_counts`, to which those of disjoint rows go.
+    """Counts for a row slice; `merge_mask_counts` adds up those of a layer's slices.
 
     pruned, dense: (rows, C) of any float dtype. moments: (C,) sums of the squared inputs, or None.
-    `weights`: all; `kept`: not zero in `pruned`; `magnitude_too`: of these, what
-    `Pattern.keep_mask` of |dense| keeps; `groups`: for N:M with M up to 8, how many groups keep
-    which positions, as "1010" (the first and the third of four). `by_column`: int64 (C,) on the
-    CPU, how many rows keep each input. `along_norm`: the sum of these times the standardized
-    logarithm of the inputs' norms, None without `moments`.
+    Returns `weights`: number of weights; `kept`: those not zero in `pruned`; `magnitude_too`: the
+    kept ones that `keep_mask` of |dense| keeps as well; `groups`: for N:M with M up to 8, number of
+    groups per set of kept positions, as "1010" (the first and the third of four); `by_column`:
+    int64 (C,) on the CPU, number of rows that keep each input; `along_norm`: the sum of `by_column`
+    times the standardized logarithm of the inputs' norms, None without `moments`.
     """
     rows, columns = pruned.shape
     counts = torch.zeros(2, dtype=torch.int64, device=pruned.device)
@@ -43,22 +43,22 @@ def mask_counts(
         if width:
             codes = (kept.reshape(-1, width) * bits).sum(dim=1)
             groups += torch.bincount(codes, minlength=len(groups))
-    both, found, by_column = counts.tolist(), groups.tolist(), by_column.cpu()
+    totals, group_counts, by_column = counts.tolist(), groups.tolist(), by_column.cpu()
     along = None if moments is None else float(by_column.double() @ _standardized(moments.cpu()))
     return {
         "weights": pruned.numel(),
-        "kept": both[0],
-        "magnitude_too": both[1],
-        "groups": {_positions(code, width): n for code, n in enumerate(found) if n},
+        "kept": totals[0],
+        "magnitude_too": totals[1],
+        "groups": {_positions(code, width): n for code, n in enumerate(group_counts) if n},
         "by_column": by_column,
         "along_norm": along,
     }
 
 
 def _standardized(moments: Tensor) -> Tensor:
-    """Logarithms of sums of squares (C,) with mean 0 and variance 1, float64; 0 if all are alike.
+    """Logarithms of sums of squares (C,), shifted and scaled to mean 0 and variance 1, float64.
 
-    An input that is always 0 counts as the smallest that is not.
+    All 0 where all sums are equal. An input that is always 0 counts as the smallest non-zero one.
     """
     values = moments.double()
     positive = values[values > 0]
@@ -75,7 +75,7 @@ def _positions(code: int, width: int) -> str:
 
 
 def merge_mask_counts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A layer's counts from those of disjoint row slices that together are all its rows, as JSON.
+    """The counts of a layer from those of all its row slices, as JSON values.
 
     `weights`, `kept`, `magnitude_too` and `groups` as in `mask_counts`; `columns`: see
     `column_pattern`.
@@ -92,14 +92,14 @@ def merge_mask_counts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def column_pattern(by_column: Tensor, rows: int, along_norm: float | None) -> dict[str, Any]:
-    """Whether a mask prefers some inputs: how many of them it keeps much more or less often.
+    """How evenly a mask keeps the inputs (columns) of a layer.
 
-    by_column: int64 (C,), how many of the `rows` keep each input. `count`: C; `never`: inputs that
-    no row keeps, which the layer no longer sees; `rarely`, `often`: those kept less than half and
-    more than one and a half times as often as the mean (at 2:4: by less than a quarter and more
-    than three quarters of the rows; `never` is part of `rarely`). `norm_correlation`: Pearson's,
-    of how often an input is kept and the logarithm of its norm; None where that is not known or
-    either is the same for all.
+    by_column: int64 (C,), number of the `rows` that keep each input. Returns `count`: C; `never`:
+    inputs that no row keeps, which no longer affect the layer; `rarely` and `often`: inputs kept
+    less than half and more than one and a half times as often as the mean (at 2:4: by less than a
+    quarter and more than three quarters of the rows; `rarely` includes `never`);
+    `norm_correlation`: Pearson correlation of how often an input is kept and the logarithm of its
+    norm, None where it is unknown or undefined.
     """
     often = by_column.double()
     mean = float(often.mean()) if len(often) else 0.0
@@ -117,7 +117,7 @@ def column_pattern(by_column: Tensor, rows: int, along_norm: float | None) -> di
 
 
 def merged_groups(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """The sums of equal keys, sorted by key."""
+    """The counts of each set of positions, summed over `parts` and sorted by key."""
     total: dict[str, int] = {}
     for part in parts:
         for positions, count in part.items():

@@ -1,4 +1,4 @@
-"""Which entries of a weight a pattern keeps, and whether a weight obeys it.
+"""Which entries of a weight a pattern keeps, and whether a weight has the pattern.
 
 Shapes: R rows (output features), C columns (input features), M the group width, G = C / M groups.
 """
@@ -14,11 +14,11 @@ _PAIRWISE_LIMIT = 16  # above this width, sorting beats the M(M-1)/2 comparisons
 
 
 def keep_mask(pattern: Pattern, score: Tensor) -> Tensor:
-    """The entries with the largest ``score``: (R, C) float -> (R, C) bool, True where kept.
+    """The entries with the largest `score`: (R, C) float -> (R, C) bool, True where kept.
 
-    N:M: the N largest of each group; unstructured: the largest of each row. Among equal
-    scores the later column is kept, on every device, so that the choice depends neither on
-    the other rows nor on a library's unstable selection.
+    N:M: the N largest of each group; unstructured: the largest of each row. Among equal scores the
+    later column is kept, on every device: the choice does not depend on other rows or on an
+    unstable sort. Raises ConfigError where the pattern does not divide C.
     """
     rows, columns = score.shape
     pattern.check_columns(columns)
@@ -37,7 +37,7 @@ def keep_mask(pattern: Pattern, score: Tensor) -> Tensor:
 
 
 def holds(pattern: Pattern, weight: Tensor) -> bool:
-    """Whether ``weight`` (R, C) obeys N:M, or has the share of zeros of an unstructured one."""
+    """Whether `weight` (R, C) has the pattern: N:M, or the share of zeros if unstructured."""
     rows, columns = weight.shape
     if not pattern.structured:
         zeros = int((weight == 0).sum())

@@ -1,7 +1,7 @@
-"""The objective that every solver lowers and every report quotes.
+"""The objective that every solver minimizes and every report states.
 
-L(W) = tr((W - W0) H (W - W0)^T) with H the mean of x x^T, undamped and unshrunk, one value per
-row. Shapes: R rows, C columns.
+L(W) = tr((W - W0) H (W - W0)^T), with H the mean of x x^T, without damping and shrinkage. It is
+computed row by row. Shapes: R rows, C columns.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _ROW_CHUNK = 2048
 def objective(weight: Tensor, original: Tensor, statistics: Statistics | None) -> Tensor:
     """L of every row: (R, C), (R, C) of any float dtype -> (R,) float64.
 
-    With only a diagonal statistic the diagonal form sum_j dW_j^2 H_jj; with none, H = I.
-    The product is taken in float64, half a panel of H at a time: an optimized dW lies where H is
-    small, and fp32 would lose there the digits that tell two solvers apart.
+    With only the diagonal of H it is sum_j dW_j^2 H_jj; without statistics, H = I.
+    Products are float64, one panel of H at a time, and only on and above the diagonal blocks. An
+    optimized dW lies where H is small: fp32 would lose the digits in which two solvers differ.
     Raises ValueError where shapes differ.
     """
     if weight.shape != original.shape:
@@ -44,7 +44,7 @@ def objective(weight: Tensor, original: Tensor, statistics: Statistics | None) -
             continue
         for left in range(0, columns, _COLUMN_CHUNK):
             panel = slice(left, min(left + _COLUMN_CHUNK, columns))
-            # H is symmetric: what lies above the diagonal blocks counts twice.
+            # H is symmetric: the blocks above the diagonal blocks count twice.
             product = change[:, panel] @ hessian[panel, panel].double()
             product.addmm_(change[:, :left], hessian[:left, panel].double(), alpha=2)
             total[part] += (product * change[:, panel]).sum(dim=1)
@@ -54,17 +54,17 @@ def objective(weight: Tensor, original: Tensor, statistics: Statistics | None) -
 
 
 def total_of_rows(values: Tensor) -> float:
-    """The sum of (R,) float64 values, the same however the rows are cut into slices.
+    """The sum of (R,) float64 values, independent of how the rows are cut into slices.
 
-    Each value is rounded to 24 bits first: such numbers' sums are exact in float64, as long as none
-    is 2^16 times another.
+    Each value is first rounded to 24 bits. Sums of such numbers are exact in float64 as long as no
+    value is 2^16 times another.
     """
     mantissa, exponent = torch.frexp(values)
     return float(torch.ldexp((mantissa * 2**24).round() / 2**24, exponent).sum())
 
 
 def statistic_name(statistics: Statistics | None) -> str:
-    """What ``objective`` takes for H: "full", "diagonal" or "none"."""
+    """The form of H that `objective` uses: "full", "diagonal" or "none"."""
     if statistics is not None and statistics.full:
         return "full"
     return "diagonal" if statistics is not None and statistics.diagonal is not None else "none"

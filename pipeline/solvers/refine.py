@@ -1,13 +1,12 @@
-"""Refinement: lower the objective on a fixed mask, for the result of any method.
+"""Refinement: minimize the objective on a fixed mask, for the result of any method.
 
-Both ways minimize the regularized objective over the kept weights, row by row, in the scaled
-coordinates, whose unit diagonal is Jacobi's preconditioner already:
+Both kinds minimize the regularized objective over the kept weights, row by row, in scaled
+coordinates. There H~ has a unit diagonal, which acts as a Jacobi preconditioner:
 
 * gradient: W~ <- W~ - (W~ - W~0) H~ / lambda_max on the mask (Kübler et al., masked gradient);
-* cg: conjugate gradients with a step size per row; the same minimizer in 20 to 50 steps.
+* cg: conjugate gradients with one step size per row; the same minimizer in 20 to 50 steps.
 
-Cost: one product (R, C) x (C, C) a step. Memory: seven (R, C) fp32; H~ is never
-written.
+Cost: one product (R, C) x (C, C) per step. Memory: seven (R, C) fp32; H~ is not formed.
 """
 
 from __future__ import annotations
@@ -20,14 +19,17 @@ from torch import Tensor
 from pipeline.solvers.hessian import ScaledHessian, largest_eigenvalue
 from pipeline.solvers.objective import objective
 
-# A residual this much smaller than the first one is rounding in fp32: such a row is done.
+# A row is done once its squared residual is this small compared with the first: fp32 rounding.
 _DONE = 1e-14
 
 
 @dataclass(frozen=True)
 class Refined:
-    """weight (R, C) fp32; before, after: objective of every row, (R,) float64; kept: (R,) bool,
-    rows that the refinement would have made worse and that are therefore as they were."""
+    """The result of a refinement.
+
+    weight: (R, C) fp32. before, after: the objective of each row, (R,) float64. kept: (R,) bool,
+    True for rows that the refinement would have made worse; they are not changed.
+    """
 
     weight: Tensor
     before: Tensor
@@ -43,37 +45,40 @@ def refine(
     steps: int,
     mask: Tensor | None = None,
 ) -> Refined:
-    """Improve ``weight`` (R, C) towards ``original`` (R, C) on a fixed support.
+    """Refine `weight` (R, C) fp32, the pruned `original` (R, C), on a fixed support.
 
-    ``kind``: "none", "gradient" or "cg". ``mask``: (R, C) bool, default where ``weight`` is not
-    zero.
-    A row is taken only if neither the plain nor the regularized objective of it grows.
+    kind: "none", "gradient" or "cg". mask: (R, C) bool, the support; None: where `weight` is not
+    zero. A row is changed only if neither its plain nor its regularized objective grows.
     """
     before = objective(weight, original, problem.statistics)
     untouched = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
     if kind == "none" or steps == 0 or weight.shape[0] == 0:
         return Refined(weight, before, before, untouched)
-    target, sizes = problem.enter(original)
+    target, sizes = problem.scale_rows(original)
     mask = ((weight != 0) if mask is None else mask) & problem.live
-    start = _enter_with(problem, weight, sizes)
-    step = _gradient if kind == "gradient" else _conjugate_gradients
-    better = problem.leave(step(start, target, mask, problem, steps), sizes)
+    start = _scale_rows_by(problem, weight, sizes)
+    minimize = _gradient if kind == "gradient" else _conjugate_gradients
+    better = problem.unscale_rows(minimize(start, target, mask, problem, steps), sizes)
     better = torch.where(mask, better, torch.zeros_like(better))
     after = objective(better, original, problem.statistics)
-    grew = after > before
-    grew |= problem.objective(after, better - original) > problem.objective(
+    worse = after > before
+    worse |= problem.objective(after, better - original) > problem.objective(
         before, weight - original
     )
-    grew |= ~torch.isfinite(after)
+    worse |= ~torch.isfinite(after)
     return Refined(
-        torch.where(grew[:, None], weight, better), before, torch.where(grew, before, after), grew
+        torch.where(worse[:, None], weight, better),
+        before,
+        torch.where(worse, before, after),
+        worse,
     )
 
 
-def _enter_with(problem: ScaledHessian, weight: Tensor, sizes: Tensor) -> Tensor:
-    """``weight`` in the scaled coordinates, with the row sizes of another weight."""
-    rows, own = problem.enter(weight)
-    return rows.mul_(own[:, :1] / sizes[:, :1]).mul_(own[:, 1:] / sizes[:, 1:])
+def _scale_rows_by(problem: ScaledHessian, weight: Tensor, sizes: Tensor) -> Tensor:
+    """`weight` (R, C) in scaled coordinates, with the row sizes (R, 2) of another weight."""
+    rows, weight_sizes = problem.scale_rows(weight)
+    rows.mul_(weight_sizes[:, :1] / sizes[:, :1])
+    return rows.mul_(weight_sizes[:, 1:] / sizes[:, 1:])
 
 
 def _gradient(
@@ -88,7 +93,7 @@ def _gradient(
 def _conjugate_gradients(
     rows: Tensor, target: Tensor, mask: Tensor, problem: ScaledHessian, steps: int
 ) -> Tensor:
-    """All rows at once, each with its own step sizes; rows that are done stand still."""
+    """All rows at once, each with step sizes of its own; rows that are done no longer change."""
     rows = rows.clone()
     residual = problem.multiply(target - rows).mul_(mask)
     direction = residual.clone()

@@ -1,4 +1,4 @@
-"""The solver of a method, found by the table in `pipeline.config.methods`."""
+"""Method name -> solver, by the table in `pipeline.config.methods`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pipeline.solvers.cost import SolveCost
 
 
 def solver_class(method: str) -> type[BaseSolver]:
-    """The class that solves by `method`. Raises `ConfigError` for a method that is not there."""
+    """The solver class of `method`. Raises `ConfigError` for an unknown method."""
     method_facts(method)
     module, _, name = METHODS[method].rpartition(".")
-    found: type[BaseSolver] = getattr(import_module(module), name)
-    return found
+    solver: type[BaseSolver] = getattr(import_module(module), name)
+    return solver
 
 
 def solver_for(settings: SolverSettings) -> BaseSolver:
-    """The solver of ``settings.method``. Raises ConfigError on a combination it refuses."""
+    """The solver of `settings.method`. Raises `ConfigError` for settings it does not support."""
     return solver_class(settings.method)(settings)
 
 
 def solve_cost(settings: SolverSettings, columns: int) -> SolveCost:
-    """The cost for layers with `columns` inputs. Deterministic: every worker must agree on it."""
+    """The cost of layers with `columns` inputs. Deterministic: every worker must agree on it."""
     return solver_for(settings).cost(columns)

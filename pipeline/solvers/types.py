@@ -1,7 +1,7 @@
-"""The small types every solver speaks: statistics in, solutions and reports out.
+"""The types that all solvers share: statistics in, solutions and reports out.
 
-Convention, everywhere: statistics are fp32 *sums* plus counts; a division by a count happens
-only where the mean is used.
+Convention: statistics are fp32 *sums* and counts. A sum is divided by its count only where the
+mean is used.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 class Statistics:
     """Second moments of the inputs x (C,) of a group of layers that share them.
 
-    columns: C. tokens: number of x summed. sequences: calibration sequences they came from.
-    diagonal: (C,) fp32, sum of x_j^2. hessian: (C, C) fp32, sum of x x^T. inputs: (tokens, C) fp32,
-    the x themselves in place of the hessian, where they are fewer than C.
+    columns: C. tokens: number of inputs x in the sums. sequences: number of calibration sequences
+    they come from. diagonal: (C,) fp32, sum of x_j^2. hessian: (C, C) fp32, sum of x x^T. inputs:
+    (tokens, C) fp32, the inputs themselves instead of the Hessian, where tokens < C.
     """
 
     columns: int
@@ -32,21 +32,21 @@ class Statistics:
 
     @property
     def full(self) -> bool:
-        """Whether all second moments are known, by a matrix or by the inputs."""
+        """Whether all second moments are known, from the Hessian or from the inputs."""
         return self.hessian is not None or self.inputs is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SolveReport:
-    """Facts of one solve of one layer or row slice.
+    """Results of one solve of one layer or row slice.
 
-    Objectives are L = tr(dW H dW^T) with the undamped mean Hessian, summed over ``rows``:
-    ``objective_zero`` at W = 0, ``objective_before`` before refinement, ``objective`` at the end.
-    ``relative_error`` is 100 * objective / objective_zero (0 where both are 0).
-    ``statistic`` names what stood for H: "full", "diagonal", or "none" (the identity); ``tokens``
-    were seen by the layer: an expert sees its own.
-    ``support_change``: share of the support that the last step (the last iteration, or the final
-    projection) changed. ``deviations``: what was done other than asked, in words.
+    Objectives are L = tr(dW H dW^T) with the undamped mean Hessian H, summed over `rows` rows:
+    `objective_zero` at W = 0, `objective_before` before refinement, `objective` at the end.
+    `relative_error` is 100 * objective / objective_zero, in percent (0 where both are 0).
+    `statistic` is what was used as H: "full", "diagonal", or "none" (the identity). `tokens`: the
+    calibration tokens that reached the layer; for an expert, those routed to it.
+    `support_change`: share of the support that the last step (the last iteration, or the final
+    projection) changed. `deviations`: sentences on where the solve departed from its settings.
     """
 
     method: str
@@ -69,32 +69,35 @@ class SolveReport:
     deviations: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of JSON values."""
+        """The fields as a dict of JSON values."""
         return {**asdict(self), "deviations": list(self.deviations)}
 
     @classmethod
     def from_json(cls, payload: Mapping[str, Any]) -> SolveReport:
-        """The inverse of ``to_json``."""
+        """The inverse of `to_json`."""
         return cls(**{**payload, "deviations": tuple(payload["deviations"])})
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A pruned weight (R, C) in fp32, and what is known about it."""
+    """A pruned weight (R, C) in fp32, and the report of its solve."""
 
     weight: Tensor
     report: SolveReport
 
 
 def percentage(objective: float, objective_zero: float) -> float:
-    """100 * objective / objective_zero; 0 where nothing could be lost, inf where something was."""
+    """100 * objective / objective_zero. For objective_zero = 0: 0, or inf if objective > 0."""
     if objective_zero > 0:
         return 100 * objective / objective_zero
     return 0.0 if objective <= 0 else math.inf
 
 
 def merge_reports(reports: Sequence[SolveReport]) -> SolveReport:
-    """The report of a layer from those of its row slices, in row order; ValueError if none."""
+    """The report of a layer from those of its row slices, in row order.
+
+    Objectives are summed; `support_change` is the mean over rows. Raises ValueError for no reports.
+    """
     if not reports:
         raise ValueError("no reports to merge")
     rows = sum(r.rows for r in reports)
@@ -108,7 +111,7 @@ def merge_reports(reports: Sequence[SolveReport]) -> SolveReport:
         objective=total,
         relative_error=percentage(total, zero),
         iterations=max(r.iterations for r in reports),
-        # Rounded, so that it does not tell how the rows were cut.
+        # Rounded, so that it does not depend on how the rows were cut into slices.
         support_change=round(sum(r.support_change * r.rows for r in reports) / max(rows, 1), 9),
         rows_kept_unrefined=sum(r.rows_kept_unrefined for r in reports),
         deviations=tuple(dict.fromkeys(d for r in reports for d in r.deviations)),
@@ -116,23 +119,23 @@ def merge_reports(reports: Sequence[SolveReport]) -> SolveReport:
 
 
 class Prepared(Protocol):
-    """What a solver derives once from the statistics of a group. Opaque to the caller."""
+    """What a solver computes once from the statistics of a group. Opaque to the caller."""
 
 
 class Solver(Protocol):
     """One pruning method with its settings. Pure: arguments are never changed."""
 
     needs: str
-    """The statistic it asks for, so that wanda never makes a caller allocate C x C."""
+    """The statistic it needs: "none", "diagonal" or "full" (only then is a C x C allocated)."""
     separable: bool
-    """False where the choice compares rows: such a layer must come in one piece."""
+    """False where the choice of the mask compares rows: then a layer must be solved whole."""
 
     def prepare(self, statistics: Statistics | None) -> Any:
-        """All that belongs to the group; equal on every rank that has equal statistics."""
+        """What all layers of the group share; equal on all ranks that have equal statistics."""
         ...
 
     def solve_group(self, weights: Mapping[str, Tensor], prepared: Any) -> dict[str, Solution]:
-        """Prune layers (or row slices) that share an input; factorizations serve them all."""
+        """Prune layers (or row slices) that share an input, with the same factorizations."""
         ...
 
     def solve(self, weight: Tensor, prepared: Any) -> Solution:

@@ -1,4 +1,4 @@
-"""The GPU that products are timed on. Everything that needs one is in this file."""
+"""The GPU on which products are timed. All code that needs a GPU is in this file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of NVIDIA's GPUs those of this compute capability and above multiply 2:4 weights in hardware.
+# The first compute capability of NVIDIA's GPUs with 2:4 products in hardware.
 _FIRST_CAPABILITY = (8, 0)
 _WARM_UP_RUNS = 3
 
@@ -19,9 +19,10 @@ _WARM_UP_RUNS = 3
 class Machine:
     """Where products run.
 
-    seconds: of one run of some work, the median of several. compress: a 2:4 weight (R, C) as a
+    seconds: a function -> the median time of several runs. compress: a 2:4 weight (R, C) -> a
     tensor of the same shape whose products use the hardware; raises RuntimeError, ValueError or
-    NotImplementedError for a shape or dtype that it cannot take. free: bytes of free memory.
+    NotImplementedError for a shape or dtype that is not supported. free: returns the bytes of free
+    memory.
     """
 
     name: str
@@ -47,7 +48,10 @@ def missing_gpu() -> str | None:
 
 
 def this_gpu(repeats: int) -> Machine:
-    """The current CUDA device, with torch's own compressed tensors."""
+    """The current CUDA device, with the semi-structured sparse tensors of torch.
+
+    repeats: number of runs that are timed.
+    """
 
     def seconds(work: Callable[[], object]) -> float:
         for _ in range(_WARM_UP_RUNS):

@@ -32,11 +32,12 @@ class BenchConfig:
     def batches(self) -> tuple[int, ...]:
         """The batch sizes in rising order, each once."""
         try:
-            found = sorted({int(part) for part in self.batch_sizes.split(",")})
+            sizes = sorted({int(part) for part in self.batch_sizes.split(",")})
         except ValueError:
-            found = [0]
-        if found[0] < 1:
+            sizes = [0]
+        if sizes[0] < 1:
             raise ConfigError(
-                f"--batch-sizes must be numbers from 1 on, as in 1,32,8192, not {self.batch_sizes}"
+                "--batch-sizes must be numbers of at least 1, as in 1,32,8192, not "
+                f"{self.batch_sizes}"
             )
-        return tuple(found)
+        return tuple(sizes)

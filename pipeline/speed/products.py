@@ -1,4 +1,4 @@
-"""Each distinct layer shape of a model: its product dense and 2:4, timed and compared."""
+"""Times the product of each distinct layer shape of a model, dense and 2:4."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from pipeline.speed.machine import Machine
 from storage.errors import NumericalError, first_line
 
 PATTERN = Pattern.parse("2:4")
-# Both kernels sum in fp32 and round once, in another order: a few units of the last place of the
-# largest output.
+# Both kernels sum in fp32, in another order, and round once. So results differ by a few units in
+# the last place of the largest output.
 _TOLERATED_ROUNDINGS = 8
 
 
 @dataclass(frozen=True)
 class Product:
-    """A weight's shape (R, C), and the layers that have it; `fused` if they share an input and are
-    one product of all their rows."""
+    """A product with a weight of shape (R, C) = (rows, columns), and the layers that have it.
+
+    fused: whether the layers share an input and are one product with all their rows.
+    """
 
     layers: tuple[str, ...]
     rows: int
@@ -33,14 +35,14 @@ class Product:
 
     @property
     def title(self) -> str:
-        """`q_proj+k_proj+v_proj` for a fused one, else `q_proj, o_proj`."""
+        """`q_proj+k_proj+v_proj` for a fused product, else `q_proj, o_proj`."""
         names = [name.rpartition(".")[2] for name in self.layers]
         return "+".join(names) if self.fused else ", ".join(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of one product at a batch size, dense and 2:4."""
+    """Seconds of one product at a batch size (tokens), dense and 2:4."""
 
     batch: int
     dense: float
@@ -54,7 +56,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Measured:
-    """A product's times, by rising batch size, and why there are no more, if so."""
+    """The times of a product, by increasing batch size, and why there are no more (or None)."""
 
     product: Product
     times: tuple[Timed, ...]
@@ -67,8 +69,10 @@ class Measured:
 
 
 def products_of(shape: ModelShape) -> list[Product]:
-    """Every distinct shape of a layer that is pruned; before them those of layers that share an
-    input, as inference engines run them: in one product."""
+    """The products with every distinct shape of a pruned layer.
+
+    First come the fused products of layers that share an input, as inference engines run them.
+    """
     groups = [group for kind in shape.kinds for group in kind.groups]
     fused = [_fused(group) for group in groups if len(group.layers) > 1]
     alone: dict[tuple[int, int], list[str]] = {}
@@ -94,18 +98,18 @@ def measure_products(
 ) -> list[Measured]:
     """Times every product at every batch size; `tell` is called before each product.
 
-    What the kernels or the memory do not allow ends a product's times and is said in its `problem`.
-    Raises `NumericalError` where the two kernels do not give the same.
+    An error of a kernel, or too little memory, ends the times of a product and is its `problem`.
+    Raises `NumericalError` where the results of the two kernels differ.
     """
-    found = []
+    measured = []
     for product in products:
         tell(product)
-        found.append(_measured(product, batches, dtype, machine))
-    return found
+        measured.append(_measured(product, batches, dtype, machine))
+    return measured
 
 
 def forward_dtype(name: str) -> torch.dtype:
-    """The dtype of that name."""
+    """The torch dtype with this name."""
     return FORWARD_DTYPES[name]
 
 
@@ -130,7 +134,7 @@ def _measured(
 def _timed(
     product: Product, batch: int, weight: Tensor, compressed: Tensor, machine: Machine
 ) -> Timed:
-    """One product (batch, C) x (C, R) by both kernels, whose results are compared first."""
+    """Times one product (batch, C) x (C, R) by both kernels, after comparing their results."""
     generator = torch.Generator(machine.device).manual_seed(batch)
     inputs = torch.randn(
         batch, product.columns, dtype=weight.dtype, device=machine.device, generator=generator
@@ -148,19 +152,19 @@ def _timed(
 
 
 def random_weight(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A Gaussian weight (rows, columns) that obeys 2:4. What is in it does not change its time."""
+    """A Gaussian weight (rows, columns) that is 2:4. Its values do not affect the time."""
     generator = torch.Generator(device).manual_seed(rows * columns)
     weight = torch.randn(rows, columns, dtype=dtype, device=device, generator=generator)
     return weight.mul_(columns**-0.5).masked_fill_(~keep_mask(PATTERN, weight.abs()), 0)
 
 
 def check_product(dense: Tensor, sparse: Tensor, where: str) -> None:
-    """Raises `NumericalError`, naming `where`, if the results differ by more than roundings."""
+    """Raises `NumericalError`, naming `where`, if the results differ by more than rounding."""
     largest = float(dense.abs().max())
     difference = float((dense - sparse).abs().max())
     allowed = _TOLERATED_ROUNDINGS * torch.finfo(dense.dtype).eps * largest
     if not difference <= allowed:  # NaN included
         raise NumericalError(
             f"{where}: the 2:4 product differs from the dense one by {difference:.3g}, more than "
-            f"roundings ({allowed:.3g}); its times would mean nothing"
+            f"rounding explains ({allowed:.3g}); its times would be meaningless"
         )

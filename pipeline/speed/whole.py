@@ -1,4 +1,4 @@
-"""Tokens per second of a whole model, from one block of each kind: the model is never loaded."""
+"""Times a whole model from one block of each kind, so that the model is never loaded."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all."""
+        """Tokens of all sequences."""
         return self.sequences * self.seqlen
 
 
 @dataclass(frozen=True)
 class ModelSpeed:
-    """Seconds of a forward through all blocks and the output embedding, dense and 2:4; where they
-    could not be had, why."""
+    """Seconds of a forward through all blocks and the output embedding, dense and 2:4.
+
+    problem: why they could not be measured; None if they were.
+    """
 
     workload: Workload
     dense: float = 0.0
@@ -49,7 +51,7 @@ class ModelSpeed:
 
 
 def workloads(seqlen: int) -> tuple[Workload, ...]:
-    """A token each of 1 and 32 sequences, as in generation, and prompts of 1 and 4 sequences."""
+    """One token of 1 and of 32 sequences, as in generation, and prompts of 1 and 4 sequences."""
     return Workload(1, 1), Workload(32, 1), Workload(1, seqlen), Workload(4, seqlen)
 
 
@@ -62,32 +64,35 @@ def measure_model(
     machine: Machine,
     tell: Callable[[Workload], object],
 ) -> list[ModelSpeed]:
-    """Times one block of each kind, dense and 2:4, and adds up what the model's blocks would take.
+    """Times one block of each kind, dense and 2:4, and adds up the times of all blocks.
 
-    Weights are random: only shapes matter. `tell` is called before each workload. What does not
-    fit, or is refused by a kernel, is said in that workload's `problem`.
+    Weights are random: only shapes matter. `tell` is called before each workload. Too little
+    memory, or an error of a kernel, is the `problem` of that workload.
     """
-    found = []
+    measured = []
     for load in loads:
         tell(load)
         try:
             dense, sparse = _head(shape, load, dtype, machine)
             for kind in range(len(shape.kinds)):
-                own = _block(model, shape, kind, load, dtype, trust_remote_code, machine)
+                block = _block(model, shape, kind, load, dtype, trust_remote_code, machine)
                 count = shape.blocks.count(kind)
-                dense, sparse = dense + count * own[0], sparse + count * own[1]
-            found.append(ModelSpeed(load, dense, sparse))
+                dense, sparse = dense + count * block[0], sparse + count * block[1]
+            measured.append(ModelSpeed(load, dense, sparse))
         except torch.OutOfMemoryError:
             problem = "does not fit: one block and its activations need more than this GPU has"
-            found.append(ModelSpeed(load, problem=problem))
+            measured.append(ModelSpeed(load, problem=problem))
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            found.append(ModelSpeed(load, problem=f"torch refuses: {first_line(error)}"))
-    return found
+            measured.append(ModelSpeed(load, problem=f"torch refuses: {first_line(error)}"))
+    return measured
 
 
 @torch.no_grad()
 def _head(shape: ModelShape, load: Workload, dtype: str, machine: Machine) -> tuple[float, float]:
-    """Seconds of the output embedding, which stays dense, for every sequence's last token."""
+    """Seconds of the output embedding, which is never pruned, for the last token of each sequence.
+
+    Twice: dense and 2:4.
+    """
     options = {"dtype": getattr(torch, dtype), "device": machine.device}
     inputs = torch.zeros(load.sequences, shape.hidden, **options)
     weight = torch.zeros(shape.vocabulary, shape.hidden, **options)
@@ -105,7 +110,7 @@ def _block(
     trust_remote_code: bool,
     machine: Machine,
 ) -> tuple[float, float]:
-    """Seconds of one block of a kind, dense and with what would be pruned compressed."""
+    """Seconds of one block of a kind, dense and with its pruned layers compressed."""
     block, call, hidden = example_block(
         model,
         dtype,
@@ -128,14 +133,14 @@ def _block(
 
 
 def compress_layers(block: nn.Module, machine: Machine) -> None:
-    """Gives every layer of a block that is pruned, each expert's too, a compressed 2:4 weight.
+    """Gives all layers of a block that would be pruned, also in experts, a compressed 2:4 weight.
 
-    A layer becomes an nn.Linear whatever it was: others multiply by a transposed weight, which has
-    no such product.
+    Each becomes an nn.Linear. Other classes multiply by a transposed weight, for which there is no
+    2:4 product.
     """
     for name, (rows, columns) in linear_layers(block).items():
         if columns % PATTERN.group:
-            continue  # stays dense in a job, too
+            continue  # a job leaves it dense, too
         module = block.get_submodule(name)
         weight = random_weight(rows, columns, module.weight.dtype, machine.device)  # type: ignore[arg-type]
         linear = nn.Linear(columns, rows, bias=False, device="meta")

@@ -1,1 +1,1 @@
-"""Second moments of layers' inputs: observed, added up, and summed over the ranks."""
+"""Second moments of layer inputs: observed, accumulated, and summed over the workers."""

@@ -1,12 +1,14 @@
-"""Summing a group's second moments batch by batch, so that no layer's activations are kept.
+"""Sums the second moments of a group's inputs batch by batch; no activations of a layer are kept.
 
-The one Hessian convention: sum of x xᵀ over tokens, and the token count; who uses it divides.
+The one Hessian convention: the sum of x xᵀ over tokens, in fp32, and the number of tokens. Code
+that needs the mean divides.
 
-Which sequences a batch holds does not depend on the workers, so a batch's products have the same
-bytes whoever computes them, in fp32. They are added in float64, where the order of adding all but
-never shows: a product differs from what was added by it only where it is less than 2⁻²⁹ of the sum,
-and by so little that the sum's fp32 rounding changes in one of 2²⁹ such cases. So the
-statistics, and all that follows from them, are those of the calibration, not of its workers.
+The statistics do not depend on the number of workers. The sequences of a batch do not, so the
+product of a batch has the same fp32 bytes on any worker. Products are added in float64, where the
+order of additions almost never matters: only a product below 2⁻²⁹ of the sum is rounded when it is
+added, and the rounding changes the fp32 value of the sum in one of 2²⁹ such cases.
+
+Shapes: T tokens of a batch, S sequences, C columns (input features).
 """
 
 from __future__ import annotations
@@ -22,22 +24,22 @@ from torch import Tensor
 from pipeline.solvers.hessian import joined
 from pipeline.solvers.types import Statistics
 
-# Dtypes whose products are exact in TF32's 10-bit mantissa, and so in its fp32 sums.
+# Dtypes that fit into the 10-bit mantissa of TF32, so that its products are exact.
 _EXACT_IN_TF32 = (torch.bfloat16, torch.float16)
-_SMALLEST_PANEL = 256
-# Rows added at a time.
-_STRIP = 128
+_SMALLEST_PANEL = 256  # columns
+_STRIP = 128  # rows that are added at a time
 
 
 @dataclass
 class Sums:
-    """Running sums for one group of layers, float64: what `Statistics` are made of.
+    """Running sums of one group of layers, float64; `statistics` converts them.
 
-    columns: C. diagonal: (C,), empty where there is a matrix. matrix: of each of `panels`, the
-    columns `start:stop` of the upper triangle, (stop, stop - start) in one flat tensor, panel
-    after panel; empty where the solver asks for the diagonal only. inputs: in place of the matrix,
-    while they are fewer than C, an expert's inputs themselves, a tensor (n, C) for each batch in
-    order; None where there is a matrix.
+    columns: C. tokens, sequences: how many are in the sums. diagonal: (C,), empty where there is a
+    matrix. matrix: flat, panel after panel; the panel `start:stop` (see `panels`) has the rows
+    `:stop` of these columns, (stop, stop - start), that is, the upper triangle. It is empty where
+    the solver needs only the diagonal. inputs: an expert's inputs themselves, in place of the
+    matrix while they are fewer than C: one tensor (T, C) per batch, in order; None where there is
+    a matrix.
     """
 
     columns: int
@@ -48,16 +50,16 @@ class Sums:
     inputs: list[Tensor] | None = None
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """What is summed over ranks."""
+        """The tensors that are summed over the workers."""
         return self.diagonal, self.matrix
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in (*self.tensors(), *(self.inputs or ())))
 
     def add(self, x_TC: Tensor) -> None:
-        """Adds inputs (tokens, C) of any float dtype, all of them of one batch."""
+        """Adds the inputs (T, C) of one batch, of any float dtype."""
         self.tokens += x_TC.shape[0]
         if self.inputs is not None:
             self.inputs.append(x_TC.clone())
@@ -67,14 +69,14 @@ class Sums:
             self._multiply(x_TC)
 
     def spill(self) -> None:
-        """Makes the matrix of inputs that were kept: the bytes that it would have had all along."""
+        """Replaces the kept inputs by the matrix, which gets the bytes as if none had been kept."""
         kept, self.inputs = self.inputs or [], None
         self.matrix = self.matrix.new_zeros(_matrix_entries(self.columns))
         for x_TC in kept:
             self._multiply(x_TC)
 
     def kept(self) -> Tensor:
-        """The inputs that were kept, (tokens, C) fp32."""
+        """The kept inputs, (tokens, C) fp32."""
         parts = [x_TC.float() for x_TC in self.inputs or ()]
         return torch.cat([self.diagonal.new_empty(0, self.columns, dtype=torch.float32), *parts])
 
@@ -86,11 +88,11 @@ class Sums:
             return
         with _tf32(exact and x_TC.is_cuda):
             for (start, stop), panel in panels_of(self.matrix, self.columns):
-                # Columns start:stop of the upper triangle: the mirrored half is never computed.
+                # Columns start:stop of the upper triangle; the lower one is never computed.
                 _add_in_strips(panel, x_TC[:, :stop].T @ x_TC[:, start:stop])
 
     def statistics(self) -> Statistics:
-        """The sums in fp32, the matrix whole."""
+        """The sums rounded to fp32, with the full symmetric matrix."""
         inputs = None if self.inputs is None else self.kept()
         hessian, diagonal = None, self.diagonal.float()
         if inputs is not None:
@@ -116,11 +118,11 @@ class Sums:
 
 
 class Accumulator:
-    """Adds up the inputs of one group of layers on `device`.
+    """Sums the second moments of the inputs of one group of layers on `device`.
 
-    `needs` is what the solver asks for: "diagonal" keeps a vector (C,), "full" a matrix of which
-    only the upper triangle of panels is summed. Products are fp32. keep: whether the inputs stand
-    for the matrix while they are fewer than C.
+    columns: C. needs: the statistic of the solver: "diagonal" is a vector (C,), "full" the upper
+    triangle of a matrix, in panels. Products are fp32, sums float64. keep: whether the inputs are
+    kept in place of the matrix while they are fewer than C.
     """
 
     def __init__(self, columns: int, needs: str, device: torch.device, keep: bool = False) -> None:
@@ -133,7 +135,7 @@ class Accumulator:
         self.sums = Sums(columns, 0, 0, diagonal, matrix, [] if keep else None)
 
     def add(self, inputs: Tensor, sequences: int) -> None:
-        """Adds `inputs` (..., C), any float dtype, that come from `sequences` sequences."""
+        """Adds `inputs` (..., C), any float dtype, from `sequences` sequences, as one batch."""
         self.sums.sequences += sequences
         self.sums.add(inputs.reshape(-1, self.columns))
 
@@ -149,17 +151,17 @@ def _add_in_strips(total: Tensor, product: Tensor) -> None:
 
 
 HalvedSums = tuple[Sums, ...]
-"""One group's sums: of all sequences, or of their first and second half."""
+"""Sums of one group: one of all sequences, or two, of the first and the second half."""
 
 HalvedStatistics = tuple[Statistics, ...]
-"""One group's statistics: of all sequences, or of their first and second half."""
+"""Statistics of one group: one of all sequences, or two, of the first and the second half."""
 
 
 class GroupAccumulator:
-    """A group's running sums: one `Accumulator`, or two for the halves of the sequences.
+    """The running sums of a group: one `Accumulator`, or two for two halves of the sequences.
 
-    `boundary` is the number of the first sequence of the second half; None for one sum. Which half
-    a sequence is in depends on its number alone, so not on the ranks. `keep` as for `Accumulator`.
+    boundary: index of the first sequence of the second half; None for a single sum. The half of a
+    sequence depends on its index alone, not on the workers. Others: as for `Accumulator`.
     """
 
     def __init__(
@@ -176,29 +178,29 @@ class GroupAccumulator:
         self._start, self._size, self._length = 0, 1, 1
 
     def begin_batch(self, start: int, size: int, length: int) -> None:
-        """The inputs that follow come from sequences `start : start + size` of `length` tokens."""
+        """Starts the batch of the sequences `start : start + size`, of `length` tokens each."""
         self._start, self._size, self._length = start, size, length
 
     def add(self, inputs: Tensor, tokens: Tensor | None = None) -> None:
-        """Adds inputs (..., C) of the current batch, its sequences one after another.
+        """Adds inputs (..., C) of the current batch, in the order of its sequences.
 
-        tokens: (n,) int64, where the inputs (n, C) are some of the batch's tokens: their numbers,
-        ascending.
+        tokens: (T,) int64 ascending, where the inputs (T, C) are some tokens of the batch only:
+        their indices in the batch.
         """
-        first = self._size
+        first = self._size  # sequences of the batch that are in the first half
         if self._boundary is not None:
             first = min(max(self._boundary - self._start, 0), self._size)
         if tokens is not None:
             sequences = tokens // self._length
             cut = int((sequences < first).sum())
-            for half, own in zip(self.halves, (slice(0, cut), slice(cut, None)), strict=False):
-                if len(inputs[own]):
-                    half.add(inputs[own], len(torch.unique(sequences[own])))
+            for half, part in zip(self.halves, (slice(0, cut), slice(cut, None)), strict=False):
+                if len(inputs[part]):
+                    half.add(inputs[part], len(torch.unique(sequences[part])))
             return
         x_STC = inputs.reshape(self._size, -1, self._columns)
-        for half, part in zip(self.halves, (x_STC[:first], x_STC[first:]), strict=False):
-            if part.shape[0]:
-                half.add(part, part.shape[0])
+        for half, x_part in zip(self.halves, (x_STC[:first], x_STC[first:]), strict=False):
+            if x_part.shape[0]:
+                half.add(x_part, x_part.shape[0])
 
     def sums(self) -> HalvedSums:
         """The sums so far."""
@@ -206,14 +208,14 @@ class GroupAccumulator:
 
 
 def merged(halves: HalvedStatistics) -> Statistics | None:
-    """The statistics of all sequences; None where none were kept."""
+    """The statistics of all sequences, from those of the halves; None for no statistics."""
     if len(halves) < 2:
         return halves[0] if halves else None
     return joined(*halves)
 
 
 def statistics_bytes(columns: int, needs: str) -> int:
-    """What an `Accumulator` holds, in bytes."""
+    """Bytes of the sums of an `Accumulator` that keeps no inputs."""
     return 8 * (_matrix_entries(columns) if needs == "full" else columns)
 
 
@@ -222,7 +224,7 @@ def _matrix_entries(columns: int) -> int:
 
 
 def panels_of(matrix: Tensor, columns: int) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """Of a flat `Sums.matrix`, each panel's column range and its (stop, stop - start) entries."""
+    """The panels of a flat `Sums.matrix`: column range start:stop, view (stop, stop - start)."""
     at = 0
     for start, stop in panels(columns):
         entries = stop * (stop - start)
@@ -231,17 +233,20 @@ def panels_of(matrix: Tensor, columns: int) -> Iterator[tuple[tuple[int, int], T
 
 
 def panels(columns: int) -> list[tuple[int, int]]:
-    """Column ranges of at least 256 columns, at most eight: eight save 44 % of the products."""
+    """Column ranges: at most eight, of at least 256 columns. Eight save 44 % of the products."""
     width = max(_SMALLEST_PANEL, -(-columns // 8))
     return [(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
 def add_in_rank_order(parts: Sequence[Sums]) -> Sums:
-    """The sum of the ranks' sums, added in rank order; the parts are left as they are."""
+    """The sum of the workers' sums of one group, added in rank order.
+
+    The parts are not changed. Without Ray it takes the place of `Collective.sum_statistics`.
+    """
     first = parts[0]
     tokens = sum(part.tokens for part in parts)
     parts = [dataclasses.replace(part) for part in parts]
-    if stays_kept(first.columns, tokens, [part.inputs is not None for part in parts]):
+    if keeps_inputs(first.columns, tokens, [part.inputs is not None for part in parts]):
         inputs = [x_TC for part in parts for x_TC in part.inputs or ()]
         sequences = sum(part.sequences for part in parts)
         return Sums(first.columns, tokens, sequences, *first.tensors(), inputs)
@@ -262,17 +267,17 @@ def add_in_rank_order(parts: Sequence[Sums]) -> Sums:
     )
 
 
-def stays_kept(columns: int, tokens: int, kept: Sequence[bool]) -> bool:
-    """Whether the ranks' inputs are put together as they are, and not as products.
+def keeps_inputs(columns: int, tokens: int, kept: Sequence[bool]) -> bool:
+    """Whether the sum over workers keeps the inputs, instead of replacing them by the matrix.
 
-    tokens: of all ranks; kept: of each rank, whether it has kept its own.
+    tokens: of all workers together. kept: for each worker, whether it has kept its inputs.
     """
     return all(kept) and tokens < columns
 
 
 @contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
-    """TF32 products while inside, where `allowed`: for inputs that it represents exactly."""
+    """Allows or forbids TF32 products inside: exact for inputs that TF32 represents exactly."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allowed
     try:

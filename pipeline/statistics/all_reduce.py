@@ -1,8 +1,8 @@
-"""Summing statistics over workers: the same traffic as an all-reduce, in rank order.
+"""Sums statistics over the workers, in rank order, with the traffic of an all-reduce.
 
-Each rank receives its slice of the tensor from all ranks, adds in rank order, and the slices are
-gathered by all. So the sum depends on the ranks alone, not on a ring's order, and the in-process
-executor gets the same bytes by adding the ranks' tensors one after another.
+Each worker receives its slice of the tensor from all workers and adds them in rank order; then all
+workers gather the slices. So the sum does not depend on the order of a ring, and the in-process
+executor gets the same bytes by adding the workers' tensors one after another.
 """
 
 from __future__ import annotations
@@ -15,29 +15,35 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from pipeline.statistics.accumulate import Sums, stays_kept
+from pipeline.statistics.accumulate import Sums, keeps_inputs
 from storage.errors import WorkerLostError
 
-# Bytes exchanged at once: bounds the buffers to about three times this.
+# Bytes exchanged at once. The buffers take about three times as much.
 _CHUNK_BYTES = 1 << 28
-# torch 2.13 renamed it; 2.11 has the old name only.
+# torch 2.13 renamed it; 2.11 has only the old name.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def host_meeting(host: str) -> TCPStore:
-    """Rank 0's meeting point on a free port of `host`; its `port` is what the others need."""
+    """The store of rank 0 on a free port of `host`, at which all workers meet.
+
+    The other workers need its `port`.
+    """
     return TCPStore(host, 0, is_master=True, wait_for_workers=False)
 
 
 class Collective:
-    """This process's membership in the group of all ranks."""
+    """The membership of this process in the group of all workers."""
 
     def __init__(
         self, rank: int, world: int, store: TCPStore, backend: str, timeout: float
     ) -> None:
-        """Joins the group that meets at `store`; any operation waits `timeout` seconds at most."""
+        """Joins the group that meets at `store`. Raises `WorkerLostError` if that fails.
+
+        world: number of workers. timeout: the most seconds that an operation waits.
+        """
         self.rank, self.world, self.backend = rank, world, backend
-        # Bytes that this rank has sent to others.
+        # Bytes that this worker has sent to others.
         self.sent = 0
         try:
             dist.init_process_group(
@@ -54,7 +60,10 @@ class Collective:
     def join(
         cls, rank: int, world: int, host: str, port: int, backend: str, timeout: float
     ) -> Collective:
-        """Joins the group that rank 0 hosts at `host:port` (see `host_meeting`)."""
+        """Joins the group that rank 0 hosts at `host:port` (see `host_meeting`).
+
+        Raises `WorkerLostError` if rank 0 cannot be reached.
+        """
         try:
             store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
         except RuntimeError as error:
@@ -62,14 +71,14 @@ class Collective:
         return cls(rank, world, store, backend, timeout)
 
     def close(self) -> None:
-        """Leaves the group; safe to call after a peer has died."""
+        """Leaves the group; may be called after another worker has died."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, added in rank order, written into `tensor` (contiguous).
+        """The sum over the workers, in rank order, written into `tensor` (contiguous).
 
-        Raises `WorkerLostError` when a peer is gone or does not answer in time.
+        Raises `WorkerLostError` when another worker is gone or does not answer in time.
         """
         flat = tensor.view(-1)
         step = _CHUNK_BYTES // flat.element_size()
@@ -82,7 +91,7 @@ class Collective:
         return tensor
 
     def _sum_chunk(self, part: Tensor) -> Tensor:
-        """`part` (n,) summed over ranks; gloo moves bytes of host memory only."""
+        """`part` (n,) summed over the workers. gloo sends from host memory only."""
         width = -(-part.numel() // self.world)
         device = part.device if self.backend == "nccl" else torch.device("cpu")
         sent = torch.zeros(width * self.world, dtype=part.dtype, device=device)
@@ -95,15 +104,18 @@ class Collective:
             total += slices[rank]
         gathered = torch.empty_like(sent)
         _ALL_GATHER(gathered, total)
-        # To each other rank its slice, and then the sum of this rank's own.
+        # A slice to each other worker, then the sum of this worker's slice to each of them.
         self.sent += 2 * (self.world - 1) * total.nbytes
         return gathered[: part.numel()].to(part.device)
 
-    def sum_statistics(self, own: Sums) -> Sums:
-        """The sum of all ranks' sums of one group; `own`'s tensors are overwritten."""
-        # A row for each rank: tokens, sequences, and whether it has kept its inputs.
+    def sum_statistics(self, sums: Sums) -> Sums:
+        """The sum of all workers' sums of one group; the tensors of `sums` are overwritten.
+
+        Raises `WorkerLostError` as `sum` does.
+        """
+        # A row for each worker: tokens, sequences, and whether it has kept its inputs.
         counts = torch.zeros(self.world, 3, dtype=torch.int64)
-        counts[self.rank] = torch.tensor([own.tokens, own.sequences, own.inputs is not None])
+        counts[self.rank] = torch.tensor([sums.tokens, sums.sequences, sums.inputs is not None])
         if self.backend == "nccl":
             counts = counts.to(torch.device("cuda"))
         try:
@@ -112,15 +124,15 @@ class Collective:
             raise WorkerLostError(f"rank {self.rank} lost a peer while summing: {error}") from error
         counts = counts.cpu()
         tokens, sequences, _ = counts.sum(dim=0).tolist()
-        if stays_kept(own.columns, tokens, counts[:, 2].bool().tolist()):
+        if keeps_inputs(sums.columns, tokens, counts[:, 2].bool().tolist()):
             before = int(counts[: self.rank, 0].sum())
-            inputs = own.diagonal.new_zeros(tokens, own.columns, dtype=torch.float32)
-            inputs[before : before + own.tokens] = own.kept()
-            # Zeros are added to each row: the rows come out as they are, in rank order.
+            inputs = sums.diagonal.new_zeros(tokens, sums.columns, dtype=torch.float32)
+            inputs[before : before + sums.tokens] = sums.kept()
+            # The other workers add zeros to these rows: the result is all rows, in rank order.
             self.sum(inputs)
-            return dataclasses.replace(own, tokens=tokens, sequences=sequences, inputs=[inputs])
-        if own.inputs is not None:
-            own.spill()
-        for tensor in own.tensors():
+            return dataclasses.replace(sums, tokens=tokens, sequences=sequences, inputs=[inputs])
+        if sums.inputs is not None:
+            sums.spill()
+        for tensor in sums.tensors():
             self.sum(tensor)
-        return dataclasses.replace(own, tokens=tokens, sequences=sequences)
+        return dataclasses.replace(sums, tokens=tokens, sequences=sequences)

@@ -1,4 +1,4 @@
-"""Running a dense block over batches while the second moments of its layers' inputs are summed."""
+"""Runs a dense block over batches and sums the second moments of the inputs of its layers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pipeline.runtime.stopwatch import Stopwatch
 from pipeline.statistics.accumulate import GroupAccumulator, HalvedSums
 
 
-class _Observed(Exception):
-    """Leaves the block's forward once the last group's input has been seen."""
+class _AllObserved(Exception):
+    """Ends the forward of a block once the input of the last group has been observed."""
 
 
 def accumulators(
@@ -25,7 +25,11 @@ def accumulators(
     device: torch.device,
     boundary: int | None,
 ) -> dict[LayerGroup, GroupAccumulator]:
-    """Empty sums for groups of a block's layers; an expert's inputs are kept while they are few."""
+    """Empty sums for groups of layers of the block `module`.
+
+    needs: group -> statistic of its solver. boundary: see `GroupAccumulator`. The inputs of experts
+    are kept while they are fewer than the columns.
+    """
     return {
         group: GroupAccumulator(
             *(group.columns, needs[group], device, boundary),
@@ -36,10 +40,10 @@ def accumulators(
 
 
 class BlockObserver:
-    """A block's groups, each observed at its first layer: the others are called with the same.
+    """Observes the groups of a block, each at its first layer: all its layers have the same input.
 
-    A forward ends where the last group's input is known: what a block makes of its last linear
-    layer's output (down_proj: a quarter of a Llama block) is no layer's input.
+    A forward ends at the input of the last group. The rest (down_proj: a quarter of a Llama block)
+    is not needed.
     """
 
     def __init__(
@@ -49,10 +53,10 @@ class BlockObserver:
         call: Callable[[Tensor], BlockCall],
         watch: Stopwatch,
     ) -> None:
-        """Observes `module`; `call` gives what it is called with for a batch."""
+        """Registers hooks on the block `module`. call: hidden states -> arguments of the block."""
         self._module, self._sums, self._call, self._watch = module, sums, call, watch
-        self._left = 0
-        # Where a layer is called several times in a forward, the last time is not known.
+        self._left = 0  # groups not yet observed in this forward
+        # Where a layer is called several times in a forward, its last call is not known.
         self._stops = all(group.calls == 1 for group in sums)
         self._handles = [
             module.get_submodule(group.name).register_forward_pre_hook(
@@ -70,17 +74,17 @@ class BlockObserver:
         with self._watch("forward"):
             try:
                 self._call(hidden_states).run(self._module, hidden_states)
-            except _Observed:
+            except _AllObserved:
                 return
 
     def sums(self) -> dict[str, HalvedSums]:
-        """The sums so far by group name. Ends the observation."""
+        """The sums by group name. Removes the hooks."""
         for handle in self._handles:
             handle.remove()
-        found = {group.name: total.sums() for group, total in self._sums.items()}
-        for sums in (half for halves in found.values() for half in halves):
+        by_group = {group.name: total.sums() for group, total in self._sums.items()}
+        for sums in (half for halves in by_group.values() for half in halves):
             self._watch.count("statistics_bytes", sums.nbytes)
-        return found
+        return by_group
 
     def _hook(self, total: GroupAccumulator, expert: Expert | None) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -89,6 +93,6 @@ class BlockObserver:
                 total.add(args[0] if args else kwargs["input"], tokens)
             self._left -= 1
             if self._stops and not self._left:
-                raise _Observed
+                raise _AllObserved
 
         return hook

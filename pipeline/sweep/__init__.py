@@ -1,1 +1,1 @@
-"""`prox24 sweep`: many settings of one model, pruned and evaluated."""
+"""`prox24 sweep`: prunes and evaluates one model with many settings."""

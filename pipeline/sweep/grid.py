@@ -1,4 +1,4 @@
-"""What a sweep runs: the product of varied options, for each of its lines. Reads no model."""
+"""The runs of a sweep: all combinations of the varied options, for each line. Reads no model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 from storage.errors import ConfigError
 
 _KEYS = ("model", "folder", "prune", "eval", "lines", "vary", "keep-models")
-# Options that the sweep itself gives to its jobs, and one file that they would all write.
-_OWN = ("run-dir", "overwrite", "eval-dataset", "eval-nsamples", "trace", "config", "save-layers")
-_OWN_OF_EVAL = ("json", "scratch-dir", "trace", "config")
+# Options that the sweep sets for its jobs, or that would make all jobs write the same file.
+_SET_BY_SWEEP = (
+    "run-dir", "overwrite", "eval-dataset", "eval-nsamples", "trace", "config", "save-layers",
+)  # fmt: skip
+_EVAL_SET_BY_SWEEP = ("json", "scratch-dir", "trace", "config")
 _LONGEST_NAME = 100
 
 
@@ -21,8 +23,8 @@ _LONGEST_NAME = 100
 class Point:
     """One job of a sweep.
 
-    name: as in the table. folder: its name on disk. line: which line of the plots it is on. x: its
-    value on their horizontal axis, as written. options: of `prox24 prune`, as written.
+    name: in the table. folder: its name on disk. line: the line of the plots that it is a point of.
+    x: its value on the horizontal axis, as written. options: those of `prox24 prune`, as written.
     """
 
     name: str
@@ -34,10 +36,10 @@ class Point:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep as its YAML file says it; options as written, by their names with hyphens.
+    """A sweep as in its YAML file; options as written, by their names with hyphens.
 
-    axis: the option along the plots' horizontal axis. evaluation: options of `prox24 eval`.
-    keep_models: whether pruned models stay after they were evaluated.
+    axis: the option on the horizontal axis of the plots. evaluation: options of `prox24 eval`.
+    keep_models: whether pruned models are kept after their evaluation.
     """
 
     model: str
@@ -49,9 +51,10 @@ class SweepPlan:
 
 
 def read_plan(options: Mapping[str, Any], where: str) -> SweepPlan:
-    """The sweep that a YAML file's mapping describes; `where` begins what is said of errors.
+    """The sweep that the mapping of a YAML file describes. where: prefix of error messages.
 
-    Raises `ConfigError` for what is missing, unknown, or of another shape than docs/sweeps.md says.
+    Raises `ConfigError` for missing or unknown keys, and for values of the wrong form (see
+    docs/sweeps.md).
     """
     given = {_hyphens(key): value for key, value in options.items()}
     for key in given:
@@ -65,16 +68,16 @@ def read_plan(options: Mapping[str, Any], where: str) -> SweepPlan:
             raise ConfigError(f"{where}: {key} must be one path or name")
     if given.get("keep-models") not in (None, True, False):
         raise ConfigError(f"{where}: keep-models must be true or false")
-    shared = _options(given.get("prune"), f"{where}: prune", _OWN)
+    shared = _options(given.get("prune"), f"{where}: prune", _SET_BY_SWEEP)
     lines = {
-        str(name): _options(own, f"{where}: lines: {name}", _OWN)
-        for name, own in _mapping(given.get("lines"), f"{where}: lines").items()
+        str(name): _options(options, f"{where}: lines: {name}", _SET_BY_SWEEP)
+        for name, options in _mapping(given.get("lines"), f"{where}: lines").items()
     }
     vary = _vary(given["vary"], f"{where}: vary")
-    for name, own in {"prune": shared, **lines}.items():
-        for option in own.keys() & vary.keys():
+    for name, fixed in {"prune": shared, **lines}.items():
+        for option in fixed.keys() & vary.keys():
             raise ConfigError(f"{where}: {option} is in `vary` and in {name}; leave one out")
-    evaluation = _options(given.get("eval"), f"{where}: eval", _OWN_OF_EVAL)
+    evaluation = _options(given.get("eval"), f"{where}: eval", _EVAL_SET_BY_SWEEP)
     return SweepPlan(
         model=given["model"],
         folder=given["folder"],
@@ -88,27 +91,29 @@ def read_plan(options: Mapping[str, Any], where: str) -> SweepPlan:
 def _points(
     shared: dict[str, Any], lines: dict[str, dict[str, Any]], vary: dict[str, list[Any]], where: str
 ) -> tuple[Point, ...]:
-    """Line by line, the first varied option fastest, so that a line's points come together."""
+    """The points, line by line; the first varied option changes fastest."""
     axis, *others = vary
     points: list[Point] = []
-    for name, own in lines.items():
+    for name, line_options in lines.items():
         for values in itertools.product(*(vary[option] for option in others)):
             fixed = dict(zip(others, values, strict=True))
             words = [name, *(f"{option}={value}" for option, value in fixed.items())]
             line = " ".join(word for word in words if word)
             for value in vary[axis]:
                 label = f"{line} {axis}={value}".strip()
-                options = without_steps({**shared, **own, **fixed, axis: value})
+                options = without_steps({**shared, **line_options, **fixed, axis: value})
                 points.append(Point(label, folder_name(label), line, str(value), options))
     for what in ("name", "folder"):
         names = [getattr(point, what) for point in points]
         for twice in {name for name in names if names.count(name) > 1}:
-            raise ConfigError(f"{where}: two runs are called {twice}; name lines and values apart")
+            raise ConfigError(
+                f"{where}: two runs are called {twice}; give them different lines or values"
+            )
     return tuple(points)
 
 
 def without_steps(options: dict[str, Any]) -> dict[str, Any]:
-    """The same options; no refinement where 0 steps of one are asked for."""
+    """The options, with `refine: none` in place of 0 refinement steps."""
     if str(options.get("refine-steps")) != "0":
         return options
     return {key: value for key, value in options.items() if key != "refine-steps"} | {
@@ -117,7 +122,7 @@ def without_steps(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def folder_name(label: str) -> str:
-    """`label` as the name of a folder: nothing that leads elsewhere or that a shell takes apart."""
+    """`label` as the name of a folder, without path separators and characters special to shells."""
     return re.sub(r"[^\w.+=-]+", "_", label).strip("._-")[:_LONGEST_NAME] or "run"
 
 
@@ -125,8 +130,8 @@ def _vary(value: object, where: str) -> dict[str, list[Any]]:
     vary: dict[str, list[Any]] = {}
     for name, values in _mapping(value, where).items():
         option = _hyphens(name)
-        if option in _OWN:
-            raise ConfigError(f"{where}: {option} is the sweep's own; leave it out")
+        if option in _SET_BY_SWEEP:
+            raise ConfigError(f"{where}: {option} is set by the sweep; leave it out")
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{where}: {option} must be a list of values")
         for entry in values:
@@ -136,11 +141,11 @@ def _vary(value: object, where: str) -> dict[str, list[Any]]:
     return vary
 
 
-def _options(value: object, where: str, own: tuple[str, ...]) -> dict[str, Any]:
+def _options(value: object, where: str, set_by_sweep: tuple[str, ...]) -> dict[str, Any]:
     options = {_hyphens(name): given for name, given in _mapping(value, where).items()}
     for name in options:
-        if name in own:
-            raise ConfigError(f"{where}: {name} is the sweep's own; leave it out")
+        if name in set_by_sweep:
+            raise ConfigError(f"{where}: {name} is set by the sweep; leave it out")
     return options
 
 

@@ -1,4 +1,4 @@
-"""Plots of sweeps, as the papers have them: a quantity by an option, a line for each method."""
+"""Plots of a sweep, as in papers: a quantity against an option, with one line per method."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 from storage.files.commit import replace_file
 
 _MARKERS = "osD^vP*X"
-# Values that lie further apart than this factor are easier to see on a logarithmic axis.
+# Values are drawn on a logarithmic axis if they differ by this factor or more.
 _WIDE = 4.0
 _PANEL_INCHES = (4.4, 3.4)
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line: `xs` as written, `ys` with None where there is no value."""
+    """One line: `xs` as written, `ys` None where there is no value."""
 
     name: str
     xs: tuple[str, ...]
@@ -28,7 +28,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes; `level` is the dense model's value, drawn across, None for no such line."""
+    """One plot. level: the value of the dense model, as a horizontal line; None for no line."""
 
     quantity: str
     lines: tuple[Line, ...]
@@ -42,14 +42,14 @@ def draw(
     panels: Sequence[Panel],
     guard: Callable[[], None] | None = None,
 ) -> list[Path]:
-    """Draws the panels beside each other into STEM.png and STEM.svg; returns their paths.
+    """Draws the panels side by side into STEM.png and STEM.svg; returns their paths.
 
-    `axis` names what lies along the horizontal axes. `guard` as in `replace_file`.
+    axis: label of the horizontal axes. guard: as in `replace_file`.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    # A file must depend on its figures alone.
+    # A file must depend only on the values drawn: fixed ids, no dates.
     with matplotlib.rc_context({"svg.hashsalt": stem, "font.size": 9}):
         width, height = _PANEL_INCHES
         figure = Figure(figsize=(width * len(panels), height), layout="constrained")
@@ -93,10 +93,10 @@ def _draw(axes: Any, axis: str, panel: Panel) -> None:
 
 
 def positions(ticks: Sequence[str]) -> dict[str, float]:
-    """Where each value lies on the axis, which is linear in what this returns.
+    """Value, as written -> its position on the (linear) axis.
 
-    Numbers that are not negative and span a wide range lie by their logarithm, 0 one doubling below
-    the smallest; other numbers by their value, words in the order in which they stand.
+    Non-negative numbers that span a wide range: their base-2 logarithm, with 0 one below the
+    smallest. Other numbers: their value. Words: their index.
     """
     try:
         numbers = {tick: float(tick) for tick in ticks}

@@ -1,4 +1,4 @@
-"""What a sweep found, as a table and as lines to plot."""
+"""The results of a sweep, as a table and as lines to plot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from pipeline.sweep.plots import Line, Panel
 
 
 def with_dense(table: Table, dense: dict[str, Any]) -> Table:
-    """The table with a first row for the dense model, of which the perplexity alone is known."""
+    """The table with a first row for the dense model, which has only a perplexity.
+
+    dense: its evaluation, by names of columns.
+    """
     columns = tuple(
         replace(
             column,
@@ -28,19 +31,21 @@ def with_dense(table: Table, dense: dict[str, Any]) -> Table:
 
 
 def panels(
-    points: Sequence[Point], figures: dict[str, RunSummary], dense: dict[str, Any]
+    points: Sequence[Point], summaries: dict[str, RunSummary], dense: dict[str, Any]
 ) -> list[Panel]:
-    """What is plotted: perplexity, divergence from the dense model, and error of the layers.
+    """The plots: perplexity, divergence from the dense model, and error of the layers.
 
-    Errors on other statistics than the full second moment do not compare, and are left out.
+    summaries: by name of a point, for the runs that are done. Errors on another statistic than the
+    full second moments are not comparable, and are left out. So are plots without any value.
     """
 
-    def lines(of: Callable[[RunSummary], float | None]) -> tuple[Line, ...]:
+    def lines(quantity: Callable[[RunSummary], float | None]) -> tuple[Line, ...]:
         made = []
         for name in dict.fromkeys(point.line for point in points):
-            own = [point for point in points if point.line == name]
-            ys = [of(figures[point.name]) if point.name in figures else None for point in own]
-            made.append(Line(name, tuple(point.x for point in own), tuple(ys)))
+            members = [point for point in points if point.line == name]
+            runs = [summaries.get(point.name) for point in members]
+            ys = [None if run is None else quantity(run) for run in runs]
+            made.append(Line(name, tuple(point.x for point in members), tuple(ys)))
         return tuple(made)
 
     def evaluation(run: RunSummary) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def panels(
     def error(run: RunSummary) -> float | None:
         return run.whole.relative_error if run.statistic == "full" else None
 
-    found = [
+    drawn = [
         Panel(
             "perplexity", lines(lambda r: evaluation(r).get("perplexity")), dense.get("perplexity")
         ),
@@ -59,4 +64,4 @@ def panels(
         ),
         Panel("relative error of all layers, %", lines(error)),
     ]
-    return [p for p in found if any(y is not None for line in p.lines for y in line.ys)]
+    return [p for p in drawn if any(y is not None for line in p.lines for y in line.ys)]

@@ -1,17 +1,16 @@
-"""`prox24 sweep`: many jobs on one model, one after the other, and their figures in one table.
+"""`prox24 sweep`: many jobs on one model, one after another, with their results in one table.
 
-What jobs of a sweep share, exactly:
-- calibration tokens, cut once for all jobs with the same text, number, length and seed (another
-  number of sequences gives other crops, as in `prune`, and they are cut anew);
-- the text of the evaluation, tokenized once, and the dense model's pass over it, whose last hidden
-  states every pruned model is held against.
-What they cannot share: calibration passes. A block's inputs are the outputs of the *pruned* blocks
-before it, so two settings have the same inputs in block 0 alone, even on the same calibration; that
-one block's pass is done again for each.
+The jobs of a sweep share:
+- calibration tokens, cut once for all jobs with the same text, nsamples, seqlen and seed (another
+  nsamples gives other sequences, as in `prune`);
+- the evaluation text, tokenized once, and the dense model's pass over it, with whose last hidden
+  states every pruned model is compared.
+They do not share calibration passes. The inputs of a block are the outputs of the *pruned* blocks
+before it, so two settings have the same inputs only in block 0, and that pass is repeated, too.
 
-The state of a sweep is its folder's: `sweep.json` says which sweep it is, `runs/NAME` are run
-directories, and a run is done once `report/evaluation.json` is there. A killed sweep goes on with
-what is missing.
+The state of a sweep is its folder: `sweep.json` identifies the sweep, `runs/NAME` are run
+directories, and a run is done when its `report/evaluation.json` exists. A killed sweep resumes with
+the missing runs.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from pipeline.records.evaluation import finite, read_evaluation, write_evaluatio
 from pipeline.records.manifest import data_identity, describe_job
 from pipeline.records.tokens import cut_tokens
 from pipeline.reporting.compare_runs import comparison
-from pipeline.reporting.run_summary import RunSummary, read_figures
+from pipeline.reporting.run_summary import RunSummary, read_run_summary
 from pipeline.reporting.tables import Table, write_table
 from pipeline.runtime.progress import Progress
 from pipeline.sweep.grid import Point
@@ -54,18 +53,19 @@ from storage.run.lock import RunLock
 
 SWEEP_SCHEMA = 1
 _LOCAL_NOTE = (
-    "With the local executor all runs are in one process, and peaks of memory are since its start: "
-    "a run's is its own only where it is above those before."
+    "With the local executor all runs share one process, and peak memory is measured since its "
+    "start: the peak of a run is known only where it is above those of the runs before."
 )
 Executors = Callable[[RuntimeConfig], Callable[[], Executor]]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep with all options parsed. `points` and their `configs` are in step.
+    """A sweep with all options parsed.
 
-    source: the dense model, called `source_name`. axis: the option on the plots' horizontal axis.
-    keep_models: whether pruned models stay, in `models/NAME`, after they were evaluated.
+    source: the dense model. source_name: its name in messages. axis: the option on the horizontal
+    axis of the plots. configs: those of `points`, in the same order. keep_models: whether pruned
+    models are kept, in `models/NAME`, after their evaluation.
     """
 
     source: Place
@@ -78,17 +78,17 @@ class Sweep:
     keep_models: bool
 
     def run(self, point: Point) -> RunDirectory:
-        """The run directory of one of its jobs."""
+        """The run directory of a job."""
         return RunDirectory(self.folder / "runs" / point.folder)
 
     def model(self, point: Point) -> Path:
-        """The output of one of its jobs."""
+        """The output folder of a job."""
         return self.folder / "models" / point.folder
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """The table of the runs that are done, the files written, and why runs failed, by name."""
+    """The table of the finished runs, the files written, and name -> reason for failed runs."""
 
     table: Table
     files: tuple[Path, ...]
@@ -96,13 +96,12 @@ class SweepResult:
 
 
 def sweep(wanted: Sweep, executors: Executors, progress: Progress) -> SweepResult:
-    """Runs what is missing of a sweep, and writes its table and plots into its folder.
+    """Runs the missing jobs of a sweep, and writes its table and plots into its folder.
 
-    `executors` gives what makes the executor of a job or an evaluation. A run that leaves the
-    finite numbers is named in the result, and tried again next time.
-
-    Raises an `InputError` for bad input before any compute: of any of the runs, or a folder that
-    holds another sweep.
+    executors: config -> a function that creates the executor of a job or an evaluation. A run that
+    produces NaN or Inf is named in the result, and tried again next time.
+    Raises an `InputError` before any computation for bad input of any run, and for a folder that
+    contains another sweep.
     """
     shared = SharedTokens()
     skeletons = _Skeletons(wanted)
@@ -110,7 +109,7 @@ def sweep(wanted: Sweep, executors: Executors, progress: Progress) -> SweepResul
     identity = _identity(wanted, skeletons, prepared)
     _check_folder(wanted.folder)
     with RunLock(wanted.folder) as lock:
-        _own(wanted.folder, identity, lock)
+        _claim_folder(wanted.folder, identity, lock)
         for left in wanted.folder.glob(f"{SCRATCH_PREFIX}*"):
             shutil.rmtree(left, ignore_errors=True)
         missing = [
@@ -119,20 +118,20 @@ def sweep(wanted: Sweep, executors: Executors, progress: Progress) -> SweepResul
             if not _done(wanted, point)
         ]
         for _, config in missing:
-            shared(skeletons.of(config), config)  # a text that is too short is found now
+            shared(skeletons.of(config), config)  # raises now if a text is too short
         failed = _run(wanted, missing, prepared, shared, lock, executors, progress)
-        table, files = _written(wanted, lock, plots=True)
+        table, files = _write_results(wanted, lock, plots=True)
     return SweepResult(table, tuple(files), failed)
 
 
 @dataclass
 class SharedTokens:
-    """Calibration tokens, cut once for all jobs of a sweep that calibrate on the same ones."""
+    """Calibration tokens, cut once for all jobs of a sweep with the same calibration options."""
 
     cut: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def __call__(self, skeleton: Skeleton, config: PruneConfig) -> Tensor:
-        """What `cut_tokens` gives for the config."""
+        """The tokens that `cut_tokens` gives for the config."""
         key = (config.dataset, config.text_column, config.nsamples, config.seqlen, config.seed)
         if key not in self.cut:
             self.cut[key] = cut_tokens(skeleton, config)
@@ -140,14 +139,14 @@ class SharedTokens:
 
 
 class _Skeletons:
-    """The dense model's skeleton in each dtype that is asked for."""
+    """The skeletons of the dense model, one per dtype."""
 
     def __init__(self, wanted: Sweep) -> None:
         self._source = wanted.source
         self._open: dict[tuple[Any, ...], Skeleton] = {}
 
     def of(self, config: PruneConfig) -> Skeleton:
-        """Opens it, or gives the one that is open."""
+        """The skeleton for a config, opened when first needed."""
         key = (config.dtype, config.trust_remote_code)
         if key not in self._open:
             self._open[key] = open_skeleton(
@@ -157,9 +156,10 @@ class _Skeletons:
 
 
 def _identity(wanted: Sweep, skeletons: _Skeletons, prepared: Prepared) -> dict[str, Any]:
-    """What a sweep is, as JSON free of local paths: equal for equal sweeps.
+    """What identifies a sweep, as JSON values without local paths: equal for equal sweeps.
 
-    Raises an `InputError` where a run cannot be, and `ConfigError` where two are the same job.
+    Raises an `InputError` for a run that is not possible, and `ConfigError` where two runs are the
+    same job.
     """
     texts = {name: data_identity(name) for name in {config.dataset for config in wanted.configs}}
     runs: dict[str, dict[str, Any]] = {}
@@ -183,41 +183,43 @@ def _identity(wanted: Sweep, skeletons: _Skeletons, prepared: Prepared) -> dict[
 
 
 def _require_distinct(points: Sequence[Point], configs: Sequence[PruneConfig]) -> None:
-    """Raises `ConfigError` where two runs would compute the same."""
+    """Raises `ConfigError` where two runs would compute the same result."""
     seen: dict[str, str] = {}
     for point, config in zip(points, configs, strict=True):
         solver = config.solver_settings(config.method).to_json()
         settings = {**config.what(), **solver}
-        if all(own.refine == "none" for own in config.layer_rules().all_settings()):
+        if all(each.refine == "none" for each in config.layer_rules().all_settings()):
             settings["refine_steps"] = None
         key = repr(sorted(settings.items()))
         if key in seen:
             raise ConfigError(
-                f"the runs {seen[key]} and {point.name} are the same job: what tells them apart "
-                "has no effect on them (steps of a refinement need `refine`); leave one out"
+                f"the runs {seen[key]} and {point.name} are the same job: the options in which "
+                "they differ have no effect (`refine-steps` needs `refine`); leave one out"
             )
         seen[key] = point.name
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises `OutputError` for a folder with things in it that are no sweep's."""
+    """Raises `OutputError` for a folder with files that do not belong to a sweep."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; name a folder for the sweep")
     if folder.is_dir() and not (folder / "sweep.json").exists():
         for path in folder.iterdir():
             if not path.name.startswith("lock-") and not is_temporary(path):
-                raise OutputError(f"{folder} is not empty and no sweep's; name another folder")
+                raise OutputError(
+                    f"{folder} is not empty and not the folder of a sweep; name another folder"
+                )
 
 
-def _own(folder: Path, identity: dict[str, Any], lock: RunLock) -> None:
-    """Makes the folder this sweep's. Raises `RunDirectoryError` where it is another's."""
+def _claim_folder(folder: Path, identity: dict[str, Any], lock: RunLock) -> None:
+    """Writes `sweep.json` if missing. Raises `RunDirectoryError` for that of another sweep."""
     path = folder / "sweep.json"
     if path.exists():
-        found = differences(read_json(path, SWEEP_SCHEMA)["sweep"], identity)
-        if found:
+        differing = differences(read_json(path, SWEEP_SCHEMA)["sweep"], identity)
+        if differing:
             raise RunDirectoryError(
-                f"{folder} is the folder of another sweep ({'; '.join(found[:3])}); name another "
-                "folder, or delete it to start anew"
+                f"{folder} is the folder of another sweep ({'; '.join(differing[:3])}); name "
+                "another folder, or delete it to start again"
             )
         return
     payload = {"schema_version": SWEEP_SCHEMA, "sweep": identity}
@@ -237,35 +239,35 @@ def _run(
     executors: Executors,
     progress: Progress,
 ) -> dict[str, str]:
-    """Runs and evaluates what is missing; why runs failed, by name."""
+    """Runs and evaluates the missing runs; returns name -> reason for those that failed."""
     failed: dict[str, str] = {}
     if not missing:
         return failed
     done = len(wanted.points) - len(missing)
     if done:
-        progress.note(f"{done} of {len(wanted.points)} runs are already done; going on from there")
+        progress.note(f"{done} of {len(wanted.points)} runs are already done; resuming")
     evaluation = replace(wanted.evaluation, scratch_dir=str(wanted.folder))
     check_evaluation_space(evaluation, prepared.skeleton, -(-3 * len(prepared.tokens) // 2))
     with _evaluated(prepared, evaluation, executors, progress) as dense:
-        payload = {"schema_version": SWEEP_SCHEMA, **dense.figures()}
+        payload = {"schema_version": SWEEP_SCHEMA, **dense.metrics()}
         replace_json(wanted.folder / "dense.json", payload, guard=lock.assert_held)
         began = time.monotonic()
         for number, (point, config) in enumerate(missing):
             progress.note(f"run {done + number + 1} of {len(wanted.points)}: {point.name}")
             try:
-                figures = _one(
+                metrics = _one(
                     wanted, point, config, shared, evaluation, dense, executors, progress
                 )
             except NumericalError as error:
                 failed[point.name] = str(error)
                 progress.note(f"{point.name}: failed: {error}")
                 continue
-            write_evaluation(wanted.run(point), figures, lock.assert_held)
-            _written(wanted, lock)  # what is known so far, for who watches
+            write_evaluation(wanted.run(point), metrics, lock.assert_held)
+            _write_results(wanted, lock)  # the table so far
             each = (time.monotonic() - began) / (number + 1)
             left = datetime.timedelta(seconds=round(each * (len(missing) - number - 1)))
             progress.note(
-                f"{point.name}: perplexity {figures['perplexity']:.4g}; all done in about {left}"
+                f"{point.name}: perplexity {metrics['perplexity']:.4g}; all done in about {left}"
             )
     return failed
 
@@ -280,7 +282,7 @@ def _one(
     executors: Executors,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Prunes, or goes on with it, and holds the result against the dense model."""
+    """Prunes one model, or resumes that, and evaluates it and compares it with the dense model."""
     config = replace(config, run_dir=str(wanted.run(point).path))
     output = wanted.model(point)
     prune(
@@ -298,19 +300,19 @@ def _one(
     )
     pruned = replace(dense.prepared, skeleton=skeleton)
     with _evaluated(pruned, evaluation, executors, progress) as other:
-        return finite(other.figures() | {"against_dense": other.against(dense)})
+        return finite(other.metrics() | {"against_dense": other.against(dense)})
 
 
 @contextlib.contextmanager
 def _evaluated(
     prepared: Prepared, config: EvalConfig, executors: Executors, progress: Progress
 ) -> Iterator[Evaluated]:
-    """`evaluated` on an executor of its own."""
+    """`evaluated` on a new executor, which is closed at the end."""
     executor = executors(config)()
     try:
-        with evaluated(prepared, config, executor, progress) as found:
+        with evaluated(prepared, config, executor, progress) as evaluation:
             progress.end()
-            yield found
+            yield evaluation
     finally:
         progress.end()
         executor.close()
@@ -321,28 +323,33 @@ def _discard(wanted: Sweep, point: Point) -> None:
         shutil.rmtree(wanted.model(point), ignore_errors=True)
 
 
-def _written(wanted: Sweep, lock: RunLock, *, plots: bool = False) -> tuple[Table, list[Path]]:
-    """The table, and the plots, of what is done, written into the folder."""
+def _write_results(
+    wanted: Sweep, lock: RunLock, *, plots: bool = False
+) -> tuple[Table, list[Path]]:
+    """Writes the table of the finished runs, and with `plots` their plots.
+
+    Returns the table and the paths of the files.
+    """
     done = [point for point in wanted.points if _done(wanted, point)]
     for point in done:
-        # Here, or it would stay where the sweep was killed after the evaluation's commit.
+        # Here, so that a model is also deleted if the sweep was killed after its evaluation.
         _discard(wanted, point)
-    figures = {point.name: read_figures(wanted.run(point).path, point.name) for point in done}
-    _require_one_model(list(figures.values()))
+    summaries = {point.name: read_run_summary(wanted.run(point).path, point.name) for point in done}
+    _require_one_model(list(summaries.values()))
     path = wanted.folder / "dense.json"
     dense = read_json(path, SWEEP_SCHEMA) if path.exists() else {}
-    table = with_dense(comparison(list(figures.values())), dense)
+    table = with_dense(comparison(list(summaries.values())), dense)
     if any(config.executor == "local" for config in wanted.configs):
         table = replace(table, notes=(*table.notes, _LOCAL_NOTE))
     files = write_table(wanted.folder, "sweep", table, lock.assert_held)
     if plots and done:
-        drawn = panels(wanted.points, figures, dense)
+        drawn = panels(wanted.points, summaries, dense)
         files += draw(wanted.folder, "sweep", wanted.axis, drawn, lock.assert_held)
     return table, files
 
 
 def _require_one_model(runs: Sequence[RunSummary]) -> None:
-    """Raises `RunDirectoryError` where the source's weights changed between two runs."""
+    """Raises `RunDirectoryError` if the weights of the source changed between two runs."""
     for run in runs[1:]:
         changed = differences(runs[0].weight_files, run.weight_files)
         if changed:

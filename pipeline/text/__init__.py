@@ -1,1 +1,1 @@
-"""Text, as it is stored, to calibration and evaluation sequences of tokens."""
+"""Reads texts and cuts them into calibration and evaluation sequences of tokens."""

@@ -1,12 +1,12 @@
-"""Text data sets as a stream of documents: local files, or a data set of the hub.
+"""Streams the documents of a text data set: local files, or a data set of the Hugging Face hub.
 
     .txt              the whole file is one document
-    .jsonl            one JSON object a line, one document each
-    .parquet, .arrow  one document a row (.arrow: IPC file or stream, as `datasets` writes it)
+    .jsonl            one JSON object per line, one document each
+    .parquet, .arrow  one document per row (.arrow: IPC file or stream, as `datasets` writes it)
     ID, ID:CONFIG     a data set of the hub, streamed: `some/data`, `some/data:en`
 
-`datasets` is imported for the hub only, so a machine without it can use every local file; pyarrow
-for its two formats only, so that a missing file is refused at once.
+`datasets` is imported for hub data sets only: local files do not need it. pyarrow is imported for
+its two formats only, so that a missing file is refused at once.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from storage.errors import DataError, first_line
 LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
 DEFAULT_CONFIG = {"allenai/c4": "en", "Salesforce/wikitext": "wikitext-2-raw-v1"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-MAX_TEXT_BYTES = 1 << 30  # of a .txt file, which is in memory as a whole
-MAX_LINE_BYTES = 1 << 26  # of a line of .jsonl
-_ROWS_AT_ONCE = 64  # a row can hold megabytes of text
+MAX_TEXT_BYTES = 1 << 30  # limit on a .txt file, which is read into memory as a whole
+MAX_LINE_BYTES = 1 << 26  # limit on a line of .jsonl
+_ROWS_AT_ONCE = 64  # few, as a row may have megabytes of text
 
 
 def is_local(dataset: str) -> bool:
-    """Whether `dataset` names a local file (that need not exist) and not a data set of the hub."""
+    """Whether `dataset` names a local file, which need not exist, rather than a hub data set."""
     path = Path(dataset).expanduser()
     identifier = dataset.partition(":")[0]
     return (
@@ -67,15 +67,15 @@ def read_documents(
     splits: tuple[str, ...] = ("train",),
     revision: str | None = None,
 ) -> Iterator[str]:
-    """Yield the documents of `dataset` in their order, reading no further than asked for.
+    """Yield the documents of `dataset` in their order; reads only as far as they are consumed.
 
-    `text_column` None: the column `text`, or the only column of strings. `splits`: for the hub,
-    the split to read, the first of these that the data set has, at the commit `revision` (None: the
-    newest). Rows that hold null are skipped; empty ones are not, because joining documents with
-    blank lines counts them.
+    text_column: None for the column `text`, or the only column of strings. splits: of a hub data
+    set, the first of these that it has is read. revision: of a hub data set, the commit; None for
+    the newest. Rows with null are skipped; empty rows are not, because they count when documents
+    are joined with blank lines.
 
-    Errors: DataError, naming the file and the place in it, if the data is missing, of an unknown
-    kind, cannot be decoded, has no text column, or holds no text at all.
+    Raises DataError, naming the file and the position in it, if the data is missing, of an unknown
+    kind, cannot be decoded, has no text column, or has no text at all.
     """
     documents = (
         _local_documents(Path(dataset).expanduser(), text_column)
@@ -117,7 +117,7 @@ def _txt_documents(path: Path, text_column: str | None) -> Iterator[str]:
 
 
 def _decoded(data: bytes, path: Path, *, line: int, offset: int) -> str:
-    """Decode UTF-8 that starts at the byte `offset` and the line `line` of `path`."""
+    """Decode UTF-8. offset, line: where `data` starts in `path`, for messages."""
     mark = 3 if offset == 0 and data.startswith(b"\xef\xbb\xbf") else 0
     try:
         return data[mark:].decode("utf-8")
@@ -158,10 +158,10 @@ def _jsonl_documents(path: Path, text_column: str | None) -> Iterator[str]:
 def _row_documents(
     name: str, rows: Iterable[tuple[str, dict[str, Any]]], text_column: str | None
 ) -> Iterator[str]:
-    """The text of rows that come as dictionaries, each with the name of its place."""
+    """The texts of rows. rows: (position for messages, column → value). name: of the data set."""
     column = text_column
-    columns: dict[str, None] = {}  # an ordered set of all seen so far
-    found = False
+    columns: dict[str, None] = {}  # an ordered set of all columns so far
+    has_column = False
     for place, row in rows:
         columns |= dict.fromkeys(row)
         if column is None:
@@ -173,28 +173,28 @@ def _row_documents(
             elif strings:
                 raise _no_text_column(name, columns)
             else:
-                continue  # nulls only: a later row decides
-        found = found or column in row
+                continue  # only nulls: a later row decides
+        has_column = has_column or column in row
         value = row.get(column)
         if value is None:
             continue
         if not isinstance(value, str):
             raise DataError(
-                f"{place}: '{column}' is no string but {type(value).__name__}: "
-                "name the text with --text-column"
+                f"{place}: '{column}' is not a string but {type(value).__name__}: "
+                "name the text's column with --text-column"
             )
         try:
-            value.encode("utf-8")  # JSON can escape half a surrogate pair, which is no text
+            value.encode("utf-8")  # fails for half a surrogate pair, which JSON can escape
         except UnicodeEncodeError as error:
-            raise DataError(f"{place}: '{column}' is no valid Unicode: {error}") from error
+            raise DataError(f"{place}: '{column}' is not valid Unicode: {error}") from error
         yield value
-    if columns and not found:
+    if columns and not has_column:
         raise _no_text_column(name, columns, text_column)
 
 
 def _no_text_column(name: str, columns: Iterable[str], text_column: str | None = None) -> DataError:
     what = f"no column '{text_column}'" if text_column else "no column that is plainly the text"
-    return DataError(f"{name} has {what}: choose with --text-column, of: {', '.join(columns)}")
+    return DataError(f"{name} has {what}: choose one with --text-column: {', '.join(columns)}")
 
 
 def _parquet_documents(path: Path, text_column: str | None) -> Iterator[str]:
@@ -207,7 +207,7 @@ def _parquet_documents(path: Path, text_column: str | None) -> Iterator[str]:
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[column]):
                 yield from _strings(batch.column(0), path)
     except pa.ArrowException as error:
-        raise DataError(f"{path} is no readable Parquet file: {first_line(error)}") from error
+        raise DataError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
 
 
 def _arrow_documents(path: Path, text_column: str | None) -> Iterator[str]:
@@ -222,11 +222,11 @@ def _arrow_documents(path: Path, text_column: str | None) -> Iterator[str]:
                 for start in range(0, len(column), _ROWS_AT_ONCE):
                     yield from _strings(column.slice(start, _ROWS_AT_ONCE), path)
     except pa.ArrowException as error:
-        raise DataError(f"{path} is no readable Arrow file: {first_line(error)}") from error
+        raise DataError(f"{path} is not a readable Arrow file: {first_line(error)}") from error
 
 
 def _validate(column: Any, path: Path) -> None:
-    """Arrow believes the offsets in a file: damaged ones would end the process, not raise."""
+    """Checks a column first: Arrow trusts its offsets, and damaged ones would end the process."""
     import pyarrow as pa
 
     try:
@@ -281,23 +281,23 @@ def _strings(column: Any, path: Path) -> Iterator[str]:
 
 
 def hub_revision(dataset: str, wanted: str | None = None) -> str:
-    """The commit that a hub data set, or its branch, tag or commit `wanted`, stands for now.
+    """The present commit of a hub data set, at its branch, tag or commit `wanted` (None: newest).
 
-    Errors: DataError where the hub does not tell.
+    Raises DataError if the hub does not return one.
     """
     from huggingface_hub import HfApi
 
     try:
-        found = HfApi().dataset_info(dataset.partition(":")[0], revision=wanted).sha
+        commit = HfApi().dataset_info(dataset.partition(":")[0], revision=wanted).sha
     except Exception as error:
         raise _not_from_the_hub(dataset, error) from error
-    if not found:
+    if not commit:
         raise DataError(f"{dataset}: the hub names no commit of it")
-    return str(found)
+    return str(commit)
 
 
 def _not_from_the_hub(dataset: str, error: Exception) -> DataError:
-    """The hub's client, its file systems and parsers share no root of their errors."""
+    """The error for any failure: the hub's client and its parsers have no common base class."""
     return DataError(
         f"{dataset} is not a local file and cannot be read from the hub "
         f"({type(error).__name__}: {first_line(error)}): check the name and the network"
@@ -308,7 +308,7 @@ def _hub_documents(
     dataset: str, text_column: str | None, splits: tuple[str, ...], revision: str | None
 ) -> Iterator[str]:
     try:
-        import datasets  # here, so that local files need no `datasets`
+        import datasets  # imported here, because local files do not need it
     except ImportError as error:
         raise DataError(
             f"{dataset} is not a local file, and reading it from the hub needs "

@@ -1,26 +1,28 @@
-"""Calibration and evaluation text as tokens, by the conventions of the field.
+"""Calibration and evaluation texts as tokens, by the conventions of the field.
 
-Evaluation: the documents joined with blank lines, tokenized once, cut into pieces of seqlen
-tokens, the tail dropped (the perplexity of GPTQ, SparseGPT and Wanda). Of C4, which is too large,
-the same papers take the first 1,100 documents of the validation split, joined with spaces, and of
-their tokens the first 256 pieces.
+Evaluation: the documents are joined with blank lines, tokenized once and cut into sequences of
+seqlen tokens; the rest is dropped. This is the perplexity of GPTQ (arXiv:2210.17323), SparseGPT
+(arXiv:2301.00774) and Wanda (arXiv:2306.11695). C4 is too large for that: as in the same papers,
+the first 1,100 documents of its validation split are joined with spaces, and the first 256
+sequences are taken.
 
 Calibration: `nsamples` sequences of seqlen tokens, drawn at random in one of two ways.
-1. Many documents (C4): documents of at least seqlen tokens are drawn at random, and each gives one
-   random crop, so that a sequence never crosses documents.
-2. Otherwise (one text, or documents that are short): the documents are joined with blank lines,
-   tokenized once, and the sequences are random crops of that which never overlap, so that exactly
-   nsamples × seqlen tokens suffice.
+1. Many documents (C4): documents of at least seqlen tokens are drawn at random. Each gives one
+   random crop, so that no sequence crosses documents.
+2. Otherwise (one text, or short documents): the documents are joined with blank lines and tokenized
+   once. The sequences are random crops that do not overlap, so nsamples × seqlen tokens suffice.
 Both read no more than they need, so a data set larger than memory or disk can be streamed. Both
-are deterministic in the seed, and neither touches a global random generator.
+are deterministic in the seed, and neither uses a global random generator.
 
-Special tokens are those the tokenizer adds by itself, once per tokenized text.
+Special tokens are those that the tokenizer adds by itself, once per tokenized text.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +34,17 @@ from transformers import AutoTokenizer
 from pipeline.text.documents import read_documents
 from storage.errors import DataError, ModelError
 
-# Documents are drawn from a window on the stream: it makes the draw random, and costs memory.
+# Documents are drawn at random from a window of the stream. A larger window takes more memory.
 WINDOW_DOCUMENTS = 10_000
 WINDOW_CHARACTERS = 1 << 26
-# Long documents are sought in so many characters per calibration token (one token of English takes
-# about four). If there are too few in that much text, the documents count as short.
+# Characters read per calibration token in the search for long documents (a token of English has
+# about four characters). With too few long documents in that much text, documents count as short.
 SEARCH_CHARACTERS = 256
-# Text is joined up to so many characters per token, which leaves the crops room to be random.
+# Characters of joined text per calibration token, so that the crops have room to be random.
 JOIN_CHARACTERS = 32
+
+# What transformers reads sentencepiece models with: module -> package.
+_OF_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 
 CALIBRATION_SPLITS = ("train",)
 EVALUATION_SPLITS = ("test", "validation", "train")
@@ -47,9 +52,10 @@ EVALUATION_SPLITS = ("test", "validation", "train")
 
 @dataclass(frozen=True)
 class Convention:
-    """How the field cuts an evaluation text.
+    """How an evaluation text is cut into sequences.
 
-    documents, nsamples: at most so many documents, and sequences, from the start; None for all.
+    separator: between documents. documents, nsamples: maximum numbers of documents and sequences,
+    from the start; None for all.
     """
 
     separator: str = "\n\n"
@@ -62,7 +68,7 @@ CONVENTIONS = {"allenai/c4": C4_CONVENTION, "allenai/c4:en": C4_CONVENTION}
 
 
 class Tokenizer(Protocol):
-    """What is needed of a transformers tokenizer."""
+    """The part of a transformers tokenizer that is used here."""
 
     def __call__(self, text: str, **options: Any) -> Any:
         """Return an object whose `input_ids` is a list of int."""
@@ -77,18 +83,49 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
         )
         usable = bool(tokenizer("a b").input_ids)
     except Exception as error:  # transformers raises nearly anything on a damaged file
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ModelError(
-            f"{folder} has no tokenizer that loads ({reason}): copy the tokenizer files of the "
-            "model into it"
-        ) from error
+        raise ModelError(_why_no_tokenizer(folder, error)) from error
     if not usable:
-        raise ModelError(f"the tokenizer in {folder} is empty: copy the model's own files into it")
+        raise ModelError(f"the tokenizer in {folder} is empty: copy the tokenizer files into it")
     return tokenizer
 
 
+def _why_no_tokenizer(folder: Path, error: Exception) -> str:
+    """Why a tokenizer does not load, and what to do."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return (
+            f"the tokenizer in {folder} comes with its own code (`auto_map`), which prox24 runs "
+            "only with --trust-remote-code; read the code before you give it"
+        )
+    first = next(iter(str(error).splitlines()), "") or type(error).__name__
+    missing = [name for name in _OF_SENTENCEPIECE if not is_installed(name)]
+    if any(folder.glob("*.model")) and missing:
+        # What transformers says here is of the last thing that it tried.
+        packages = " ".join(_OF_SENTENCEPIECE[name] for name in missing)
+        return f"the tokenizer in {folder} is a sentencepiece model: pip install {packages}"
+    asked = re.search(r"pip install (?:-U )?([\w.\[\]-]+)", text)
+    if asked:
+        install = f"pip install {asked[1].rstrip('.')}"
+        return (
+            f"the tokenizer in {folder} does not load ({first}): {install}, or copy the tokenizer "
+            "files of the model into it if they are damaged"
+        )
+    return (
+        f"{folder} has no tokenizer that loads ({first}): copy the tokenizer files of the model "
+        "into it"
+    )
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
+
+
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """What a result says of its tokenizer: its `class`, and how many `tokens` it knows."""
+    """The tokenizer as a result records it: its `class`, and the number of its `tokens`."""
     return {"class": type(tokenizer).__name__, "tokens": len(tokenizer)}
 
 
@@ -100,10 +137,10 @@ def calibration_tokens(
     seqlen: int,
     seed: int,
 ) -> torch.Tensor:
-    """Draw the calibration sequences, int64 of shape (nsamples, seqlen). See the top of the file.
+    """Draw the calibration sequences, (nsamples, seqlen) int64, as at the top of this file.
 
-    Errors: those of `read_documents`; DataError if the data set holds fewer than
-    nsamples × seqlen tokens.
+    Raises DataError as `read_documents`, and if the data set has fewer than nsamples × seqlen
+    tokens.
     """
     needed = nsamples * seqlen
     documents = read_documents(dataset, text_column, splits=CALIBRATION_SPLITS)
@@ -126,13 +163,13 @@ def evaluation_tokens(
     nsamples: int | None = None,
     revision: str | None = None,
 ) -> torch.Tensor:
-    """Cut the evaluation text, int64 of shape (n, seqlen): the first `nsamples` pieces, or all.
+    """Cut the evaluation text into (n, seqlen) int64: the first `nsamples` sequences, or all.
 
-    Of a hub data set the first of the splits test, validation, train is taken, at the commit
-    `revision` (None: the newest), and of C4 no more than the field does. With `nsamples` no more of
-    the data than needed is read.
+    A hub data set is read at the commit `revision` (None: the newest), in the first of the splits
+    test, validation, train that it has; C4 as at the top of this file. With `nsamples`, only the
+    needed part of the text is read.
 
-    Errors: those of `read_documents`; DataError if it holds fewer than nsamples × seqlen tokens,
+    Raises DataError as `read_documents`, and if the text has fewer than nsamples × seqlen tokens,
     or fewer than seqlen.
     """
     documents = read_documents(dataset, text_column, splits=EVALUATION_SPLITS, revision=revision)
@@ -159,7 +196,7 @@ def _too_short(dataset: str, tokens: int, needed: str) -> DataError:
 
 
 def _token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    # verbose=False: a text longer than the model's maximum is what we want, not worth a warning.
+    # verbose=False: no warning about a text longer than the model's maximum, which is intended.
     ids: list[int] = tokenizer(text, return_attention_mask=False, verbose=False).input_ids
     return ids
 
@@ -175,8 +212,8 @@ def _document_crops(
     crops: list[list[int]] = []
     budget = SEARCH_CHARACTERS * nsamples * seqlen
     for document in _shuffled(documents, generator):
-        budget -= max(1, len(document))  # so that a stream of empty ones ends, too
-        # A token takes at least a byte: most documents need no tokenizing to be found too short.
+        budget -= max(1, len(document))  # at least 1, so that a stream of empty documents ends
+        # A token has at least one byte, so most short documents need not be tokenized.
         if len(document.encode("utf-8")) >= seqlen:
             ids = _token_ids(tokenizer, document)
             if len(ids) >= seqlen:
@@ -190,7 +227,7 @@ def _document_crops(
 
 
 def _shuffled(documents: Iterable[str], generator: random.Random) -> Iterator[str]:
-    """The documents in random order, drawn from a window of bounded size on the stream."""
+    """The documents in random order, drawn from a window of bounded size over the stream."""
     window: list[str] = []
     characters = 0
     for document in documents:
@@ -213,10 +250,10 @@ def _draw(window: list[str], generator: random.Random) -> str:
 def _joined_tokens(
     tokenizer: Tokenizer, documents: Iterable[str], needed: int, separator: str = "\n\n"
 ) -> list[int]:
-    """Tokens of the joined documents: all, or a prefix with `needed` and room.
+    """Tokens of the joined documents, or of a prefix with at least 2 · `needed` tokens.
 
-    A prefix is cut between documents and holds at least twice what is needed, so that the first
-    `needed` tokens are those of the whole text.
+    A prefix ends between documents. It is this long so that its first `needed` tokens are those of
+    the whole text.
     """
     stream = iter(documents)
     read: list[str] = []
@@ -239,9 +276,10 @@ def _joined_tokens(
 def _disjoint_starts(
     length: int, nsamples: int, seqlen: int, generator: random.Random
 ) -> list[int]:
-    """Starts of `nsamples` pieces of `seqlen` in `length` that do not overlap, in random order.
+    """Starts of `nsamples` crops of `seqlen` tokens in `length` tokens that do not overlap.
 
-    The unused tokens are dealt at random to the gaps: sorted draws from 0..slack, one per piece.
+    In random order. The unused tokens are divided at random over the gaps: sorted draws from
+    0..slack, one per crop.
     """
     slack = length - nsamples * seqlen
     gaps = sorted(generator.randrange(slack + 1) for _ in range(nsamples))

@@ -1,1 +1,1 @@
-"""One rank of a job: what it does in each phase, whoever runs it."""
+"""One rank of a job: its work in each phase, with Ray or without."""

@@ -1,4 +1,4 @@
-"""One block's weights on a rank's device: dense, pruned, or read ahead of their use."""
+"""Loads a block's weights onto a rank's device: dense, pruned, or read ahead of their use."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from pipeline.models.linears import as_held
 from pipeline.models.skeleton import Skeleton
+from pipeline.models.text_forward import text_forward
 from pipeline.runtime.background import Background
 from pipeline.runtime.stopwatch import Stopwatch
 from storage.run.checkpoints import BlockRecord, read_layer, verify_record
@@ -17,33 +18,38 @@ from storage.run.directory import RunDirectory
 
 
 class BlockLoader:
-    """Blocks of a model, from the source's weight files and the run's checkpoints."""
+    """Loads blocks of a model from the source's weight files and the run's checkpoints."""
 
     def __init__(
         self, skeleton: Skeleton, run: RunDirectory, watch: Stopwatch, background: Background
     ) -> None:
         self.skeleton, self.run, self.watch, self.device = skeleton, run, watch, watch.device
         self._background = background
-        self._coming: tuple[int, Future[nn.Module]] | None = None
+        self._prefetched: tuple[int, Future[nn.Module]] | None = None
 
     def ahead(self, block: int) -> None:
-        """Begins to read a block's weights into host memory, for the next `dense`."""
+        """Begins to read a block's dense weights into host memory, for the next `dense`."""
+        if block not in text_forward(self.skeleton).reached:
+            return
         load = partial(self.skeleton.load_block, block, torch.device("cpu"))
-        self._coming = (block, self._background.submit(load))
+        self._prefetched = (block, self._background.submit(load))
 
     def dense(self, block: int) -> nn.Module:
-        """A block as the source has it, read already where `ahead` was told of it."""
+        """A block with the source's weights, on the device; uses what `ahead` has read."""
         with self.watch("load"):
-            if self._coming is not None and self._coming[0] == block:
-                future, self._coming = self._coming[1], None
+            if self._prefetched is not None and self._prefetched[0] == block:
+                future, self._prefetched = self._prefetched[1], None
                 return self._counted(block, future.result().to(self.device))
             return self._counted(block, self.skeleton.load_block(block, self.device))
 
     def pruned(self, block: int, record: BlockRecord | None) -> nn.Module:
-        """A block as `record` says; dense where that is None.
+        """A block with the pruned weights that `record` names, on the device; dense if it is None.
 
-        Raises `CorruptFileError` where a file that the record names is damaged.
+        A block that no forward calls is not read: nothing stands in its place. Raises
+        `CorruptFileError` if a file that the record names is damaged.
         """
+        if block not in text_forward(self.skeleton).reached:
+            return nn.Identity()
         with self.watch("load"):
             layers = () if record is None else record.layers
             module = self.skeleton.load_block(block, self.device, without=layers)
@@ -63,7 +69,7 @@ class BlockLoader:
         return module
 
     def _counted(self, block: int, module: nn.Module) -> nn.Module:
-        """`module`, after its tensors' stored bytes have been counted as read."""
+        """Counts the stored bytes of the tensors of `module` as read; returns `module`."""
         prefix = self.skeleton.block_prefix(block)
         read: dict[tuple[str, int | None], int] = {}
         for tensor, value in module.state_dict(keep_vars=True).items():

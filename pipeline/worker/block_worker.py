@@ -1,7 +1,7 @@
-"""One rank of a job: what a Ray worker or the in-process executor does in each phase.
+"""One rank of a job: its work in each phase, in a Ray worker or in the driver's process.
 
-A rank keeps nothing between phases that it could not compute again from the run directory, but
-one thing: the statistics between `calibrate` and `solve`. A lost rank therefore costs one block.
+Between phases a rank keeps only what it can compute again from the run directory, except the
+statistics between `calibrate` and `solve`. So a lost rank costs one block at most.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from pipeline.models.selection import settings_of
 from pipeline.models.skeleton import Skeleton, open_skeleton
 from pipeline.output.replacements import Replacements
 from pipeline.records.manifest import expect_source
-from pipeline.records.scratch import FreeScratch
 from pipeline.runtime.device import (
     FreeMemory,
     choose_device,
@@ -47,9 +46,9 @@ from pipeline.worker.few_tokens import least_tokens
 from pipeline.worker.forward import Forward
 from pipeline.worker.saved_layers import save_layer, saved_layers
 from pipeline.worker.scoring import Scoring
-from pipeline.worker.scratch import Scratch
-from pipeline.worker.solve import FEW_TO_CHOOSE, deal_rows, solve_group, split_groups
-from storage.errors import ConfigError, ModelError, NumericalError
+from pipeline.worker.scratch_phases import ScratchPhases
+from pipeline.worker.solve import TOO_FEW_TOKENS, deal_rows, solve_group, split_groups
+from storage.errors import ModelError, NumericalError
 from storage.files.hashing import StoredFile
 from storage.model.files import WeightFileFingerprint, fingerprint_weight_file
 from storage.object_store import place
@@ -60,7 +59,7 @@ from storage.run.lock import require_owner
 
 T = TypeVar("T")
 
-# Phases that run before `run.json` says what the source's tensors are, or need none of them.
+# Phases that run before `run.json` has the hashes of the source's tensors, or read none of them.
 _WITHOUT_SOURCE = frozenset(
     phase.__name__
     for phase in (
@@ -76,11 +75,12 @@ _WITHOUT_SOURCE = frozenset(
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a rank keeps between the phases of a block; nothing else outlives a phase.
+class PassState:
+    """What a rank keeps between the phases of a pass over a block's inputs; all else is dropped.
 
-    groups: those of the pass under way. sums: of this rank's sequences by group, until `reduce`
-    makes `statistics` of all ranks' sums.
+    groups: the pass's groups of layers. sums: group → sums over this rank's sequences, from
+    `calibrate` until `reduce`. statistics: group → statistics over all ranks' sequences, from
+    `reduce` until `solve`.
     """
 
     groups: tuple[LayerGroup, ...] = ()
@@ -88,7 +88,7 @@ class Held:
     statistics: dict[str, HalvedStatistics] = field(default_factory=dict)
 
 
-class BlockWorker(Scoring):
+class BlockWorker(Scoring, ScratchPhases):
     """One rank, as `pipeline.loop.rank.Rank` describes it."""
 
     def __init__(self, job: Job, rank: int, world: int) -> None:
@@ -102,13 +102,13 @@ class BlockWorker(Scoring):
         self.watch = Stopwatch(self.device, trace=job.trace)
         self.forward = Forward(job, rank, world, self.skeleton, self.watch)
         self.collective: Collective | None = None
-        self.held = Held()
+        self.state = PassState()
         self._groups: dict[tuple[Any, ...], tuple[LayerGroup, ...]] = {}
         self.loader = BlockLoader(self.skeleton, self.run, self.watch, self.forward.background)
 
     @torch.no_grad()
     def perform(self, phase: Call[T]) -> Outcome[T]:
-        """Runs the phase; the caller gets its value, time and memory."""
+        """Runs the phase; returns its result with times and peak memory."""
         start, began = time.time(), time.perf_counter()
         method: Callable[..., T] = getattr(self, phase.phase)
         with explaining(phase.phase, phase.block), self.watch("other"):
@@ -118,84 +118,82 @@ class BlockWorker(Scoring):
         events = self.watch.take_events()
         if self.job.trace:
             events = (("", start, time.perf_counter() - began), *events)
-        counts = self.watch.take_counts()
-        return Outcome(value, self.watch.take(), peak_memory(self.device), events, counts)
+        seconds, counts = self.watch.take(), self.watch.take_counts()
+        return Outcome(value, seconds, peak_memory(self.device), events, counts)
 
     # -- phases -----------------------------------------------------------------------------
 
     def fingerprint(self, files: list[str]) -> list[WeightFileFingerprint]:
-        """Hashes whole weight files and refuses NaN or Inf in them, each file read once."""
+        """Hashes whole weight files, reading each once. Raises `ModelError` for NaN or Inf."""
         with self.watch("load"):
-            return [fingerprint_weight_file(self.skeleton.files.source, file) for file in files]
+            source, loaded = self.skeleton.files.source, self.skeleton.loaded
+            return [fingerprint_weight_file(source, file, loaded) for file in files]
 
     def embed(self, stamp: str, only: Sequence[int] | None = None) -> list[StoredFile]:
-        """Writes this rank's activation shards of block 0: the embedded tokens.
-
-        `only`: numbers of the activation shards that are wanted; None for all.
-        """
+        """Writes this rank's activation shards of the embedded tokens; `only`: some, by number."""
         with self.watch("load"):
             ends = ModelEnds(self.skeleton, self.device, head=False)
         return self.forward.write(0, stamp, self.forward.embedded(ends, only))
 
     def hessian_memory(self) -> float | None:
-        """Bytes of statistics that this rank's device should hold at once; None for any number."""
+        """Bytes of statistics that this rank's device should hold at once; None: no limit."""
         return statistics_room(self.device)
 
     def free_memory(self) -> FreeMemory:
-        """What is free on this rank's node and GPU."""
+        """Free memory of this rank's node and GPU."""
         return free_memory_on(self.device)
 
     def calibrate(
         self, block: int, shards: list[StoredFile], limit: float | None = None, number: int = 0
     ) -> Observed:
-        """Runs the dense block over this rank's shards, keeping its groups' partial sums.
+        """Runs the dense block over this rank's activation shards; keeps its groups' partial sums.
 
-        Where the statistics are more than `limit` bytes, the groups are taken in several passes:
-        those of pass `number`. Every rank must be given the same limit.
+        If the block's statistics exceed `limit` bytes, its groups are divided over several passes,
+        and this call takes those of pass `number`. Every rank must be given the same limit.
         """
         first = partial(self.forward.first_batch, block, shards)
         observer, observed, groups = self._observer(block, first, limit, number)
-        for _, start, hidden_states in self.forward.own_batches(block, shards):
+        for _, start, hidden_states in self.forward.rank_batches(block, shards):
             observer.add(start, hidden_states)
-        self.held = Held(groups, observer.sums())
+        self.state = PassState(groups, observer.sums())
         return observed
 
     def reduce(self) -> None:
-        """Makes the statistics of the sums over all ranks."""
-        for name in list(self.held.sums):
-            halves = self.held.sums.pop(name)
+        """Sums the partial sums over all ranks and makes statistics of them, group by group."""
+        for name in list(self.state.sums):
+            halves = self.state.sums.pop(name)
             if self.collective is not None:
                 with self.watch("reduce"):
                     halves = tuple(self.collective.sum_statistics(half) for half in halves)
             with self.watch("hessian"):
-                self.held.statistics[name] = tuple(half.statistics() for half in halves)
+                self.state.statistics[name] = tuple(half.statistics() for half in halves)
         if self.collective is not None:
             sent, self.collective.sent = self.collective.sent, 0
             self.watch.count("statistics_sent_bytes", sent)
 
     def groups_held(self) -> tuple[LayerGroup, ...]:
-        """The groups whose statistics are held: the same on every rank."""
-        return self.held.groups
+        """The groups whose statistics are in memory: the same on every rank."""
+        return self.state.groups
 
     def choose(self, block: int) -> dict[str, dict[str, Any]]:
-        """Regularization of the groups dealt to this rank, as JSON: group -> solver settings.
+        """Chooses the regularization of this rank's share of groups: group → settings as JSON.
 
-        An empty entry for a group whose own method (`--override`) has nothing to choose.
+        The entry is empty for a group whose method (`--override`) leaves nothing to choose.
         """
-        cost = {group.name: float(group.columns) ** 3 for group in self.held.groups}
+        cost = {group.name: float(group.columns) ** 3 for group in self.state.groups}
         owners = deal(list(cost), cost, self.world)
         choices: dict[str, dict[str, Any]] = {}
-        every = self._settings(block)
+        layer_settings = self._settings(block)
         module = self.skeleton.blocks[block]
-        for group in (group for group in self.held.groups if owners[group.name] == self.rank):
-            settings = every[group.name]
+        for group in (group for group in self.state.groups if owners[group.name] == self.rank):
+            settings = layer_settings[group.name]
             if settings.shrinkage != AUTO or solver_for(settings).needs != "full":
                 choices[group.name] = {}
                 continue
-            first, second = self.held.statistics[group.name]
+            first, second = self.state.statistics[group.name]
             least = least_tokens(module, group.layers, self.job.expert_tokens)
             if min(first.tokens, second.tokens) < least:
-                choices[group.name] = FEW_TO_CHOOSE
+                choices[group.name] = TOO_FEW_TOKENS
                 continue
             weights = {layer: self._read_weight(block, layer) for layer in group.layers}
             with self.watch("choose"):
@@ -208,32 +206,34 @@ class BlockWorker(Scoring):
     ) -> SolvedSlices:
         """Solves this rank's rows of the pass's layers and writes them to one file.
 
-        `choices` are what `choose` gave for all groups; None where nothing is chosen.
+        choices: what `choose` returned, for all groups; None if nothing is chosen.
+        Raises `NumericalError`, naming block and layer, for NaN or Inf.
         """
         settings = self._settings(block)
-        if self.held.statistics and block + 1 < len(self.skeleton.blocks):
+        if self.state.statistics and block + 1 < len(self.skeleton.blocks):
             self.loader.ahead(block + 1)
         shapes = linear_layers(self.skeleton.blocks[block])
-        groups = self.held.groups or tuple(LayerGroup((n,), shapes[n][1]) for n in settings)
+        # Without statistics (magnitude) nothing was observed: each layer is a group.
+        groups = self.state.groups or tuple(LayerGroup((n,), shapes[n][1]) for n in settings)
         ranges = deal_rows(settings, groups, shapes, self.world)[self.rank]
         slices: dict[str, RowSlice] = {}
         reports: dict[str, dict[str, Any]] = {}
         costs: dict[str, dict[str, float]] = {}
         for group in groups:
             self._save_layers(block, group)
-            mine = {layer: ranges[layer] for layer in group.layers if layer in ranges}
-            halves = self.held.statistics.pop(group.name, ())
-            if not mine:
+            rows = {layer: ranges[layer] for layer in group.layers if layer in ranges}
+            halves = self.state.statistics.pop(group.name, ())
+            if not rows:
                 continue
             choice = choices.get(group.name) if choices is not None else None
             began = time.perf_counter()
-            solved = self._solve_group(block, settings[group.name], mine, halves, choice)
+            solved = self._solve_group(block, settings[group.name], rows, halves, choice)
             costs[group.name] = {
                 "seconds": time.perf_counter() - began,
                 **peak_memory(self.device),
             }
             for layer, (stored, report) in solved.items():
-                slices[layer] = RowSlice(mine[layer][0], stored)
+                slices[layer] = RowSlice(rows[layer][0], stored)
                 self.watch.count("solved_weights", stored.numel())
                 reports[layer] = report
         self.forget()
@@ -254,11 +254,11 @@ class BlockWorker(Scoring):
         stamp: str,
         only: Sequence[int] | None = None,
     ) -> list[StoredFile]:
-        """Runs the block, pruned as `record` says (None: dense), and writes the next inputs."""
+        """Runs the block, pruned as in `record` (None: dense), and writes the next inputs."""
         module = self.loader.pruned(block, record)
         outputs = (
             (index, self.forward.output(block, module, batch))
-            for index, _, batch in self.forward.own_batches(block, shards, only=only)
+            for index, _, batch in self.forward.rank_batches(block, shards, only=only)
         )
         return self.forward.write(block + 1, stamp, outputs)
 
@@ -272,8 +272,8 @@ class BlockWorker(Scoring):
     ) -> Advanced:
         """`propagate` of a block and `calibrate` of the next, in one pass over the shards.
 
-        The statistics are taken of the bytes that are written, in the same batches: they equal
-        those of the two passes bit for bit. Two blocks' weights are held.
+        The statistics are summed over the bytes that are written, in the same batches, so they
+        equal those of two separate passes bit for bit. Two blocks' weights are in memory.
         """
         module = self.loader.pruned(block, record)
         observer, observed, groups = self._observer(
@@ -284,13 +284,13 @@ class BlockWorker(Scoring):
         )
 
         def outputs() -> Iterator[tuple[int, Tensor]]:
-            for index, start, hidden_states in self.forward.own_batches(block, shards):
+            for index, start, hidden_states in self.forward.rank_batches(block, shards):
                 output = self.forward.output(block, module, hidden_states)
                 yield index, output
                 observer.add(start, output)
 
         written = self.forward.write(block + 1, stamp, outputs())
-        self.held = Held(groups, observer.sums())
+        self.state = PassState(groups, observer.sums())
         return Advanced(written, observed)
 
     def write_output(
@@ -302,79 +302,45 @@ class BlockWorker(Scoring):
         with self.watch("io"):
             return write_files(self.skeleton.files, files, place(folder), replacement, sending)
 
-    def free_scratch(self) -> FreeScratch:
-        """What is free on this node's scratch, and what of this job is there already."""
-        return self._scratch().free()
-
-    def damaged_shards(self, block: int, shards: list[StoredFile], hashed: bool) -> dict[int, str]:
-        """Number → what is wrong, of this rank's activation shards that are not as recorded."""
-        mine = {index: shards[index] for index, _ in self.forward.own_shards()}
-        return self._scratch().damaged(block, mine, hashed)
-
-    def drop_shards(self, block: int, names: list[str]) -> None:
-        """Deletes activation shards by name."""
-        self._scratch_of_owner().drop(block, names)
-
-    def sweep_scratch(self, kept: Mapping[int, list[str]]) -> None:
-        """Deletes every activation shard but those in `kept`, block → names."""
-        self._scratch_of_owner().sweep(kept)
-
-    def clear_scratch(self) -> None:
-        """Deletes the job's folder."""
-        self._scratch_of_owner().clear()
-
     def forget(self) -> None:
-        """Drops the statistics: those of an abandoned attempt, or of a block that is solved."""
-        self.held = Held()
+        """Drops the statistics of an abandoned attempt or of a solved block."""
+        self.state = PassState()
 
-    # -- pieces -----------------------------------------------------------------------------
+    # -- parts of these ---------------------------------------------------------------------
 
     def _expect_source(self) -> None:
-        """Before a source tensor is first used: from now on each is verified when it is read."""
+        """Has every source tensor compared with its hash in `run.json` when it is read."""
         if self.job.rules is not None and not self.skeleton.files.expected:
             expect_source(self.run, self.skeleton.files)
 
     def _settings(self, block: int) -> dict[str, SolverSettings]:
-        """The settings of each of a block's layers that are pruned, by path in the block."""
+        """Layer, by its path in the block → its settings, for the block's pruned layers."""
         if self.job.rules is None:
             raise ModelError("this job evaluates; it has no solver")
         return settings_of(self.skeleton, block, self.job.rules)
 
-    def _scratch(self) -> Scratch:
-        """This node's scratch."""
-        if self.forward.scratch is None:
-            raise ConfigError("this job has no --scratch-dir")
-        return self.forward.scratch
-
-    def _scratch_of_owner(self) -> Scratch:
-        """The same, to change it: only while this job's driver holds the run directory."""
-        require_owner(self.job.lock_file)
-        return self._scratch()
-
     def _observer(
         self, block: int, first: Callable[[], Tensor], limit: float | None, number: int
     ) -> tuple[BlockObserver, Observed, tuple[LayerGroup, ...]]:
-        """The dense block with the groups of pass `number` observed; all groups; the pass's.
-
-        first: gives the first batch of all.
-        """
+        """An observer of the dense block for pass `number`, all groups, and the pass's groups."""
         settings = self._settings(block)
         module = self.loader.dense(block)
         if self.job.all_experts:
             send_every_token(module)
         groups = self._find_groups(block, module, settings, first)
-        halves = 2 if any(own.shrinkage == AUTO for own in settings.values()) else 1
+        # --shrinkage auto fits on one half of the sequences and judges on the other.
+        halves = 2 if any(each.shrinkage == AUTO for each in settings.values()) else 1
         needs = {group: self._needs(block, group, settings) for group in groups}
         sizes = {group: halves * statistics_bytes(group.columns, needs[group]) for group in groups}
         passes = in_passes(sizes, limit)
-        own = tuple(passes[number])
-        # Two halves of the sequences, where a choice is made on the one for the other.
+        pass_groups = tuple(passes[number])
         boundary = self.job.nsamples // 2 if halves == 2 else None
-        sums = accumulators(module, own, needs, self.device, boundary)
+        sums = accumulators(module, pass_groups, needs, self.device, boundary)
         observer = BlockObserver(module, sums, partial(self.forward.call, block), self.watch)
-        return observer, Observed(groups, len(passes)), own
+        return observer, Observed(groups, len(passes)), pass_groups
 
     def _needs(self, block: int, group: LayerGroup, settings: dict[str, SolverSettings]) -> str:
+        """The statistic that a group needs: "none", "diagonal" or "full"."""
         prefix = self.skeleton.block_prefix(block)
         saved = saved_layers(self.job.save_layers, prefix, group.layers)
         return "full" if saved else solver_for(settings[group.name]).needs
@@ -386,10 +352,10 @@ class BlockWorker(Scoring):
         settings: dict[str, SolverSettings],
         first: Callable[[], Tensor],
     ) -> tuple[LayerGroup, ...]:
-        """The block's groups; blocks of the same modules share one look at a forward.
+        """The block's groups, from a forward pass of `first()`; cached for blocks of equal modules.
 
-        The first sequences serve every rank: one without its own must know the groups too. Layers
-        with other settings are groups of their own, each with the statistics that it needs.
+        Every rank uses the first sequences: a rank without any must know the groups too. A group
+        whose layers differ in settings is split, so that each part has the statistics it needs.
         """
         structure = (str(module), *settings.items())
         if structure not in self._groups:
@@ -407,6 +373,7 @@ class BlockWorker(Scoring):
         halves: HalvedStatistics,
         choice: dict[str, Any] | None,
     ) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+        """Layer → its solved rows and their report; see `pipeline.worker.solve.solve_group`."""
         weights = {layer: self._read_weight(block, layer, part) for layer, part in rows.items()}
         with self.watch("solve"):
             try:
@@ -416,17 +383,17 @@ class BlockWorker(Scoring):
                 raise NumericalError(f"block {block}: {error}") from error
 
     def _read_weight(self, block: int, layer: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """A layer's weight, or some of its rows, in the stored dtype on the device."""
+        """A layer's weight (R, C), or its rows start:stop, in the stored dtype on the device."""
         with self.watch("load"):
             weight = self.skeleton.read_weight(block, layer, rows).to(self.device)
         self.watch.count("weights_read_bytes", weight.nbytes)
         return weight
 
     def _save_layers(self, block: int, group: LayerGroup) -> None:
-        """Rank 0 writes the layers that `--save-layers` names."""
-        if self.rank or group.name not in self.held.statistics:
+        """On rank 0, writes the group's layers that `--save-layers` names."""
+        if self.rank or group.name not in self.state.statistics:
             return
-        prefix, halves = self.skeleton.block_prefix(block), self.held.statistics[group.name]
+        prefix, halves = self.skeleton.block_prefix(block), self.state.statistics[group.name]
         for layer in saved_layers(self.job.save_layers, prefix, group.layers):
             with self.watch("io"):
                 weight = self._read_weight(block, layer)

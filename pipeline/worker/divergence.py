@@ -1,21 +1,22 @@
-"""How far a model's next-token distributions are from another's, beyond its perplexity."""
+"""Divergences between two models' next-token distributions."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-# Positions at once: a distribution over 128,256 tokens takes half a megabyte in fp32, and about
-# six of them are needed side by side.
+# Positions computed at once: a distribution over 128,256 tokens takes half a megabyte in fp32, and
+# about six are in memory per position.
 _POSITIONS = 128
 
 
 def divergences(reference: Tensor, other: Tensor) -> tuple[float, float, int]:
-    """Sums over positions of Jensen-Shannon, Kullback-Leibler, and of equal most likely tokens.
+    """(JS, KL, equal): sums of the divergences over positions, and equal most likely tokens.
 
-    reference, other: logits (T, V) of any float dtype, of P and of Q. In nats, computed in fp32
-    and summed in float64: KL(P || Q), and JS = (KL(P || M) + KL(Q || M)) / 2 with M = (P + Q) / 2
-    (Lin, 1991), which is symmetric and at most ln 2.
+    reference, other: logits (T, V) of any float dtype, of the distributions P and Q. In nats,
+    computed in fp32 and summed in float64: KL(P || Q), and JS = (KL(P || M) + KL(Q || M)) / 2 with
+    M = (P + Q) / 2 (Lin, 1991, "Divergence measures based on the Shannon entropy"), which is
+    symmetric and at most ln 2.
     """
     jensen_shannon = kullback_leibler = 0.0
     same = 0
@@ -30,8 +31,8 @@ def divergences(reference: Tensor, other: Tensor) -> tuple[float, float, int]:
 
 
 def _relative_entropy(p: Tensor, q: Tensor) -> float:
-    """Sum over rows of KL(P || Q), from logarithms; a token of probability 0 under P adds 0."""
+    """Sum over rows of KL(P || Q). p, q: log-probabilities (T, V); 0 · log 0 counts as 0."""
     terms = p.exp() * (p - q)
     terms = torch.where(p == -torch.inf, torch.zeros_like(terms), terms)
-    # Nonnegative by Gibbs: what lies below is rounding.
+    # Nonnegative by Gibbs' inequality: anything below 0 is rounding.
     return float(terms.sum(dim=-1).double().clamp(min=0).sum())

@@ -1,7 +1,8 @@
-"""An expert that few calibration tokens were sent to: by which rule it is pruned all the same.
+"""How an expert is pruned that few calibration tokens were routed to.
 
-The second moment of n inputs has rank n, and is mostly noise where n is small: a method that
-trusts it fits the noise. Below a stated number of tokens the diagonal alone is used.
+The second moment of n inputs has rank n at most. If n is small it is mostly noise, and a method
+that relies on it fits the noise. Below a stated number of tokens (`--expert-tokens`) only the
+diagonal is used.
 """
 
 from __future__ import annotations
@@ -21,23 +22,25 @@ from pipeline.solvers.types import Statistics
 
 @dataclass(frozen=True)
 class Fallback:
-    """What is solved in place of what was asked, and the words for the report."""
+    """Settings and statistics that replace the requested ones, and a note for the report."""
 
     settings: SolverSettings
     statistics: Statistics
     note: str
 
 
-def least_tokens(block: nn.Module, layers: Iterable[str], asked: int) -> int:
-    """Tokens that layers of one input must have seen: `asked`, at least 1, of an expert's; or 0."""
-    return 0 if expert_of(block, next(iter(layers))) is None else max(asked, 1)
+def least_tokens(block: nn.Module, layers: Iterable[str], expert_tokens: int) -> int:
+    """Fewest tokens with which layers of one group are solved as requested.
+
+    For an expert's layers `expert_tokens`, at least 1; 0 for other layers.
+    """
+    return 0 if expert_of(block, next(iter(layers))) is None else max(expert_tokens, 1)
 
 
 def simpler_settings(settings: SolverSettings, tokens: float, least: int) -> SolverSettings | None:
-    """What an expert of `tokens` tokens is pruned with where those are fewer than `least`.
+    """The settings of an expert with `tokens` tokens; None if `settings` apply unchanged.
 
-    None where it is as asked. Otherwise wanda (magnitude where that was asked for) without
-    refinement.
+    With fewer than `least` tokens: wanda (magnitude if that was requested), without refinement.
     """
     if tokens >= max(least, 1) or not least:
         return None
@@ -49,21 +52,21 @@ def simpler_settings(settings: SolverSettings, tokens: float, least: int) -> Sol
 
 
 def fallback(settings: SolverSettings, statistics: Statistics, least: int) -> Fallback | None:
-    """What an expert is pruned with that saw fewer than `least` tokens; None if it saw enough.
+    """How to prune an expert with fewer than `least` tokens; None if it has enough.
 
-    least: 0 for a layer that is no expert's. Where no token came at all, all inputs count alike,
-    which keeps the largest weights.
+    least: 0 for a layer that is not an expert's. Without any token the diagonal is all ones, which
+    keeps the largest weights.
     """
     simple = simpler_settings(settings, statistics.tokens, least)
     if simple is None:
         return None
-    asked, method = settings.method, simple.method
+    requested, method = settings.method, simple.method
     if not statistics.tokens:
         diagonal = torch.ones_like(diagonal_of(statistics))
-        alike = Statistics(columns=statistics.columns, tokens=1, sequences=1, diagonal=diagonal)
-        return Fallback(simple, alike, "largest weights kept: no calibration token")
+        uniform = Statistics(columns=statistics.columns, tokens=1, sequences=1, diagonal=diagonal)
+        return Fallback(simple, uniform, "largest weights kept: no calibration token")
     diagonal = diagonal_of(statistics).clone()
-    own = replace(statistics, diagonal=diagonal, hessian=None, inputs=None)
-    asked += "" if settings.refine == "none" else f" with {settings.refine}"
-    note = f"{method} instead of {asked}: fewer than {least} calibration tokens"
-    return Fallback(simple, own, note)
+    diagonal_only = replace(statistics, diagonal=diagonal, hessian=None, inputs=None)
+    requested += "" if settings.refine == "none" else f" with {settings.refine}"
+    note = f"{method} instead of {requested}: fewer than {least} calibration tokens"
+    return Fallback(simple, diagonal_only, note)

@@ -1,4 +1,4 @@
-"""A rank's forward side: its activation shards in, blocks run, activation shards out."""
+"""A rank's forward passes: reads its activation shards, runs blocks, writes activation shards."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from storage.run.lock import require_owner
 
 
 class Forward:
-    """What one rank needs to run any block over its own sequences."""
+    """Runs any block over the sequences of one rank."""
 
     def __init__(
         self, job: Job, rank: int, world: int, skeleton: Skeleton, watch: Stopwatch
@@ -46,53 +46,60 @@ class Forward:
         self._tokens: Tensor | None = None
 
     def tokens(self) -> Tensor:
-        """All sequences, int64 `(nsamples, seqlen)` on the CPU."""
+        """The tokens of all sequences, (nsamples, seqlen) int64 on the CPU."""
         if self._tokens is None:
             self._tokens = read_tokens(self.run.tokens(), sha256=self.job.tokens_sha256)
         return self._tokens
 
-    def own_shards(self, only: Sequence[int] | None = None) -> list[tuple[int, tuple[int, int]]]:
-        """(index, range of sequences) of the activation shards that are this rank's.
+    def rank_shards(self, only: Sequence[int] | None = None) -> list[tuple[int, tuple[int, int]]]:
+        """This rank's activation shards: (number, (first, last + 1) of its sequences).
 
-        Of those numbered in `only`, where that is given.
+        only: numbers of the shards that are wanted; None for all.
         """
         ranges = shard_ranges(self.job.nsamples, self.job.batch_size)
         start, stop = even_range(len(ranges), self.rank, self.world)
-        own = range(start, stop)
-        return [(index, ranges[index]) for index in own if only is None or index in only]
+        return [
+            (index, ranges[index]) for index in range(start, stop) if only is None or index in only
+        ]
 
     def embedded(
         self, ends: ModelEnds, only: Sequence[int] | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """(activation shard, batch) of all of this rank's inputs of block 0; `only` some shards."""
-        for index, (start, stop) in self.own_shards(only):
+        """This rank's inputs of block 0: (number of the shard, batch (n, seqlen, hidden)).
+
+        only: as in `rank_shards`. Raises `NumericalError` for NaN or Inf.
+        """
+        for index, (start, stop) in self.rank_shards(only):
             for first, last in batch_ranges(stop - start, self.job.batch_size):
                 with self.watch("forward"):
                     hidden_states = ends.embed(self.tokens()[start + first : start + last])
                 yield index, _finite(hidden_states, "the embeddings")
 
     def output(self, block: int, module: nn.Module, hidden_states: Tensor) -> Tensor:
-        """What a block makes of a batch `(n, seqlen, hidden)` of its inputs."""
+        """The block's output, (n, seqlen, hidden), for a batch of its inputs of that shape.
+
+        Raises `NumericalError` for NaN or Inf.
+        """
         self.watch.count("tokens", hidden_states.shape[0] * hidden_states.shape[1])
         with self.watch("forward"):
             output = self.call(block, hidden_states).run(module, hidden_states)
         return _finite(output, f"block {block}")
 
-    def own_batches(
+    def rank_batches(
         self,
         block: int,
         shards: Sequence[StoredFile] | Mapping[int, StoredFile],
         batch_size: int | None = None,
         only: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """(activation shard, number of the first sequence, batch) of this rank's inputs of a block.
+        """This rank's inputs of a block: (number of the shard, of the first sequence, batch).
 
-        `shards`: by number; `only` some of them. The next shard is opened, and its hash compared,
-        while this one is used.
+        A batch is (n, seqlen, hidden). shards: all shards, by number. only: as in `rank_shards`.
+        The next shard is opened and compared with its hash while the current one is used.
         """
-        own = self.own_shards(only)
-        opened = self.background.ahead(partial(self._open, block), [shards[i] for i, _ in own])
-        for index, (start, _) in own:
+        numbered = self.rank_shards(only)
+        opened = self.background.ahead(partial(self._open, block), [shards[i] for i, _ in numbered])
+        for index, (start, _) in numbered:
             with self.watch("io"):
                 shard = next(opened)
             for batch in self._read(shard, batch_size or self.job.batch_size):
@@ -100,10 +107,11 @@ class Forward:
                 start += batch.shape[0]
 
     def first_batch(self, block: int, shards: list[StoredFile]) -> Tensor:
-        """The first batch of all inputs of a block, whosever it is.
+        """The first batch of a block's inputs, (n, seqlen, hidden), the same on every rank.
 
-        On scratch another node may have it: then every rank takes the first sequences' embeddings,
-        which have the same shape. Groups of layers are found with it, values do not matter.
+        It serves to find groups of layers, for which its values do not matter. With --scratch-dir
+        the shard may be on another node, so every rank takes the embeddings of the same sequences,
+        which have the same shape.
         """
         if self.scratch is not None:
             with self.watch("load"):
@@ -116,15 +124,16 @@ class Forward:
     def write(
         self, block: int, stamp: str, batches: Iterable[tuple[int, Tensor]]
     ) -> list[StoredFile]:
-        """Writes activation shards of a block's inputs under names of this attempt alone.
+        """Writes activation shards of a block's inputs, under names that only this attempt uses.
 
-        `batches` are (activation shard, batch) in order. A shard is written while the next one is
-        made. A batch is copied first: who made it may go on to use it, and change it in place.
+        batches: (number of the shard, batch (n, seqlen, hidden)) in order. A shard is written while
+        the next one is computed. Batches are copied first, because the caller may go on to change
+        them in place.
         """
         written: list[StoredFile] = []
         behind = Behind(self.background)
-        for index, own in itertools.groupby(batches, key=lambda item: item[0]):
-            copies = [batch.to("cpu", copy=True) for _, batch in own]
+        for index, shard in itertools.groupby(batches, key=lambda item: item[0]):
+            copies = [batch.to("cpu", copy=True) for _, batch in shard]
             path = self.store.activations(block) / f"shard-{index:05d}.{stamp}.arrow"
             require_owner(self.job.lock_file)
 
@@ -143,18 +152,18 @@ class Forward:
         return open_activation_shard(path, sha256=stored.sha256)
 
     def _read(self, shard: ActivationShard, batch_size: int) -> Iterator[Tensor]:
-        """An activation shard's batches `(n, seqlen, hidden)` on the device, the model's own."""
+        """An activation shard's batches (n, seqlen, hidden) on the device; safe to write to."""
         with shard:
             for start, stop in batch_ranges(shard.rows, batch_size):
                 with self.watch("io"):
-                    # Zero-copy on a CPU. The map is private: a model that adds to its input in
-                    # place changes its own view, not the file.
+                    # No copy on a CPU. The mapping is private: a model that adds to its input in
+                    # place changes this view, not the file.
                     batch = shard.read(start, stop).to(self.device)
                 self.watch.count("activations_read_bytes", batch.nbytes)
                 yield batch
 
     def call(self, block: int, hidden_states: Tensor) -> BlockCall:
-        """What the block is called with for batches of this size, learnt once for each size."""
+        """The arguments that the model calls the block with, captured once per batch size."""
         size = hidden_states.shape[0]
         if size not in self._calls:
             with self.watch("load"):

@@ -1,4 +1,4 @@
-"""The executor without Ray: N ranks one after another in this process."""
+"""The executor without Ray: all ranks in this process, one after another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ T = TypeVar("T")
 
 
 class LocalExecutor:
-    """N ranks one after another in this process: the oracle that Ray workers must equal."""
+    """Runs `world` ranks in this process, one after another.
+
+    Its results are the reference: Ray workers must give the same bytes.
+    """
 
     def __init__(self, world: int, threads: int) -> None:
         self._world, self.threads = world, threads
@@ -27,29 +30,32 @@ class LocalExecutor:
         """Number of ranks; fixed."""
         return self._world
 
+    def prepare(self) -> None:
+        """Does nothing: ranks in this process start at once."""
+
     def start(self, job: Job) -> None:
-        """Makes the ranks in this process."""
+        """Creates the ranks."""
         self._workers = [BlockWorker(job, rank, self.world) for rank in range(self.world)]
 
     def run(self, calls: Sequence[Call[T]]) -> list[Outcome[T]]:
-        """One rank after the other; a rank's error ends the phase."""
+        """Runs a phase rank by rank; an error of one ends it."""
         return [worker.perform(each) for worker, each in zip(self._workers, calls, strict=True)]
 
     def reduce(self) -> list[Outcome[None]]:
-        """Adds the ranks' tensors one after another; all ranks then share one sum."""
+        """Adds the ranks' sums in rank order; all ranks then share the same statistics."""
         first, *others = self._workers
-        sums = first.held.sums
+        sums = first.state.sums
         for name in list(sums) if others else ():
-            parts = zip(*(worker.held.sums.pop(name) for worker in self._workers), strict=True)
+            parts = zip(*(worker.state.sums.pop(name) for worker in self._workers), strict=True)
             sums[name] = tuple(add_in_rank_order(halves) for halves in parts)
         outcomes = [first.perform(call(Rank.reduce))]
         for worker in others:
-            worker.held.statistics.update(first.held.statistics)
+            worker.state.statistics.update(first.state.statistics)
             outcomes.append(worker.perform(call(Rank.reduce)))
         return outcomes
 
     def recover(self) -> None:
-        """A rank in this process cannot be lost without the process."""
+        """Drops the statistics of an abandoned attempt: no rank is lost without the process."""
         for worker in self._workers:
             worker.forget()
 
@@ -58,5 +64,5 @@ class LocalExecutor:
         return [{"host": socket.gethostname(), "pid": os.getpid()}] * self.world
 
     def close(self) -> None:
-        """Drops the ranks and what they hold."""
+        """Drops the ranks and their memory."""
         self._workers = []

@@ -1,4 +1,4 @@
-"""The layers that `--save-layers` keeps, with their Hessians, for `prox24 solve`."""
+"""Saves the layers that `--save-layers` names, with their Hessians, for `prox24 solve`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from storage.run.lock import require_owner
 
 
 def saved_layers(pattern: str | None, prefix: str, layers: Iterable[str]) -> list[str]:
-    """Those of a block's `layers` whose name, behind the block's `prefix`, matches."""
+    """The layers of a block whose full name, `prefix` + layer, matches the glob `pattern`."""
     wanted = (layer for layer in layers if pattern is not None)
     return [layer for layer in wanted if fnmatch.fnmatchcase(prefix + layer, pattern or "")]
 
@@ -25,7 +25,10 @@ def saved_layers(pattern: str | None, prefix: str, layers: Iterable[str]) -> lis
 def save_layer(
     job: Job, run: RunDirectory, name: str, weight: Tensor, halves: HalvedStatistics
 ) -> None:
-    """Writes a layer's weight (R, C) and its Hessian, if it saw any token, to `layers/NAME`."""
+    """Writes a layer's weight (R, C) and Hessian (C, C) to `layers/NAME.safetensors`.
+
+    Does nothing if no token reached the layer.
+    """
     total = merged(halves)
     if total is None or not total.full or not total.tokens:
         return

@@ -1,5 +1,5 @@
-"""What a rank does with the last block's outputs: losses, likelihoods of given tokens, distances
-from another model."""
+"""Scores of the last block's outputs: losses, likelihoods of given tokens, distances from another
+model."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from storage.run.directory import RunDirectory
 
 
 class Scoring:
-    """The phases of a rank that read the last block's outputs, stored as the inputs of `block`."""
+    """The scoring phases of a rank. They read the last block's outputs, stored as the inputs of
+    `block`, the number after the last one."""
 
     job: Job
     forward: Forward
 
     def losses(self, block: int, shards: list[StoredFile]) -> list[float]:
-        """The losses of this rank's sequences: see `sequence_losses`."""
+        """Summed next-token loss of each of this rank's sequences: see `sequence_losses`."""
         return sequence_losses(self.forward, block, shards)
 
     def likelihoods(
         self, block: int, shards: list[StoredFile], targets: Sequence[Sequence[Target]]
     ) -> list[list[tuple[float, bool]]]:
-        """The likelihoods of this rank's targets: see `sequence_likelihoods`."""
+        """Likelihoods of the targets of this rank's sequences: see `sequence_likelihoods`."""
         return sequence_likelihoods(self.forward, block, shards, targets)
 
     def distances(
@@ -50,15 +51,16 @@ def sequence_likelihoods(
     shards: Sequence[StoredFile] | Mapping[int, StoredFile],
     targets: Sequence[Sequence[Target]],
 ) -> list[list[tuple[float, bool]]]:
-    """Log-likelihood (nats) of each target of each of this rank's sequences, in order, and whether
-    every token of it is the most likely one. `targets`: of all sequences, in order.
+    """Per sequence of this rank, and per target: (log-likelihood in nats, all tokens most likely).
+
+    targets: of all sequences, in order.
     """
     with forward.watch("load"):
         ends = ModelEnds(forward.skeleton, forward.device, head=True)
-    found = []
-    for _, start, hidden_states in forward.own_batches(block, shards, batch_size=1):
+    likelihoods = []
+    for _, start, hidden_states in forward.rank_batches(block, shards, batch_size=1):
         tokens = forward.tokens()[start][None].to(forward.device)
-        own = []
+        scores = []
         with forward.watch("forward"):
             logits = ends.logits(tokens, hidden_states)[0]
             for target in targets[start]:
@@ -68,9 +70,9 @@ def sequence_likelihoods(
                 )
                 wanted = torch.tensor(target.tokens, device=forward.device)
                 likely = logarithms.gather(1, wanted[:, None]).double().sum()
-                own.append((float(likely), bool((logarithms.argmax(dim=-1) == wanted).all())))
-        found.append(own)
-    return found
+                scores.append((float(likely), bool((logarithms.argmax(dim=-1) == wanted).all())))
+        likelihoods.append(scores)
+    return likelihoods
 
 
 def sequence_losses(
@@ -78,12 +80,12 @@ def sequence_losses(
 ) -> list[float]:
     """Summed next-token loss (nats) of each of this rank's sequences, in order.
 
-    `shards` are the outputs of the last block, stored as the inputs of `block`.
+    shards: the outputs of the last block, stored as the inputs of `block`.
     """
     with forward.watch("load"):
         ends = ModelEnds(forward.skeleton, forward.device, head=True)
     sums = []
-    for _, start, hidden_states in forward.own_batches(block, shards, batch_size=1):
+    for _, start, hidden_states in forward.rank_batches(block, shards, batch_size=1):
         tokens = forward.tokens()[start][None].to(forward.device)
         with forward.watch("forward"):
             logits = ends.logits(tokens, hidden_states)
@@ -101,9 +103,9 @@ def sequence_distances(
     reference: Reference,
     trust_remote_code: bool,
 ) -> list[SequenceDistance]:
-    """How far this model's next tokens are from the reference's, of each of this rank's sequences.
+    """Divergences of this model's next tokens from the reference's, per sequence of this rank.
 
-    Both models' ends are held at once, their blocks are not needed any more.
+    The embeddings and heads of both models are in memory at once; their blocks are not.
     """
     with forward.watch("load"):
         ends = ModelEnds(forward.skeleton, forward.device, head=True)
@@ -112,13 +114,13 @@ def sequence_distances(
         )
         dense_ends = ModelEnds(dense, forward.device, head=True)
     folder = RunDirectory(Path(reference.run_directory)).activations(reference.block)
-    found = []
-    own = forward.own_batches(block, shards, batch_size=1)
-    for index, (first, stop) in forward.own_shards():
+    distances = []
+    batches = forward.rank_batches(block, shards, batch_size=1)
+    for index, (first, stop) in forward.rank_shards():
         stored = reference.shards[index]
         with open_activation_shard(folder / stored.name, sha256=stored.sha256) as shard:
             for sequence in range(first, stop):
-                _, start, hidden_states = next(own)
+                _, start, hidden_states = next(batches)
                 tokens = forward.tokens()[start][None].to(forward.device)
                 with forward.watch("io"):
                     at = sequence - first
@@ -128,5 +130,5 @@ def sequence_distances(
                         dense_ends.logits(tokens, dense_states)[0, :-1],
                         ends.logits(tokens, hidden_states)[0, :-1],
                     )
-                found.append(SequenceDistance(*sums))
-    return found
+                distances.append(SequenceDistance(*sums))
+    return distances

@@ -1,14 +1,14 @@
-"""Activations on node-local scratch: what a rank does there, and what the driver asks of the ranks.
+"""Activation shards on the nodes' local disks (`--scratch-dir`).
 
-`--scratch-dir` names a folder of each node. A job's own folder in it, `prox24-run-TOKEN`, is laid
-out like a run directory and holds activation shards alone; the records that name them are in the
-run directory. The token is in the run directory's `scratch.json` as long as the job needs scratch:
-a folder whose token is nowhere is left from a job that ended or was given up, and is deleted.
+`--scratch-dir` names a folder on each node. In it every job has a folder, `prox24-run-TOKEN`, which
+is laid out like a run directory and holds only activation shards; the records that name them are in
+the run directory. The run directory's `scratch.json` has the token while the job needs scratch. A
+folder whose token is in no run directory is left from a job that has ended, and is deleted.
 
-A rank sees its own node's scratch only. A shard that its rank does not see (the node, or its
-scratch, is gone, or the rank is on another node than before) is made again from the tokens, like
-one that is damaged (`pipeline.loop.repair`). So which rank has which sequences never depends on
-nodes, and neither does any byte of the result.
+A rank sees only the scratch of its node. If a shard is not there (the node or its disk is lost, or
+the rank has moved to another node) it is recomputed from the tokens, like a damaged one
+(`pipeline.loop.repair`). So neither the division of sequences over ranks nor any byte of the result
+depends on nodes.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _PLACE = "place.json"
 
 
 class Scratch:
-    """This node's scratch folder of a job."""
+    """A job's scratch folder on this node."""
 
     def __init__(self, folder: str, run: RunDirectory) -> None:
-        """Makes the folder, and deletes those of jobs that need theirs no more.
+        """Creates the folder, and deletes the folders of jobs that no longer need theirs.
 
-        Raises `ResourceError` where it cannot be made.
+        Raises `ResourceError` if it cannot be created.
         """
         path = Path(os.path.expandvars(folder)).expanduser()
         if not path.is_absolute():
-            raise ResourceError(f"--scratch-dir {path.parent} is no absolute path")
+            raise ResourceError(f"--scratch-dir {path.parent} is not an absolute path")
         self.store, self.run = RunDirectory(path), run
         try:
             make_directory(path)
@@ -53,19 +53,22 @@ class Scratch:
                 replace_json(self._place, {"schema_version": SCRATCH_SCHEMA, **place})
         except OSError as error:
             raise ResourceError(
-                f"{path} on {platform.node()} cannot be used ({error.strerror}); choose another "
-                "--scratch-dir, that is a writable folder on every node"
+                f"{path} on {platform.node()} cannot be used ({error.strerror}); choose a "
+                "--scratch-dir that is a writable folder on every node"
             ) from error
 
     def free(self) -> FreeScratch:
-        """What is free, and what of this job is there already."""
+        """Bytes free, and bytes of this job's files."""
         place = str(read_json(self._place, SCRATCH_SCHEMA)["place"])
         path = self.store.path
         free = float(shutil.disk_usage(path).free)
         return FreeScratch(place, platform.node(), str(path), free, float(self.store.size()))
 
     def damaged(self, block: int, shards: Mapping[int, StoredFile], hashed: bool) -> dict[int, str]:
-        """What is wrong with each of these activation shards that is not as its record says."""
+        """The damaged ones of these activation shards: number → what is wrong.
+
+        hashed: compare contents with the recorded hashes, not sizes alone.
+        """
         folder = self.store.activations(block)
         states = {
             index: damage(folder / file.name, file, hashed=hashed) for index, file in shards.items()
@@ -79,7 +82,7 @@ class Scratch:
             (self.store.activations(block) / name).unlink(missing_ok=True)
 
     def sweep(self, kept: Mapping[int, Sequence[str]]) -> None:
-        """Deletes every activation shard but those in `kept`."""
+        """Deletes every activation shard that `kept`, block → names, does not list."""
         root = self.store.path / "activations"
         keep = {
             self.store.activations(block) / name for block, names in kept.items() for name in names
@@ -96,13 +99,14 @@ class Scratch:
         shutil.rmtree(self.store.path, ignore_errors=True)
 
 
-def _sweep_others(own: Path) -> None:
-    for path in own.parent.glob(f"{FOLDER_PREFIX}*"):
-        if path == own or path.is_symlink():
+def _sweep_others(job_folder: Path) -> None:
+    """Deletes the folders beside `job_folder` whose job no longer needs them."""
+    for path in job_folder.parent.glob(f"{FOLDER_PREFIX}*"):
+        if path == job_folder or path.is_symlink():
             continue
         try:
             run = RunDirectory(Path(str(read_json(path / _PLACE, SCRATCH_SCHEMA)["run_directory"])))
         except (InputError, KeyError):
-            continue  # another job's that is just being made, or none of ours
+            continue  # a folder that another job is just creating, or not one of prox24's
         if path.name != f"{FOLDER_PREFIX}{read_token(run)}":
             shutil.rmtree(path, ignore_errors=True)

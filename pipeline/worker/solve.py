@@ -1,4 +1,7 @@
-"""Groups of layers solved on one rank: rows dealt, settings chosen, rows solved and stored."""
+"""Solves groups of layers on one rank: the division of rows, the settings, the solve, the report.
+
+Shapes: R rows (output features), C columns (input features) of a layer's weight.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +22,23 @@ from pipeline.solvers.registry import solve_cost, solver_for
 from pipeline.solvers.types import Solution, Statistics, percentage
 from pipeline.worker.few_tokens import fallback
 
-# All experts of a block may share their input; the layers of a dense block have fewer rows.
+# Rows solved at once, in multiples of C. All experts of a block may share their input; the groups
+# of a dense block have fewer rows.
 MOST_ROWS = 16
 
-FEW_TO_CHOOSE = {
+TOO_FEW_TOKENS = {
     "shrinkage": ESTIMATE,
     "note": "shrinkage estimate instead of auto: a half of the calibration has too few tokens",
 }
-"""The choice for an expert that saw too few tokens to compare two halves of them."""
+"""The choice for an expert with too few tokens to compare two halves of the calibration."""
 
 
 def split_groups(
     groups: Sequence[LayerGroup], settings: Mapping[str, SolverSettings]
 ) -> tuple[LayerGroup, ...]:
-    """Groups whose layers have the same `settings`, by layer: a group is parted where they differ.
+    """Splits groups of layers that share an input into groups that also share their settings.
 
-    In the order of each part's first layer.
+    settings: by layer. The parts of a group are ordered by their first layers.
     """
     return tuple(
         LayerGroup(names, group.columns, group.calls)
@@ -46,14 +50,14 @@ def split_groups(
 def parted(
     groups: Iterable[tuple[str, ...]], settings: Mapping[str, SolverSettings]
 ) -> list[tuple[str, ...]]:
-    """Groups of layers' names, each parted by the layers' settings."""
-    found: list[tuple[str, ...]] = []
+    """Groups, given as layers' names, each split by the layers' settings."""
+    split: list[tuple[str, ...]] = []
     for names in groups:
         parts: dict[SolverSettings, list[str]] = {}
         for layer in names:
             parts.setdefault(settings[layer], []).append(layer)
-        found += map(tuple, parts.values())
-    return found
+        split += map(tuple, parts.values())
+    return split
 
 
 def deal_rows(
@@ -62,19 +66,19 @@ def deal_rows(
     shapes: Mapping[str, tuple[int, int]],
     world: int,
 ) -> list[dict[str, tuple[int, int]]]:
-    """The rows of each layer that each of `world` ranks solves: the same answer on every rank.
+    """By rank: layer → (start, stop), the rows that it solves. The same answer on every rank.
 
-    `settings` and `shapes`, (rows, C): of each layer of `groups`. A group's layers have the same
-    settings. What compares the rows of a layer is dealt by whole layers, apart from the rest.
+    settings, shapes (R, C): by layer. The layers of a group have the same settings. Rows are
+    divided evenly by cost; for a method that compares a layer's rows, whole layers are.
     """
     separable: list[GroupRows] = []
     whole: list[GroupRows] = []
     for group in groups:
-        own = settings[group.name]
-        cost = solve_cost(own, group.columns)
+        group_settings = settings[group.name]
+        cost = solve_cost(group_settings, group.columns)
         rows = {name: shapes[name][0] for name in group.layers}
         part = GroupRows(rows, cost.fixed, cost.per_row)
-        (separable if solver_for(own).separable else whole).append(part)
+        (separable if solver_for(group_settings).separable else whole).append(part)
     pieces: list[dict[str, tuple[int, int]]] = [{} for _ in range(world)]
     for parts, deal in ((separable, row_ranges), (whole, whole_layers)):
         if parts:
@@ -89,12 +93,14 @@ def solve_group(
     choice: Mapping[str, Any] | None,
     least_tokens: int = 0,
 ) -> dict[str, tuple[Tensor, dict[str, Any]]]:
-    """Solves row slices (rows, C) of layers that share an input.
+    """Solves row slices of layers that share an input.
 
-    `choice` overrides settings of this group alone (what `choose_regularization` found).
-    `least_tokens`: with fewer, another method is used (see `pipeline.worker.few_tokens`). Returns
-    per layer the rows in the dtype of its weight, on the CPU, and the report of exactly those rows,
-    with `mask_counts` of them under `mask`.
+    weights: layer → (rows, C). statistics: over all calibration tokens; None for a method that
+    needs none. choice: settings of this group that `choose_regularization` chose; None for none.
+    least_tokens: with fewer tokens another method is used (see `pipeline.worker.few_tokens`).
+
+    Returns per layer the pruned rows (rows, C), in the weight's dtype on the CPU, and their report
+    as JSON, with `mask_counts` under `mask`. Raises `NumericalError` for NaN or Inf.
     """
     tokens = statistics.tokens if statistics is not None else 0
     notes: tuple[str, ...] = ()
@@ -110,16 +116,17 @@ def solve_group(
         solved |= solver.solve_group(part, solver.prepare(statistics))
     return {
         layer: _as_stored(
-            _said(solution, tokens, notes), weights[layer], statistics, settings.parsed_pattern
+            _annotated(solution, tokens, notes), weights[layer], statistics, settings.parsed_pattern
         )
         for layer, solution in solved.items()
     }
 
 
 def in_parts(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Row slices (rows, C) in parts of at most MOST_ROWS times C rows, or of one slice.
+    """Row slices (rows, C) in parts of at most MOST_ROWS · C rows, or of a single slice.
 
-    What is derived of the statistics is derived again for each part; rows take memory all at once.
+    This bounds memory: all rows of a part are solved at once. What a solver derives from the
+    statistics (a factorization) is derived again for each part.
     """
     parts: list[dict[str, Tensor]] = []
     rows = 0
@@ -132,8 +139,8 @@ def in_parts(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     return parts
 
 
-def _said(solution: Solution, tokens: int, notes: tuple[str, ...]) -> Solution:
-    """The solution, its report with what only the caller knows."""
+def _annotated(solution: Solution, tokens: int, notes: tuple[str, ...]) -> Solution:
+    """Adds the number of tokens and the notes to the solution's report."""
     deviations = (*notes, *solution.report.deviations)
     report = dataclasses.replace(solution.report, tokens=tokens, deviations=deviations)
     return dataclasses.replace(solution, report=report)
@@ -142,13 +149,14 @@ def _said(solution: Solution, tokens: int, notes: tuple[str, ...]) -> Solution:
 def _as_stored(
     solution: Solution, weight: Tensor, statistics: Statistics | None, pattern: Pattern
 ) -> tuple[Tensor, dict[str, Any]]:
+    """The rows in the weight's dtype, on the CPU, and their report as JSON."""
     stored = solution.weight.to(weight.dtype)
     report = solution.report
     if stored.dtype != solution.weight.dtype and statistics is not None:
-        # Rounding to the stored dtype is part of the error that the user gets.
-        lost = total_of_rows(objective(stored, weight, statistics))
+        # The reported error includes the rounding to the stored dtype.
+        rounded = total_of_rows(objective(stored, weight, statistics))
         report = dataclasses.replace(
-            report, objective=lost, relative_error=percentage(lost, report.objective_zero)
+            report, objective=rounded, relative_error=percentage(rounded, report.objective_zero)
         )
     moments = None if statistics is None else diagonal_of(statistics)
     mask = mask_counts(stored, weight, pattern, moments)

@@ -1,1 +1,1 @@
-"""Files that appear whole or not at all: atomic writes, hashes, JSON with a checksum."""
+"""Atomic and durable writes, hashes, and JSON with a checksum."""

@@ -1,4 +1,4 @@
-"""JSON text that carries its own checksum and a schema version, as every record of ours does."""
+"""JSON with a checksum and a schema version: the form of every record of prox24."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ from typing import Any, cast
 from storage.errors import CorruptFileError, NumericalError, RunDirectoryError
 
 MAX_JSON_BYTES = 64 * 2**20
-"""No record of ours comes near this; a file that does is not one."""
+"""No record of prox24 is nearly as large; a larger file is not one."""
 
 CHECKSUM_KEY = "checksum"
 """SHA-256 of the other members, as compact JSON with sorted keys."""
 
 
 def encode_json(payload: Mapping[str, Any], path: Path) -> bytes:
-    """JSON text of `payload` with its checksum; `path` is for the message of NumericalError."""
+    """JSON text of `payload` with its checksum; `path` is for messages.
+
+    Raises NumericalError for NaN or Inf, which JSON cannot represent.
+    """
     try:
         body = json.loads(json.dumps(dict(payload), allow_nan=False))
     except ValueError as error:
-        raise NumericalError(f"{path}: not written, a figure in it is NaN or Inf") from error
+        raise NumericalError(f"{path}: not written, a number in it is NaN or Inf") from error
     body[CHECKSUM_KEY] = _checksum(body)
     return (json.dumps(body, indent=1) + "\n").encode("ascii")
 
 
 def decode_json(raw: bytes, path: Path, schema: int) -> dict[str, Any]:
-    """Inverse of `encode_json`, without the checksum.
+    """The payload of a text that `encode_json` made, without the checksum.
 
-    Raises CorruptFileError, naming `path`, if the text is not ours or was altered, and
+    Raises CorruptFileError, naming `path`, if the text is something else or was altered, and
     RunDirectoryError if its `schema_version` is not `schema`.
     """
     broken = f"{path}: not a record of prox24, or altered; restore it or start a new run directory"
@@ -54,9 +57,9 @@ def decode_json(raw: bytes, path: Path, schema: int) -> dict[str, Any]:
     return cast(dict[str, Any], body)
 
 
-def _other_version(path: Path, found: object, wanted: int) -> str:
+def _other_version(path: Path, version: object, wanted: int) -> str:
     return (
-        f"{path}: schema_version is {found}, this prox24 reads {wanted}; "
+        f"{path}: schema_version is {version}, this prox24 reads {wanted}; "
         "use the version that wrote it, or a new run directory"
     )
 
@@ -68,9 +71,9 @@ def _checksum(body: dict[str, Any]) -> str:
 
 
 def is_count(value: object) -> bool:
-    """True for an int from 0 to 2^63 - 1: a size, a number of things.
+    """True for an int from 0 to 2^63 - 1, such as a size or a count.
 
-    False for a bool, which Python counts among the ints, and for an int of thousands of digits,
-    which JSON can hold and Python refuses to print.
+    False for a bool, which is an int in Python, and for an int of thousands of digits, which JSON
+    allows and Python refuses to print.
     """
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63

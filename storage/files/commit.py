@@ -4,19 +4,17 @@ The commit protocol, which everything else in this package relies on:
 
 1. A worker writes a file under a name that no other attempt uses (`write_new_file`): created with
    O_EXCL, hashed while it is written, flushed to disk together with its directory entry. It is
-   never renamed, so a process that was frozen and wakes up late cannot put it over another's.
-   (The one exception, `storage.files.damage`, puts bytes that are known to be equal in a damaged
-   place.)
-2. The holder of the run's lock publishes a record that names those files and their hashes
+   never renamed, so a process that was frozen and continues late cannot overwrite another's file.
+   (The one exception: a repair replaces a damaged file by equal bytes, see `storage.files.damage`.)
+2. The owner of the run's lock publishes a record that names those files and their hashes
    (`publish_json`): written under a temporary name, flushed, then linked to its final name, which
-   fails if that name exists. That link is the commit. `guard` (the lock's `assert_held`) runs
+   fails if that name exists. This link is the commit. `guard` (the lock's `assert_held`) runs
    between the flush and the link.
-3. A new holder of the lock first removes the temporary files, then reads the records. A link or a
-   rename needs its temporary file, so whatever a displaced holder has not committed by then can
-   no longer be committed.
+3. A new owner of the lock first deletes all temporary files, then reads the records. A link or a
+   rename needs its temporary file, so a displaced owner can no longer commit anything.
 
-What the filesystem must offer: atomic link and rename, and a file that was flushed and closed on
-one host reads the same when it is opened on another (NFS: close-to-open consistency).
+Required of the filesystem: atomic link and rename, and close-to-open consistency, as NFS has it (a
+file that was flushed and closed on one host reads the same when another host opens it).
 """
 
 from __future__ import annotations
@@ -39,16 +37,16 @@ from storage.files.hashing import HashingStream
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 8 * 2**20
-"""How much of a file is in memory while it is hashed or copied."""
+"""Bytes of a file that are in memory while it is hashed or copied."""
 
-_FULL = {  # what to do about a write that found no room
+_FULL = {  # error number of a write without room → remedy
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room within the quota",
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
 }
 
 TEMPORARY_SUFFIX = ".tmp"
-"""Ends the name of every file that is not committed yet and was never meant to be read."""
+"""Ends the names of files that are not committed yet; no one reads them."""
 
 
 def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
@@ -66,11 +64,11 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def open_own(path: Path) -> BinaryIO:
-    """Open for reading a file that prox24 wrote: a regular file, under this very name.
+def open_regular_file(path: Path) -> BinaryIO:
+    """Open a file for reading that must be a regular file, as all that prox24 writes are.
 
-    OSError for a link, which could lead out of the run directory, and for a pipe or a device, on
-    which a reader would wait for ever.
+    Raises OSError for a link, which could lead out of the run directory, and for a pipe or a
+    device, on which a reader would wait forever.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -80,20 +78,20 @@ def open_own(path: Path) -> BinaryIO:
 
 
 def verify_file(path: Path, sha256: str) -> None:
-    """Raise CorruptFileError unless `path` is a readable file of ours with this hash."""
+    """Raise CorruptFileError unless `path` is a readable regular file with this hash."""
     try:
-        open_own(path).close()
-        found = sha256_file(path)
+        open_regular_file(path).close()
+        actual = sha256_file(path)
     except OSError as error:
         raise CorruptFileError(f"{path}: cannot be read ({error.strerror})") from error
-    if found != sha256:
-        raise CorruptFileError(f"{path}: sha256 is {found[:12]}…, was {sha256[:12]}… when written")
+    if actual != sha256:
+        raise CorruptFileError(f"{path}: sha256 is {actual[:12]}…, was {sha256[:12]}… when written")
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the entries of a directory durable: a new file's name is not, until this returns.
+    """Make the entries of a directory durable: a new file's name is not before this returns.
 
-    Where a filesystem has no such operation, its names are as durable as it makes them.
+    Does nothing on a filesystem that has no such operation.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -116,10 +114,10 @@ def make_directory(path: Path) -> None:
 
 
 class HashingWriter(HashingStream):
-    """A binary file open for writing that hashes what passes through it.
+    """A binary file open for writing that hashes what is written.
 
-    Nothing is read back to be hashed, and the hash is that of what was meant to be written, so a
-    disk that stores something else is found out later.
+    Nothing is read back. The hash is that of the intended bytes, so a later check detects a disk
+    that stored others.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -142,7 +140,7 @@ class HashingWriter(HashingStream):
             self._file.close()
 
     def abandon(self) -> None:
-        """Close without caring about the contents."""
+        """Close without flushing; errors are ignored."""
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -156,24 +154,24 @@ class HashingWriter(HashingStream):
         return self._file.fileno()
 
     def readable(self) -> bool:
-        """False: part of what pyarrow asks of a file."""
+        """False. Part of pyarrow's file interface."""
         return False
 
     def writable(self) -> bool:
-        """True: part of what pyarrow asks of a file."""
+        """True. Part of pyarrow's file interface."""
         return True
 
     def seekable(self) -> bool:
-        """False: what was hashed cannot be changed."""
+        """False: bytes that were hashed cannot be changed."""
         return False
 
 
 @contextlib.contextmanager
 def write_new_file(path: Path) -> Iterator[HashingWriter]:
-    """Create `path`, which must be a name of this attempt alone, and write it durably.
+    """Create `path`, a name that only this attempt uses, and write it durably.
 
-    On leaving the block the contents and the directory entry are on disk; if the block raises, the
-    file is removed. Missing parents are created. Raises FileExistsError if the name is taken and
+    After the `with` block the contents and the directory entry are on disk; if the block raises,
+    the file is removed. Missing parents are created. Raises FileExistsError if the name exists,
     ResourceError if the disk or the quota is full.
     """
     make_directory(path.parent)
@@ -191,10 +189,10 @@ def write_new_file(path: Path) -> Iterator[HashingWriter]:
 
 @contextlib.contextmanager
 def replace_file(path: Path, guard: Callable[[], None] | None = None) -> Iterator[HashingWriter]:
-    """Write a temporary file and rename it to `path` when the block ends without an error.
+    """Write a temporary file and rename it to `path` when the `with` block ends without an error.
 
-    For the single owner of `path` only: of two writers the later rename wins. `guard` runs just
-    before the rename and may raise to prevent it. Raises ResourceError if the disk is full.
+    For the only owner of `path`: with two writers, the later rename wins. `guard` runs just before
+    the rename and may raise to prevent it. Raises ResourceError if the disk is full.
     """
     temporary = temporary_name(path)
     with write_new_file(temporary) as writer:
@@ -205,8 +203,8 @@ def replace_file(path: Path, guard: Callable[[], None] | None = None) -> Iterato
 def replace_by(temporary: Path, path: Path, guard: Callable[[], None] | None = None) -> None:
     """Rename `temporary`, a durable file with a `temporary_name` of `path`, to `path`.
 
-    As in `replace_file`. A displaced owner, whose temporary file was removed, gets a
-    RunDirectoryError.
+    `guard` as in `replace_file`. Raises RunDirectoryError if the temporary file was deleted,
+    because another owner has taken the run directory over.
     """
     try:
         if guard is not None:
@@ -225,13 +223,13 @@ def replace_by(temporary: Path, path: Path, guard: Callable[[], None] | None = N
 def publish_json(
     path: Path, payload: Mapping[str, Any], *, guard: Callable[[], None] | None = None
 ) -> None:
-    """Create `path` with `payload`, whole or not at all, if no such file exists: the commit.
+    """Commit: create `path` with `payload`, complete or not at all, if no such file exists.
 
-    Returns quietly if the file exists with this very content, and raises FileExistsError if it
-    exists with another. `guard` (a lock's `assert_held`) runs after the data is on disk and just
-    before it gets its name. Raises RunDirectoryError if the temporary file was removed meanwhile
-    (this process was displaced by another owner) or if the filesystem has no hard links;
-    NumericalError if a figure is NaN or Inf, which JSON cannot hold.
+    Does nothing if the file exists with the same content; raises FileExistsError if it exists with
+    another. `guard` (a lock's `assert_held`) runs when the data is on disk, just before it gets its
+    name. Raises RunDirectoryError if the temporary file was deleted meanwhile (another owner has
+    taken the run directory over) or if the filesystem has no hard links; NumericalError for NaN or
+    Inf, which JSON cannot represent.
     """
     encoded = encode_json(payload, path)
     temporary = temporary_name(path)
@@ -251,7 +249,7 @@ def _link(temporary: Path, path: Path, encoded: bytes) -> None:
         with explained(path):
             os.link(temporary, path)
     except FileExistsError:
-        # Also where a network filesystem carried out the link and lost the answer.
+        # This also happens if a network filesystem made the link and lost its answer.
         if path.read_bytes() != encoded:
             raise FileExistsError(
                 errno.EEXIST, "exists with other content, and is never replaced", str(path)
@@ -273,7 +271,7 @@ def _link(temporary: Path, path: Path, encoded: bytes) -> None:
 def replace_json(
     path: Path, payload: Mapping[str, Any], *, guard: Callable[[], None] | None = None
 ) -> None:
-    """Write `payload` to `path`, whole or not at all, replacing what is there.
+    """Write `payload` to `path`, complete or not at all, replacing an existing file.
 
     `guard` and the errors are those of `replace_file`, and NumericalError as in `publish_json`.
     """
@@ -285,12 +283,12 @@ def replace_json(
 def read_json(path: Path, schema: int) -> dict[str, Any]:
     """Read what `publish_json` or `replace_json` wrote; the checksum is verified and left out.
 
-    Raises CorruptFileError, naming the path, if the file is missing, not ours or altered, and
-    RunDirectoryError if its `schema_version` is not `schema`.
+    Raises CorruptFileError, naming the path, if the file is missing, altered or not such a file,
+    and RunDirectoryError if its `schema_version` is not `schema`.
     """
     try:
-        with open_own(path) as file:
-            # A read of so many bytes would first take the memory for them.
+        with open_regular_file(path) as file:
+            # Not `read(MAX_JSON_BYTES + 1)`, which would allocate that much memory first.
             size = os.fstat(file.fileno()).st_size
             raw = file.read(min(size, MAX_JSON_BYTES) + 1)
     except OSError as error:
@@ -301,7 +299,7 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside `path` that no one else uses and that a sweep recognizes."""
+    """A unique hidden name beside `path`, which `is_temporary` recognizes."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
 
 
@@ -312,7 +310,7 @@ def is_temporary(path: Path) -> bool:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Say in one line what a full disk means; other errors of the system pass as they are."""
+    """Raise ResourceError, with a remedy, for a full disk or quota; pass other errors on."""
     try:
         yield
     except OSError as error:

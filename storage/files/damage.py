@@ -1,8 +1,8 @@
-"""Whether a committed file is as its record says, for what can be made again where it is not.
+"""Checks committed files against their records, for a repair of the damaged ones.
 
-Equal bytes take a damaged file's place by `commit.replace_by`, after the new file's hash, taken
-while it was written, has been compared with what the record says: so whoever renames, and however
-late, nothing but the recorded bytes ever gets that name.
+A repair recomputes the file, compares the hash taken during the write with the record, and only if
+they are equal renames it over the damaged file (`commit.replace_by`). So however late a rename
+comes, only the recorded bytes can get that name.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from storage.files.hashing import StoredFile
 
 
 def damage(path: Path, stored: StoredFile, *, hashed: bool) -> str | None:
-    """What is wrong with a committed file, in a few words; None if it is as its record says.
+    """What is wrong with a committed file, in a few words; None if it agrees with its record.
 
-    hashed: compare the contents too, not just the size.
+    hashed: compare the contents too, not only the size.
     """
     try:
         size = path.lstat().st_size

@@ -1,4 +1,4 @@
-"""What is written is hashed on its way, and a record names it with that hash."""
+"""Hashes of files, taken while they are written, and the entries of records that name them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from storage.files.checked_json import is_count
 
 
 class Sink(Protocol):
-    """Where bytes go: a file on a disk, or an object in a store."""
+    """A destination of bytes: a file, or an object in an object store."""
 
     def write(self, data: memoryview, /) -> object:
         """Append `data`."""
 
 
 def is_plain_name(value: object) -> bool:
-    """True for a file name without folders: it cannot lead out of its directory."""
+    """True for a file name without folders, which cannot lead out of its directory."""
     return (
         isinstance(value, str)
         and value not in ("", ".", "..")
@@ -33,12 +33,12 @@ def is_sha256(value: object) -> bool:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One file as a record names it.
+    """The entry of a file in a record.
 
-    name: file name within the directory that the record is about; no folders.
+    name: file name in the record's directory, without folders.
     sha256: of the whole file, lower-case hexadecimal.
     bytes: size of the file.
-    rows: sequences, or weight rows, that it holds; 0 where rows mean nothing.
+    rows: number of sequences or weight rows in it; 0 if it has no rows.
     """
 
     name: str
@@ -68,7 +68,7 @@ class StoredFile:
 
 
 class HashingStream:
-    """Passes bytes on and hashes them."""
+    """Hashes bytes and passes them on to a sink."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink, self._digest, self._bytes = sink, hashlib.sha256(), 0
@@ -92,5 +92,5 @@ class HashingStream:
         return self._bytes
 
     def stored(self, name: str, rows: int = 0) -> StoredFile:
-        """What a record says about what was written."""
+        """The record's entry for what was written. Arguments as in `StoredFile`."""
         return StoredFile(name, self.sha256, self._bytes, rows)

@@ -1,15 +1,13 @@
-"""The source model, on a disk or in an object store: what its safetensors files hold, unloaded.
+"""The source model, on a disk or in an object store: its safetensors files, read tensor by tensor.
 
-`ModelFiles.open` reads and checks the headers only; `read` brings one tensor, or some of its rows,
-into memory.
+`ModelFiles.open` reads and checks the headers only; `read` loads one tensor, or some of its rows.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +16,15 @@ import torch
 
 from storage.errors import CorruptFileError, ModelError
 from storage.files.commit import CHUNK_BYTES
-from storage.model.folder import WEIGHTS, LocalFolder, ModelFolder, inside, model_folder
+from storage.model.adapter import refuse_adapter_alone
+from storage.model.folder import LocalFolder, ModelFolder, inside, model_folder
+from storage.model.index_file import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    index_contradictions,
+    read_object,
+    weight_map,
+)
 from storage.model.other_formats import refuse_other_formats, refuse_quantized
 from storage.model.safetensors_format import (
     TensorEntry,
@@ -31,6 +37,7 @@ from storage.model.safetensors_format import (
 from storage.object_store import ObjectFile, Place, Readable
 
 __all__ = [
+    "INDEX_FILE",
     "ModelFiles",
     "TensorEntry",
     "WeightFileFingerprint",
@@ -40,14 +47,9 @@ __all__ = [
     "torch_dtype",
 ]
 
-MAX_CONFIG_BYTES = 16 * 2**20
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
 
 class Digest(Protocol):
-    """What hashlib makes."""
+    """A hash object of hashlib."""
 
     def update(self, data: Any, /) -> None:
         """Hashes more bytes."""
@@ -60,7 +62,7 @@ class Digest(Protocol):
 
 @dataclass(frozen=True)
 class WeightFileFingerprint:
-    """What one weight file contained when it was read through.
+    """The hashes of one weight file.
 
     sha256: of the whole file. tensors: name → sha256 of the tensor's bytes.
     """
@@ -72,12 +74,12 @@ class WeightFileFingerprint:
 
 
 class ModelFiles:
-    """A model folder whose headers have been read and found consistent.
+    """A model folder whose headers have been read and are consistent.
 
-    source: where its files are. files: names of its weight files, sorted. tensors: name → entry.
-    config: the contents of config.json. index: name of the index file, None for a single file.
-    expected: tensor → sha256 that its bytes must have wherever they are read; empty where no one
-    has hashed the model yet.
+    source: its folder. files: names of its weight files, sorted. tensors: name → entry. config:
+    the contents of config.json. index: name of the index file; None for a single weight file.
+    expected: tensor → sha256 that its bytes must have when they are read; empty until the model has
+    been hashed. Of a tensor whose name is in two files, see `key`.
     """
 
     def __init__(
@@ -87,54 +89,81 @@ class ModelFiles:
         tensors: dict[str, TensorEntry],
         config: dict[str, Any],
         index: str | None,
+        contradictions: Mapping[str, str] | None = None,
+        repeated: Sequence[TensorEntry] = (),
     ) -> None:
+        """contradictions: tensor → how index and weight files disagree on it. repeated: tensors
+        whose name is also in an earlier file."""
         self.source = source
         self.files = files
         self.tensors = tensors
         self.config = config
         self.index = index
+        self.contradictions = dict(contradictions or {})
+        self.repeated = tuple(repeated)
         self.expected: Mapping[str, str] = {}
-        # Tensor → state of its file when the tensor was last found to be the expected one.
+        # Tensor → state of its file when the tensor was last compared with `expected`.
         self._seen: dict[str, tuple[object, ...]] = {}
 
     @staticmethod
     def open(place: Place) -> ModelFiles:
-        """Read config, index and headers of the model at `place`, and check that they agree.
+        """`read_headers`, where index and weight files must agree on every tensor."""
+        files = ModelFiles.read_headers(place)
+        files.require_consistent()
+        return files
 
-        Raises ModelError if something is missing or of an unsupported kind, CorruptFileError if
-        something is there but malformed, truncated or contradictory. Weights are not read.
+    @staticmethod
+    def read_headers(place: Place) -> ModelFiles:
+        """Read config, index and headers of the model at `place`.
+
+        What index and weight files do not agree on is noted only, since no one may load it: see
+        `require_consistent`. Raises ModelError if something is missing or of an unsupported kind,
+        CorruptFileError if something is there but malformed or truncated. Weights are not read.
         """
         source = model_folder(place)
         if not (source.folder / "config.json").is_file():
+            refuse_adapter_alone(source.folder, place)
             refuse_other_formats(source.folder, place)
             raise ModelError(f"{place}: no config.json; give a Hugging Face model folder")
-        config = _read_object(inside(source.folder, "config.json"))
+        config = read_object(inside(source.folder, "config.json"))
         refuse_quantized(config, source.where("config.json"))
-        weight_map = _weight_map(source)
-        names = (SINGLE_FILE,) if weight_map is None else tuple(sorted(set(weight_map.values())))
+        listed = weight_map(source)
+        names = (SINGLE_FILE,) if listed is None else tuple(sorted(set(listed.values())))
         tensors: dict[str, TensorEntry] = {}
-        for file in names:
-            for entry in _header(source, file):
-                if entry.name in tensors:
-                    raise CorruptFileError(
-                        f"{place}: tensor {entry.name} is in {tensors[entry.name].file} and in "
-                        f"{file}; download the model again"
-                    )
+        repeated = []
+        contradictions = {}
+        for entry in (entry for file in names for entry in _header(source, file)):
+            if entry.name in tensors:
+                repeated.append(entry)
+                contradictions[entry.name] = (
+                    f"tensor {entry.name} is in {tensors[entry.name].file} and in {entry.file}"
+                )
+            else:
                 tensors[entry.name] = entry
         if not tensors:
             raise ModelError(f"{place}: the weight files hold no tensors")
-        if weight_map is not None:
-            _check_index(place, weight_map, tensors)
-        return ModelFiles(source, names, tensors, config, INDEX_FILE if weight_map else None)
+        if listed is not None:
+            contradictions = index_contradictions(listed, tensors) | contradictions
+        index = None if listed is None else INDEX_FILE
+        return ModelFiles(source, names, tensors, config, index, contradictions, repeated)
+
+    def require_consistent(self, names: Collection[str] | None = None) -> None:
+        """Raise CorruptFileError where index and weight files disagree on one of the tensors.
+
+        names: those that are loaded; None for all.
+        """
+        for name, said in self.contradictions.items():
+            if names is None or name in names:
+                raise CorruptFileError(f"{self.place}: {said}; download the model again")
 
     @property
     def folder(self) -> Path:
-        """A folder on this machine with all files but perhaps the weights."""
+        """A local folder with all files, except the weights of a model in an object store."""
         return self.source.folder
 
     @property
     def place(self) -> Place:
-        """Where the model is, as the user named it."""
+        """The model's folder as the user named it: a path or an object store's."""
         return self.source.place
 
     def size(self, file: str) -> int:
@@ -142,7 +171,7 @@ class ModelFiles:
         return self.source.size(file)
 
     def entry(self, name: str) -> TensorEntry:
-        """Where tensor `name` lies; ModelError if the model has no such tensor."""
+        """The entry of tensor `name`; ModelError if the model has no such tensor."""
         try:
             return self.tensors[name]
         except KeyError:
@@ -150,14 +179,38 @@ class ModelFiles:
                 f"{self.place}: no tensor {name}; the weight files do not fit config.json"
             ) from None
 
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """A copy of tensor `name` on the CPU, in its own dtype.
+    def entries(self, file: str) -> list[TensorEntry]:
+        """All tensors of a weight file in the order of their bytes, repeated ones too."""
+        own = [e for e in (*self.tensors.values(), *self.repeated) if e.file == file]
+        return sorted(own, key=lambda entry: (entry.start, entry.end))
 
-        rows: (start, stop) of the first dimension; None for the whole tensor.
-        Only the bytes asked for are read; all of them where the tensor's hash is known and the
-        file has changed since this process last compared it. Raises ModelError for an unknown name
-        or dtype, CorruptFileError if the file became shorter or the tensor is not the `expected`
-        one, IndexError if the rows are not there.
+    def key(self, entry: TensorEntry) -> str:
+        """What `expected` calls a tensor: its name, and its file if an earlier one has it too."""
+        if self.tensors.get(entry.name) == entry:
+            return entry.name
+        return f"{entry.name} in {entry.file}"
+
+    def hashes(self, fingerprints: Iterable[WeightFileFingerprint]) -> dict[str, str]:
+        """What is `expected` of every tensor, by the fingerprints of all weight files."""
+        by_file = {fingerprint.file: fingerprint.tensors for fingerprint in fingerprints}
+        return {
+            self.key(entry): by_file[entry.file][entry.name]
+            for entry in (*self.tensors.values(), *self.repeated)
+        }
+
+    def state(self, name: str) -> tuple[object, ...]:
+        """What changes when someone writes to the file that tensor `name` is in."""
+        with self.source.open(self.entry(name).file) as file:
+            return _state(file)
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """A copy of tensor `name` on the CPU, in its stored dtype.
+
+        rows: (start, stop) of the first dimension; None for the whole tensor. Only these are read,
+        unless the tensor's hash is known and the file has changed since the last comparison: then
+        the whole tensor is read and compared. Raises ModelError for an unknown name or dtype,
+        CorruptFileError if the file is too short or the tensor is not the `expected` one,
+        IndexError for rows out of range.
         """
         entry = self.entry(name)
         shape, start, end = entry.shape, entry.start, entry.end
@@ -169,8 +222,8 @@ class ModelFiles:
             start, end = start + rows[0] * row_bytes, start + rows[1] * row_bytes
         with self.source.open(entry.file) as file:
             state = _state(file)
-            # A whole tensor is always compared. Its rows, read again for the solve, are those that
-            # the calibration compared unless someone wrote to the file.
+            # A whole tensor is always compared. Rows, which the solve reads, are those that the
+            # calibration has compared, unless the file has changed since.
             compared = name in self.expected and (rows is None or self._seen.get(name) != state)
             raw = self._bytes(file, entry, start, end, compared)
         if compared:
@@ -180,9 +233,9 @@ class ModelFiles:
     def _bytes(
         self, file: Readable, entry: TensorEntry, start: int, end: int, compared: bool
     ) -> torch.Tensor:
-        """Bytes start:end of a file, (n,) uint8; compared: after all of the tensor was hashed.
+        """Bytes start:end of a file, (n,) uint8. compared: hash the whole tensor first.
 
-        What is hashed but not asked for is held a CHUNK_BYTES at a time.
+        Bytes that are only hashed are in memory CHUNK_BYTES at a time.
         """
         what = f"{self.source.where(entry.file)}: tensor {entry.name}"
         raw = torch.empty(end - start, dtype=torch.uint8)
@@ -201,7 +254,7 @@ class ModelFiles:
 
     def check(self, entry: TensorEntry, digest: Digest) -> None:
         """Raise CorruptFileError if the bytes in `digest` are not the expected ones of a tensor."""
-        if self.expected.get(entry.name, digest.hexdigest()) != digest.hexdigest():
+        if self.expected.get(self.key(entry), digest.hexdigest()) != digest.hexdigest():
             raise CorruptFileError(
                 f"{self.source.where(entry.file)}: tensor {entry.name} is not what it was when the "
                 "job began; restore the file and run the same command again"
@@ -215,19 +268,19 @@ class ModelFiles:
     def parts(self) -> dict[str, str]:
         """SHA-256 of config.json and of each weight file's size and header, by file name.
 
-        What `identity` sums up, so that it can be told which file made the difference.
+        The parts of `identity`, so that a message can name the file that differs.
         """
-        found = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes())}
+        digests = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes())}
         for file in self.files:
             size = self.size(file)
-            found[file] = hashlib.sha256(str(size).encode() + b" " + self.header_bytes(file))
-        return {name: digest.hexdigest() for name, digest in found.items()}
+            digests[file] = hashlib.sha256(str(size).encode() + b" " + self.header_bytes(file))
+        return {name: digest.hexdigest() for name, digest in digests.items()}
 
     def identity(self) -> str:
         """SHA-256 over config.json and each weight file's name, size and header.
 
-        Cheap, and different for any change of architecture, layout or dtype; that the weights'
-        values are the same is what `fingerprint_weight_file` says.
+        Fast, and different for any change of architecture, layout or dtype. The weights' values
+        are not covered: see `fingerprint_weight_file`.
         """
         digest = hashlib.sha256()
         parts = [(self.folder / "config.json").read_bytes()]
@@ -251,7 +304,7 @@ def size_of(file: Readable) -> int:
 
 
 def _state(file: Readable) -> tuple[object, ...]:
-    """What changes when someone writes to an open file, or puts another in its place."""
+    """A value that changes when an open file is written to or replaced."""
     if isinstance(file, ObjectFile):
         return file.state
     status = os.fstat(file.fileno())
@@ -259,65 +312,18 @@ def _state(file: Readable) -> tuple[object, ...]:
 
 
 def _header(source: ModelFolder, file: str) -> list[TensorEntry]:
-    """The tensors of a weight file, checked; nothing else of it is read."""
+    """The entries of a weight file's tensors, checked; only the header is read."""
     with source.open(file) as stream:
         return header_entries(stream, size_of(stream), source.where(file), file)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the source model; CorruptFileError if it is none."""
-    with open(path, "rb") as file:
-        raw = file.read(MAX_CONFIG_BYTES + 1)
-    try:
-        if len(raw) > MAX_CONFIG_BYTES:
-            raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
-        data = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CorruptFileError(f"{path}: not a JSON object")
-    return data
+def fingerprint_weight_file(
+    source: Path | ModelFolder, file: str, loaded: Collection[str] | None = None
+) -> WeightFileFingerprint:
+    """Read a weight file once, hash it, and check that values are finite.
 
-
-def _weight_map(source: ModelFolder) -> dict[str, str] | None:
-    """Tensor → weight file from the index; None if the model is one file, as transformers reads."""
-    if source.exists(SINGLE_FILE):
-        return None
-    if not source.exists(INDEX_FILE):
-        refuse_other_formats(source.folder, source.place)
-        raise ModelError(f"{source.place}: neither {SINGLE_FILE} nor {INDEX_FILE}")
-    path = inside(source.folder, INDEX_FILE)
-    weight_map = _read_object(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptFileError(f"{path}: no weight_map; download the file again")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(WEIGHTS):
-            raise CorruptFileError(f"{path}: tensor {name} is said to be in {file!r}")
-    for file in set(weight_map.values()):
-        source.require(file)
-    return weight_map
-
-
-def _check_index(place: Place, weight_map: dict[str, str], tensors: dict[str, TensorEntry]) -> None:
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file != file:
-            found = f"is in {tensors[name].file}" if name in tensors else "is in no file"
-            raise CorruptFileError(
-                f"{place}: {INDEX_FILE} puts tensor {name} in {file}, but it {found}; "
-                "download the model again"
-            )
-    for name, entry in tensors.items():
-        if name not in weight_map:
-            raise CorruptFileError(
-                f"{place}: tensor {name} of {entry.file} is not in {INDEX_FILE}; "
-                "download the model again"
-            )
-
-
-def fingerprint_weight_file(source: Path | ModelFolder, file: str) -> WeightFileFingerprint:
-    """Read a weight file through once, hashing it and checking that every value is finite.
-
-    Memory is bounded by CHUNK_BYTES, or by what an ObjectFile holds, whatever the tensors' sizes.
+    loaded: names of the tensors that must be finite; None for all. All are hashed.
+    Memory is bounded by CHUNK_BYTES, or the buffer of an ObjectFile, whatever the tensors' sizes.
     Raises ModelError naming tensor and file for NaN or Inf in a floating-point tensor,
     CorruptFileError as `header_entries` does.
     """
@@ -331,18 +337,19 @@ def fingerprint_weight_file(source: Path | ModelFolder, file: str) -> WeightFile
         stream.seek(0)
         digest.update(raw_header(stream, size_of(stream), where))
         for entry in entries:
-            dtype, own = torch_dtype(entry.dtype), hashlib.sha256()
+            dtype, tensor_digest = torch_dtype(entry.dtype), hashlib.sha256()
+            checked = dtype.is_floating_point and (loaded is None or entry.name in loaded)
             for start in range(entry.start, entry.end, CHUNK_BYTES):
                 part = chunk[: min(CHUNK_BYTES, entry.end - start)]
                 read_into(stream, part, f"{where}: tensor {entry.name}")
                 digest.update(part.numpy().data)
-                own.update(part.numpy().data)
-                if dtype.is_floating_point and not _finite(part.view(dtype)):
+                tensor_digest.update(part.numpy().data)
+                if checked and not _finite(part.view(dtype)):
                     raise ModelError(
                         f"{where}: tensor {entry.name} holds NaN or Inf; the model is damaged, "
                         "download it again"
                     )
-            tensors[entry.name] = own.hexdigest()
+            tensors[entry.name] = tensor_digest.hexdigest()
         size = stream.tell()
     return WeightFileFingerprint(file, size, digest.hexdigest(), tensors)
 

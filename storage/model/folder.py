@@ -1,8 +1,8 @@
-"""A model's files where they are: in a folder on a disk, or under a prefix of an object store.
+"""A model's files, in a folder on a disk or under a prefix of an object store.
 
-Of a model in an object store the small files (config, index, tokenizer) are fetched into a
-temporary folder of this process, for libraries that read folders. Weight files stay where they are
-and are read in the ranges that are needed.
+If the model is in an object store, its small files (config, index, tokenizer) are copied to a
+temporary folder of this process, for libraries that read folders. Weight files are not copied;
+only the ranges that are needed are read.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ SIDE_FOLDERS = ("additional_chat_templates",)
 """Folders of a model whose files belong to it."""
 
 MAX_STAGED_BYTES = 2**30
-"""Of all small files together; tokenizers take some ten megabytes."""
+"""Limit on all small files together; a tokenizer takes some ten megabytes."""
 
 STAGED_PREFIX = "prox24-source-"
 
 WEIGHTS = ".safetensors"
-# Weights in other formats would be the dense ones.
+# Weights, in any format: copies of them would be dense.
 NOT_COPIED = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|ot|tflite|pkl|pickle)"
 )
 
 
 class ModelFolder(Protocol):
-    """Where a model's files are.
+    """The files of a model.
 
-    folder: a folder on this machine that holds all files but perhaps the weights. place: what the
-    user named.
+    folder: a local folder with all files, except the weights of a model in an object store. place:
+    the model's folder as the user named it.
     """
 
     folder: Path
     place: Place
 
     def exists(self, file: str) -> bool:
-        """Whether there is anything of that name."""
+        """Whether there is a file of that name."""
         ...
 
     def require(self, file: str) -> None:
@@ -56,7 +56,7 @@ class ModelFolder(Protocol):
         ...
 
     def open(self, file: str, *, ahead: bool = False) -> Readable:
-        """A file open for reading; `ahead`: from front to end. Errors as `require`."""
+        """Open a file for reading. ahead: it is read in order. Errors as `require`."""
         ...
 
     def size(self, file: str) -> int:
@@ -64,7 +64,7 @@ class ModelFolder(Protocol):
         ...
 
     def where(self, file: str) -> str:
-        """The file's name for people."""
+        """The file's path or URI, for messages."""
         ...
 
 
@@ -76,7 +76,7 @@ class LocalFolder:
         self.place: Place = folder
 
     def exists(self, file: str) -> bool:
-        """Also true for a link that leads nowhere: `require` says so."""
+        """True for a broken link too: `require` reports it."""
         return os.path.lexists(self.folder / file)
 
     def require(self, file: str) -> None:
@@ -97,10 +97,10 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """A model in an object store, its small files staged on this machine.
+    """A model in an object store; its small files are copied to this machine.
 
-    Raises ModelError if there is nothing, ResourceError if the store or this machine's temporary
-    folder fail, ModelError for small files of more than MAX_STAGED_BYTES.
+    Raises ModelError if there are no objects, or small files of more than MAX_STAGED_BYTES;
+    ResourceError if the store or this machine's temporary folder fails.
     """
 
     def __init__(self, place: ObjectFolder) -> None:
@@ -118,13 +118,13 @@ class RemoteFolder:
         return file in self._sizes
 
     def require(self, file: str) -> None:
-        """The name must lead nowhere else, and have an object."""
+        """Raise unless the name stays in the folder and has an object."""
         _require_plain(self.place, file)
         if file not in self._sizes:
             raise ModelError(f"{self.where(file)}: missing; upload the model again")
 
     def open(self, file: str, *, ahead: bool = False) -> Readable:
-        """The object itself, whose state is asked for anew."""
+        """Open the object, with its present state."""
         self.require(file)
         return self._objects.open(file, ahead=ahead)
 
@@ -148,11 +148,11 @@ def model_folder(place: Place) -> ModelFolder:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file of the model folder, following links no further than the model goes.
+    """The path of a file of the model folder; links may not lead out of the model.
 
     A link may point within the folder, or, in a Hugging Face cache (`models--*/snapshots/REV`),
-    within that model's own cache folder. Raises ModelError if the file is missing or not regular,
-    CorruptFileError if the name leads elsewhere.
+    within that model's cache folder. Raises ModelError if the file is missing or not regular,
+    CorruptFileError if the name or a link leads elsewhere.
     """
     _require_plain(folder, name)
     path = folder / name
@@ -179,13 +179,13 @@ def _require_plain(place: Place, name: str) -> None:
 
 
 def _stage(place: ObjectFolder, sizes: dict[str, int], folder: Path) -> None:
-    """Fetches what is not weights; other folders' objects and hidden ones stay away."""
+    """Copies all files that are not weights, hidden, or in other folders to `folder`."""
     wanted = [name for name in sizes if _is_small(name)]
     if sum(sizes[name] for name in wanted) > MAX_STAGED_BYTES:
         largest = max(wanted, key=lambda name: sizes[name])
         raise ModelError(
             f"{place}: {largest} and other files that are not weights take more than "
-            f"{MAX_STAGED_BYTES >> 20} MiB; move what is not of the model elsewhere"
+            f"{MAX_STAGED_BYTES >> 20} MiB; move files that are not the model's elsewhere"
         )
     folder.mkdir(parents=True)
     for name in wanted:
@@ -207,7 +207,7 @@ def _is_small(name: str) -> bool:
 
 
 class _Staging:
-    """A temporary folder that goes with this process; what killed ones left goes before."""
+    """A temporary folder, deleted with this process; deletes those of killed processes first."""
 
     def __init__(self) -> None:
         parent = Path(tempfile.gettempdir())
@@ -215,37 +215,37 @@ class _Staging:
         with explained(parent):
             self._folder = tempfile.TemporaryDirectory(prefix=STAGED_PREFIX, dir=parent)
         self.path = Path(self._folder.name)
-        # The lock ends with the process, however that ends.
-        self._held = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._held, fcntl.LOCK_EX)
+        # The kernel releases the lock when the process ends, even by a kill.
+        self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):
-            os.close(self._held)
+            os.close(self._lock)
 
 
 def _sweep(parent: Path) -> None:
     """Deletes this user's staging folders whose process is gone."""
     for path in parent.glob(f"{STAGED_PREFIX}*"):
-        with contextlib.suppress(OSError), _unheld(path / ".lock"):
+        with contextlib.suppress(OSError), _locked(path / ".lock"):
             if path.stat().st_uid == os.getuid():
                 shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _unheld(lock: Path) -> Iterator[None]:
-    """Holds a lock file that no one else holds; raises OSError if someone does."""
-    held = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+def _locked(lock: Path) -> Iterator[None]:
+    """Locks a lock file; raises OSError if a process holds it."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
-        os.close(held)
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder on this machine or in an object store, and the name the user knows it by."""
+    """A model folder on this machine or in an object store, and the name the user gave for it."""
 
     folder: Place
     name: str

@@ -1,7 +1,7 @@
-"""Weights in formats that prox24 does not open, and the command that makes safetensors of them.
+"""Refuses weight formats that prox24 does not read, and names the command that converts them.
 
-A pickle runs code when it is opened. GGUF and FP8 hold other numbers than those that are pruned:
-what was quantized has to be made ordinary numbers first, which is the user's decision.
+A pickle can run code when it is opened. GGUF and FP8 weights are quantized: they must be
+de-quantized before they can be pruned, which is left to the user.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 from storage.errors import ModelError
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# Configs of transformers that turn quantized weights into ordinary numbers on loading.
+# The configs by which transformers de-quantizes weights on loading.
 _DEQUANTIZES = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 _PLAIN_NAME = re.compile(r"[\w.\- /]+")
 
 
 def refuse_other_formats(folder: Path, place: object) -> None:
-    """Raises ModelError where the weights in `folder` are GGUF or pickled; no file is opened.
+    """Raises ModelError if the weights in `folder` are GGUF or pickled; opens no file.
 
-    `place`: how the user named the folder.
+    place: the folder as the user named it.
     """
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
     if gguf:
@@ -39,8 +39,8 @@ def refuse_other_formats(folder: Path, place: object) -> None:
 
 
 def _conversion(place: object, gguf: str | None = None) -> str:
-    """One line for a shell that saves a model and its tokenizer as a new folder, NEW."""
-    # A name with quotes or the like is not put into a command for a shell.
+    """A shell command that saves a model and its tokenizer to a new folder, NEW."""
+    # Names with quotes or other special characters are not put into a shell command.
     if not _PLAIN_NAME.fullmatch(str(place)) or (gguf and not _PLAIN_NAME.fullmatch(gguf)):
         place, gguf = "OLD", gguf and "FILE.gguf"
     program = "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
@@ -48,7 +48,7 @@ def _conversion(place: object, gguf: str | None = None) -> str:
         program += f"M.from_pretrained('{place}', dtype='auto').save_pretrained('NEW'); "
         program += f"T.from_pretrained('{place}').save_pretrained('NEW')"
     else:
-        # A model from GGUF would be saved as a quantized one: a fresh one takes its weights.
+        # transformers would save a model from GGUF as quantized: a new model takes its weights.
         old = f"'{place}', gguf_file='{gguf}'"
         program += f"m = M.from_pretrained({old}); del m.config.quantization_config; "
         program += "n = M.from_config(m.config); n.load_state_dict(m.state_dict()); "
@@ -58,15 +58,15 @@ def _conversion(place: object, gguf: str | None = None) -> str:
 
 
 def refuse_quantized(config: Mapping[str, Any], where: str) -> None:
-    """Raises ModelError where a config.json says that the weights are quantized.
+    """Raises ModelError if `config`, a config.json, declares quantized weights.
 
-    They are stored in pieces (values, scales, zero points) that mean something together only.
+    A stored value of such weights has a meaning only together with its scale and zero point.
     """
-    said = config.get("quantization_config")
-    if not isinstance(said, Mapping):
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping):
         return
-    method = re.sub(r"[^\w.-]", "", str(said.get("quant_method", "")))[:40] or "unnamed"
-    sizes = said.get("weight_block_size")
+    method = re.sub(r"[^\w.-]", "", str(quantization.get("quant_method", "")))[:40] or "unnamed"
+    sizes = quantization.get("weight_block_size")
     blocks = ""
     if isinstance(sizes, list) and all(type(size) is int and 0 < size < 2**31 for size in sizes):
         blocks = f" in blocks of {' x '.join(map(str, sizes[:2]))}"

@@ -1,7 +1,7 @@
-"""The safetensors format: dtype names, and the header that says where each tensor lies.
+"""The safetensors format: dtype names, and the header with the position of each tensor.
 
-A file is 8 bytes (little-endian length n of the header), n bytes of JSON that give each tensor's
-dtype, shape and place, and the tensors' bytes without gaps.
+A file consists of 8 bytes (little-endian length n of the header), n bytes of JSON with each
+tensor's dtype, shape and byte range, and the tensors' bytes without gaps.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def safetensors_dtype(dtype: torch.dtype) -> str:
     try:
         return _NAMES[dtype]
     except KeyError:
-        raise ModelError(f"{dtype} has no place in safetensors; use bfloat16") from None
+        raise ModelError(f"safetensors has no {dtype}; use bfloat16") from None
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies.
+    """The entry of one tensor in a header.
 
     file: weight file, relative to the model folder.
     dtype: safetensors name, e.g. "BF16".
@@ -85,10 +85,9 @@ def read_header(path: Path, file: str) -> list[TensorEntry]:
 def header_entries(stream: Readable, size: int, path: str, file: str) -> list[TensorEntry]:
     """The tensors of one weight file in the order of their bytes, header checked.
 
-    stream: at its start; size: the file's, in bytes; path: for messages; file: the name that the
-    entries get. Raises ModelError for an unsupported dtype, CorruptFileError if the header is
-    malformed or does not describe the file's bytes exactly: no gap, no overlap, nothing beyond the
-    end.
+    stream: at the file's start. size: bytes of the file. path: for messages. file: the entries'
+    `file`. Raises ModelError for an unsupported dtype, CorruptFileError if the header is malformed
+    or does not cover the file's bytes exactly, without gap or overlap.
     """
     raw = raw_header(stream, size, path)
     try:
@@ -173,8 +172,8 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 def header_for(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
     """The start of a safetensors file that holds `tensors` in this order.
 
-    The safetensors library orders the metadata anew in every process; this header depends on the
-    arguments alone, so that the same job writes the same bytes.
+    It depends on the arguments alone, so that the same job writes the same bytes; the safetensors
+    library orders the metadata differently in every process.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
@@ -187,5 +186,5 @@ def header_for(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str])
         }
         position = end
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
-    text = text.ljust((len(text) + 7) // 8 * 8)  # so that the values are aligned
+    text = text.ljust((len(text) + 7) // 8 * 8)  # aligns the values to 8 bytes
     return len(text).to_bytes(8, "little") + text

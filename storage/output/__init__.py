@@ -1,1 +1,1 @@
-"""The pruned model's weight files, into a folder or an object store."""
+"""Writes the pruned model's files to a folder or an object store."""

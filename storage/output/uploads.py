@@ -1,13 +1,13 @@
-"""An output in an object store: which of its objects are written, so that none is sent twice.
+"""Uploads of an output to an object store, recorded so that a resumed job sends no object twice.
 
-A store has no rename: an output is whole when its `prox24.json`, written last, exists. What was
-sent is recorded in the run directory, `uploads/NAME.json`: what the object was made from, its hash,
-and its state in the store (size, ETag, time). An object whose state is another one is sent again.
+An object store has no rename: an output is complete when its `prox24.json`, written last, exists.
+The run directory records each upload in `uploads/NAME.json`: what the object was made from, its
+hash, and its state in the store (size, ETag, time). If the state has changed, it is sent again.
 
-A driver or worker that was frozen can complete an upload after its successor took over. It asks for
-the run's lock just before, and the store's objects are compared with the records before
-`prox24.json` is written; between those two questions and the answers a store offers no more. The
-hashes in `prox24.json` tell.
+A driver or worker that was frozen may complete an upload after another has taken the run over. Two
+checks make that unlikely: the lock is checked just before an upload is completed, and all objects
+are compared with their records before `prox24.json` is written. Object stores offer no more; the
+hashes in `prox24.json` reveal what remains.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ Guard = Callable[[], None] | None
 
 
 class Uploads:
-    """The objects of one output, and what the run directory knows of them.
+    """The objects of one output, and their records in the run directory.
 
     folder: the run directory's `uploads`. destination: the output. guard: the lock's `assert_held`,
-    asked before anything is changed for good.
+    called before every change.
     """
 
     def __init__(self, folder: Path, destination: ObjectFolder, guard: Guard) -> None:
         self.folder, self.destination, self._guard = folder, destination, guard
 
     def begun(self) -> bool:
-        """Whether what is at the destination was begun by this run."""
+        """Whether this run began to write the objects at the destination."""
         try:
-            said = read_json(self.folder / "begun", UPLOADS_SCHEMA)
+            begun = read_json(self.folder / "begun", UPLOADS_SCHEMA)
         except CorruptFileError:
             return False
-        return bool(said.get("output") == str(self.destination))
+        return bool(begun.get("output") == str(self.destination))
 
     def begin(self, last: str) -> None:
-        """Make the destination this run's: `last`, which makes an output whole, goes first.
+        """Delete all objects at the destination that this run has not written.
 
-        Then goes whatever this run has not written.
+        The first is `last`, the object that marks an output as complete.
         """
-        self._ask()
+        self._check_guard()
         self.destination.delete(last)
         if not self.begun():
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -60,29 +60,29 @@ class Uploads:
             replace_json(self.folder / "begun", payload, guard=self._guard)
         for name in self.destination.files():
             if not self._record(name).exists():
-                self._ask()
+                self._check_guard()
                 self.destination.delete(name)
 
     def stored(self, name: str, made_from: str) -> StoredFile | None:
-        """The object if it is there as it was sent, and made from the same; else None."""
-        said = self._unchanged(name)
-        if said is None or said.get("made_from") != made_from:
+        """The object, if it is there unchanged and was made from `made_from`; else None."""
+        record = self._unchanged(name)
+        if record is None or record.get("made_from") != made_from:
             return None
-        return StoredFile(name, str(said["sha256"]), int(said["bytes"]))
+        return StoredFile(name, str(record["sha256"]), int(record["bytes"]))
 
     def send(
         self, name: str, made_from: str, write: Callable[[HashingStream], object]
     ) -> StoredFile:
-        """Send an object, unless it is there already; `write` passes its bytes on.
+        """Send an object, unless it is there already. `write` writes its bytes.
 
-        Raises ResourceError if the store does not take it.
+        made_from: identifies the contents. Raises ResourceError if the store refuses the object.
         """
-        found = self.stored(name, made_from)
-        if found is not None:
-            return found
+        stored = self.stored(name, made_from)
+        if stored is not None:
+            return stored
         with self.destination.upload(name) as writer:
             write(writer)
-            self._ask()
+            self._check_guard()
         payload: dict[str, Any] = {
             "schema_version": UPLOADS_SCHEMA,
             "made_from": made_from,
@@ -94,7 +94,7 @@ class Uploads:
         return writer.stored(name)
 
     def check(self, names: Iterable[str]) -> None:
-        """Raise OutputError unless all these objects are as they were sent."""
+        """Raise OutputError unless all these objects are unchanged since they were sent."""
         for name in names:
             if self._unchanged(name) is None:
                 raise OutputError(
@@ -103,24 +103,24 @@ class Uploads:
                 )
 
     def finish(self) -> None:
-        """Forget the records, when the output is whole."""
+        """Delete the records, when the output is complete."""
         if self.folder.is_dir():
-            self._ask()
+            self._check_guard()
             shutil.rmtree(self.folder, ignore_errors=True)
             fsync_directory(self.folder.parent)
 
     def _unchanged(self, name: str) -> dict[str, Any] | None:
-        """What the record of an object says, if the object's state is still the recorded one."""
+        """The record of an object, if the object's state is still the recorded one; else None."""
         if not self._record(name).exists():
             return None
         try:
-            said = read_json(self._record(name), UPLOADS_SCHEMA)
+            record = read_json(self._record(name), UPLOADS_SCHEMA)
         except CorruptFileError:
             return None
         state = self.destination.state(name)
-        return said if state is not None and said.get("state") == list(state) else None
+        return record if state is not None and record.get("state") == list(state) else None
 
-    def _ask(self) -> None:
+    def _check_guard(self) -> None:
         if self._guard is not None:
             self._guard()
 
@@ -129,7 +129,7 @@ class Uploads:
 
 
 def require_writable(destination: ObjectFolder) -> None:
-    """Raise ResourceError if an object cannot be written there and deleted again."""
+    """Raise ResourceError if an object cannot be written to `destination` and deleted again."""
     with destination.upload(PROBE) as writer:
         writer.write(b"prox24 can write here")
     destination.delete(PROBE)

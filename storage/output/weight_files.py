@@ -1,6 +1,6 @@
-"""The pruned model's folder: the source's own layout with some tensors' values replaced.
+"""The pruned model's folder: the source's files, with the values of some tensors replaced.
 
-The folder is filled under a partial name and renamed at the end, so that it appears complete or
+The folder is filled under a temporary name and renamed at the end, so that it appears complete or
 not at all.
 """
 
@@ -33,6 +33,7 @@ from storage.files.commit import (
     sha256_file,
 )
 from storage.files.hashing import HashingStream, StoredFile
+from storage.model.adapter import ADAPTER_CONFIG
 from storage.model.files import ModelFiles, size_of, torch_dtype
 from storage.model.folder import NOT_COPIED, SIDE_FOLDERS, inside
 from storage.model.safetensors_format import TensorEntry, header_entries, read_into, tensor_bytes
@@ -43,13 +44,15 @@ from storage.run.checkpoints import BlockRecord
 logger = logging.getLogger(__name__)
 
 Replacement = Callable[[str], Iterable[torch.Tensor] | None]
+"""Tensor name → its new value as consecutive pieces of rows, or None to copy the tensor."""
 
-# The card and the results are written anew.
+# Not copied from the source: each output gets a model card and results of its own.
 _WRITTEN_ANEW = frozenset({"README.md", "prox24.json"})
+_NO_SIDE_FILES = _WRITTEN_ANEW | {ADAPTER_CONFIG}
 
 
 class ByteSink(Protocol):
-    """What is written to: a file, or an object of a store."""
+    """A destination of bytes: a file, or an object in an object store."""
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append `data`; return its size in bytes."""
@@ -61,14 +64,14 @@ def write_weight_file(
 ) -> StoredFile:
     """Write the new version of the source's weight file `file` to the path `destination`.
 
-    The header is the source's, byte for byte. replacement: gives for a tensor's name its new value
-    as consecutive row pieces of the tensor's dtype, on any device, or None to copy the tensor byte
-    for byte. Memory is bounded by CHUNK_BYTES and one piece. The file appears whole, and replaces
-    an earlier attempt's.
+    The header is the source's, byte for byte. replacement: returns a tensor's new value as pieces
+    of consecutive rows, in the tensor's dtype and on any device, or None to copy the tensor byte
+    for byte. Memory is bounded by CHUNK_BYTES and one piece. The file appears complete, and
+    replaces that of an earlier attempt.
 
-    Raises ModelError if pieces have another dtype, row length or number of rows than the tensor,
-    CorruptFileError if the source is not what it was when opened, or a tensor not the one that
-    `source.expected` names, ResourceError if the disk is full.
+    Raises ModelError if the pieces have another dtype, row length or number of rows than the
+    tensor, CorruptFileError if the source has changed since it was opened or a tensor does not
+    match `source.expected`, ResourceError if the disk is full.
     """
     with replace_file(destination) as writer:
         rewrite_weight_file(source, file, writer, replacement)
@@ -78,13 +81,14 @@ def write_weight_file(
 def rewrite_weight_file(
     source: ModelFiles, file: str, writer: ByteSink, replacement: Replacement
 ) -> None:
-    """Pass the new version of a weight file to `writer`; as `write_weight_file`, but for a disk."""
+    """Write the new version of a weight file to `writer`; otherwise as `write_weight_file`."""
     path = source.source.where(file)
     with source.source.open(file) as stream:
         writer.write(source.header_bytes(file))
-        for entry in header_entries(stream, size_of(stream), path, file):
-            if source.tensors.get(entry.name) != entry:
-                raise CorruptFileError(f"{path}: changed while it was read; download it again")
+        entries = header_entries(stream, size_of(stream), path, file)
+        if entries != source.entries(file):
+            raise CorruptFileError(f"{path}: changed while it was read; download it again")
+        for entry in entries:
             pieces = replacement(entry.name)
             if pieces is None:
                 _copy(source, stream, entry, writer, path)
@@ -125,12 +129,12 @@ def _replace(
 
 
 def side_files(source: ModelFiles) -> list[str]:
-    """What belongs to the model and is not weights, sorted: the names of the files to copy.
+    """Names of the files to copy, sorted: those of the model that are not weights.
 
-    That is every regular file at the top of the model folder (config, generation config, tokenizer,
-    chat template, code, license, the index if the model has one) and the chat templates in
-    additional_chat_templates/; not hidden files, weights of any format, README.md or an earlier
-    prox24.json.
+    These are all regular files at the top of the model folder (config, generation config,
+    tokenizer, chat template, code, license, the index if the model has one) and the chat templates
+    in additional_chat_templates/; not hidden files, weights of any format, an adapter's config,
+    README.md or an earlier prox24.json.
     """
     names = [path.name for path in source.folder.iterdir() if _is_side_file(path, source.index)]
     for folder in SIDE_FOLDERS:
@@ -141,7 +145,7 @@ def side_files(source: ModelFiles) -> list[str]:
 
 
 def hash_side_files(source: ModelFiles) -> dict[str, str]:
-    """Name → sha256 of the side files, and of README.md, which the new model card is made from."""
+    """Name → sha256 of the side files and of README.md, whose licence goes into the new card."""
     card = ["README.md"] if (source.folder / "README.md").is_file() else []
     return {name: sha256_file(inside(source.folder, name)) for name in side_files(source) + card}
 
@@ -151,9 +155,9 @@ def copy_side_files(
 ) -> list[str]:
     """Copy the side files into the folder `destination`; return their names, sorted.
 
-    Links are followed within the model only (`inside`). Durable when this returns. expected: what
-    `hash_side_files` gave when the job began; CorruptFileError, naming the file, if one is another
-    now. Raises ResourceError if the disk is full.
+    Links are followed within the model only (`inside`). The copies are durable when this returns.
+    expected: what `hash_side_files` returned when the job began. Raises CorruptFileError, naming
+    the file, if one has changed since then; ResourceError if the disk is full.
     """
     names = side_files(source)
     if expected is not None:
@@ -171,7 +175,7 @@ def copy_side_files(
 
 
 def read_side_files(source: ModelFiles, expected: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
-    """Name and contents of each side file, sorted; as `copy_side_files`, for another place."""
+    """Name and contents of each side file, sorted by name; errors as in `copy_side_files`."""
     for name in sorted(name for name in expected if name != "README.md"):
         raw = inside(source.folder, name).read_bytes()
         _require_unchanged(source, name, sha256_bytes(raw), expected[name])
@@ -181,8 +185,8 @@ def read_side_files(source: ModelFiles, expected: Mapping[str, str]) -> Iterator
 
 def _require_card(source: ModelFiles, expected: Mapping[str, str]) -> None:
     if "README.md" in expected:
-        found = sha256_file(inside(source.folder, "README.md"))
-        _require_unchanged(source, "README.md", found, expected["README.md"])
+        actual = sha256_file(inside(source.folder, "README.md"))
+        _require_unchanged(source, "README.md", actual, expected["README.md"])
 
 
 def _require_unchanged(source: ModelFiles, name: str, sha256: str, expected: str | None) -> None:
@@ -195,7 +199,7 @@ def _require_unchanged(source: ModelFiles, name: str, sha256: str, expected: str
 
 def _is_side_file(path: Path, index: str | None) -> bool:
     name = path.name
-    if name.startswith(".") or name in _WRITTEN_ANEW or not path.is_file():
+    if name.startswith(".") or name in _NO_SIDE_FILES or not path.is_file():
         return False
     if name.endswith(".index.json"):
         return name == index  # the index of weights that are not copied would mislead
@@ -207,11 +211,11 @@ def publish_output(
 ) -> None:
     """Make everything in `partial` durable and rename it to `output`, in the same filesystem.
 
-    overwrite: replace a non-empty folder; it is moved aside first, and deleted when the new one is
-    in place. If the process dies between the two renames, `recover_output` brings it back. `guard`
-    (the lock's `assert_held`) runs before anything is moved or deleted. Raises
-    OutputError if `output` is a file, is not empty and `overwrite` is False, contains `partial` or
-    the working directory, or is on another filesystem.
+    overwrite: replace a non-empty folder. It is moved aside first, and deleted when the new one is
+    in place; if the process dies in between, `recover_output` moves it back. `guard` (the lock's
+    `assert_held`) runs before anything is moved or deleted. Raises OutputError if `output` is a
+    file, is not empty and `overwrite` is False, contains `partial` or the working directory, or is
+    on another filesystem.
     """
     output, partial = Path(os.path.realpath(output)), Path(os.path.realpath(partial))
     if not partial.is_dir():
@@ -229,9 +233,9 @@ def publish_output(
                 moved = True
             os.rename(partial, output)
     except BaseException as error:
-        # A signal may come before `moved` is set; an OSError then means that nothing was moved.
+        # A signal may arrive before `moved` is set; an OSError then means that nothing was moved.
         if (moved or not isinstance(error, OSError)) and aside.is_dir() and not output.exists():
-            # Without asking the guard: whoever owns the run now, this undoes what was done here.
+            # Without the guard: even after a takeover, this only undoes the rename above.
             os.rename(aside, output)
         if isinstance(error, OSError) and error.errno in (errno.EXDEV, errno.EBUSY):
             raise OutputError(
@@ -246,10 +250,10 @@ def publish_output(
 
 
 def recover_output(output: Path, guard: Callable[[], None] | None = None) -> None:
-    """Finish, or undo, a `publish_output` that was killed; does nothing otherwise.
+    """Finish or undo a `publish_output` that was killed; does nothing otherwise.
 
-    If the old folder is aside and no new one is in place, the old one comes back; if both are
-    there, the old one is deleted. `guard` as in `publish_output`.
+    If the old folder was moved aside and no new one is in place, the old one is moved back; if both
+    exist, the old one is deleted. `guard` as in `publish_output`.
     """
     output = Path(os.path.realpath(output))
     aside = _aside(output)
@@ -260,7 +264,7 @@ def recover_output(output: Path, guard: Callable[[], None] | None = None) -> Non
     if output.exists():
         _discard(aside)
     else:
-        logger.info("bringing back %s, which a killed job had moved aside", output)
+        logger.info("restoring %s, which a killed job had moved aside", output)
         os.rename(aside, output)
         fsync_directory(output.parent)
 
@@ -281,7 +285,7 @@ def _check_target(partial: Path, output: Path, overwrite: bool) -> None:
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise OutputError(f"{output}: exists and is not empty; --overwrite replaces it")
     inside = [(partial, "the new model")]
-    with contextlib.suppress(FileNotFoundError):  # Ray may delete a job's while it runs
+    with contextlib.suppress(FileNotFoundError):  # Ray may delete a job's working directory
         inside.append((Path.cwd(), "the working directory"))
     for inner, what in inside:
         if output.exists() and inner.is_relative_to(output):
@@ -290,7 +294,7 @@ def _check_target(partial: Path, output: Path, overwrite: bool) -> None:
 
 
 def _make_durable(folder: Path) -> None:
-    """fsync every file and folder below, and `folder` itself; drop what a dead writer left."""
+    """fsync `folder` and all files and folders in it; delete temporary files of dead writers."""
     for path in _walk(folder):
         if is_temporary(path):
             path.unlink(missing_ok=True)
@@ -312,7 +316,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Sending:
-    """What `write_files` needs for a store: as for `Uploads`, and the blocks that are written."""
+    """What `write_files` needs for an object store: the arguments of `Uploads`, and the records of
+    the blocks that are written."""
 
     folder: Path
     records: Sequence[BlockRecord]
@@ -326,9 +331,9 @@ def write_files(
     replacement: Replacement,
     sending: Sending,
 ) -> list[StoredFile]:
-    """New versions of the source's weight files, on a disk or in an object store.
+    """Write new versions of the source's weight files to a folder or an object store.
 
-    Each as `write_weight_file` makes it.
+    Each as by `write_weight_file`.
     """
     if sending.guard is not None:
         sending.guard()
@@ -344,6 +349,6 @@ def write_files(
 
 
 def _made_from(records: Sequence[BlockRecord]) -> str:
-    """SHA-256 that is the same for the same pruned blocks."""
+    """SHA-256 that identifies the pruned blocks."""
     parts = [[record.block, [file.sha256 for file in record.files]] for record in records]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

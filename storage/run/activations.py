@@ -1,9 +1,9 @@
 """Activation shards and calibration tokens as Arrow IPC files.
 
-Anyone with pyarrow can read them: `pyarrow.ipc.open_file(path).read_all()` gives a table with one
-column of fixed-shape tensors, `hidden_states` (seqlen, hidden) or `input_ids` (seqlen,), one row
-per sequence. Arrow has no bfloat16: such values are stored as uint16 with the same bits, which is
-the upper half of a float32's. The schema metadata says so:
+pyarrow reads them: `pyarrow.ipc.open_file(path).read_all()` gives a table with one column of
+fixed-shape tensors, `hidden_states` (seqlen, hidden) or `input_ids` (seqlen,), one row per
+sequence. Arrow has no bfloat16: such values are stored as uint16 with the same bits, the upper half
+of a float32's. The schema metadata are:
 
     schema_version  "1"                     kind       "activations" or "tokens"
     dtype           e.g. "bfloat16"         stored_as  e.g. "uint16"
@@ -26,7 +26,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from storage.errors import ConfigError, CorruptFileError, RunDirectoryError
-from storage.files.commit import open_own, verify_file, write_new_file
+from storage.files.commit import open_regular_file, verify_file, write_new_file
 from storage.files.hashing import StoredFile
 
 ARROW_SCHEMA = 1
@@ -45,11 +45,11 @@ _ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
 def write_activation_shard(
     path: Path, batches: Iterable[torch.Tensor], *, block: int, index: int
 ) -> StoredFile:
-    """Write the inputs of `block` for one group of sequences to the new file `path`.
+    """Write the inputs of `block` for some sequences to the new file `path`.
 
-    batches: tensors (n, seqlen, hidden), all float32, float16 or bfloat16 and of one seqlen and
-    hidden, on any device; n may differ. Each becomes a record batch. index: number of the
-    activation shard. The file is durable when this returns and absent if it raises.
+    batches: tensors (n, seqlen, hidden) on any device, float32, float16 or bfloat16, all of the
+    same dtype, seqlen and hidden; n may differ. Each becomes a record batch. index: number of the
+    activation shard. The file is durable when this returns, and absent if it raises.
 
     Raises ValueError for no batches or unequal ones, FileExistsError if `path` exists,
     ResourceError if the disk is full.
@@ -129,8 +129,8 @@ def _tensor_type(arrow_type: Any, shape: tuple[int, ...]) -> Any:
 class ActivationShard:
     """One activation shard, mapped into memory; made by `open_activation_shard`.
 
-    rows: number of sequences. seqlen, hidden: of each. dtype: of the values. block: whose inputs
-    they are. index: number of the activation shard.
+    rows: number of sequences, each (seqlen, hidden). dtype: of the values. block: number of the
+    block whose inputs they are. index: number of the activation shard.
     """
 
     def __init__(self, path: Path, batches: list[torch.Tensor], metadata: dict[str, str]) -> None:
@@ -146,9 +146,9 @@ class ActivationShard:
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Sequences start:stop as a tensor (stop - start, seqlen, hidden) on the CPU.
 
-        Within one record batch this is a view of the mapped file, without a copy, and must not be
-        written to: a write would be seen by later reads of this shard, though never by the file.
-        Across record batches the parts are copied together. IndexError if the rows are not there.
+        Within one record batch this is a view of the mapped file, without a copy. Do not write to
+        it: later reads of this shard would see the change, though the file would not. Across record
+        batches the rows are copied together. Raises IndexError for rows out of range.
         """
         if not 0 <= start < stop <= self.rows:
             raise IndexError(f"{self.path} has {self.rows} sequences: no {start}:{stop}")
@@ -161,7 +161,7 @@ class ActivationShard:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def close(self) -> None:
-        """Let go of the map; it ends when the last tensor read from it is gone."""
+        """Drop the mapping; it ends when the last tensor read from it is gone."""
         self._batches = []
         self._starts = [0]
         self.rows = 0
@@ -174,10 +174,10 @@ class ActivationShard:
 
 
 def open_activation_shard(path: Path, *, sha256: str | None) -> ActivationShard:
-    """Map an activation shard into memory; nothing is copied, and pages are read when touched.
+    """Map an activation shard into memory; nothing is copied, and pages are read on first use.
 
-    sha256: of the file, verified first; None to trust it. Raises CorruptFileError if the file is
-    missing, altered or not an activation shard, RunDirectoryError for another schema version.
+    sha256: of the file, compared first; None for no comparison. Raises CorruptFileError if the file
+    is missing, altered or not an activation shard, RunDirectoryError for another schema version.
     """
     batches, metadata = _open(path, "activations", "hidden_states", 3, sha256)
     try:
@@ -199,9 +199,9 @@ def _open(
     if sha256 is not None:
         verify_file(path, sha256)
     try:
-        with open_own(path) as file:
-            # Copy-on-write: a model that writes to its input spoils its own view, not the file,
-            # and is not killed by the kernel as it would be on a read-only map.
+        with open_regular_file(path) as file:
+            # Copy-on-write: a model that writes to its input changes this view, not the file. On a
+            # read-only mapping the kernel would kill the process.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         reader = pa.ipc.open_file(pa.py_buffer(mapped))
         raw = reader.schema.metadata or {}
@@ -236,10 +236,10 @@ def _open(
 def _view(column: Any, stored: torch.dtype, shape: tuple[int, ...], dims: int) -> torch.Tensor:
     """A record batch's column as a tensor (n, *shape) of the stored dtype, sharing its memory."""
     if not isinstance(column.type, pa.FixedShapeTensorType) or tuple(column.type.shape) != shape:
-        raise ValueError("the column is not of the shape that the metadata tell")
+        raise ValueError("the column does not have the shape in the metadata")
     if len(shape) != dims - 1 or column.null_count:
         raise ValueError("nulls, or another number of dimensions")
     flat: torch.Tensor = from_dlpack(column.storage.flatten())
     if flat.dtype != stored:
-        raise ValueError(f"values are {flat.dtype}, the metadata tell {stored}")
+        raise ValueError(f"values are {flat.dtype}, in the metadata {stored}")
     return flat.view(len(column), *shape)

@@ -1,8 +1,8 @@
 """Block checkpoints: the row slices that the ranks solved, and the record that commits them.
 
-A row slice is some consecutive rows of one layer's pruned weight. Each rank writes all its slices
-of a block to one safetensors file; the driver publishes a `BlockRecord` that names the files with
-their hashes and says which rows of which layer are where. The record's existence is the commit.
+A row slice is a range of consecutive rows of one layer's pruned weight. Each rank writes its slices
+of a block to one safetensors file per pass; the driver publishes a `BlockRecord` that names the
+files with their hashes, and the file of every row slice. The record's existence is the commit.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ class LayerRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRecord:
-    """What commits a block.
+    """The record that commits a block.
 
-    attempt: number of the attempt that made it; world: number of ranks. files: every file the
-    record needs, in the block's checkpoint directory. layers: name within the block → record.
-    results: facts of the block as a whole (times, groups, errors).
+    attempt: number of the attempt that made it. world: number of ranks. files: all files that the
+    record needs, in the block's checkpoint directory. layers: path in the block → record. results:
+    facts of the block as a whole (times, groups, choices), any JSON.
     """
 
     block: int
@@ -142,9 +142,8 @@ def read_block_record(path: Path) -> BlockRecord:
 def write_row_slices(path: Path, slices: Mapping[str, RowSlice]) -> StoredFile:
     """Write one rank's row slices of a block to the new safetensors file `path`, durably.
 
-    slices: layer name → its rows. The file's metadata give each layer's rows as "start:stop".
-    Raises ValueError for no slices, FileExistsError if `path` exists, ResourceError if the disk
-    is full.
+    slices: layer → its rows. The file's metadata have each layer's rows as "start:stop". Raises
+    ValueError for no slices, FileExistsError if `path` exists, ResourceError if the disk is full.
     """
     if not slices:
         raise ValueError(f"{path}: no row slices to write")
@@ -164,8 +163,8 @@ def read_layer(
 ) -> torch.Tensor:
     """The whole pruned weight (R, C) of a layer, in its stored dtype on the CPU.
 
-    directory: where the record's files are. verify: hash each file that is read; False where
-    `verify_record` has been called. Raises CorruptFileError, naming the file, if one is missing or
+    directory: of the record's files. verify: compare the hash of each file that is read; False if
+    `verify_record` has done so. Raises CorruptFileError, naming the file, if one is missing or
     altered, or if the slices do not cover the layer's rows exactly once.
     """
     if not isinstance(record, BlockRecord):
@@ -186,7 +185,7 @@ def read_layer(
             f"{item.shape[0]} rows"
         )
     dtype = torch_dtype(item.dtype)
-    # A shape that the files cannot fill is not worth the memory.
+    # Checked before memory is allocated for the shape, which may be wrong.
     if math.prod(item.shape) * dtype.itemsize > _sizes(directory, {part.file for part in slices}):
         raise CorruptFileError(
             f"{directory}: the row slices of block {record.block}, {layer}, are too short or gone; "
@@ -209,13 +208,13 @@ def _sizes(directory: Path, names: Iterable[str]) -> int:
 
 
 def verify_record(directory: Path, record: BlockRecord) -> None:
-    """Hash every file that the record names; CorruptFileError for the first that is not as said."""
+    """Hash every file of the record; CorruptFileError for the first that does not match."""
     for file in record.files:
         verify_file(directory / file.name, file.sha256)
 
 
 def _read_slice(path: Path, layer: str, rows: torch.Tensor) -> None:
-    """Fill `rows` (n, C), which is contiguous, from the tensor `layer` of a row slice file."""
+    """Fill the contiguous tensor `rows` (n, C) from the tensor `layer` of a row slice file."""
     try:
         entries = {entry.name: entry for entry in read_header(path, path.name)}
         entry = entries.get(layer)

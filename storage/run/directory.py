@@ -1,17 +1,17 @@
-"""Where everything of one job lies.
+"""The run directory: the files of one job.
 
     run.json                        the manifest: config, fingerprints, versions
-    lock-NONCE.json                 who works on it (`storage.run.lock`)
+    lock-NONCE.json                 the present owner (`storage.run.lock`)
     tokens.arrow                    calibration tokens
-    choices/block-007.json          settings chosen while the job runs
+    choices/block-007.json          settings chosen during the job
     activations/block-007/          the inputs of block 7: activation shards and record.json
-    scratch.json                    whose activation shards are on the nodes' scratch
+    scratch.json                    the name of the job's folders on the nodes' scratch
     checkpoints/block-007/          block 7 pruned: row slices and record.json
-    uploads/                        objects of an output in an object store that were sent
-    report/                         figures for the user
-    status.json                     what is going on, for `prox24 status`; nothing relies on it
-    prox24-scratch-*/               an owner's own, e.g. while it measures the perplexity
-    layers/NAME.safetensors         what --save-layers asked for
+    uploads/                        what was sent to an output in an object store
+    report/                         metrics and the report, for the user
+    status.json                     the present phase, for `prox24 status`; the job never reads it
+    prox24-scratch-*/               temporary folders of an owner, as for measuring the perplexity
+    layers/NAME.safetensors         layers that --save-layers named
 
 A file under activations/ or checkpoints/ counts only if the record.json beside it names it; all
 others are left from attempts that were not committed.
@@ -30,14 +30,15 @@ from typing import Any
 
 from storage.errors import CorruptFileError, RunDirectoryError
 from storage.files.checked_json import MAX_JSON_BYTES, decode_json
-from storage.files.commit import fsync_directory, is_temporary, open_own
+from storage.files.commit import fsync_directory, is_temporary, open_regular_file
 
 logger = logging.getLogger(__name__)
 
-BLOCK_SCHEMA = 1  # of a block's record
+BLOCK_SCHEMA = 1
+"""The schema number of a block's record."""
 RECORD_NAME = "record.json"
 SCRATCH_PREFIX = "prox24-scratch-"
-"""Begins the names of folders for one owner's use, which the next one deletes."""
+"""Begins the names of an owner's temporary folders, which the next owner deletes."""
 
 _BLOCK = re.compile(r"block-(\d{3,9})")
 _ABSENT = object()
@@ -45,7 +46,7 @@ _SHOWN_CHARACTERS = 80
 
 
 class RunDirectory:
-    """Paths of a run directory, and what may be deleted from it. Creating one touches nothing."""
+    """The paths in a run directory, and deletions from it. The constructor touches no file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -76,23 +77,23 @@ class RunDirectory:
         return self.checkpoints(block) / RECORD_NAME
 
     def choices(self, block: int) -> Path:
-        """The file that commits what was chosen at run time for `block`."""
+        """The file with the settings chosen at run time for `block`."""
         return self.path / "choices" / f"block-{block:03d}.json"
 
     def scratch(self) -> Path:
-        """The file that says which folders on the nodes' scratch are this job's."""
+        """The file with the name of this job's folders on the nodes' scratch."""
         return self.path / "scratch.json"
 
     def uploads(self) -> Path:
-        """Directory of what was sent to an object store (`storage.output.uploads`)."""
+        """Directory of records of uploads to an object store (`storage.output.uploads`)."""
         return self.path / "uploads"
 
     def report(self) -> Path:
-        """Directory of the figures for the user."""
+        """Directory of the job's metrics and report."""
         return self.path / "report"
 
     def evaluation(self) -> Path:
-        """The figures of the finished model's evaluation, where there was one."""
+        """The file with the finished model's perplexity, if it was measured."""
         return self.report() / "evaluation.json"
 
     def contained(self, path: Path) -> Path:
@@ -111,16 +112,16 @@ class RunDirectory:
         return self._blocks_with_record("activations")
 
     def blocks_begun(self) -> int:
-        """How many blocks must have been committed, going by what is there.
+        """Number of blocks that must have been committed, judging by the records that exist.
 
-        Blocks are committed in order, and a block's inputs after the block before it. So a block
-        below this number that has no record had one, and lost it.
+        Blocks are committed in order, and a block's inputs after the block before it. So if a block
+        below this number has no record, the record was lost.
         """
         past = [block + 1 for block in self.committed_blocks()]
         return max([0, *past, *self.committed_activations()])
 
     def size(self) -> int:
-        """Bytes of all files in the directory; files that vanish meanwhile count nothing."""
+        """Bytes of all files in the directory; files that are deleted meanwhile do not count."""
         total = 0
         for folder, _, names in os.walk(self.path):
             for name in names:
@@ -133,12 +134,12 @@ class RunDirectory:
     def remove_activations(self, block: int, guard: Callable[[], None] | None = None) -> None:
         """Delete the inputs of `block`: the record first, so that no record names missing files.
 
-        `guard` (the lock's `assert_held`) runs before, if there is anything to delete.
+        `guard` (the lock's `assert_held`) runs first, if there is anything to delete.
         """
         self._remove(self.activations(block), guard)
 
     def remove_checkpoint(self, block: int, guard: Callable[[], None] | None = None) -> None:
-        """Delete the record of `block` and then its row slices; for a job whose output is whole.
+        """Delete the record of `block`, then its row slices; for a job whose output is complete.
 
         `guard` as in `remove_activations`.
         """
@@ -156,14 +157,14 @@ class RunDirectory:
             shutil.rmtree(directory, ignore_errors=True)
 
     def sweep_uncommitted(self, guard: Callable[[], None] | None = None) -> list[Path]:
-        """Delete what no record names, and return it; for the holder of the lock only.
+        """Delete files that no record names, and return them; for the lock's owner only.
 
-        That is: temporary files, scratch folders, and files under activations/ and checkpoints/
-        that the record beside them does not name. No such name is ever used twice. Where a record
-        cannot be read or was lost, the files are kept: they tell whether the block, done again, is
-        what it was. `guard` (the lock's `assert_held`) runs after the files are listed and before
-        any is deleted, so that an owner that was displaced meanwhile deletes nothing that its
-        successor wrote. Raises RunDirectoryError if a link leads out of the directory.
+        These are temporary files, temporary folders, and files under activations/ and checkpoints/
+        that the record beside them does not name. If a record is damaged or lost, its files are
+        kept: they show whether the block, solved again, has the same bytes. `guard` (the lock's
+        `assert_held`) runs after the files are listed and before any is deleted; as no name is used
+        twice, an owner that is displaced meanwhile deletes nothing of its successor's. Raises
+        RunDirectoryError if a link leads out of the directory.
         """
         for path in self.path.iterdir():
             self.contained(path)
@@ -188,17 +189,17 @@ class RunDirectory:
                 path.unlink(missing_ok=True)
         return doomed
 
-    def sweep_own(self, stamp: str) -> None:
-        """Delete the files of attempts whose names hold `stamp` that no record names.
+    def sweep_attempts(self, stamp: str) -> None:
+        """Delete files of this owner's attempts, with `stamp` in their names, that no record names.
 
-        For an owner that was displaced: no one will ever commit them, and no one else uses `stamp`.
+        For an owner that was displaced: it can no longer commit them, and no one else uses `stamp`.
         """
         for area in ("activations", "checkpoints"):
             for directory in self._block_directories(area):
                 self.contained(directory)
-                found = [path for path in directory.iterdir() if f".{stamp}-" in path.name]
+                attempts = [path for path in directory.iterdir() if f".{stamp}-" in path.name]
                 names = _named_files(directory / RECORD_NAME)
-                for path in found:
+                for path in attempts:
                     if names is not None and path.name not in names:
                         path.unlink(missing_ok=True)
 
@@ -213,21 +214,21 @@ class RunDirectory:
 
     def _blocks_with_record(self, area: str) -> list[int]:
         directories = self._block_directories(area)
-        found = [path.name for path in directories if (path / RECORD_NAME).exists()]
-        return sorted(int(name.removeprefix("block-")) for name in found)
+        names = [path.name for path in directories if (path / RECORD_NAME).exists()]
+        return sorted(int(name.removeprefix("block-")) for name in names)
 
 
 def _named_files(record: Path) -> set[str] | None:
-    """Names that a record of either kind gives under "files" or "shards", and its own.
+    """The names of a record and of the files that it lists under "files" or "shards".
 
     Empty if there is no record, None if it cannot be read.
     """
     if not record.exists():
         return set()
     try:
-        with open_own(record) as file:
+        with open_regular_file(record) as file:
             raw = file.read(min(os.fstat(file.fileno()).st_size, MAX_JSON_BYTES))
-        # Of any version: what another prox24 wrote is not ours to delete.
+        # Any schema version: files of another prox24 must not be deleted.
         data = decode_json(raw, record, json.loads(raw).get("schema_version"))
         entries = [*data.get("files", []), *data.get("shards", [])]
         return {RECORD_NAME, *(str(entry["name"]) for entry in entries)}
@@ -244,10 +245,10 @@ def _named_files(record: Path) -> set[str] | None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between a manifest (`old`) and a job (`new`), one line each, sorted by key.
+    """The differences of a manifest (`old`) and a job (`new`), one line each, sorted by key.
 
     Nested keys are joined by dots: "solver.damping: 0.01 there, 0.1 here". Values are compared as
-    JSON holds them (a tuple equals a list), and long ones are cut.
+    JSON (a tuple equals a list); long ones are cut in the text.
     """
     left, right = _flatten(old), _flatten(new)
     return [

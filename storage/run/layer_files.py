@@ -1,4 +1,7 @@
-"""One layer in a file: its weight and what it saw. How a layer that goes wrong is passed on."""
+"""A layer file: one layer's weight with its inputs or Hessian, for `prox24 solve`.
+
+So a single layer can be solved again, on another machine too, for instance to study a bad result.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class SavedLayer:
     """A layer as `prox24 solve` reads it.
 
     weight: (R, C). inputs: (sequences, tokens, C) or None. hessian: (C, C) fp32 *sum* of x xᵀ over
-    `tokens` tokens, or None. One of the two is there.
+    `tokens` tokens, or None. At least one of the two is given.
     """
 
     weight: torch.Tensor
@@ -49,7 +52,7 @@ def write_layer_file(
 ) -> None:
     """Writes `weight` (R, C) and `hessian` (C, C), the sum over `tokens` tokens, to `path`.
 
-    The file appears whole or not at all. `guard` runs just before, and may raise to prevent it.
+    The file appears complete or not at all. `guard` runs just before, and may raise to prevent it.
     Raises `ResourceError` if the disk is full.
     """
     tensors = {"hessian": hessian.cpu().contiguous(), "weight": weight.cpu().contiguous()}
@@ -65,11 +68,12 @@ def write_layer_file(
 
 
 def read_layer_file(path: Path) -> SavedLayer:
-    """Reads a layer file: `weight` and `inputs` (sequences, tokens, C) or (tokens, C), or `hessian`
-    with the metadata `tokens`. Where the metadata have `sha256`, it is verified.
+    """Reads a layer file: the tensor `weight` (R, C), and `inputs` or `hessian`.
 
-    Raises `DataError` for a file that is missing or lacks them, `CorruptFileError` for one that is
-    damaged.
+    `inputs` is (sequences, tokens, C) or (tokens, C); `hessian` (C, C) needs the metadata `tokens`.
+    If the metadata have `sha256`, it is compared.
+
+    Raises `DataError` if the file or one of these is missing, `CorruptFileError` if it is damaged.
     """
     if not path.is_file():
         raise DataError(f"{path} is not a file; name a .safetensors file with a saved layer")

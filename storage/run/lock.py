@@ -1,17 +1,18 @@
 """One driver at a time on a run directory.
 
-A lock is a file `lock-NONCE.json` under a name that no one else ever uses. Whoever wants the lock
-judges the lock files that are there, creates its own, and lists the directory again: it owns the
-lock if all others listed are those it has judged dead; else it removes its own and starts over.
-Of two owners the one that listed later would have seen the other's file, so there is never more
-than one, whoever dies or sleeps in between. Nothing is ever replaced, so a process that wakes up
-late cannot take back what it lost: it beats into a file that has no name any more.
+A lock is a file `lock-NONCE.json`; its name is never used twice. A process that wants the lock
+first judges the owners of the existing lock files, then creates a lock file, then lists the
+directory again. If it lists only files whose owners it has judged dead, it owns the lock and
+deletes those; otherwise it deletes its file and starts over. There is never more than one owner: if
+there were two, the one that listed later would have seen the other's file. No lock file is ever
+replaced, so a process that continues late cannot regain a lost lock: its heartbeat goes to a file
+that no longer has a name.
 
-Who is dead: on this host (same name, boot and process namespace) the kernel knows, and the lock is
-taken over at once; from another host all one can see is whether the heartbeat goes on. A process of
-this host that lives but has not beaten for long (stopped, or stuck in the kernel) is treated like
-another host's: its heartbeat is watched, and if it does not move the lock is taken over. That is
-safe whoever wakes up later; it is not needed for safety that the other one is dead.
+Judging an owner: for a process on this host (same name, boot and process namespace) the kernel
+tells whether it lives, and the lock of a dead one is taken over at once. For a process on another
+host only the heartbeat is visible: if it does not move for a time, the lock is taken over. A
+process on this host that lives but has had no heartbeat for that long (stopped, or blocked in the
+kernel) is treated in the same way. This is safe even if the former owner lives and continues.
 """
 
 from __future__ import annotations
@@ -31,17 +32,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from storage.errors import (
-    CorruptFileError,
-    RunDirectoryError,
-)
+from storage.errors import CorruptFileError, RunDirectoryError
 from storage.files.checked_json import decode_json, encode_json, is_count
 from storage.files.commit import (
     explained,
     fsync_directory,
     is_temporary,
     make_directory,
-    open_own,
+    open_regular_file,
     temporary_name,
 )
 
@@ -50,15 +48,15 @@ logger = logging.getLogger(__name__)
 LOCK_SCHEMA = 1
 _RECORD_BYTES = 1024  # fixed, so that a heartbeat overwrites the whole record in one write
 _MAX_ROUNDS = 100
-_CLAIM_SECONDS = 0.5  # a claim that lost against another is gone long before
+_CLAIM_SECONDS = 0.5  # a claim that lost against another is deleted well within this
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a run directory.
+    """The owner of a run directory: a process on a host.
 
-    process_start: clock ticks since boot ("" where the system does not tell). heartbeat: Unix time
-    in seconds. pid_namespace, boot_id: what makes `pid` and `process_start` comparable.
+    process_start: clock ticks since boot, "" if unknown. heartbeat: Unix time in seconds of the
+    last one. pid_namespace, boot_id: `pid` and `process_start` are comparable only if these agree.
     """
 
     host: str
@@ -76,7 +74,7 @@ class Owner:
 
 
 def read_owner(directory: Path) -> Owner | None:
-    """Who holds the lock, or held it last and died; None if no one does. Needs no lock."""
+    """The present owner, or a dead one whose lock file is left; None without one. Only reads."""
     owners = [owner for path in _lock_files(directory) if (owner := _parse(_read(path), path))]
     return max(owners, key=lambda owner: owner.heartbeat, default=None)
 
@@ -87,8 +85,8 @@ def is_alive(owner: Owner) -> bool | None:
     if owner.host != here.host:
         return None
     if owner.boot_id != here.boot_id:
-        # The same host before a reboot, unless it was seen alive since this machine booted: then it
-        # is another machine of the same name.
+        # This host before its reboot; or, if the heartbeat is newer than the boot, another machine
+        # of the same name.
         return False if owner.heartbeat < _boot_time() else None
     if owner.pid_namespace != here.pid_namespace:
         return None
@@ -103,16 +101,16 @@ def is_alive(owner: Owner) -> bool | None:
 
 
 class RunLock:
-    """Context manager that holds a run directory; a thread keeps the heartbeat going.
+    """Context manager that owns a run directory; a thread writes the heartbeat.
 
-    directory: created if missing. heartbeat_seconds: time between beats. stale_seconds: how long
-    a heartbeat must not move before its lock is taken over, where the owner cannot be seen (another
-    host) or is seen alive but has not beaten for that long already (stopped). `on_wait` gets the
-    seconds that remain and a text that says who is waited for, about once a second.
+    directory: created if missing. heartbeat_seconds: time between heartbeats. stale_seconds: the
+    lock of an owner on another host, or of one on this host that lives but has had no heartbeat for
+    this long, is taken over if its heartbeat does not move for this long. on_wait: called about
+    once a second while waiting, with the seconds that remain and a text that names the owner.
 
     Entering raises RunDirectoryError, naming host, process and last heartbeat, if the owner lives.
-    Taking the lock also removes all temporary files in the directory: whatever a displaced owner
-    has not committed by then, it cannot commit any more (see `storage.files.commit`).
+    It also deletes all temporary files in the directory, so that a displaced owner can no longer
+    commit anything (see `storage.files.commit`).
     """
 
     def __init__(
@@ -135,7 +133,7 @@ class RunLock:
 
     @property
     def nonce(self) -> str:
-        """32 hexadecimal digits that name this tenure; RunDirectoryError if not held."""
+        """32 hexadecimal digits, unique to this ownership; RunDirectoryError if not held."""
         return self._held().nonce
 
     @property
@@ -146,8 +144,7 @@ class RunLock:
     def assert_held(self) -> None:
         """Raise RunDirectoryError if another process has taken the lock over."""
         path = self.path
-        # Its name, which no one else uses, says it all: its contents may be damaged until the next
-        # beat.
+        # Its name is unique, so it suffices that it exists; damage lasts until the next heartbeat.
         if _read(path) is None:
             raise RunDirectoryError(
                 f"{self.directory}: another process took the run over; let that one go on"
@@ -155,13 +152,13 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         for _ in range(_MAX_ROUNDS):
-            make_directory(self.directory)  # each time: one that gives up removes an empty one
+            make_directory(self.directory)  # each time: a process that gives up may remove it
             dead = {path for path in _lock_files(self.directory) if self._judge(path)}
             with explained(self.directory / "lock"):
                 won = self._claim(dead)
             if won:
                 return self
-            time.sleep(random.uniform(0.02, 0.2))  # another one claimed at the same time
+            time.sleep(random.uniform(0.02, 0.2))  # another process claimed at the same time
         raise RunDirectoryError(f"{self.directory}: too many processes want it; start one only")
 
     def __exit__(self, *_: object) -> None:
@@ -176,7 +173,7 @@ class RunLock:
         try:
             path.unlink(missing_ok=True)
         except BaseException:
-            path.unlink(missing_ok=True)  # a signal just before; further ones are ignored
+            path.unlink(missing_ok=True)  # a signal interrupted it; further ones are ignored
             raise
         with contextlib.suppress(FileNotFoundError):
             fsync_directory(self.directory)
@@ -187,9 +184,10 @@ class RunLock:
         return self._owner
 
     def _judge(self, path: Path) -> bool:
-        """True if the owner of `path` is dead or frozen, False if the file went away meanwhile.
+        """True if the owner of the lock file `path` is dead or frozen, False if the file is gone.
 
-        Waits for a heartbeat that cannot be judged; raises RunDirectoryError if the owner lives.
+        Waits up to `stale_seconds` for a heartbeat where that must decide. Raises RunDirectoryError
+        if the owner lives.
         """
         content = _read(path)
         if content is None:
@@ -203,7 +201,7 @@ class RunLock:
             if _goes_away(path):
                 return False
             raise self._refusal(owner)
-        # Also after this machine slept: a live owner's heartbeat is old then, but moves soon.
+        # Also if this machine was suspended: a live owner's heartbeat is then old, but moves soon.
         deadline = time.monotonic() + self._stale_seconds
         while (remaining := deadline - time.monotonic()) > 0:
             if self._on_wait is not None:
@@ -223,7 +221,7 @@ class RunLock:
         )
 
     def _claim(self, dead: set[Path]) -> bool:
-        """Create a lock file; True, and the lock is held, if only `dead` ones are beside it."""
+        """Create a lock file. If the others are all in `dead`, own the lock and return True."""
         owner = _this_process(secrets.token_hex(16))
         path = _lock_path(self.directory, owner.nonce)
         temporary = temporary_name(path)
@@ -241,7 +239,7 @@ class RunLock:
                 _remove_temporaries(self.directory, path)
                 fsync_directory(self.directory)
         except FileNotFoundError:
-            won = False  # the temporary file: another process took the lock and swept
+            won = False  # another process took the lock and deleted the temporary file
         except BaseException:
             os.close(descriptor)
             path.unlink(missing_ok=True)
@@ -261,7 +259,7 @@ class RunLock:
         owner = self._held()
         while not self._stop.wait(self._heartbeat_seconds):
             try:
-                # In place, through the descriptor: if the file was removed this changes nothing.
+                # In place, through the descriptor: no effect if the file was deleted.
                 os.pwrite(self._descriptor, _encode(replace(owner, heartbeat=time.time())), 0)
                 os.fsync(self._descriptor)
             except OSError as error:
@@ -277,10 +275,10 @@ def _lock_files(directory: Path) -> list[Path]:
 
 
 def require_owner(lock_file: str | None) -> None:
-    """For workers, just before they write: RunDirectoryError if their driver was displaced.
+    """For workers, before they write: raise RunDirectoryError if their driver was displaced.
 
-    lock_file: path of the driver's lock file, None where there is no lock. A worker's files bear
-    names of their own, so this guards no data; it keeps late ones from littering the directory.
+    lock_file: path of the driver's lock file; None if there is no lock. No data depends on this
+    check, as a worker's files have unique names; it keeps late workers from leaving files behind.
     """
     if lock_file is not None and _read(Path(lock_file)) is None:
         raise RunDirectoryError(
@@ -289,14 +287,14 @@ def require_owner(lock_file: str | None) -> None:
 
 
 def _remove_temporaries(directory: Path, lock_file: Path) -> None:
-    """Deletes the temporary files of former owners, and none of a later one.
+    """Deletes the temporary files of former owners, and none of a later owner.
 
-    They are listed first. If the lock is still ours after that, all of them are older than any
-    later owner, and as no name is ever used twice, deleting them is safe however late it happens.
+    They are listed first. If this process still owns the lock after that, all of them are older
+    than any later owner. As no name is used twice, they can be deleted safely however late.
     """
-    found = [Path(folder, name) for folder, _, names in os.walk(directory) for name in names]
+    listed = [Path(folder, name) for folder, _, names in os.walk(directory) for name in names]
     if lock_file.exists():
-        for path in filter(is_temporary, found):
+        for path in filter(is_temporary, listed):
             path.unlink(missing_ok=True)
 
 
@@ -305,17 +303,17 @@ def _named(owner: Owner | None) -> str:
 
 
 def _age(owner: Owner) -> float:
-    """Seconds since the last heartbeat of a process of this host; the clock may have been set."""
+    """Seconds since the last heartbeat of an owner on this host; abs, as the clock may be reset."""
     return abs(time.time() - owner.heartbeat)
 
 
 def _read(path: Path) -> bytes | None:
-    """The bytes of a lock file, freshly opened for what other hosts wrote; None if it is gone.
+    """The bytes of a lock file; None if it is gone. b"" for a link or a pipe: unreadable.
 
-    None of a link or a pipe, which no owner makes: that is as good as an unreadable lock.
+    The file is opened anew each time, to see what other hosts wrote.
     """
     try:
-        with open_own(path) as file:
+        with open_regular_file(path) as file:
             return file.read(16 * _RECORD_BYTES)
     except FileNotFoundError:
         return None
@@ -326,7 +324,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _goes_away(path: Path) -> bool:
-    """Whether a living process's file was only a claim that it gave up."""
+    """Whether a lock file is deleted soon: then it was a claim that its process gave up."""
     deadline = time.monotonic() + _CLAIM_SECONDS
     while time.monotonic() < deadline:
         if not path.exists():
@@ -382,13 +380,13 @@ def _process_start(pid: int) -> str | None:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    # The command name, in parentheses, may hold anything; state is the first field after it.
+    # The command name, in parentheses, may contain anything; the state is the first field after it.
     fields = stat[stat.rindex(")") + 1 :].split()
     return "dead" if fields[0] in "ZXx" else fields[19]
 
 
 def _boot_time() -> float:
-    """Unix time at which this machine booted; 0 if unknown, which judges no one dead."""
+    """Unix time at which this machine booted; 0 if unknown, so that no owner counts as dead."""
     try:
         lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -397,4 +395,4 @@ def _boot_time() -> float:
 
 
 STAMP_DIGITS = 12
-"""How much of the lock's nonce the names of an owner's files hold."""
+"""Digits of the lock's nonce in the names of its owner's files."""

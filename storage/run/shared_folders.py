@@ -1,8 +1,8 @@
-"""Whether every node sees the folders that a job needs: asked with marker files, not assumed.
+"""Checks with marker files that every node sees the folders that a job needs.
 
-The driver makes a new folder inside each, with a marker in it; every rank reads the marker and
-leaves an answer, which the driver reads. So each has seen what the other wrote: a folder that only
-has the same name on every node does not pass.
+The driver creates a new folder with a marker inside each of them; every rank reads the marker and
+writes an answer, which the driver reads. So both have seen what the other wrote. A folder that has
+the same path on every node but is not shared does not pass.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from pathlib import Path
 
 from storage.errors import OutputError
 
-# How long a network filesystem may take to show on one node what another has just written.
+# Time that a network filesystem may take to show on one node what another has written.
 _PATIENCE_SECONDS = 3.0
-_LOOK_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 _MARKER = "driver"
 _DIGITS = 12
 
 
 @dataclass(frozen=True)
 class SharedFolder:
-    """A folder that all nodes must see as one.
+    """A folder that all nodes must share.
 
-    `what` names it for people, with its option. `prefix` begins the names of what is made in it for
-    a moment: one that a sweep recognizes after a kill.
+    what: its name in messages, with its option. prefix: begins the names of the temporary folders
+    of the check; one that is recognized and deleted after a kill.
     """
 
     what: str
@@ -39,7 +39,7 @@ class SharedFolder:
 
 @dataclass(frozen=True)
 class Marked:
-    """A folder with a marker: the marker lies in `place` and says `word`."""
+    """A folder with a marker file. place: the temporary folder. word: the marker's content."""
 
     folder: SharedFolder
     place: str
@@ -48,14 +48,14 @@ class Marked:
 
 @contextlib.contextmanager
 def marked(folders: Sequence[SharedFolder]) -> Iterator[tuple[Marked, ...]]:
-    """The driver's part: a marker in every folder, gone in the end.
+    """The driver's part: puts a marker in every folder, and deletes it at the end.
 
-    Raises `OutputError` for a folder that it cannot write to itself.
+    Raises `OutputError` for a folder that the driver cannot write to.
     """
     made: list[Marked] = []
     try:
         for folder in folders:
-            # Never a name that a node has looked for before: it may remember that it was not there.
+            # A new name: a node may have cached that an old one does not exist.
             word = secrets.token_hex(_DIGITS // 2)
             place = Path(folder.path) / f"{folder.prefix}{word}"
             try:
@@ -73,26 +73,26 @@ def marked(folders: Sequence[SharedFolder]) -> Iterator[tuple[Marked, ...]]:
 
 
 def answer(marks: Sequence[Marked], rank: int) -> list[str]:
-    """A rank's part: reads each marker and leaves its answer; what is wrong, in words.
+    """A rank's part: reads each marker and writes its answer. Returns what is wrong.
 
-    Each begins with a verb whose subject is the node: "does not see the run directory, ...".
+    Each problem is a phrase whose subject is the node: "does not see the run directory, ...".
     """
-    complaints = []
+    problems = []
     for mark in marks:
         where = f"{mark.folder.what}, {mark.folder.path}"
         place = Path(mark.place)
         if not _appears(place / _MARKER, mark.word):
-            complaints.append(f"does not see what the driver writes to {where}")
+            problems.append(f"does not see what the driver writes to {where}")
             continue
         try:
             (place / _answer_name(rank)).write_text(mark.word, encoding="utf-8")
         except OSError as error:
-            complaints.append(f"cannot write to {where} ({error.strerror})")
-    return complaints
+            problems.append(f"cannot write to {where} ({error.strerror})")
+    return problems
 
 
 def unanswered(marks: Sequence[Marked], rank: int) -> list[str]:
-    """The driver's part for a rank that had no complaint: what of its answers does not arrive."""
+    """The driver's part for a rank without a problem: the folders where its answer is missing."""
     return [
         f"writes to {mark.folder.what}, {mark.folder.path}, what the driver does not see"
         for mark in marks
@@ -105,7 +105,7 @@ def _answer_name(rank: int) -> str:
 
 
 def _appears(path: Path, word: str) -> bool:
-    """Whether the file has that content, now or a little later."""
+    """Whether the file has that content within _PATIENCE_SECONDS."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         with contextlib.suppress(OSError, UnicodeDecodeError):
@@ -113,4 +113,4 @@ def _appears(path: Path, word: str) -> bool:
                 return True
         if time.monotonic() > deadline:
             return False
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)

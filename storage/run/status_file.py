@@ -1,7 +1,7 @@
-"""`status.json`: what a job is doing, for people who look in from outside.
+"""`status.json`: what a job is doing at present, for `prox24 status`.
 
-It is the one file of a run directory that nothing relies on. The job never reads it, a write that
-fails is forgotten, and none is flushed to disk: a write costs no more than a rename.
+No other file of a run directory depends on it, and the job never reads it. A write that fails is
+ignored, and none is flushed to disk, so that a write costs no more than a rename.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from storage.files.commit import temporary_name
 STATUS_SCHEMA = 1
 STATUS_NAME = "status.json"
 
-# Not RunInterrupted: a signal may arrive in the middle of a write, and must not be swallowed.
-_FORGOTTEN = (OSError, InputError, NumericalError)
+# Not RunInterrupted: a signal that arrives during a write must not be ignored.
+_IGNORED = (OSError, InputError, NumericalError)
 
 
 def write_status(directory: Path, payload: Mapping[str, Any], *, guard: Callable[[], None]) -> None:
-    """Replace `status.json` in `directory` by `payload`, whole or not at all, if that can be done.
+    """Replace `status.json` in `directory` by `payload`, completely or not at all.
 
-    `guard` (the lock's `assert_held`) runs just before the rename. Never raises for a full disk, a
-    directory that is gone or a lock that was lost: the job has better ways to find that out.
+    `guard` (the lock's `assert_held`) runs just before the rename. Does nothing if the disk is
+    full, the directory is gone or the lock is lost: the job notices these elsewhere.
     """
     path = directory / STATUS_NAME
     temporary = temporary_name(path)
-    with contextlib.suppress(*_FORGOTTEN):
+    with contextlib.suppress(*_IGNORED):
         try:
             with open(temporary, "xb") as file:
                 file.write(encode_json({"schema_version": STATUS_SCHEMA, **payload}, path))
@@ -43,6 +43,6 @@ def write_status(directory: Path, payload: Mapping[str, Any], *, guard: Callable
 
 def remove_status(directory: Path, *, guard: Callable[[], None]) -> None:
     """Delete `status.json`, if there is one and the lock is still held."""
-    with contextlib.suppress(*_FORGOTTEN):
+    with contextlib.suppress(*_IGNORED):
         guard()
         (directory / STATUS_NAME).unlink(missing_ok=True)

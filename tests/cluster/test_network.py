@@ -12,7 +12,7 @@ from actors.network import (
     Endpoint,
     choose_backend,
     choose_endpoint,
-    own_interfaces,
+    local_interfaces,
     require_reachable,
     use_interface,
 )
@@ -90,6 +90,6 @@ def test_a_variable_of_the_user_wins_unless_an_interface_is_named(
 
 
 def test_this_machines_interfaces() -> None:
-    found = own_interfaces()
+    found = local_interfaces()
     assert found.keys() == psutil.net_if_addrs().keys()
     assert any("127.0.0.1" in addresses for addresses in found.values())

@@ -124,7 +124,7 @@ def test_help(here: Path, command: str) -> None:
         ("sweep --config sweep-model.yaml", "./none is not a model folder"),
         ("sweep --config sweep-text.yaml", "no such file: none.txt"),
         ("plan ./none", "./none is not a model folder"),
-        ("plan model --gpus 8 --gpu-memory much", "--gpu-memory 'much' is no size"),
+        ("plan model --gpus 8 --gpu-memory much", "--gpu-memory 'much' is not a size"),
         ("plan model --gpus 8 --gpu X1", "--gpu X1 is not known"),
         ("plan model --workers 2 --nodes 4", "--nodes 4 is more than the 2 workers"),
         ("plan model --rates none.json", "--rates none.json cannot be read"),

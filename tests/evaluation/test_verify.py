@@ -154,7 +154,7 @@ def test_results_that_are_none(made: tuple[Path, Path], output: Path, text: str)
 
 
 def test_no_output_of_ours(made: tuple[Path, Path]) -> None:
-    with pytest.raises(ModelError, match="no finished output"):
+    with pytest.raises(ModelError, match="not a finished output"):
         verify(made[0], made[0])
 
 

@@ -157,6 +157,9 @@ class Elsewhere:
     def reduce(self) -> list[Outcome]:
         return self._call("reduce")
 
+    def prepare(self) -> None:
+        pass
+
     def recover(self) -> None:
         self._call("recover")
 

@@ -14,7 +14,7 @@ import pytest
 from pipeline.config.prune import PruneConfig
 from pipeline.loop.rank import Call
 from pipeline.messages import Job, Outcome
-from pipeline.preflight.scratch import check_scratch_room
+from pipeline.preflight.scratch import check_scratch_space
 from pipeline.prune import prune
 from pipeline.records.scratch import FOLDER_PREFIX
 from pipeline.runtime.progress import Silent
@@ -226,9 +226,9 @@ def test_killed_and_resumed_without_the_scratch(case: Case, at: str) -> None:
 
 def test_room_on_scratch_is_looked_at_node_by_node() -> None:
     rooms = [FreeScratch(p, f"host-{p}", f"/s/{p}", 2e9, 0.0) for p in "aab"]
-    check_scratch_room(rooms, 1.2e9)  # 1.6 GB on a, 0.8 GB on b
+    check_scratch_space(rooms, 1.2e9)  # 1.6 GB on a, 0.8 GB on b
     with pytest.raises(ResourceError, match="/s/a on host-a: activations need about 2.42 GB"):
-        check_scratch_room(rooms, 1.8e9)
+        check_scratch_space(rooms, 1.8e9)
 
 
 def test_scratch_must_be_a_place_on_every_node() -> None:

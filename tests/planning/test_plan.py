@@ -112,13 +112,13 @@ def test_rates_are_in_seconds(shape: ModelShape, factor: float) -> None:
 def test_wanda_holds_no_square_matrix(shape: ModelShape) -> None:
     square = 4 * 8192**2
     full, diagonal = (
-        max(phase.held.device for _, _, phase in Plan(on_gpus(shape, 8, method=m)).phases())
+        max(phase.peak.device for _, _, phase in Plan(on_gpus(shape, 8, method=m)).phases())
         for m in ("prox_admm", "wanda")
     )
     assert full - diagonal > square
     solve = Plan(on_gpus(shape, 64, method="wanda")).blocks[0].phases[-1]
     assert solve.name == "solve"
-    assert solve.held.device < square
+    assert solve.peak.device < square
 
 
 def test_one_worker_sends_nothing(shape: ModelShape) -> None:

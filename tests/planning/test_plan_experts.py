@@ -22,7 +22,7 @@ from pipeline.planning.counts import solve_counts
 from pipeline.planning.options import PlanConfig, planned_job, planned_shape
 from pipeline.planning.plan import Plan
 from pipeline.planning.planned_job import PlannedJob
-from pipeline.planning.shapes.experts import most_held
+from pipeline.planning.shapes.experts import most_sum_bytes
 from pipeline.planning.to_json import plan_to_json
 from pipeline.solvers.cost import objective_share
 from pipeline.solvers.registry import solver_for
@@ -63,7 +63,7 @@ class Noted(LocalExecutor):
 
     def reduce(self) -> list[Outcome]:
         self.phases.append("reduce")
-        halves = itertools.chain(*(worker.held.sums.values() for worker in self._workers))
+        halves = itertools.chain(*(worker.state.sums.values() for worker in self._workers))
         self.summed = sum(sums.nbytes for sums in itertools.chain(*halves))
         return super().reduce()
 
@@ -121,7 +121,7 @@ def test_no_routing_holds_more(
 
     routings = itertools.product(range(tokens + 1), repeat=count)
     most = max(held(seen) for seen in routings if sum(seen) <= active * tokens)
-    assert most_held(count, active, tokens, columns, matrix, each) == most
+    assert most_sum_bytes(count, active, tokens, columns, matrix, each) == most
 
 
 def test_an_expert_of_few_tokens_is_planned_by_wanda(mixture: Path) -> None:
@@ -144,7 +144,7 @@ def test_memory_holds_for_any_routing_and_time_for_an_even_one(tmp_path: Path) -
     plan, worst = Plan(job), Plan(replace(job, uneven=True))
     assert plan.needs() == worst.needs()
     held = [
-        [phase.held.device for _, _, phase in p.phases() if phase.name in ("calibrate", "advance")]
+        [phase.peak.device for _, _, phase in p.phases() if phase.name in ("calibrate", "advance")]
         for p in (plan, worst)
     ]
     assert all(even < most for even, most in zip(*held, strict=True))
@@ -189,7 +189,7 @@ def test_an_override_of_all_layers_is_another_method(tiny_model: TinyModel) -> N
     overridden = Plan(planned(model, override="*=wanda"))
     asked = Plan(planned(model, method="wanda"))
     assert overridden.seconds == pytest.approx(asked.seconds)
-    held = [[phase.held for _, _, phase in plan.phases()] for plan in (overridden, asked)]
+    held = [[phase.peak for _, _, phase in plan.phases()] for plan in (overridden, asked)]
     assert held[0] == held[1]
 
 

@@ -49,7 +49,7 @@ def held(model: Path, **options: Any) -> float:
     """The most bytes of tensors that the plan foresees for a rank."""
     shape = read_shape(model, seqlen=SMALL["seqlen"])
     plan = Plan(job_of(shape, in_process=True, **options))
-    return max(p.held.device + p.held.host for _, _, p in plan.phases())
+    return max(p.peak.device + p.peak.host for _, _, p in plan.phases())
 
 
 def test_what_cannot_fit_is_refused_before_any_phase(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_the_quick_bound_is_above_the_plan(tiny_model: TinyModel) -> None:
         for method in ("magnitude", "wanda", "sparsegpt", "prox", "prox_admm"):
             config = PruneConfig(method=method, nsamples=8, seqlen=512, batch_size=4)
             plan = Plan(job_of(shape, method=method, batch_size=4, rates=cpu_rates()))
-            most = max(p.held.device + p.held.host for _, _, p in plan.phases())
+            most = max(p.peak.device + p.peak.host for _, _, p in plan.phases())
             assert not fit._surely_fits(skeleton, config, [FreeMemory("one", most)]), (
                 options,
                 method,

@@ -60,7 +60,7 @@ def test_what_differs_and_what_came_of_it(runs: dict[str, Path], tmp_path: Path)
     assert evaluated is not None
     assert columns["perplexity"] == (evaluated["perplexity"], None)
     assert columns["relative_error statistic"] == ("full", "diagonal")
-    assert any("do not compare" in note for note in table.notes)
+    assert any("are not comparable" in note for note in table.notes)
 
 
 def test_the_perplexity_is_that_of_the_output(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_the_command_writes_three_files_that_say_the_same(
     assert run(arguments) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
-    for word in ("sparsegpt", "perplexity", "down_proj", "do not compare"):
+    for word in ("sparsegpt", "perplexity", "down_proj", "are not comparable"):
         assert word in printed
     stored = pyarrow.parquet.read_table(tmp_path / "out" / "compare.parquet").to_pylist()
     assert run([*arguments, "--json"]) == 0
@@ -112,7 +112,7 @@ def test_what_cannot_be_compared_is_refused(
             "unfinished": "has not finished",
             "twice": "given twice",
             "damaged": "summary.json",
-            "foreign": "not as this prox24 writes it",
+            "foreign": "written by another version",
         }[what],
     )
     summary = own / "report" / "summary.json"

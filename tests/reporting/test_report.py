@@ -108,7 +108,7 @@ def test_the_page_tells_everything(whole: Path, page: Page) -> None:
         "8 × 32 tokens of text.txt",
         "2 workers on 1 host",
         "Nothing failed on the way.",
-        "beside them reading text",
+        "other phases: reading text",
         "What to try next",
         "kind of layer inputs never kept rarely often with their norm",
         "prox24 eval MODEL OUTPUT",  # its perplexity was not measured
@@ -292,7 +292,7 @@ def test_other_jobs_have_reports_too(
     assert "Its perplexity on evaluated.txt is " in found.text
     assert "prox24 eval MODEL OUTPUT" not in found.text
     if options["method"] == "magnitude":
-        assert "would have kept 100.0 % of them too" in found.text
+        assert "would have kept 100.0 % of them, too" in found.text
 
 
 def test_layers_with_patterns_and_methods_of_their_own(

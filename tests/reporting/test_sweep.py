@@ -111,12 +111,12 @@ def test_no_steps_are_no_refinement() -> None:
         ({"vary": {"nsamples": "3"}}, "must be a list"),
         ({"vary": {"nsamples": [["3"]]}}, "must be one value"),
         ({"vary": {"nsamples": ["3", "3"]}}, "two runs are called"),
-        ({"vary": {"run-dir": ["x"]}}, "the sweep's own"),
+        ({"vary": {"run-dir": ["x"]}}, "set by the sweep"),
         ({"prune": {"nsamples": "3"}}, "in `vary` and in prune"),
         ({"prune": ["a"]}, "must be a mapping"),
-        ({"prune": {"eval_dataset": "x"}}, "the sweep's own"),
-        ({"lines": {"a": {"overwrite": True}}}, "the sweep's own"),
-        ({"eval": {"json": True}}, "the sweep's own"),
+        ({"prune": {"eval_dataset": "x"}}, "set by the sweep"),
+        ({"lines": {"a": {"overwrite": True}}}, "set by the sweep"),
+        ({"eval": {"json": True}}, "set by the sweep"),
         ({"lines": {"a b": {}, "a/b": {}}}, "two runs are called"),
         ({"model": ""}, "`model` is missing"),
         ({"folder": ["x"]}, "folder must be one path"),
@@ -334,7 +334,7 @@ def test_bad_input_is_refused_before_any_run(
     wanted: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
     told = {
-        "folder": "no sweep's",
+        "folder": "not the folder of a sweep",
         "same": "are the same job",
         "option": "--nsample",
         "value": "--nsamples",

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.config.solver import SolverSettings
 from pipeline.solvers.hessian import check_statistics, estimate, scaled_hessian
-from pipeline.solvers.inverse import HeldInverse, LowRankInverse, inverse_of
+from pipeline.solvers.inverse import DenseInverse, LowRankInverse, inverse_of
 from pipeline.solvers.objective import objective
 from pipeline.solvers.refine import refine
 from pipeline.solvers.registry import solver_for
@@ -38,11 +38,11 @@ def case(
 def test_woodbury_is_the_inverse(damping: float, shrinkage: float, rho: float) -> None:
     _, inputs = case(20, dead=(3, 4))
     problems = [scaled_hessian(s, damping=damping, shrinkage=shrinkage) for s in both(inputs)]
-    held, low = (inverse_of(problem, rho, None) for problem in problems)
-    assert isinstance(held, HeldInverse)
+    dense, low = (inverse_of(problem, rho, None) for problem in problems)
+    assert isinstance(dense, DenseInverse)
     assert isinstance(low, LowRankInverse)
     assert low.factor.shape == (20, 64)
-    assert torch.allclose(low.diagonal(), held.diagonal(), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(low.diagonal(), dense.diagonal(), rtol=1e-4, atol=1e-5)
     product = torch.empty(64, 64)
     low.multiply(torch.eye(64), out=product)
     expected = torch.linalg.inv(problems[0].write(rho).double())

@@ -109,5 +109,5 @@ def test_a_method_whose_facts_are_no_literals_is_refused(
 
     with pytest.raises(ConfigError, match="HELP in .* must be a literal"):
         method_facts("computed")
-    with pytest.raises(ConfigError, match="unknown method 'nothing': choose of magnitude"):
+    with pytest.raises(ConfigError, match="unknown method 'nothing': choose one of magnitude"):
         method_facts("nothing")

@@ -45,7 +45,7 @@ class Recording(LocalExecutor):
         self.seen += [
             {
                 name: tuple(f.statistics() for f in halves)
-                for name, halves in worker.held.sums.items()
+                for name, halves in worker.state.sums.items()
             }
             for worker in self._workers
         ]

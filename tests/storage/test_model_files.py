@@ -237,7 +237,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "index is no JSON": (lambda f: (f / INDEX_FILE).write_bytes(b"\xff"), INDEX_FILE),
     "index is deep": (lambda f: (f / INDEX_FILE).write_text("[" * 200_000), INDEX_FILE),
     "index is empty": (lambda f: write_index(f, {}), "no weight_map"),
-    "index names a number": (lambda f: write_index(f, {"f32": 3}), "said to be in 3"),
+    "index names a number": (
+        lambda f: write_index(f, {"f32": 3}),
+        "puts tensor f32 in 3, ",
+    ),
     "index names no tensor of a file": (
         lambda f: write_index(f, {k: v for k, v in weight_map_of(f).items() if k != "f32"}),
         "tensor f32 of .* is not in",

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from actors.worker import Whereabouts
-from cluster.dispatch.visibility import require_sight
+from cluster.dispatch.visibility import require_shared_view
 from pipeline.messages import Job
 from pipeline.output.write import recover
-from pipeline.preflight.shared_folders import complaints, folders_of
+from pipeline.preflight.shared_folders import folders_of, what_is_not_seen
 from storage.errors import OutputError, ResourceError
 from storage.model.files import ModelFiles
 from storage.run import shared_folders
@@ -111,9 +111,11 @@ def test_every_blind_node_is_named_once(folder: SharedFolder) -> None:
     with marked([folder]) as marks:
         for rank in range(3):
             answer(marks, rank)
-        require_sight(marks, {0: [], 1: [], 2: []}, places)
+        require_shared_view(marks, {0: [], 1: [], 2: []}, places)
         with pytest.raises(ResourceError) as caught:
-            require_sight(marks, {0: [], 1: ["does not see it"], 2: ["does not see it"]}, places)
+            require_shared_view(
+                marks, {0: [], 1: ["does not see it"], 2: ["does not see it"]}, places
+            )
     text = str(caught.value)
     assert text.count("node vm (10.0.0.2) does not see it") == 1
     assert "10.0.0.1" not in text
@@ -133,10 +135,10 @@ def test_the_model_may_be_a_copy_but_no_other(
 ) -> None:
     model, copy, other = tiny_model(), tiny_model(), tiny_model(blocks=1)
     identity = ModelFiles.open(model).identity()
-    assert complaints(job(copy, identity), (), 0) == []
-    (complaint,) = complaints(job(other, identity), (), 0)
+    assert what_is_not_seen(job(copy, identity), (), 0) == []
+    (complaint,) = what_is_not_seen(job(other, identity), (), 0)
     assert complaint == f"has another model at MODEL, {other}"
-    (complaint,) = complaints(job(tmp_path / "absent", identity), (), 0)
+    (complaint,) = what_is_not_seen(job(tmp_path / "absent", identity), (), 0)
     assert "does not see MODEL" in complaint
     assert str(tmp_path / "absent") in complaint
 

@@ -120,11 +120,11 @@ class FaultyActor(RankActor):
         self._install()
         return super().where()
 
-    def look(self, marks: tuple[Marked, ...]) -> list[str]:
+    def check_folders(self, marks: tuple[Marked, ...]) -> list[str]:
         if self._plan.blind(self.rank):
             # Its node has another folder at the same path.
             marks = tuple(dataclasses.replace(m, place=f"{m.place}-of-its-own") for m in marks)
-        return super().look(marks)
+        return super().check_folders(marks)
 
     def join(self, host: str, port: int, backend: str, timeout: float) -> None:
         self._enter("join", None)

@@ -89,3 +89,32 @@ def save_wrapper(folder: Path, name: str, weight_files: int = 1) -> Path:
         split_weight_file(folder, weight_files)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_mllama(folder: Path) -> Path:
+    """Saves a tiny Llama-3.2-Vision whose second of three blocks attends to images alone."""
+    text = _TEXT | {
+        "num_hidden_layers": 3,
+        "cross_attention_layers": [1],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+    }
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_global_layers": 1,
+        "attention_heads": 4,
+        "intermediate_size": 64,
+        "vision_output_dim": 64,
+        "image_size": 28,
+        "patch_size": 14,
+        "intermediate_layers_indices": [0],
+        "max_num_tiles": 1,
+        "supported_aspect_ratios": [[1, 1]],
+    }
+    config = AutoConfig.for_model("mllama", text_config=text, vision_config=vision)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

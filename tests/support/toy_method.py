@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.solvers.base import BaseSolver, Found, GroupData
+from pipeline.solvers.base import BaseSolver, GroupData, MethodResult
 from pipeline.solvers.masks import keep_mask
 
 HELP = "keeps what lies furthest to the right"
@@ -18,8 +18,8 @@ class RightmostSolver(BaseSolver):
     statistic = "none"
     by_score = True
 
-    def _find(self, original: Tensor, prepared: GroupData) -> Found:
+    def _find(self, original: Tensor, prepared: GroupData) -> MethodResult:
         column = torch.arange(original.shape[1], device=original.device, dtype=torch.float32)
         mask = keep_mask(self.pattern, column.expand_as(original))
-        still = torch.zeros(len(original), device=original.device)
-        return Found(original * mask, mask, 1, still)
+        no_change = torch.zeros(len(original), device=original.device)
+        return MethodResult(original * mask, mask, 1, no_change)

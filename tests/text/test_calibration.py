@@ -89,7 +89,7 @@ def test_no_text_column_lists_the_columns(
     tmp_path: Path, write: Writer, column: str | None
 ) -> None:
     path = write(tmp_path / "d", {"title": ["a"], "summary": ["b"]})
-    with pytest.raises(DataError, match=r"--text-column, of: title, summary") as caught:
+    with pytest.raises(DataError, match=r"--text-column: title, summary") as caught:
         list(read_documents(str(path), column))
     assert str(path) in str(caught.value)
     assert column is None or f"no column '{column}'" in str(caught.value)
@@ -146,8 +146,8 @@ def test_bytes_that_are_not_utf8_are_located(tmp_path: Path, mark: bytes) -> Non
         ('{"text": "a"', "line 2 is not JSON"),
         ("[" * 100_000, "line 2 is not JSON"),
         ('["text"]', "line 2 is not a JSON object"),
-        ('{"text": 5}', "line 2: 'text' is no string but int"),
-        ('{"text": "\\ud800"}', "line 2: 'text' is no valid Unicode"),
+        ('{"text": 5}', "line 2: 'text' is not a string but int"),
+        ('{"text": "\\ud800"}', "line 2: 'text' is not valid Unicode"),
     ],
 )
 def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: str, reason: str) -> None:
@@ -166,7 +166,7 @@ def test_jsonl_rows_may_lack_keys_and_lines_may_be_blank(tmp_path: Path) -> None
 @pytest.mark.parametrize("data", [b"", b"nonsense" * 100])
 def test_a_damaged_file_is_named(tmp_path: Path, suffix: str, data: bytes) -> None:
     path = text_file(tmp_path / f"d{suffix}", data)
-    with pytest.raises(DataError, match=f"{path} is no readable"):
+    with pytest.raises(DataError, match=f"{path} is not a readable"):
         list(read_documents(path))
 
 
@@ -174,7 +174,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, suffix: str, data: bytes) -> No
 def test_a_truncated_file_is_named(tmp_path: Path, write: Writer) -> None:
     path = write(tmp_path / "d", {"text": [str(n) * 1000 for n in range(50)]})
     path.write_bytes(path.read_bytes()[:-20_000])
-    with pytest.raises(DataError, match=f"read.* {path}|{path} is no readable"):
+    with pytest.raises(DataError, match=f"read.* {path}|{path} is not a readable"):
         list(read_documents(str(path)))
 
 

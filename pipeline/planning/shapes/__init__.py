@@ -1,1 +1,1 @@
-"""A model's blocks, groups and layers as shapes, read from its config and headers."""
+"""The shapes of a model's blocks, groups and layers, from its config and file headers."""

@@ -1,7 +1,7 @@
-"""Mixtures of experts without data: which token goes where is not known, so an even share is taken.
+"""Mixtures of experts without data: routing is not known, so it is assumed to be even.
 
-Each of E experts is sent k / E of the tokens, k being the experts of a token. What uneven routing
-can hold at most is `most_held`.
+Each of E experts gets k / E of the tokens, where k is the number of experts per token. The maximum
+of the memory over all ways to route is `most_sum_bytes`.
 """
 
 from __future__ import annotations
@@ -17,37 +17,41 @@ from pipeline.planning.shapes.profile import ForwardProfile
 
 
 def route_evenly(block: nn.Module) -> dict[str, int]:
-    """Has a block's experts be sent even shares on the meta device, where routing has no data.
+    """Makes the experts of a block on the meta device, which has no data, get even shares.
 
-    Returns path -> experts of a token, for each module of experts: filled by the block's forward.
+    Returns path -> experts per token, for each module of experts; the forward of the block fills
+    it in.
     """
-    found: dict[str, int] = {}
+    per_token: dict[str, int] = {}
     for path, module in block.named_modules():
         if isinstance(module, Experts):
-            setattr(module, "routed", partial(_evenly, found, path, module.count))  # noqa: B010
-    return found
+            setattr(module, "routed", partial(_evenly, per_token, path, module.count))  # noqa: B010
+    return per_token
 
 
 def _evenly(
-    found: dict[str, int], path: str, count: int, top_k_index: Tensor, number: int
+    per_token: dict[str, int], path: str, count: int, top_k_index: Tensor, number: int
 ) -> tuple[Tensor, Tensor]:
-    """In place of `Experts.routed`: indices (n,) without data, as many as an even share has."""
-    tokens, found[path] = top_k_index.shape
-    choices = tokens * found[path]
-    # What finding them takes: to compare all choices, and to go through the result.
+    """Replaces `Experts.routed`: two index tensors (n,) without data, n being an even share.
+
+    top_k_index: (tokens, experts per token). number: the expert, of `count`.
+    """
+    tokens, per_token[path] = top_k_index.shape
+    choices = tokens * per_token[path]
+    # The work of finding the tokens is counted: comparing all choices, and reading the result.
     (top_k_index == number).sum()
     share = (number + 1) * choices // count - number * choices // count
     return top_k_index.new_empty(share), top_k_index.new_empty(share)
 
 
-def most_held(
+def most_sum_bytes(
     count: int, active: int, tokens: float, columns: int, matrix: float, each: float
 ) -> float:
-    """Bytes that the sums of `count` experts hold at most, however the tokens are routed.
+    """The most bytes that the sums of `count` experts can take, over all ways to route the tokens.
 
-    active: experts of a token; tokens: that come. An expert holds `each` bytes an input while
-    those are fewer than `columns`, then `matrix` bytes, which is more: so the most is where as many
-    experts as possible have just enough tokens for a matrix.
+    active: experts per token. tokens: their number, before routing. An expert holds `each` bytes
+    per input while it has fewer inputs than `columns`, then `matrix` bytes, which is more. So the
+    maximum is where as many experts as possible have just enough tokens for a matrix.
     """
     choices = min(active, count) * tokens
     full = min(count, int(choices // columns)) if tokens >= columns else 0
@@ -55,21 +59,21 @@ def most_held(
     return full * matrix + max(left, 0.0) * each
 
 
-# -- layouts that are not pruned, but counted ----------------------------------------------------
+# -- layouts of experts that are counted, but cannot be pruned -----------------------------------
 
 
 def stub_others(
     block: nn.Module, config: object
 ) -> list[tuple[tuple[tuple[str, int, int], ...], int, int]]:
-    """Modules of experts in a layout that is not pruned are made to give zeros.
+    """Makes modules of experts in a layout that cannot be pruned return zeros.
 
-    Returns, for each of their groups of layers, (name, R, C) of the layers, the number of experts
-    and of those the experts of a token.
+    Returns, for each of their groups of layers: (name, R, C) of each layer, the number of experts,
+    and the experts per token.
     """
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     count = next((int(n) for name in names if (n := getattr(config, name, None))), 0)
     active = int(getattr(config, "num_experts_per_tok", 0) or 1)
-    found = []
+    groups = []
     for path, module in block.named_modules():
         stacked = [
             (f"{path}.{name}", int(p.shape[1]), int(p.shape[2]))
@@ -81,8 +85,8 @@ def stub_others(
         last = [layer for layer in stacked if "down_proj" in layer[0]]
         for group in ([layer for layer in stacked if layer not in last], last):
             if group:
-                found.append((tuple(group), count, active))
-    return found
+                groups.append((tuple(group), count, active))
+    return groups
 
 
 def with_others(
@@ -90,9 +94,9 @@ def with_others(
     others: list[tuple[tuple[tuple[str, int, int], ...], int, int]],
     seqlen: int,
 ) -> ForwardProfile:
-    """A forward with what the stubs of `stub_others` leave out.
+    """`full` with the work of the experts that `stub_others` replaced.
 
-    The elementwise work of an expert is counted as reading and writing its input and output.
+    The elementwise work of an expert is counted as reading and writing its inputs and outputs.
     """
     live = 0.0
     for layers, count, active in others:

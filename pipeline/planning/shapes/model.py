@@ -1,7 +1,7 @@
-"""A model as the plan sees it: shapes of layers and what a forward costs, read without weights.
+"""The shapes of a model's layers and the cost of its forwards, without reading weights.
 
-From a model folder config and safetensors headers are read; from a bare config.json, what the
-config says. Blocks of the same structure are looked at once.
+They come from the config and the safetensors headers of a model folder, or from a bare config.json.
+Blocks of the same structure are profiled once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.models.forward_capture import BlockCall, ModelEnds
 from pipeline.models.linears import linear_layers, unsupported_parameters, unsupported_reason
 from pipeline.models.selection import check_rules, settings_of
 from pipeline.models.skeleton import FORWARD_DTYPES, Skeleton
-from pipeline.models.text_stack import ties_embeddings
+from pipeline.models.text_forward import HollowSkeleton
 from pipeline.planning.shapes.experts import route_evenly, stub_others, with_others
 from pipeline.planning.shapes.profile import (
     META,
@@ -27,23 +27,24 @@ from pipeline.planning.shapes.profile import (
     on_meta,
     profile_forward,
 )
-from pipeline.planning.shapes.source import HollowSkeleton, open_source
+from pipeline.planning.shapes.source import open_source
 from pipeline.solvers.registry import solver_for
 from pipeline.worker.solve import parted
 from storage.errors import ModelError
 from storage.object_store import Place
 
-# Weight files of a model that is known by its config alone: the usual size of one, in bytes.
+# Assumed bytes of a weight file, for a model of which only the config is known.
 ASSUMED_FILE_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupShape:
-    """Layers that share an input, as (name, R, C), and `columns`, their C.
+    """A group: layers that share an input.
 
-    override: their settings, where those are not the job's. kept: whether inputs fewer than C are
-    kept in place of a matrix, as an expert's are. experts: of how many experts it is one, of which
-    each token is sent to `active`; 0 where every token comes.
+    layers: (name, R, C) of each. columns: C. override: their settings, where those are not the
+    job's. kept: whether inputs are kept in place of the Hessian while they are fewer than C, as
+    those of experts are. experts, active: for a group of an expert, the number of experts and how
+    many of them each token is routed to; 0 where the group gets every token.
     """
 
     layers: tuple[tuple[str, int, int], ...]
@@ -55,15 +56,18 @@ class GroupShape:
 
     @property
     def share(self) -> float:
-        """Of the tokens, which come: of an expert its even share."""
+        """Share of the tokens that the group gets, with even routing."""
         return self.active / self.experts if self.experts else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:
-    """One kind of block. groups: in the order of their layers, none where it stays dense, and
-    experts' groups that are alike as often as there are such. parameters: elements of all its
-    weights. full, observed: a sequence's forward, whole and as far as statistics are taken."""
+    """One kind of block.
+
+    groups: in the order of their layers; empty where the block stays dense; equal groups of experts
+    are repeated. parameters: number of weights. full, observed: the forward of one sequence, in
+    full, and up to the last input that statistics are taken of.
+    """
 
     groups: tuple[GroupShape, ...]
     parameters: int
@@ -72,18 +76,20 @@ class BlockShape:
 
     @property
     def pruned(self) -> int:
-        """Elements of the layers that are pruned."""
+        """Number of weights in the layers that are pruned."""
         return sum(r * c for g in self.groups for _, r, c in g.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Everything of a model that a plan depends on.
+    """Everything about a model that a plan depends on.
 
-    kinds: its different blocks; blocks: the kind of each block, in order. ends, head: elements of
-    what is loaded to embed, and of the output embedding where it is another. files: bytes of the
-    weight files. itemsize: bytes of a stored weight; dtype: of the forward, by name. seqlen: of the
-    profiles. unsupported: why it cannot be pruned, if so.
+    kinds: its different kinds of blocks. blocks: the kind of each block, in order. hidden: width of
+    the hidden states. vocabulary: tokens. ends: number of weights outside the blocks, without the
+    output embedding. head: those of the output embedding; 0 where it is tied to the input's. files:
+    bytes of the weight files. itemsize: bytes of a stored weight. dtype: name of the dtype of
+    forwards. seqlen: tokens of a sequence in the profiles. passed_by: blocks that a forward of text
+    does not reach. unsupported: why the model cannot be pruned; None if it can be.
     """
 
     name: str
@@ -97,6 +103,7 @@ class ModelShape:
     itemsize: int
     dtype: str
     seqlen: int
+    passed_by: tuple[int, ...] = ()
     unsupported: str | None = None
 
     @property
@@ -106,16 +113,16 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Elements of all weights."""
+        """Number of all weights."""
         return sum(self.kinds[k].parameters for k in self.blocks) + self.ends + self.head
 
     @property
     def forward_itemsize(self) -> int:
-        """Bytes of an activation, and of a weight in a forward."""
+        """Bytes of an activation and of a weight in forwards."""
         return FORWARD_DTYPES[self.dtype].itemsize
 
     def kind(self, block: int) -> BlockShape:
-        """The shape of one block."""
+        """The shape of the block with this index."""
         return self.kinds[self.blocks[block]]
 
 
@@ -128,10 +135,10 @@ def read_shape(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> ModelShape:
-    """The shape of a model folder, or of a model known by its config.json alone.
+    """The shape of the model in a folder, or of a bare config.json.
 
-    seqlen: tokens of a calibration sequence, which attention depends on. rules: which layers are
-    pruned, and how; None: all. all_experts: whether every expert's statistics are of all tokens.
+    seqlen: tokens of a calibration sequence. rules: which layers are pruned, and how; None: all.
+    all_experts: whether the statistics of every expert are those of all tokens.
     Raises `ModelError` and `ConfigError` as `open_skeleton` does, and for blocks that do not run
     on the meta device.
     """
@@ -158,8 +165,13 @@ def shape_of(
     rules: LayerRules,
     all_experts: bool,
 ) -> ModelShape:
-    """The shape of a model whose skeleton is there; the skeleton's model is used up."""
-    hollow = HollowSkeleton(skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype)
+    """The shape of the model of a skeleton, whose modules are changed: do not use it afterwards.
+
+    files, itemsize: see `ModelShape`. Others: see `read_shape`.
+    """
+    hollow = HollowSkeleton(
+        skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype, skeleton.plan
+    )
     ends, head = _outside(hollow)
     tokens = torch.zeros((1, seqlen), dtype=torch.int64)
     module_ends = ModelEnds(hollow, torch.device("cpu"), head=False)
@@ -168,13 +180,15 @@ def shape_of(
     hidden_states = torch.empty((1, seqlen, hidden), dtype=skeleton.dtype, device=META)
     kinds: dict[tuple[object, ...], int] = {}
     shapes: list[BlockShape] = []
-    blocks = []
+    blocks, passed_by = [], []
     reason = None
     check_rules(hollow, rules)
     for index, (block, call) in enumerate(zip(hollow.blocks, calls, strict=True)):
         settings = settings_of(hollow, index, rules)
+        for layer in settings if hollow.files.tensors else ():
+            hollow.weight_name(index, layer)  # or it could not be written back
         sizes = tuple(p.shape for p in block.parameters())
-        key = (str(block), _signature(call), sizes, tuple(settings.items()))
+        key = (str(block), call.passed_by, _signature(call), sizes, tuple(settings.items()))
         if key not in kinds:
             kinds[key] = len(shapes)
             config = hollow.model.config.get_text_config()
@@ -184,6 +198,8 @@ def shape_of(
             shapes.append(kind)
             reason = reason or why
         blocks.append(kinds[key])
+        if call.passed_by:
+            passed_by.append(index)
     if not any(kind.groups for kind in shapes):
         raise ModelError(f"{name}: no layer is left to prune")
     shape = ModelShape(
@@ -198,26 +214,27 @@ def shape_of(
         itemsize=itemsize,
         dtype=str(skeleton.dtype).removeprefix("torch."),
         seqlen=seqlen,
+        passed_by=tuple(passed_by),
         unsupported=reason,
     )
     return shape if files else replace(shape, files=_assumed_files(shape))
 
 
 def _outside(model: Skeleton) -> tuple[int, int]:
-    """Elements that lie outside the blocks: of all but the output embedding, and of that one where
-    it is another than the input's."""
+    """Number of weights outside the blocks: without the output embedding, and of the latter.
+
+    The latter is 0 where the output embedding is the input's.
+    """
     inside = {id(p) for p in model.blocks.parameters()}
     embedding = model.model.get_input_embeddings()
     output = model.model.get_output_embeddings()
     outside = {id(p): p.numel() for p in model.model.parameters() if id(p) not in inside}
-    tied = ties_embeddings(model.model.config)
     head = 0 if output is None else sum(outside.get(id(p), 0) for p in output.parameters())
     if output is not None and any(
         p is q for p in output.parameters() for q in embedding.parameters()
     ):
-        head, tied = 0, False  # counted once already
-    ends = sum(outside.values()) - head
-    return ends, 0 if tied else head
+        head = 0  # counted once already
+    return sum(outside.values()) - head, head
 
 
 def _assumed_files(shape: ModelShape) -> tuple[int, ...]:
@@ -227,7 +244,7 @@ def _assumed_files(shape: ModelShape) -> tuple[int, ...]:
 
 
 def _signature(call: BlockCall) -> str:
-    """What a call's tensors look like: blocks with another mask cost another forward."""
+    """Shapes and dtypes of a call's tensors: blocks with another mask have another cost."""
     positional = {str(index): value for index, value in enumerate(call.arguments)}
     named = {**positional, **call.keywords}
     return repr(
@@ -249,7 +266,10 @@ def _block_shape(
     all_experts: bool,
     config: object,
 ) -> tuple[BlockShape, str | None]:
-    """A block's shape, and why it cannot be pruned, if so. settings: of the layers to prune."""
+    """The shape of a block, and why it cannot be pruned (None if it can be).
+
+    settings: layer -> settings, for the layers to prune.
+    """
     block = block.to(META)
     hidden = unsupported_parameters(block)
     reason = unsupported_reason(block, hidden) if hidden else None
@@ -258,16 +278,16 @@ def _block_shape(
     full = with_others(profile_forward(block, call, hidden_states), others, hidden_states.shape[1])
     if all_experts:
         send_every_token(block)
-    found = find_groups_on_meta(block, call, hidden_states, settings) if settings else ()
+    shared = find_groups_on_meta(block, call, hidden_states, settings) if settings else ()
     layers = linear_layers(block)
     groups, needs = [], {}
-    for names in parted(found, settings):
-        own = settings[names[0]]
+    for names in parted(shared, settings):
+        group_settings = settings[names[0]]
         shapes = tuple((name, *layers[name]) for name in names)
-        override = None if own == rules.settings else own
+        override = None if group_settings == rules.settings else group_settings
         group = GroupShape(layers=shapes, columns=shapes[0][2], override=override)
-        groups.append(_of_expert(group, block, active, all_experts))
-        needs[names[0]] = solver_for(own).needs
+        groups.append(_with_experts(group, block, active, all_experts))
+        needs[names[0]] = solver_for(group_settings).needs
     observed = full
     if groups and not others:
         observed = profile_forward(block, call, hidden_states, needs)
@@ -281,10 +301,13 @@ def _block_shape(
     return shape, reason
 
 
-def _of_expert(
+def _with_experts(
     group: GroupShape, block: nn.Module, active: dict[str, int], all_experts: bool
 ) -> GroupShape:
-    """The group with what is known of the expert that it belongs to, if it does."""
+    """The group with `kept`, `experts` and `active` set, if its layers belong to an expert.
+
+    active: path of a module of experts -> experts per token.
+    """
     name = group.layers[0][0]
     if expert_of(block, name) is None:
         return group
@@ -297,12 +320,14 @@ def _of_expert(
 
 
 def _named_alike(groups: list[GroupShape]) -> tuple[GroupShape, ...]:
-    """Experts' groups of the same shapes under the names of the first of them, so that they are
-    one value."""
+    """The groups, with those of experts of the same shapes replaced by the first of them.
+
+    So they compare equal, and are planned once.
+    """
     first: dict[tuple[object, ...], GroupShape] = {}
-    found = []
+    alike = []
     for group in groups:
         shapes = tuple((rows, columns) for _, rows, columns in group.layers)
         key = (shapes, group.override, group.experts, group.active)
-        found.append(first.setdefault(key, group) if group.kept else group)
-    return tuple(found)
+        alike.append(first.setdefault(key, group) if group.kept else group)
+    return tuple(alike)

@@ -1,14 +1,14 @@
-"""What one forward of one sequence through a block costs, counted on the meta device.
+"""The cost of the forward of one sequence through a block, counted on the meta device.
 
-The block's own code runs on tensors without data: every operator is seen with its shapes. So the
-counts hold for any architecture that runs on the meta device, and nothing is allocated.
+The code of the block runs on tensors without data, and every operator is recorded with its shapes.
+So this works for any architecture that runs on the meta device, and allocates nothing.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,13 +27,13 @@ META = torch.device("meta")
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardProfile:
-    """One sequence through one block.
+    """The forward of one sequence through one block.
 
-    products, attention: floating-point operations of matrix products and of attention (a causal
-    one counts the half that is not masked). moved: bytes that all other operators read and write.
-    operators: their number, products included. live: most bytes of intermediate results that exist
-    at once, the input not counted; for a forward that is observed with the fp32 copy of a layer's
-    input that the sums are taken of.
+    products, attention: floating-point operations of matrix products and of attention (causal
+    attention counts only the half that is not masked). moved: bytes that all other operators read
+    and write. operators: number of operators, products included. live: the most bytes of
+    intermediate results at once, without the input; in an observed forward with the fp32 copy of
+    a layer's input, from which statistics are computed.
     """
 
     products: float = 0.0
@@ -43,13 +43,15 @@ class ForwardProfile:
     live: int = 0
 
 
-class _Left(Exception):
-    """Ends an observed forward at the last group's input."""
+class _AllObserved(Exception):
+    """Ends an observed forward at the input of the last group."""
 
 
 class _Attention(TorchFunctionMode):
-    """Takes scaled-dot-product attention for one operator: on meta it would be its plain form,
-    with a matrix of scores that no real kernel holds."""
+    """Counts scaled dot product attention as one operator.
+
+    On the meta device it would run as several, with a matrix of scores that no real kernel stores.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +71,7 @@ class _Attention(TorchFunctionMode):
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums what every operator computes, reads and writes, and follows what is alive."""
+    """Sums what operators compute, read and write, and tracks the bytes of live tensors."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -78,7 +80,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: set[int] = set()
 
     def known(self, tensors: Iterable[Tensor]) -> None:
-        """Weights and inputs: they are there before, and are not counted as alive."""
+        """Excludes tensors that exist before the forward (weights, inputs) from the live bytes."""
         self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -117,7 +119,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _bytes(tensor: Tensor) -> int:
-    """What reading the tensor moves; an expanded dimension is read once."""
+    """Bytes that reading a tensor moves; an expanded dimension is read once."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride else 1
@@ -125,19 +127,19 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def on_meta(call: BlockCall) -> BlockCall:
-    """The same call with tensors that have no data."""
+    """The same arguments with tensors on the meta device."""
     arguments, keywords = tree_map_only(
         Tensor, lambda tensor: tensor.to(META), (call.arguments, call.keywords)
     )
-    return BlockCall(arguments, keywords)
+    return replace(call, arguments=arguments, keywords=keywords)
 
 
 def find_groups_on_meta(
     block: nn.Module, call: BlockCall, hidden_states: Tensor, layers: Iterable[str]
 ) -> tuple[tuple[str, ...], ...]:
-    """Layers of a block by the input they share, as `capture.find_groups` finds them.
+    """Layers of a block, grouped by the input that they share, as `find_groups` does with data.
 
-    Raises `ModelError` for a layer that is never called.
+    Raises `ModelError` for a layer that the forward of the block never calls.
     """
     seen: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     hooks = {
@@ -164,10 +166,11 @@ def profile_forward(
     hidden_states: Tensor,
     observed: Mapping[str, str] | None = None,
 ) -> ForwardProfile:
-    """Counts one forward of `hidden_states` (1, seqlen, hidden) on meta.
+    """The cost of one forward of `hidden_states` (1, seqlen, hidden) on the meta device.
 
-    observed: the first layer of every group -> what is summed of its input, for a forward as
-    `BlockObserver` runs it: each input is turned to fp32, and the forward ends at the last one.
+    observed: the first layer of each group -> its statistic, for a forward as `BlockObserver` runs
+    it: each of these inputs is converted to fp32, and the forward ends at the last one.
+    Raises `ModelError` where the block does not run on the meta device.
     """
     counter, attention = _Counter(), _Attention()
     counter.known(block.parameters())
@@ -175,26 +178,26 @@ def profile_forward(
     counter.known([hidden_states])
     tensors = tree_leaves((call.arguments, call.keywords))
     counter.known(tensor for tensor in tensors if isinstance(tensor, Tensor))
-    left = observed or {}
-    total = len(left)
+    needs = observed or {}
     seen: list[str] = []
 
     def hook(layer: str) -> Callable[..., None]:
-        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # Only memory is counted here; `phases.py` adds the time.
             moved, operators = counter.moved, counter.operators
             copy = (args[0] if args else kwargs["input"]).to(torch.float32)
-            if left[layer] != "full":
+            if needs[layer] != "full":
                 copy.square()
             del copy
             counter.moved, counter.operators = moved, operators
             seen.append(layer)
-            if len(seen) == total:
-                raise _Left
+            if len(seen) == len(needs):
+                raise _AllObserved
 
-        return look
+        return observe
 
     with attention, counter:
-        _run(block, call, hidden_states, {layer: hook(layer) for layer in left})
+        _run(block, call, hidden_states, {layer: hook(layer) for layer in needs})
     return ForwardProfile(
         products=counter.products,
         attention=attention.flops,
@@ -214,7 +217,7 @@ def _run(
     ]
     try:
         call.run(block, hidden_states)
-    except _Left:
+    except _AllObserved:
         return
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""A model to be planned: a folder, of whose weight files headers are read, or a config.json."""
+"""The model of a plan: a model folder, of which only file headers are read, or a config.json."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from pipeline.models.expert_tensors import stored_together
 from pipeline.models.experts import unstack_experts
 from pipeline.models.forward_capture import BlockCall, ModelEnds
 from pipeline.models.from_config import build, load_config_alone, rehearse
 from pipeline.models.skeleton import FORWARD_DTYPES, Skeleton, find_blocks, open_skeleton
+from pipeline.models.text_forward import HollowSkeleton, text_forward
+from pipeline.models.transformers_loading import Routes, tie, tied_names
 from storage.errors import ConfigError
 from storage.model.files import ModelFiles
 from storage.model.folder import LocalFolder
@@ -22,8 +23,10 @@ from storage.object_store import ObjectFolder, Place
 
 @dataclass(frozen=True)
 class PlannedSource:
-    """The model on the meta device, bytes of its weight files if there are any, and bytes of a
-    stored weight."""
+    """A model on the meta device.
+
+    files: bytes of its weight files, empty for a bare config. itemsize: bytes of a stored weight.
+    """
 
     skeleton: Skeleton
     name: str
@@ -31,22 +34,8 @@ class PlannedSource:
     itemsize: int
 
 
-class HollowSkeleton(Skeleton):
-    """A skeleton whose weights are zeros without memory: to see what blocks are called with."""
-
-    def load_ends(self, device: torch.device, *, head: bool) -> PreTrainedModel:
-        """The model with every parameter outside the blocks one zero, expanded to its shape."""
-        inside = {id(p) for p in self.blocks.parameters()}
-        for owner in self.model.modules():
-            for name, parameter in list(owner.named_parameters(recurse=False)):
-                if id(parameter) not in inside and parameter.is_meta:
-                    zero = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-                    setattr(owner, name, nn.Parameter(zero, requires_grad=False))
-        return self.model
-
-
 def open_source(model: Place, dtype: str | None, trust_remote_code: bool) -> PlannedSource:
-    """The model at a place, or of a config.json alone; `dtype` as for `open_skeleton`.
+    """The model of a folder, or of a bare config.json; `dtype` as for `open_skeleton`.
 
     Raises `ModelError` and `ConfigError` as `open_skeleton` does.
     """
@@ -66,7 +55,8 @@ def open_source(model: Place, dtype: str | None, trust_remote_code: bool) -> Pla
     if not trust_remote_code:
         rehearse(config, path, forward)
     built = build(config, path, forward, trust_remote_code)
-    unstack_experts(built, stored_together(built, None))
+    tie(built, set(tied_names(built)))  # as a model of this config is published
+    unstack_experts(built, stored_together(built, Routes(built, ()), None))
     nothing = ModelFiles(LocalFolder(path.parent), (), {}, {}, None)
     skeleton = Skeleton(built.eval(), nothing, find_blocks(built, path), forward)
     name = path.parent.name if path.name == "config.json" else path.stem
@@ -83,13 +73,17 @@ def example_block(
     block: int | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, BlockCall, Tensor]:
-    """A block (None: in the middle of the model) with random weights on the CPU, what it is called
-    with, and random inputs (batch_size, seqlen, hidden)."""
+    """A block with random weights on the CPU, its arguments, and random inputs.
+
+    block: its index; None: in the middle of the model. The inputs are (batch_size, seqlen, hidden)
+    in `dtype`.
+    """
     skeleton = open_source(model, dtype, trust_remote_code).skeleton
     hollow = HollowSkeleton(skeleton.model, skeleton.files, skeleton.blocks_path, skeleton.dtype)
     tokens = torch.zeros((batch_size, seqlen), dtype=torch.int64)
     ends = ModelEnds(hollow, torch.device("cpu"), head=False)
-    chosen = len(hollow.blocks) // 2 if block is None else block
+    reached = text_forward(hollow).reached
+    chosen = reached[len(reached) // 2] if block is None else block
     call, hidden = ends.calls(tokens)[chosen], ends.embed(tokens)
     module = hollow.blocks[chosen]
     for owner in module.modules():

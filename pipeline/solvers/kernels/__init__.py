@@ -1,1 +1,1 @@
-"""Inner loops of solvers, in numba, Triton and plain torch. Importing this imports nothing."""
+"""Inner loops of solvers in numba, Triton and plain torch. Importing this imports nothing else."""

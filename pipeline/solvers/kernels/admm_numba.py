@@ -1,7 +1,7 @@
-"""All of an ADMM iteration but its product as one pass over memory on a CPU, compiled by numba.
+"""An ADMM iteration without its matrix product, as one pass over memory on a CPU, with numba.
 
-The arithmetic is that of ``prox_admm.advance_torch``; the operator's part is `prox_kernels`' own.
-This module imports numba: `prox_admm` imports it only when it is there.
+The arithmetic is that of `prox_admm.advance_torch`, with the operator from `prox_numba`.
+This module imports numba; `prox_admm` imports this module only where numba is installed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.solvers.kernels.threads import in_threads
 def _advance(  # type: ignore[no-untyped-def]
     product, dual, sparse, linear, numbers, start, stop, steps, tolerance
 ):
-    """Groups start to stop. A last piece that is not full is worked on as one of zeros."""
+    """Groups start to stop of flat arrays, in place. The last piece is padded with zeros."""
     strength, relaxation, shrink, rho = numbers[0], numbers[1], numbers[2], numbers[3]
     rest = product.dtype.type(1) - relaxation
     buffer = np.zeros(BUFFER, product.dtype)
@@ -56,17 +56,17 @@ def _advance(  # type: ignore[no-untyped-def]
 def stepper_numba(
     dual: Array, sparse: Array, linear: Array, *, steps: int, threads: int
 ) -> Callable[[Tensor, tuple[float, float, float, float]], None]:
-    """`prox_admm.stepper` on (R, C) float32, C-contiguous.
+    """`prox_admm.stepper` on (R, C) float32 arrays, C-contiguous.
 
-    steps: of Newton's method. threads: at most this many; the result does not depend on it.
+    steps: steps of Newton's method. threads: the most threads; the result does not depend on it.
     """
-    held = tuple(matrix.reshape(-1) for matrix in (dual, sparse, linear))
+    flat = tuple(matrix.reshape(-1) for matrix in (dual, sparse, linear))
     no_tolerance = np.float32(0)
 
     def step(product: Tensor, numbers: tuple[float, float, float, float]) -> None:
         dense, values = product.numpy().reshape(-1), np.array(numbers, np.float32)
         in_threads(
-            lambda start, stop: _advance(dense, *held, values, start, stop, steps, no_tolerance),
+            lambda start, stop: _advance(dense, *flat, values, start, stop, steps, no_tolerance),
             dense.size // 4,
             threads,
         )

@@ -1,12 +1,13 @@
-"""Factorizations in place, built of matrix products and small Cholesky factors.
+"""Inverse and inverse factor of a matrix in place, from matrix products and small Cholesky factors.
 
-Why not always the library's: cuSOLVER copies the matrix and takes workspace of its own
-(``cholesky_inverse`` on CUDA holds three C x C buffers), and at C = 28,672 each is 3.3 GB. These
-touch the given buffer and O(C * _BLOCK) more, run at the speed of products, and behave alike on
-CPU and CUDA.
+Why not always the library functions: cuSOLVER copies the matrix and allocates workspace
+(`cholesky_inverse` on CUDA holds three C x C buffers), and at C = 28,672 each buffer is 3.3 GB.
+These functions use the given buffer and O(C * _BLOCK) more, and run at the speed of matrix
+products, on CPU and CUDA.
 
-Every function returns a 0-d bool tensor on the matrix's device, True where the matrix was
-positive definite to working precision, so that a caller decides when to wait for it.
+`invert_`, `invert_blocks_` and `upper_factor_` return a 0-d bool tensor on the device of the
+matrix: True where it was positive definite to working precision. The caller decides when to wait
+for it.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ def _bounds(columns: int, width: int = _BLOCK) -> list[slice]:
 
 
 def invert_(matrix: Tensor) -> Tensor:
-    """Replace a symmetric positive definite (C, C) by its inverse; returns whether it was one.
+    """Replace a symmetric positive definite (C, C) by its inverse; returns whether it was definite.
 
-    On a CPU by LAPACK, which works in the given memory if it is handed in column order and takes
-    half to three quarters of the blocks' time; elsewhere by blocks. 2 C^3 operations.
+    On a CPU by LAPACK, which works in place on a matrix in column order, in half to three quarters
+    of the time of `invert_blocks_`; elsewhere by `invert_blocks_`. 2 C^3 operations.
     """
     on_cpu = matrix.device.type == "cpu" and matrix.is_contiguous()
     if not on_cpu or matrix.shape[0] > _LAPACK_LIMIT:
         return invert_blocks_(matrix)
-    # The transpose of a symmetric matrix is itself, in column order.
+    # The transpose of a symmetric matrix is the same matrix, in column order.
     matrix, info = matrix.T, torch.empty((), dtype=torch.int32)
     torch.linalg.cholesky_ex(matrix, out=(matrix, info))
     if int(info):
@@ -43,12 +44,12 @@ def invert_(matrix: Tensor) -> Tensor:
 
 
 def invert_blocks_(matrix: Tensor) -> Tensor:
-    """`invert_` by products and small Cholesky factors, on any device.
+    """`invert_` by matrix products and small Cholesky factors, on any device.
 
-    The block sweep (Gauss-Jordan) on a symmetric matrix: after block k is swept, with P the
-    inverse of its pivot, the pivot is -P, its row and column are multiplied by P, and the rest
-    has lost A_rk P A_kr; after all blocks the matrix is minus the inverse. Each pivot is a Schur
-    complement of a positive definite matrix, so no exchange of rows is needed.
+    The block sweep (Gauss-Jordan) of a symmetric matrix. Sweeping block k, with P the inverse of
+    its pivot block, replaces the pivot by -P, multiplies its row and column by P, and subtracts
+    A_rk P A_kr from the rest. After all blocks the matrix is minus the inverse. Each pivot is a
+    Schur complement of a positive definite matrix, so no rows have to be exchanged.
     2 C^3 operations. Extra memory: two C x 512 panels.
     """
     sound = torch.ones((), dtype=torch.bool, device=matrix.device)
@@ -57,7 +58,7 @@ def invert_blocks_(matrix: Tensor) -> Tensor:
         sound &= info == 0
         pivot = torch.cholesky_inverse(factor)
         column = matrix[:, block].clone()
-        column[block] = 0  # the pivot's own rows are overwritten below
+        column[block] = 0  # the rows of the pivot are overwritten below
         scaled = column @ pivot
         matrix.addmm_(scaled, column.T, alpha=-1)
         matrix[:, block] = scaled
@@ -68,11 +69,11 @@ def invert_blocks_(matrix: Tensor) -> Tensor:
 
 
 def upper_factor_(matrix: Tensor) -> Tensor:
-    """Replace a symmetric positive definite (C, C) by upper triangular U, U^T U = A^-1.
+    """Replace a symmetric positive definite A (C, C) by upper triangular U with U^T U = A^-1.
 
-    A = R R^T with R upper triangular is Cholesky's recurrence from the last column to the first;
+    A = R R^T with R upper triangular is the Cholesky recurrence from the last column to the first;
     then U = R^-1. Neither A^-1 nor a second C x C is formed. Only the upper triangle is read; the
-    strict lower one is zeroed. Returns whether the matrix was positive definite.
+    strict lower one is set to 0. C^3 operations. Returns whether the matrix was positive definite.
     """
     sound = torch.ones((), dtype=torch.bool, device=matrix.device)
     bounds = _bounds(matrix.shape[0], _BLOCK_FLOAT64)
@@ -86,15 +87,18 @@ def upper_factor_(matrix: Tensor) -> Tensor:
         # X R_kk^T = A_above is R_kk X^T = A_above^T.
         panel = torch.linalg.solve_triangular(factor, above.T, upper=True).T.contiguous()
         matrix[: block.start, block] = panel
-        for left in bounds[:index]:  # the upper triangle only, a panel at a time
+        for left in bounds[:index]:  # only the upper triangle, one panel at a time
             matrix[: left.stop, left].addmm_(panel[: left.stop], panel[left].T, alpha=-1)
     _invert_upper_(matrix, bounds)
     return sound & torch.isfinite(matrix.diagonal()).all()
 
 
 def _invert_upper_(matrix: Tensor, bounds: list[slice]) -> None:
-    """Row block i of the inverse X of R is -X_ii (R_i,>i X_>i), with X_ii the inverse of R_ii:
-    all it needs of X lies below it, all it needs of R in its own rows."""
+    """Replace upper triangular R by its inverse X, from the last row block to the first.
+
+    Row block i of X is X_ii = R_ii^-1 on the diagonal and -X_ii (R_i,>i X_>i) right of it. It
+    needs row block i of R, and the rows of X below, which are computed already.
+    """
     for block in reversed(bounds):
         unit = torch.eye(block.stop - block.start, dtype=matrix.dtype, device=matrix.device)
         inverse = torch.linalg.solve_triangular(matrix[block, block], unit, upper=True)
@@ -104,11 +108,13 @@ def _invert_upper_(matrix: Tensor, bounds: list[slice]) -> None:
 
 
 def narrow_(matrix: Tensor) -> Tensor:
-    """Round a float64 (C, C) to fp32 in the same memory, row by row from the front; the argument
-    is no longer of use."""
+    """Round a float64 (C, C) to fp32 in the same memory, from the first row on.
+
+    Returns the fp32 matrix; the contents of the argument are destroyed.
+    """
     rows = matrix.shape[0]
     narrow = matrix.view(-1).view(torch.float32)[: matrix.numel()].view(matrix.shape)
     for top in range(0, rows, _BLOCK):
-        # Row i of the result ends at or before the place where row i of the source begins.
+        # Row i of the result ends at or before the address where row i of the source begins.
         narrow[top : top + _BLOCK] = matrix[top : top + _BLOCK].float()
     return narrow

@@ -1,13 +1,13 @@
-"""The proximal operator of `prox` as one pass over memory on a CPU, compiled by numba.
+"""The proximal operator as one pass over memory on a CPU, compiled by numba.
 
-The mathematics and the names are those of `prox`. A piece of `PIECE` groups is read, worked on in
-a buffer that stays in the first-level cache, and written. Every loop over groups has no branch and
-no carried value, so LLVM turns it into vector instructions; no fast-math flag is set, so each group
-is rounded the same wherever it lies, and NaN and infinity keep their meaning. Newton's method runs
-over packed lists of the groups that need it: an entry that has converged stays as it is, and a list
-is done when all its entries have.
+The mathematics and the names are those of `prox_operator`. A piece of `PIECE` groups is read into a
+buffer that stays in the first-level cache, processed there, and written. Loops over groups have no
+branches and no carried values, so LLVM vectorizes them. No fast-math flag is set: each group is
+rounded the same at any position, and NaN and infinity are handled as IEEE 754 says. Newton's
+method runs over packed lists of the groups that need it. An entry that has converged no longer
+changes, and the iteration ends when all entries have converged.
 
-This module imports numba: `prox` imports it only when it is there.
+This module imports numba; `prox_operator` imports this module only where numba is installed.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from numpy.typing import NDArray
 from pipeline.solvers.kernels.threads import in_threads
 
 PIECE = 256  # groups in a buffer: 24 float32 arrays of this length are 24 KiB
-_LANES = 64  # lists are filled up with zeros to a multiple of this, a multiple of any vector
+_LANES = 64  # lists are padded with zeros to a multiple of this, which any vector width divides
 
-# Arrays in the buffer, by their first index. One base pointer and constant distances, because LLVM
-# gives up on proving that many separate arrays do not overlap. 1 to 4: sorted, largest first.
+# Arrays in the buffer, by their first index. One base pointer with constant offsets, because LLVM
+# cannot prove that many separate arrays do not overlap. 1 to 4: sorted, largest first.
 LAMBDA = 0
 _U1, _U2, _U3, _U4 = PIECE, 2 * PIECE, 3 * PIECE, 4 * PIECE
-_S1, _S2, _S3, _S4 = 5 * PIECE, 6 * PIECE, 7 * PIECE, 8 * PIECE  # taken off; infinity prunes
-_OPEN = 9 * PIECE  # 1 where the two largest are not certainly optimal
+_S1, _S2, _S3, _S4 = 5 * PIECE, 6 * PIECE, 7 * PIECE, 8 * PIECE  # to subtract; infinity prunes
+_OPEN = 9 * PIECE  # 1 where keeping the two largest is not proved optimal
 # Packed lists.
 _P1, _P2, _P3, _P4 = 10 * PIECE, 11 * PIECE, 12 * PIECE, 13 * PIECE
 _E1, _E2, _E3, _E4 = 14 * PIECE, 15 * PIECE, 16 * PIECE, 17 * PIECE
 _BEST = 18 * PIECE  # F of the best candidate so far
-_NEWTON = 19 * PIECE  # its variable, ...
-_ACTIVE = 20 * PIECE  # ... and 1 until it has converged
+_NEWTON = 19 * PIECE  # the variable of Newton's method
+_ACTIVE = 20 * PIECE  # 1 until it has converged
 _K0, _K1, _K2, _K3 = 21 * PIECE, 22 * PIECE, 23 * PIECE, 24 * PIECE
 _ON_Q = 25 * PIECE  # 1 where the variable is q, 1/2 where it is s
 BUFFER = 26 * PIECE
@@ -54,20 +54,20 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @compiled
 def load(z, buffer):  # type: ignore[no-untyped-def]
-    """Sort |z| within each group, scale it by λ, and mark the groups that need more than a look."""
+    """Sort |z| within each group, scale it by λ, and mark the groups that need Newton's method."""
     real = z.dtype.type
     zero, half, one, two, four = real(0), real(0.5), real(1), real(2), real(4)
     largest, infinity = real(np.finfo(z.dtype).max), real(np.inf)
     for j in range(PIECE):
         lam = buffer[LAMBDA + j]
         a, b, c, d = abs(z[4 * j]), abs(z[4 * j + 1]), abs(z[4 * j + 2]), abs(z[4 * j + 3])
-        # Sorted before λ comes in, which may round two magnitudes, or two infinities, into one.
+        # Sorted before scaling: λ may round two magnitudes, or two infinities, to the same value.
         a, c = (c if a < c else a), (a if a < c else c)
         b, d = (d if b < d else b), (b if b < d else d)
         a, b = (b if a < b else a), (a if a < b else b)
         c, d = (d if c < d else c), (c if c < d else d)
         b, c = (c if b < c else b), (b if b < c else c)
-        # 0·inf would be NaN: an infinite λ leaves zeros alone, λ = 0 leaves infinities alone.
+        # 0·inf would be NaN: an infinite λ does not change zeros, λ = 0 does not change infinities.
         a = lam * (largest if a > largest else a) if a > zero else a
         b = lam * (largest if b > largest else b) if b > zero else b
         c = lam * (largest if c > largest else c) if c > zero else c
@@ -86,7 +86,7 @@ def load(z, buffer):  # type: ignore[no-untyped-def]
 
 @compiled
 def _pack(buffer, places, flag, count, source, to):  # type: ignore[no-untyped-def]
-    """Gather the four ``source`` arrays where ``flag`` is set; returns the number packed."""
+    """Gather the four `source` arrays where `flag` is set; returns the number packed."""
     zero = buffer.dtype.type(0)
     packed = 0
     for j in range(count):
@@ -121,7 +121,7 @@ def _start_four(buffer, count):  # type: ignore[no-untyped-def]
 
 @compiled
 def _newton_four(buffer, count, tolerance):  # type: ignore[no-untyped-def]
-    """One step of Newton's method on h; returns how many entries go on."""
+    """One step of Newton's method on h; returns the number of entries not yet converged."""
     real = buffer.dtype.type
     zero, half, one, two, most = real(0), real(0.5), real(1), real(2), real(1.5)
     going = 0
@@ -139,7 +139,7 @@ def _newton_four(buffer, count, tolerance):  # type: ignore[no-untyped-def]
         slope = inner * product + t * (half * (r01 * (r2 + r3) + r0 * r23) + outer * (r1 * r23))
         least = buffer[_P1 + j] + buffer[_P2 + j] + buffer[_P3 + j] - buffer[_P4 + j]
         low = one - least if outer > half else least
-        # No upward slope: there is no root, and the lower bound is the candidate.
+        # Without an upward slope there is no root: the lower bound is the candidate.
         following = t - value * product / slope if slope > zero else low
         following = following if following < t else t
         following = following if following > low else low
@@ -154,7 +154,7 @@ def _newton_four(buffer, count, tolerance):  # type: ignore[no-untyped-def]
 
 @compiled
 def _finish_four(buffer, count):  # type: ignore[no-untyped-def]
-    """The better of four and two kept, and whether three kept has to be tried."""
+    """The better of keeping four and keeping two, and whether keeping three has to be tried."""
     real = buffer.dtype.type
     zero, half, one, two = real(0), real(0.5), real(1), real(2)
     infinity = real(np.inf)
@@ -183,8 +183,8 @@ def _finish_four(buffer, count):  # type: ignore[no-untyped-def]
         buffer[_E1 + j], buffer[_E2 + j] = s1 if better else zero, s2 if better else zero
         buffer[_E3 + j], buffer[_E4 + j] = s3 if better else infinity, s4 if better else infinity
         buffer[_BEST + j] = kept4 if better else kept2
-        # Where the rows of the Hessian are dominated by the diagonal all over 0 ≤ x ≤ u, F is
-        # convex there, and a stationary point with x4 > 0 is the minimum.
+        # Where the Hessian is diagonally dominant on all of 0 ≤ x ≤ u, F is convex there, and a
+        # stationary point with x4 > 0 is the minimum.
         certain = (x4 > zero) & (two * (u1 + u2 + u3) < one)
         buffer[_ACTIVE + j] = zero if certain else one
 
@@ -205,7 +205,7 @@ def _start_three(buffer, count):  # type: ignore[no-untyped-def]
 
 @compiled
 def _newton_three(buffer, count, tolerance):  # type: ignore[no-untyped-def]
-    """One step of Newton's method on k; returns how many entries go on."""
+    """One step of Newton's method on k; returns the number of entries not yet converged."""
     real = buffer.dtype.type
     zero, half = real(0), real(0.5)
     going = 0
@@ -234,7 +234,7 @@ def _newton_three(buffer, count, tolerance):  # type: ignore[no-untyped-def]
 
 @compiled
 def _finish_three(buffer, count):  # type: ignore[no-untyped-def]
-    """What three kept takes off, and its F."""
+    """What keeping three subtracts, and its F."""
     real = buffer.dtype.type
     zero, half = real(0), real(0.5)
     for j in range(count):
@@ -254,7 +254,7 @@ def _finish_three(buffer, count):  # type: ignore[no-untyped-def]
 
 @compiled
 def store(z, buffer, result):  # type: ignore[no-untyped-def]
-    """Bring what is taken off back from sorted order, and take it off."""
+    """Undo the sorting of what is to be subtracted, and subtract it."""
     real = z.dtype.type
     zero, one = real(0), real(1)
     tiny, infinity = real(np.finfo(z.dtype).tiny), real(np.inf)
@@ -283,7 +283,7 @@ def store(z, buffer, result):  # type: ignore[no-untyped-def]
         w4 = m4 - s4 * inverse if s4 < infinity else zero
         w1, w2 = w1 if w1 > zero else zero, w2 if w2 > zero else zero
         w3, w4 = w3 if w3 > zero else zero, w4 if w4 > zero else zero
-        # z itself where nothing is taken, so that -0.0 stays; +0.0 for every pruned entry.
+        # z itself where nothing is subtracted, so that -0.0 stays; +0.0 for every pruned entry.
         w1 = z1 if w1 == m1 else (zero - w1 if z1 < zero else w1)
         w2 = z2 if w2 == m2 else (zero - w2 if z2 < zero else w2)
         w3 = z3 if w3 == m3 else (zero - w3 if z3 < zero else w3)
@@ -298,7 +298,7 @@ def store(z, buffer, result):  # type: ignore[no-untyped-def]
 
 @compiled
 def _fill_up(buffer, count):  # type: ignore[no-untyped-def]
-    """Zeros behind a packed list up to whole vectors; returns the length they make."""
+    """Pad a packed list with zeros to whole vectors; returns the padded length."""
     filled = (count + _LANES - 1) // _LANES * _LANES
     for k in range(4):
         for i in range(count, filled):
@@ -308,7 +308,7 @@ def _fill_up(buffer, count):  # type: ignore[no-untyped-def]
 
 @compiled
 def solve(buffer, places, inner_places, steps, tolerance):  # type: ignore[no-untyped-def]
-    """Newton's method for the open groups of a loaded piece; fills in what is taken off."""
+    """Newton's method for the open groups of a loaded piece; sets what is to be subtracted."""
     real = buffer.dtype.type
     packed = _pack(buffer, places, _OPEN, PIECE, _U1, _P1)
     if packed == 0:
@@ -319,7 +319,7 @@ def solve(buffer, places, inner_places, steps, tolerance):  # type: ignore[no-un
         if _newton_four(buffer, filled, tolerance) == 0:
             break
     _finish_four(buffer, filled)
-    # _P1.. is read at or behind where it is written, so the list can be packed onto itself.
+    # _P1 to _P4 are read at or after the index being written, so they can be packed in place.
     inner = _pack(buffer, inner_places, _ACTIVE, packed, _P1, _P1)
     if inner > 0:
         filled = _fill_up(buffer, inner)
@@ -341,7 +341,7 @@ def solve(buffer, places, inner_places, steps, tolerance):  # type: ignore[no-un
 
 @compiled
 def _run(z, lam, groups, start, stop, result, steps, tolerance):  # type: ignore[no-untyped-def]
-    """Groups start to stop of ``z``; ``groups``: how many share one entry of ``lam``."""
+    """Groups start to stop of flat `z`. groups: number of groups that share one entry of `lam`."""
     buffer = np.zeros(BUFFER, z.dtype)
     places, inner_places = np.zeros(PIECE + 1, np.int64), np.zeros(PIECE + 1, np.int64)
     tail, tail_result = np.zeros(4 * PIECE, z.dtype), np.zeros(4 * PIECE, z.dtype)
@@ -368,13 +368,13 @@ def _run(z, lam, groups, start, stop, result, steps, tolerance):  # type: ignore
 def prox_numba(
     z: Array, lam: Array, result: Array, *, steps: int, tolerance: float, threads: int
 ) -> None:
-    """Write the operator of ``z`` into ``result``.
+    """Write the proximal operator of `z` into `result`.
 
     Args:
         z, result: (R, C), float32 or float64, C-contiguous.
         lam: (1,) or (R,), of the same dtype.
-        steps, tolerance: of Newton's method.
-        threads: at most this many; the result does not depend on it.
+        steps, tolerance: the most steps and the tolerance of Newton's method.
+        threads: the most threads; the result does not depend on it.
     """
     arguments = (z.reshape(-1), lam, max(z.shape[1] // 4, 1))
     rest = (result.reshape(-1), steps, z.dtype.type(tolerance))

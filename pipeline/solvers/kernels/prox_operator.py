@@ -1,46 +1,47 @@
 """The proximal operator of the 2:4 regularizer, exactly.
 
-Source: Kübler et al., "A Proximal Operator for Inducing 2:4-Sparsity". On a group ``w`` of four
-the regularizer is ``r(w) = |w1 w2 w3| + |w2 w3 w4| + |w3 w4 w1| + |w4 w1 w2|``, and the operator
-is ``argmin_w ½‖w − z‖² + λ r(w)``. The paper compares three candidates: the two largest kept,
-the three largest kept, all four kept. The latter two it finds iteratively; here each is one
-root of one convex function of one variable, so that Newton's method provably finds it.
+Source: Kübler et al., "A Proximal Operator for Inducing 2:4-Sparsity". On a group `w` of four
+the regularizer is `r(w) = |w1 w2 w3| + |w2 w3 w4| + |w3 w4 w1| + |w4 w1 w2|`, and the operator
+is `argmin_w ½‖w − z‖² + λ r(w)`. The paper compares three candidates: the two largest kept,
+the three largest kept, all four kept. It computes the latter two iteratively. Here each is a
+root of a convex function of one variable, which Newton's method provably finds.
 
-Derivation. The solution has the signs and the order of ``z``, and only the product ``λ z``
-matters, so let ``u1 ≥ u2 ≥ u3 ≥ u4 ≥ 0`` be the sorted ``λ|z|`` and minimize
-``F(x) = ½‖x − u‖² + e3(x)`` over ``x ≥ 0`` (``e3``: sum of the four triple products). The answer
-is ``x = λ|w|``.
+Derivation. The solution has the signs and the order of `z`, and only the product `λ z`
+matters, so let `u1 ≥ u2 ≥ u3 ≥ u4 ≥ 0` be the sorted `λ|z|` and minimize
+`F(x) = ½‖x − u‖² + e3(x)` over `x ≥ 0` (`e3`: sum of the four triple products). The answer
+is `x = λ|w|`.
 
-*Three kept* (``x4 = 0``). ``x_i = u_i − P/x_i`` with ``P = x1 x2 x3``, hence
-``2 x_i − u_i = ±sqrt(u_i² − 4P)``. A positive semidefinite Hessian forces the plus sign for 1
-and 2 (there every ``x_i ≤ 1``). With ``q = 2 x3 − u3`` of either sign the rest is
-``k(q) = ½ (u1 + Q1)(u2 + Q2) + q − u3 = 0``, ``Q_i = sqrt(q² + u_i² − u3²)``.
+*Three kept* (`x4 = 0`). `x_i = u_i − P/x_i` with `P = x1 x2 x3`, hence
+`2 x_i − u_i = ±sqrt(u_i² − 4P)`. A positive semidefinite Hessian forces the plus sign for 1
+and 2 (there every `x_i ≤ 1`). With `q = 2 x3 − u3` of either sign the rest is
+`k(q) = ½ (u1 + Q1)(u2 + Q2) + q − u3 = 0`, `Q_i = sqrt(q² + u_i² − u3²)`.
 
-*Four kept*. ``x_i² + (1 − s) x_i = u_i − p`` with ``s = Σ x`` and ``p`` the sum of the pair
-products; adding the four gives ``p = (Σu − s)/2``, hence ``2 x_i + 1 − s = ±sqrt(s² + c_i)``,
-``c_i = 1 + 4 u_i − 2 Σu``. The Hessian is ``diag(2 x_i + 1 − s)`` plus a matrix with one negative
+*Four kept*. `x_i² + (1 − s) x_i = u_i − p` with `s = Σ x` and `p` the sum of the pair
+products; adding the four gives `p = (Σu − s)/2`, hence `2 x_i + 1 − s = ±sqrt(s² + c_i)`,
+`c_i = 1 + 4 u_i − 2 Σu`. The Hessian is `diag(2 x_i + 1 − s)` plus a matrix with one negative
 eigenvalue, so at a minimum at most the sign of the smallest entry is minus. With
-``q = 2 x4 + 1 − s`` of either sign, ``h(q) = sqrt(q² − c_4) + ½ (q + Σ_{i<4} Q_i) − 2 = 0``,
-``Q_i = sqrt(q² + 4 (u_i − u4))``. Where ``c_4 > 0`` the variable is ``s`` instead, with
-``q = sqrt(s² + c_4)`` (a negative ``q`` would be below ``−s``, and ``x4`` below 0).
+`q = 2 x4 + 1 − s` of either sign, `h(q) = sqrt(q² − c_4) + ½ (q + Σ_{i<4} Q_i) − 2 = 0`,
+`Q_i = sqrt(q² + 4 (u_i − u4))`. Where `c_4 > 0` the variable is `s` instead, with
+`q = sqrt(s² + c_4)` (a negative `q` would be below `−s`, and `x4` below 0).
 
-Every radicand is the variable squared plus a non-negative constant, so ``k`` and ``h`` are
+Every radicand is the variable squared plus a non-negative constant, so `k` and `h` are
 convex, with at most two roots, and the determinant of the Hessian has the sign of the slope
-(``Q1 Q2 k' / (x1 x2)`` and ``s Q1 Q2 Q3 h'``). So each candidate is at most one point, the larger
-root, and Newton's method started to its right (``k(u3) ≥ 0``; ``h ≥ 0`` at ``s = Σu``) descends
+(`Q1 Q2 k' / (x1 x2)` and `s Q1 Q2 Q3 h'`). So each candidate is at most one point, the larger
+root, and Newton's method started to its right (`k(u3) ≥ 0`; `h ≥ 0` at `s = Σu`) descends
 to it monotonically. If there is no root the iteration ends at the lower bound (the smallest entry
-at 0), a feasible point that cannot win wrongly: the candidates are compared by ``F``.
+at 0), a feasible point that cannot win wrongly: the candidates are compared by `F`.
 
-Few groups need this when ``λ|z|`` is large: with ``α = (u1+u2)/2``, ``β = (u1−u2)/2``, ``g = ½+β``,
-``a = α u2``, the two largest are optimal if ``u1 ≥ 2`` (no positive semidefinite Hessian) or
-``a ≥ u3`` where ``a ≤ g``, ``4 g a ≥ (g + u3)²`` elsewhere (a lower bound of the change of
-``F`` per unit of ``x3``). See `two_largest_decided`; the bound is proved for three kept, and that
-four kept wins only where three kept also beats two was found without exception on 7·10⁶ groups.
+Few groups need this when `λ|z|` is large: with `α = (u1+u2)/2`, `β = (u1−u2)/2`, `g = ½+β`,
+`a = α u2`, the two largest are optimal if `u1 ≥ 2` (no positive semidefinite Hessian) or
+`a ≥ u3` where `a ≤ g`, `4 g a ≥ (g + u3)²` elsewhere (a lower bound of the change of
+`F` per unit of `x3`). See `two_largest_decided`; the bound is proved for three kept, and that
+four kept is best only where three kept also beats two is an observation, without exception on
+7·10⁶ groups.
 
-Rounding. ``λ|z|`` is formed once, with no power of ``z``, so at 1e30 nothing overflows that
-matters; ``w`` is ``|z| − e2(the other x)/λ``, one step of the fixed-point equation, so a small
-``λ`` loses no digits and ``λ = 0`` returns ``z`` bit for bit. Where ``F`` underflows the candidate
-with more entries wins, as it must.
+Rounding. `λ|z|` is computed once, with no power of `z`, so that values of 1e30 do no harm. `w` is
+`|z| − e2(the other x)/λ`, one step of the fixed-point equation, so a small `λ` loses no digits and
+`λ = 0` returns `z` bit for bit. Where `F` underflows, the candidate with more entries is chosen,
+which is the right one.
 """
 
 from __future__ import annotations
@@ -54,37 +55,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Newton's method: an entry stops after its first step below the tolerance (the error left is about
-# its square), or after this many steps (only where two candidates nearly coincide, and with them
-# their objectives; `tests/solvers/test_prox_operator.py` measures the excess).
+# Newton's method stops for an entry after its first step below the tolerance (the remaining error
+# is about its square), or after this many steps. The latter happens only where two candidates, and
+# so their objectives, nearly coincide; `tests/solvers/test_prox_operator.py` measures the excess.
 NEWTON_STEPS = {torch.float32: 10, torch.float64: 14}
 NEWTON_TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-7}
 
-# Groups in one piece of the plain torch path: its temporaries stay in a cache.
+# Groups in one piece of the plain torch path, so that its temporaries stay in a cache.
 _PIECE = 1 << 14
-# Elements, for each thread, that are converted at a time where the kernel cannot read z itself.
+# Elements per thread that are converted at a time where the kernel cannot read z directly.
 _CONVERTED = 1 << 18
 
 
 def prox_operator(z: Tensor, lambda_: float | Tensor) -> Tensor:
-    """The global minimizer of ``½‖w − z‖² + λ r(w)`` over every four consecutive entries.
+    """The global minimizer of `½‖w − z‖² + λ r(w)` over every four consecutive entries.
 
     Args:
         z: (..., C), floating point, C divisible by 4. Not modified; may be non-contiguous.
-        lambda_: λ ≥ 0, a number or a tensor of shape ``z.shape[:-1]`` (one value a row); infinity
+        lambda_: λ ≥ 0, a number or a tensor of shape `z.shape[:-1]` (one value per row); infinity
             keeps the two largest.
 
     Returns:
-        (..., C) in the dtype of ``z``, a new tensor: the signs and the order of ``z`` kept, of
-        equal magnitudes any may be the one that goes. bfloat16 and float16 are computed in
-        float32, float64 in float64. A NaN in a group, or as its λ, makes the whole group NaN.
+        (..., C) in the dtype of `z`, a new tensor, with the signs and the order of `z`. Among equal
+        magnitudes any one may be pruned. bfloat16 and float16 are computed in float32, float64 in
+        float64. A NaN in a group, or as its λ, makes the whole group NaN.
 
     Raises:
         ValueError: C is not divisible by 4, λ is negative or of another shape, or z is not
             floating point.
 
-    Source: Kübler et al., the proximal operator and its three candidates; the way each is found
-    is derived at the top of this module.
+    Source: Kübler et al., the proximal operator and its three candidates. How each candidate is
+    computed is derived at the top of this module.
     """
     if z.dim() == 0 or z.shape[-1] % 4:
         raise ValueError(f"z must have a last dimension divisible by 4, got {tuple(z.shape)}")
@@ -108,7 +109,7 @@ def prox_operator(z: Tensor, lambda_: float | Tensor) -> Tensor:
 
 @cache
 def _numba_kernels() -> Any:
-    """The module of the CPU kernel, None where numba is not installed."""
+    """The module with the CPU kernel; None where numba is not installed."""
     if find_spec("numba") is None:
         return None
     return import_module("pipeline.solvers.kernels.prox_numba")
@@ -116,14 +117,14 @@ def _numba_kernels() -> Any:
 
 @cache
 def _triton_kernels() -> Any:
-    """The module of the GPU kernel, None where Triton is not installed."""
+    """The module with the GPU kernel; None where Triton is not installed."""
     if find_spec("triton") is None:
         return None
     return import_module("pipeline.solvers.kernels.prox_triton")
 
 
 def _prox_cpu(rows: Tensor, per_row: Tensor, kernels: Any) -> Tensor:
-    """(R, C) through the numba kernel; what it cannot read is converted a few rows at a time."""
+    """The numba kernel on (R, C); a dtype or layout it cannot read is converted in pieces."""
     threads = torch.get_num_threads()
     settings = {
         "steps": NEWTON_STEPS[per_row.dtype],
@@ -161,7 +162,7 @@ def _lambda_per_row(z: Tensor, lambda_: float | Tensor, compute: torch.dtype) ->
             f"lambda_ must be a number or of shape {tuple(z.shape[:-1])}, "
             f"got {tuple(lambda_.shape)}"
         )
-    # An expanded λ has no memory of its own for the kernels to read.
+    # The kernels need one value per row in memory, which an expanded λ does not have.
     values = values.contiguous()
     if bool((values < 0).any()):
         raise ValueError("lambda_ must not be negative")
@@ -175,8 +176,8 @@ def prox_torch(rows: Tensor, per_row: Tensor) -> Tensor:
         rows: (R, C), C divisible by 4.
         per_row: (1,) or (R,), λ in the compute dtype (float32 or float64).
 
-    The path where neither numba nor Triton is installed. It does the kernels' arithmetic, group
-    by group, but passes over its temporaries many times.
+    Used where neither numba nor Triton is installed. The arithmetic is that of the kernels, but it
+    makes many passes over temporaries.
     """
     groups = rows.reshape(-1, 4)
     result = torch.empty_like(groups)
@@ -197,7 +198,7 @@ _NETWORK = ((0, 2), (1, 3), (0, 1), (2, 3), (1, 2))
 def _prox_groups(z: Tensor, lam: Tensor) -> Tensor:
     """(n, 4) groups and (n,) or (1,) λ of one dtype -> (n, 4)."""
     magnitude = z.abs()
-    # Sorted before λ comes in, which may round two magnitudes, or two infinities, into one.
+    # Sorted before scaling: λ may round two magnitudes, or two infinities, to the same value.
     sizes, swaps = list(magnitude.unbind(1)), []
     for i, j in _NETWORK:
         swap = sizes[i] < sizes[j]
@@ -206,12 +207,12 @@ def _prox_groups(z: Tensor, lam: Tensor) -> Tensor:
             torch.where(swap, sizes[i], sizes[j]),
         )
         swaps.append(swap)
-    # 0·inf would be NaN: an infinite λ leaves zeros alone, λ = 0 leaves infinities alone.
+    # 0·inf would be NaN: an infinite λ does not change zeros, λ = 0 does not change infinities.
     largest = torch.finfo(z.dtype).max
     scaled = (lam * torch.where(size > largest, largest, size) for size in sizes)
     u = [torch.where(m > 0, v, m) for m, v in zip(sizes, scaled, strict=True)]
     decided = two_largest_decided(*u)
-    # A decided group may hold anything up to infinity: solve zeros in its place.
+    # A decided group may contain infinities: solve zeros in its place.
     v = [torch.where(decided, 0.0, value) for value in u]
     shrink = list(_shrinkage(*v))
     divisor = lam.clamp(min=torch.finfo(lam.dtype).tiny)
@@ -224,24 +225,24 @@ def _prox_groups(z: Tensor, lam: Tensor) -> Tensor:
             torch.where(swap, shrink[i], shrink[j]),
         )
     left = (magnitude - torch.stack(shrink, 1)).clamp(min=0)
-    # z itself where nothing is taken, so that -0.0 stays; +0.0 for every pruned entry.
+    # z itself where nothing is subtracted, so that -0.0 stays; +0.0 for every pruned entry.
     result = torch.where(left == magnitude, z, torch.where(z < 0, 0 - left, left))
     poison = magnitude.sum(1) + lam
     return torch.where(poison.isnan()[:, None], torch.nan, result)
 
 
 def two_largest_decided(u1: Tensor, u2: Tensor, u3: Tensor, u4: Tensor) -> Tensor:
-    """Where the two largest are certainly optimal; False means "not known"."""
+    """(n,) bool: True where keeping the two largest is proved optimal; False means "not known"."""
     slack = 0.5 + 0.5 * (u1 - u2)
     area = 0.5 * (u1 + u2) * u2
     side = slack + u3
     gain = torch.where(area < slack, area <= u3, 4 * slack * area < side * side)
-    # NaN compares false, so it counts as decided; it is put back at the end.
+    # NaN compares false, so it counts as decided; it is restored at the end.
     return ~(gain & (u1 < 2))
 
 
 def _shrinkage(u1: Tensor, u2: Tensor, u3: Tensor, u4: Tensor) -> tuple[Tensor, ...]:
-    """What the best candidate takes off each sorted ``u``; infinity for what it prunes."""
+    """What the best candidate subtracts from each sorted `u`; infinity where it prunes."""
     two = 0.5 * (u3 * u3 + u4 * u4)
     b1, b2, b3 = _three_kept(u1, u2, u3)
     t1, t2, t3 = b2 * b3, b1 * b3, b1 * b2
@@ -272,10 +273,12 @@ def _pairs(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 def _newton_step(
     at: Tensor, value: Tensor, slope: Tensor, low: Tensor, active: Tensor, tolerance: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One step to the left, not beyond ``low``; entries not ``active`` stay where they are, so
-    that a group's result does not depend on the groups computed beside it.
+    """One step of Newton's method to the left, not beyond `low`.
+
+    Entries that are not `active` do not change, so that the result of a group does not depend on
+    the groups computed with it. Returns the new values and which entries are still active.
     """
-    # No upward slope: there is no root, and the lower bound is the candidate.
+    # Without an upward slope there is no root: the lower bound is the candidate.
     following = torch.where(slope > 0, at - value / slope, low)
     following = torch.maximum(torch.minimum(following, at), low)
     following = torch.where(active, following, at)

@@ -1,11 +1,11 @@
-"""The proximal operator of `prox` as one pass over memory on a GPU, in Triton.
+"""The proximal operator as one pass over memory on a GPU, in Triton.
 
-The mathematics and the names are those of `prox`, the steps those of `prox_kernels`. A program of
-one warp holds its groups in registers from the read to the write; one warp, so that leaving
-Newton's method when all of a program's groups have converged costs no barrier. A group that has
-converged stays as it is, so its result does not depend on its neighbours.
+The mathematics and the names are those of `prox_operator`, the steps those of `prox_numba`. A
+program keeps its groups in registers from the read to the write. It has one warp, so that ending
+Newton's method when all its groups have converged needs no barrier. A group that has converged no
+longer changes, so its result does not depend on its neighbours.
 
-This module imports Triton: `prox` imports it only when it is there.
+This module imports Triton; `prox_operator` imports this module only where Triton is installed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _swap(a, b, swap):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _scale(m, lam, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
-    # 0·inf would be NaN: an infinite λ leaves zeros alone, λ = 0 leaves infinities alone.
+    # 0·inf would be NaN: an infinite λ does not change zeros, λ = 0 does not change infinities.
     return tl.where(m > 0, lam * tl.where(m > LARGEST, LARGEST, m), m)
 
 
@@ -44,14 +44,14 @@ def _positive(x):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _inverse_root(x):  # type: ignore[no-untyped-def]
-    # The floor stands for zero: the hardware would take a denormal for zero and return infinity.
+    # A floor instead of zero: the hardware treats denormals as zero and returns infinity.
     return tl.rsqrt(tl.where(x > 1e-36, x, 1e-36))
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _descend(at, value, slope, low, active, tolerance):  # type: ignore[no-untyped-def]
-    # No upward slope: there is no root, and the lower bound is the candidate.
-    # The square of an inverse root is a division without its corrections: one instruction.
+    # Without an upward slope there is no root: the lower bound is the candidate.
+    # The square of the inverse root is 1 / slope without the corrections of a division: faster.
     inverse = _inverse_root(slope)
     following = tl.where(slope > 0, at - value * (inverse * inverse), low)
     following = tl.where(following < at, following, at)
@@ -62,7 +62,7 @@ def _descend(at, value, slope, low, active, tolerance):  # type: ignore[no-untyp
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _four_kept(u1, u2, u3, u4, active, STEPS: tl.constexpr, TOLERANCE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What four kept takes off, and its F: Newton's method on h."""
+    """What keeping four subtracts, and its F: Newton's method on h."""
     total, least = u1 + u2 + u3 + u4, u1 + u2 + u3 - u4
     k0 = 2 * least - 1
     on_q = k0 >= 0
@@ -103,7 +103,7 @@ def _four_kept(u1, u2, u3, u4, active, STEPS: tl.constexpr, TOLERANCE: tl.conste
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _three_kept(u1, u2, u3, u4, active, STEPS: tl.constexpr, TOLERANCE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What three kept takes off, and its F: Newton's method on k."""
+    """What keeping three subtracts, and its F: Newton's method on k."""
     k1, k2 = (u1 - u3) * (u1 + u3), (u2 - u3) * (u2 + u3)
     # The first step, from q = u3, where the roots are u1 and u2.
     area = u1 * u2
@@ -133,14 +133,14 @@ def _three_kept(u1, u2, u3, u4, active, STEPS: tl.constexpr, TOLERANCE: tl.const
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _shrinkage(a, b, c, d, STEPS: tl.constexpr, TOLERANCE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What the best candidate takes off each sorted λ|z|; infinity for what it prunes."""
+    """What the best candidate subtracts from each sorted λ|z|; infinity where it prunes."""
     zero = tl.zeros_like(a)
     gone = zero + float("inf")
     slack, area = 0.5 + 0.5 * (a - b), 0.5 * (a + b) * b
     side = slack + c
     below = tl.where(area < slack, area, 4 * slack * area)
     above = tl.where(area < slack, c, side * side)
-    # False for NaN, which is put back at the end.
+    # False for NaN, which is restored at the end.
     open_ = ((below <= above) & (a < 2)).to(tl.int32)
     s1, s2, s3, s4 = zero, zero, gone, gone
     if tl.max(open_, 0) > 0:
@@ -153,8 +153,8 @@ def _shrinkage(a, b, c, d, STEPS: tl.constexpr, TOLERANCE: tl.constexpr):  # typ
         best = tl.where(take, four, best)
         s1, s2 = tl.where(take, f1, s1), tl.where(take, f2, s2)
         s3, s4 = tl.where(take, f3, s3), tl.where(take, f4, s4)
-        # Where the rows of the Hessian are dominated by the diagonal all over 0 ≤ x ≤ u, F is
-        # convex there, and a stationary point with x4 > 0 is the minimum.
+        # Where the Hessian is diagonally dominant on all of 0 ≤ x ≤ u, F is convex there, and a
+        # stationary point with x4 > 0 is the minimum.
         certain = (x4 > 0) & (2 * (a + b + c) < 1)
         open_ = tl.where(certain, 0, open_)
         if tl.max(open_, 0) > 0:
@@ -162,7 +162,7 @@ def _shrinkage(a, b, c, d, STEPS: tl.constexpr, TOLERANCE: tl.constexpr):  # typ
             take = (open_ > 0) & (three < best)
             s1, s2 = tl.where(take, f1, s1), tl.where(take, f2, s2)
             s3, s4 = tl.where(take, f3, s3), tl.where(take, gone, s4)
-    # Roots and sums are rounded as the compiler likes: a smaller entry never loses less.
+    # Rounding depends on the compiler: make sure that a smaller entry never loses less.
     s2 = tl.where(s2 > s1, s2, s1)
     s3 = tl.where(s3 > s2, s3, s2)
     s4 = tl.where(s4 > s3, s4, s3)
@@ -172,7 +172,7 @@ def _shrinkage(a, b, c, d, STEPS: tl.constexpr, TOLERANCE: tl.constexpr):  # typ
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _take(z, m, s, inverse):  # type: ignore[no-untyped-def]
     left = _positive(tl.where(s < float("inf"), m - s * inverse, 0.0))
-    # z itself where nothing is taken, so that -0.0 stays; +0.0 for every pruned entry.
+    # z itself where nothing is subtracted, so that -0.0 stays; +0.0 for every pruned entry.
     return tl.where(left == m, z, tl.where(z < 0, 0 - left, left))
 
 
@@ -189,10 +189,10 @@ def _operator(  # type: ignore[no-untyped-def]
     LARGEST: tl.constexpr,
     TINY: tl.constexpr,
 ):
-    """One program: BLOCK groups of one row of ``groups``, which has one λ."""
+    """One program: BLOCK groups of one row of `groups`, which has one λ."""
     row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     lane = tl.arange(0, BLOCK)
-    # Only the part common to the program can pass 2³¹.
+    # Only the offset of the program can exceed 2³¹.
     base = (row.to(tl.int64) * groups + block * BLOCK) * 4
     places = base + (lane[:, None] * 4 + tl.arange(0, 4)[None, :])
     inside = (block * BLOCK + lane < groups)[:, None]
@@ -203,7 +203,7 @@ def _operator(  # type: ignore[no-untyped-def]
     z1, z3 = tl.split(even)
     z2, z4 = tl.split(odd)
     m1, m2, m3, m4 = tl.abs(z1), tl.abs(z2), tl.abs(z3), tl.abs(z4)
-    # Sorted before λ comes in, which may round two magnitudes, or two infinities, into one.
+    # Sorted before scaling: λ may round two magnitudes, or two infinities, to the same value.
     a, c, swap_ac = _order(m1, m3)
     b, d, swap_bd = _order(m2, m4)
     a, b, swap_ab = _order(a, b)
@@ -240,16 +240,16 @@ def prox_triton(
     block: int = BLOCK,
     warps: int = WARPS,
 ) -> Tensor:
-    """The operator of ``rows``.
+    """The proximal operator of `rows`.
 
     Args:
         rows: (R, C) on a GPU, contiguous, any floating dtype.
         per_row: (1,) or (R,), λ in the compute dtype.
-        steps, tolerance: of Newton's method.
-        block, warps: groups and warps in a program, a power of two each.
+        steps, tolerance: the most steps and the tolerance of Newton's method.
+        block, warps: groups and warps of a program, each a power of two.
 
     Returns:
-        (R, C) in the dtype of ``rows``.
+        (R, C) in the dtype of `rows`.
     """
     result = torch.empty_like(rows)
     groups = rows.numel() // 4 // len(per_row)

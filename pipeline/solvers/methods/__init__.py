@@ -1,1 +1,1 @@
-"""The pruning methods, one file each: see `docs/extending.md`. Importing this imports nothing."""
+"""The pruning methods, one file each (`docs/extending.md`). Importing this imports nothing else."""

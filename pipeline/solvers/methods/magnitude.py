@@ -1,20 +1,20 @@
-"""Magnitude pruning: the largest |W| stay as they are."""
+"""Magnitude pruning: keeps the largest |W|, without changing their values."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pipeline.solvers.base import BaseSolver, Found, GroupData
+from pipeline.solvers.base import BaseSolver, GroupData, MethodResult
 from pipeline.solvers.masks import keep_mask
 
 HELP = "keeps the largest |w|"
-# Of a refinement: the choice needs none.
+# Used by a refinement only: choosing the mask needs no Hessian.
 DEFAULTS = {"damping": 0.001, "shrinkage": "estimate"}
 
 
 class MagnitudeSolver(BaseSolver):
-    """Keeps the largest |W|: N of M in every group, or, unstructured, of the whole layer."""
+    """Keeps the largest |W|: N of M in every group, or those of the whole layer (unstructured)."""
 
     statistic = "none"
     by_score = True
@@ -22,10 +22,10 @@ class MagnitudeSolver(BaseSolver):
 
     @property
     def separable(self) -> bool:
-        """False for unstructured: one threshold holds for all rows of a layer."""
+        """False for an unstructured pattern: one threshold for all rows of a layer."""
         return self.pattern.structured
 
-    def _find(self, original: Tensor, prepared: GroupData) -> Found:
+    def _find(self, original: Tensor, prepared: GroupData) -> MethodResult:
         score = original.abs()
         if self.pattern.structured:
             mask = keep_mask(self.pattern, score)
@@ -34,5 +34,5 @@ class MagnitudeSolver(BaseSolver):
             mask = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
             mask[flat[: int(score.numel() * self.pattern.sparsity)]] = False
             mask = mask.view_as(score)
-        still = torch.zeros(len(original), device=original.device)
-        return Found(original * mask, mask, 1, still)
+        no_change = torch.zeros(len(original), device=original.device)
+        return MethodResult(original * mask, mask, 1, no_change)

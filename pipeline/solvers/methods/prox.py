@@ -1,4 +1,4 @@
-"""``prox``: proximal gradient with a growing lambda (Kübler et al., "A Proximal Operator for
+"""`prox`: proximal gradient with a growing lambda (Kübler et al., "A Proximal Operator for
 Inducing 2:4-Sparsity", the algorithm of its section on layer-wise pruning)."""
 
 from __future__ import annotations
@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from pipeline.config.solver import SolverSettings
-from pipeline.solvers.base import BaseSolver, Found, GroupData, solve_diagonal, support_change
+from pipeline.solvers.base import (
+    BaseSolver,
+    GroupData,
+    MethodResult,
+    solve_diagonal,
+    support_change,
+)
 from pipeline.solvers.cost import OPERATIONS_PER_ENTRY, MethodCost, SolveCounts
 from pipeline.solvers.hessian import largest_eigenvalue
 from pipeline.solvers.kernels.prox_operator import prox_operator
@@ -20,33 +26,33 @@ from storage.errors import ConfigError
 HELP = "proximal gradient with a growing regularizer that is zero on 2:4 groups"
 DEFAULTS = {"damping": 0.01, "shrinkage": 0.0, "refine": "cg"}
 
-# lambda beyond which the operator keeps two of four whatever the row: entries of a row scaled to
-# mean magnitude 1 that are small enough to survive it are below fp32's reach of the others.
+# The largest lambda. Above it the operator keeps two of four in any row of mean magnitude 1: a
+# third entry small enough to survive would be below fp32's resolution of the others.
 _LAMBDA_END = 1e4
 _CHECK_EVERY = 50
-# Iterations until at most two of four are left, at the default schedule.
+# Iterations until every group is 2:4, at the default schedule.
 _TYPICAL_ITERATIONS = 700
-# The share of its schedule after which every row is two of four, as seen in real layers.
+# Share of the schedule after which every row is 2:4, measured on real layers.
 _TYPICAL_SHARE = 0.45
-_POWER_STEPS = 64  # of the largest eigenvalue
+_POWER_STEPS = 64  # to estimate the largest eigenvalue
 
 
 class ProxSolver(BaseSolver):
     """W~ <- prox_{lambda_k}(W~ - (W~ - W~0) H~ / lambda_max), lambda_k = lambda_0 beta^k.
 
-    lambda_k contains the step size. Rows are scaled to mean magnitude 1 each. A row whose groups
-    all have two zeros is final and stands still while the others go on, so no row depends on
-    another; every 50 iterations the host looks whether any is left. Rows not done when lambda
-    has passed 1e4 keep the two largest of each group.
-    Memory beyond the Hessian: one C x C fp32, and five (R, C). Time: one product (R, C) x (C, C)
-    an iteration, about 700 at beta = 1.01. With n inputs in place of the Hessian two products
-    (R, C) x (C, n), and no C x C.
+    lambda_k contains the step size. Each row is scaled to mean magnitude 1. A row that is 2:4 is
+    final and no longer updated, so no row depends on another. Every 50 iterations the host checks
+    whether all rows are final. When lambda exceeds 1e4, the remaining rows keep the two largest
+    entries of each group.
+    Memory beyond the Hessian: one C x C and five (R, C), fp32. Time: one product (R, C) x (C, C)
+    per iteration, about 700 iterations at beta = 1.01. With n inputs in place of the Hessian: two
+    products (R, C) x (C, n) per iteration, and no C x C.
     """
 
     joint = True
     compiles = True
     rows_held = 7
-    own_settings = ("prox_lambda", "prox_growth")
+    method_settings = ("prox_lambda", "prox_growth")
     unsettled_advice = (
         "A --prox-growth closer to 1 lets the mask settle before it is fixed; it takes longer."
     )
@@ -64,21 +70,21 @@ class ProxSolver(BaseSolver):
         matrix = None if few else prepared.problem.write()
         return replace(prepared, matrix=matrix, eigenvalue=largest_eigenvalue(prepared.problem))
 
-    def _find(self, original: Tensor, prepared: GroupData) -> Found:
+    def _find(self, original: Tensor, prepared: GroupData) -> MethodResult:
         problem, matrix = prepared.problem, prepared.matrix
         assert problem is not None
         if problem.shrinkage == 1:
             return solve_diagonal(original, problem, self.pattern)
-        target, sizes = problem.enter(original)
+        target, sizes = problem.scale_rows(original)
         rate = 1 / prepared.eigenvalue
         growth = self.settings.prox_growth
         limit = math.ceil(self._schedule())
         rows, strength, iterations = target, self.settings.prox_lambda, 0
         done = _two_of_four(rows)
         for iterations in range(1, limit + 1):
-            away = rows - target
-            slope = problem.multiply(away) if matrix is None else away @ matrix
-            descended = rows - slope.mul_(rate)
+            change = rows - target
+            gradient = problem.multiply(change) if matrix is None else change @ matrix
+            descended = rows - gradient.mul_(rate)
             rows = torch.where(done, rows, prox_operator(descended, strength))
             done |= _two_of_four(rows)
             strength *= growth
@@ -86,21 +92,21 @@ class ProxSolver(BaseSolver):
                 break
         mask = keep_mask(self.pattern, rows.abs())
         changed = support_change(rows != 0, (rows != 0) & mask, mask)
-        weight = problem.leave(rows * mask, sizes)
-        return Found(weight, mask, iterations, changed)
+        weight = problem.unscale_rows(rows * mask, sizes)
+        return MethodResult(weight, mask, iterations, changed)
 
     def _schedule(self) -> float:
-        """Iterations after which lambda is at its end."""
+        """Iterations until lambda reaches its largest value."""
         start, growth = self.settings.prox_lambda, self.settings.prox_growth
         return math.log(_LAMBDA_END / start) / math.log(growth)
 
     def method_cost(self, columns: int) -> MethodCost:
-        """A product and the operator in each iteration."""
+        """One product and one application of the operator per iteration."""
         elementwise = _TYPICAL_ITERATIONS * OPERATIONS_PER_ENTRY * columns
         return MethodCost(_TYPICAL_ITERATIONS, per_row=elementwise)
 
     def method_counts(self, rows: int, columns: int, device: str) -> SolveCounts:
-        """Iterations, and the power method for the step size."""
+        """The iterations, and the power method for the step size."""
         iterations = math.ceil(_TYPICAL_SHARE * self._schedule())
         return SolveCounts(
             products=iterations,
@@ -110,7 +116,7 @@ class ProxSolver(BaseSolver):
         )
 
     def counts_of_inputs(self, whole: SolveCounts, columns: int, inputs: float) -> SolveCounts:
-        """The power method multiplies with the inputs, too."""
+        """As for all methods; the power method, too, multiplies by the inputs."""
         counts = super().counts_of_inputs(whole, columns, inputs)
         saved = 4.0 * _POWER_STEPS * columns**2 * (1 - 2 * inputs / columns)
         return replace(counts, moved=whole.moved - saved)
@@ -121,6 +127,6 @@ class ProxSolver(BaseSolver):
 
 
 def _two_of_four(rows: Tensor) -> Tensor:
-    """(R, C) -> (R, 1) bool: at most two of every four are non-zero in the whole row."""
+    """(R, C) -> (R, 1) bool: whether every group of four has at most two non-zero entries."""
     used = (rows != 0).view(rows.shape[0], -1, 4).sum(dim=2, dtype=torch.int8)
     return (used <= 2).all(dim=1, keepdim=True)

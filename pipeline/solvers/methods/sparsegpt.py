@@ -1,9 +1,10 @@
 """SparseGPT (Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
-One-Shot"): columns left to right, each one's error passed on to the columns at its right.
+One-Shot"): prunes columns from left to right and compensates each error in the columns to its
+right.
 
-U is the upper Cholesky factor of the inverse Hessian, U^T U = H^-1, computed in float64: a choice
-between two close scores changes the rest of its row, and fp32 factors differ from the reference's
-by more than the choices bear (one row in 64 on a layer with fewer tokens than columns).
+U is the upper Cholesky factor of the inverse Hessian, U^T U = H^-1, computed in float64. With fp32
+factors some choices between close scores differ from those of the reference, and each changes the
+rest of its row (one row in 64 on a layer with fewer tokens than columns).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pipeline.solvers.base import BaseSolver, Found, GroupData
+from pipeline.solvers.base import BaseSolver, GroupData, MethodResult
 from pipeline.solvers.cost import MethodCost, SolveCounts
 from pipeline.solvers.hessian import raise_damping, require_hessian
 from pipeline.solvers.kernels.cholesky import narrow_, upper_factor_
@@ -24,17 +25,17 @@ from pipeline.solvers.types import Statistics
 HELP = "column by column, each error moved to the columns on the right"
 DEFAULTS = {"damping": 0.01, "shrinkage": 0.0}
 
-# It goes through the columns one by one: its time is mostly that of starting so many small
-# operations, whatever the rows. In operations at the speed of a product, per column.
+# Time per column that does not depend on the rows, mostly to start small operations; in
+# floating-point operations at the speed of a matrix product.
 _OPERATIONS_PER_COLUMN = 8e6
 
 
 def auto_blocksize(columns: int, device_type: str) -> int:
-    """The lazy block that ``--blocksize auto`` takes for a layer of ``columns`` inputs.
+    """The lazy block size of `--blocksize auto` for a layer with `columns` inputs.
 
-    A rule made of measurements (benchmarks/lazy_update.py), not a timing: the same on every
-    worker and at every resume. On a CPU about d^0.6 in multiples of 16, which was within 15 % of
-    the best at d = 256 ... 2048; elsewhere 128, the reference's.
+    A fixed rule from measurements (benchmarks/lazy_update.py), so that all workers and all resumes
+    agree. On a CPU about C^0.6, a multiple of 16: within 15 % of the best time for C of 256 to
+    2048. Elsewhere 128, as in the reference implementation.
     """
     if device_type != "cpu":
         return 128
@@ -42,20 +43,20 @@ def auto_blocksize(columns: int, device_type: str) -> int:
 
 
 class SparseGptSolver(BaseSolver):
-    """SparseGPT with lazy blocks of ``blocksize`` columns.
+    """SparseGPT with lazy blocks of `blocksize` columns.
 
-    N:M chooses in each group, unstructured by one threshold per block over all rows.
-    Memory beyond the Hessian: the factor in float64, narrowed in place, so the bytes of two C x C
-    fp32 per group; (R, C) fp32 twice. Time: C^3 operations per group, R C^2 per layer.
+    N:M patterns choose within each group; unstructured ones by one threshold per block over all
+    rows. Memory beyond the Hessian: the float64 factor, rounded to fp32 in place (the bytes of two
+    C x C fp32 per group), and two (R, C) fp32. Time: C^3 operations per group, R C^2 per layer.
     """
 
     writes_hessian = True
     rows_held = 5
-    own_settings = ("blocksize",)
+    method_settings = ("blocksize",)
 
     @property
     def separable(self) -> bool:
-        """False for unstructured: a block's threshold is taken over all rows of a layer."""
+        """False for an unstructured pattern: the threshold of a block is that of all rows."""
         return self.pattern.structured
 
     def _derive(self, prepared: GroupData) -> GroupData:
@@ -67,10 +68,10 @@ class SparseGptSolver(BaseSolver):
                 return replace(prepared, problem=problem, matrix=narrow_(factor))
             problem = raise_damping(problem)
 
-    def _find(self, original: Tensor, prepared: GroupData) -> Found:
+    def _find(self, original: Tensor, prepared: GroupData) -> MethodResult:
         assert prepared.problem is not None
         assert prepared.matrix is not None
-        # A power of two changes no comparison and no rounding, and keeps squares in range.
+        # Scaling by a power of two changes no comparison or rounding, and keeps squares in range.
         peak = original.abs().amax(dim=1, keepdim=True)
         if not self.pattern.structured and len(original):
             peak = peak.amax(dim=0, keepdim=True)
@@ -84,11 +85,11 @@ class SparseGptSolver(BaseSolver):
             block = slice(left, min(left + width, columns))
             errors = self._solve_block(weight, mask, prepared.matrix, block)
             weight[:, block.stop :].addmm_(errors, prepared.matrix[block, block.stop :], alpha=-1)
-        still = torch.zeros(len(original), device=original.device)
-        return Found(torch.ldexp(weight, exponent), mask, columns, still, width)
+        no_change = torch.zeros(len(original), device=original.device)
+        return MethodResult(torch.ldexp(weight, exponent), mask, columns, no_change, width)
 
     def _block_width(self, weight: Tensor) -> int:
-        """The lazy block, rounded up to whole groups: a choice must not straddle two blocks."""
+        """The lazy block size, rounded up to whole groups: no group may span two blocks."""
         asked = self.settings.blocksize
         columns, kind = weight.shape[1], weight.device.type
         width = asked if isinstance(asked, int) else auto_blocksize(columns, kind)
@@ -96,7 +97,7 @@ class SparseGptSolver(BaseSolver):
         return -(-width // group) * group
 
     def _solve_block(self, weight: Tensor, mask: Tensor, upper: Tensor, block: slice) -> Tensor:
-        """Prune the columns ``block`` of ``weight`` (R, C) in place; returns errors (R, B)."""
+        """Prune the columns `block` of `weight` (R, C) in place; returns errors (R, B)."""
         local = weight[:, block].contiguous()
         inner = upper[block, block].contiguous()
         pivots = inner.diagonal()
@@ -119,17 +120,17 @@ class SparseGptSolver(BaseSolver):
         return errors
 
     def method_cost(self, columns: int) -> MethodCost:
-        """A factor, one product's worth of updates, and the columns' own time."""
+        """The factor, updates that cost as much as one product, and a fixed time per column."""
         return MethodCost(1, 4.0 * columns**3 + _OPERATIONS_PER_COLUMN * columns)
 
     def method_counts(self, rows: int, columns: int, device: str) -> SolveCounts:
-        """Errors passed on, column by column inside a lazy block."""
+        """The factor, and the updates: column by column inside a lazy block, then all at once."""
         asked = self.settings.blocksize
         width = asked if isinstance(asked, int) else auto_blocksize(columns, device)
         return SolveCounts(
-            # Each block's errors go to all columns on its right: R C^2 operations in all.
+            # The errors of a block update all columns to its right: R C^2 operations in all.
             other=float(rows) * columns * columns,
-            # Inside a block every column is one rank-one update of what is left of the block.
+            # Inside a block every column makes a rank-one update of the remaining columns.
             moved=8.0 * rows * columns * (width / 2 + 8) + 32.0 * columns * columns,
             factor=float(columns) ** 3,
             operators=10 * columns,
@@ -140,15 +141,16 @@ class SparseGptSolver(BaseSolver):
         return 8.0 * columns * columns
 
     def matrix_bytes_of_inputs(self, rows: int, columns: float, inputs: float) -> float:
-        """The Hessian is made of the inputs, in fp32 and float64."""
+        """The Hessian computed from the inputs, in fp32 and float64."""
         return 12.0 * columns * columns
 
 
 def _reference_hessian(statistics: Statistics, damping: float, shrinkage: float) -> Tensor:
-    """The reference's H, (C, C) float64.
+    """H as the reference implementation regularizes it, (C, C) float64.
 
-    Its scale is 2 / (number of sequences) and dead columns get 1 before the mean is taken for
-    the damping: with another scale that 1, and with it the damping, means something else.
+    The sum of x x^T is multiplied by 2 / sequences, and the diagonal of dead columns set to 1,
+    before the damping is computed from its mean. The scale matters: it decides the weight of those
+    ones in the damping.
     """
     scale = 2 / max(statistics.sequences, 1)
     hessian = require_hessian(statistics).double()

@@ -96,10 +96,10 @@ def test_a_resumed_job_finds_its_activations(hosts: Hosts, tmp_path: Path) -> No
     second = case.job()
     second.run()
     assert moved(second) == []
-    homes = case.addresses()
-    assert len(homes) == BLOCKS
-    assert sorted(homes[0]) == ["127.0.0.2", "127.0.0.3"]
-    assert homes == [homes[0]] * BLOCKS
+    nodes = case.addresses()
+    assert len(nodes) == BLOCKS
+    assert sorted(nodes[0]) == ["127.0.0.2", "127.0.0.3"]
+    assert nodes == [nodes[0]] * BLOCKS
     assert contents(second.output) == case.expected
 
 
@@ -118,10 +118,10 @@ def test_a_lost_node_moves_no_other_rank(hosts: Hosts, tmp_path: Path) -> None:
     other = Afterwards(job, 1, lambda: hosts.lose("b"))
     job.run()
     other.join()
-    homes = case.addresses()
-    assert sorted(homes[0]) == ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
-    lost = homes[0].index("127.0.0.3")
-    assert [*homes[-1][:lost], *homes[-1][lost + 1 :]] == [*homes[0][:lost], *homes[0][lost + 1 :]]
-    assert homes[-1][lost] == "127.0.0.5"
+    nodes = case.addresses()
+    assert sorted(nodes[0]) == ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
+    lost = nodes[0].index("127.0.0.3")
+    assert [*nodes[-1][:lost], *nodes[-1][lost + 1 :]] == [*nodes[0][:lost], *nodes[0][lost + 1 :]]
+    assert nodes[-1][lost] == "127.0.0.5"
     assert len(moved(job)) == 1
     assert contents(job.output) == case.expected

@@ -9,7 +9,7 @@ from typing import Any
 PRUNED = "pruned"
 KNOWN, CLASS, FOUND = "config", "class", "public"
 """Where a layout was taken from: the published config.json as known to the author, transformers'
-config class (its docstring and defaults), or a copy of the published file in public sources."""
+config class (its docstring and defaults), or copies in public code."""
 
 # What every config.json of a tiny model says, under the names that most families share.
 SIZES: dict[str, Any] = {

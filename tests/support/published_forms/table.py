@@ -15,8 +15,8 @@ from tests.support.published_forms.outcome import TOLERANCE, Outcome
 
 PAGE = Path(__file__).parents[3] / "docs" / "published-forms.md"
 _SOURCES = {
-    KNOWN: "the `config.json` of the repository",
-    FOUND: "a copy of that `config.json` in public code",
+    KNOWN: "the repository's `config.json`, as the author of the form knows it; it was not at hand",
+    FOUND: "that `config.json`, or its particular keys, as copied in public code",
     CLASS: "the defaults and docstring of transformers' config class",
 }
 _LONGEST = 170
@@ -33,8 +33,8 @@ that the files hold beside the model's are there too. Values are random. `plan`,
 `verify` and `eval` run on each.
 
 - *pruned*: all went well, routers kept their bytes, and the loss of the dense and of the pruned
-  folder is that of plain transformers {version}, in float32, within {tolerance:g} (relative; the
-  largest difference was {worst:.0e}).
+  folder is that of plain transformers {version}, in float32, within {tolerance:g} (relative;
+  the largest difference was {worst:.0e}).
 - *refused*: exit status 2 with this message, and no output.
 
 `python -m tests.support.published_forms --table` writes this page. The last column says where a

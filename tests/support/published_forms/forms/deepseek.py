@@ -217,7 +217,6 @@ FORMS = (
         ),
         "correction bias `[1, E]` in `moe_statics`; tied",
         experts=_GATED,
-        source=FOUND,
     ),
     Form(
         "MiniMaxAI/MiniMax-M2 in bf16",

@@ -49,7 +49,6 @@ class Activation(nn.Module):
     def __init__(self, stacked: nn.Module) -> None:
         """`stacked` loses its parameters."""
         super().__init__()
-        self._gated = _has_gate(stacked)
         for name, _ in list(stacked.named_parameters(recurse=False)):
             delattr(stacked, name)
         self.stacked: Any = stacked
@@ -60,7 +59,7 @@ class Activation(nn.Module):
             gate, up = first.chunk(2, dim=-1)
             scored: Tensor = up * self.stacked.act_fn(gate)
             return scored
-        if self._gated:
+        if getattr(self.stacked, "has_gate", False):
             gated: Tensor = self.stacked._apply_gate(first)
             return gated
         plain: Tensor = self.stacked.act_fn(first)
@@ -186,12 +185,12 @@ def is_stacked(module: nn.Module) -> bool:
     for experts go by. Llama 4's have none, and are known by their class.
     """
     parameters = dict(module.named_parameters(recurse=False))
-    if not _is_scored(module) and not hasattr(module, "_apply_gate"):
-        return False
-    # Versions of transformers that know no such norms do not say so.
-    if getattr(module, "has_post_expert_norm", False):
-        return False
-    weights = {"gate_up_proj" if _has_gate(module) else "up_proj", _LAST}
+    weights = {"gate_up_proj", _LAST}
+    if not _is_scored(module):
+        # Only versions of transformers that know such norms say whether there are any.
+        if not hasattr(module, "_apply_gate") or getattr(module, "has_post_expert_norm", False):
+            return False
+        weights = {"gate_up_proj" if module.has_gate else "up_proj", _LAST}
     biases = {name + _BIAS for name in weights} if getattr(module, "has_bias", False) else set()
     return set(parameters) == weights | biases and all(
         parameter.dim() == (2 if name in biases else 3) for name, parameter in parameters.items()
@@ -203,11 +202,6 @@ def _is_scored(module: nn.Module) -> bool:
     return type(module).__name__ == "Llama4TextExperts" and not hasattr(module, "_apply_gate")
 
 
-def _has_gate(stacked: nn.Module) -> bool:
-    """Whether a module of stacked experts has gates; its parameters show it before 5.6."""
-    return bool(getattr(stacked, "has_gate", hasattr(stacked, "gate_up_proj")))
-
-
 def holds_transposed(stacked: nn.Module) -> bool:
     """Whether a stacked module holds the experts' weights as (experts, C, R)."""
     return _is_scored(stacked) or bool(getattr(stacked, "is_transposed", False))
@@ -215,9 +209,7 @@ def holds_transposed(stacked: nn.Module) -> bool:
 
 def _is_plain(stacked: Any) -> bool:
     """Whether gate and up of an expert are the halves of its rows, and may be layers apart."""
-    if holds_transposed(stacked) or getattr(stacked, "has_bias", False):
-        return False
-    return bool(getattr(stacked, "is_concatenated", True))
+    return not holds_transposed(stacked) and not stacked.has_bias and stacked.is_concatenated
 
 
 def stacked_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ layout was taken from:
 
 def names_in(text: str) -> list[str]:
     """The names of the forms that a page has rows for, in its order."""
-    return re.findall(r"^\| `?(.+?)`? \| .* \|$", text, re.MULTILINE)[1:]
+    return re.findall(r"^\| `?(.+?)`? \| .* \|$", text, re.MULTILINE)[2:]
 
 
 def page(outcomes: Mapping[str, Outcome]) -> str:

@@ -77,7 +77,6 @@ FORMS = (
         "soft-capped logits; sliding and global blocks without `layer_types`; fp32",
         dtype="float32",
         files=3,
-        quick=True,
     ),
     Form(
         "google/gemma-3-1b-pt",
@@ -144,7 +143,6 @@ FORMS = (
         "as Phi-1.5; two weight files",
         dtype="float16",
         files=2,
-        quick=True,
     ),
     Form(
         "susnato/phi-2 (first port, persimmon keys)",

@@ -33,7 +33,6 @@ FORMS = (
         extra=_INV_FREQ,
         dtype="float16",
         files=2,
-        quick=True,
     ),
     Form(
         "meta-llama/Llama-2-7b-hf",
@@ -86,7 +85,6 @@ FORMS = (
         ),
         "`rope_scaling` with `rope_type: llama3`; three end tokens",
         files=4,
-        quick=True,
     ),
     Form(
         "meta-llama/Llama-3.2-1B",

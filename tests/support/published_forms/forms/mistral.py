@@ -116,7 +116,6 @@ FORMS = (
         ),
         "norms of q and k; `head_dim`",
         files=5,
-        quick=True,
     ),
     Form(
         "Qwen/Qwen3-0.6B",

@@ -98,7 +98,6 @@ FORMS = (
         "no shared expert; norms of q and k",
         experts=_GATED,
         files=16,
-        quick=True,
     ),
     Form(
         "Qwen/Qwen3-30B-A3B-FP8",

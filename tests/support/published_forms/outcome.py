@@ -111,10 +111,13 @@ def changed_routers(source: Path, output: Path) -> list[str]:
 def plain_loss(form: Form, model: Path, text: Path) -> float:
     """transformers' loss of the folder as it loads it, on the sequences that `eval` takes."""
     factory = getattr(transformers, form.factory)
-    loaded, info = factory.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+    # What is stored in few bits is dequantized to bfloat16, here as there.
+    few_bits = "quantization_config" in json.loads((model / "config.json").read_text())
+    dtype = torch.bfloat16 if few_bits else torch.float32
+    loaded, info = factory.from_pretrained(model, dtype=dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{form.name} is not as published: it lacks {', '.join(missing[:4])}")
-    loaded.float().eval()  # what was stored in few bits is bfloat16 whatever is asked for
+    loaded.float().eval()
     tokens = AutoTokenizer.from_pretrained(model)(text.read_text(), add_special_tokens=False)
     ids = torch.tensor(tokens["input_ids"])[: SEQUENCES * SEQLEN].reshape(SEQUENCES, SEQLEN)
     losses = []

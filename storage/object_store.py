@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qsl, urlsplit
 
 from storage.errors import ConfigError, ResourceError, first_line
@@ -302,5 +302,43 @@ class ObjectFile:
         self.close()
 
 
-Readable = io.FileIO | ObjectFile
+class MadeFile(Protocol):
+    """A file that is computed as it is read. ObjectFile has the same methods.
+
+    size: in bytes.
+    """
+
+    size: int
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        """A value that changes when the contents do."""
+        ...
+
+    def seek(self, position: int) -> int:
+        """Where the next read begins, in bytes from the start."""
+        ...
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        ...
+
+    def read(self, count: int) -> bytes:
+        """The next bytes, `count` unless the file ends."""
+        ...
+
+    def readinto(self, view: memoryview) -> int:
+        """Fill `view`, unless the file ends; returns how many bytes were read."""
+        ...
+
+    def close(self) -> None:
+        """Free all resources."""
+        ...
+
+    def __enter__(self) -> MadeFile: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+Readable = io.FileIO | ObjectFile | MadeFile
 """A weight file open for reading."""

@@ -19,6 +19,7 @@ FLOORS = (
     "runtime",
     "text",
     "solvers",
+    "formats",
     "models",
     "statistics",
     "messages",

@@ -85,10 +85,11 @@ def _heading(plan: Plan) -> list[str]:
     cpu = "1 CPU worker" if job.workers == 1 else f"{job.workers} CPU workers"
     where = f"{job.workers} x {job.rates.name}" if job.rates.on_gpu else cpu
     nodes = f" on {job.nodes} nodes" if job.nodes > 1 else ""
+    in_few_bits = f" (in bfloat16; stored as {shape.stored_as})" if shape.stored_as else ""
     source = "measured rates" if job.rates.measured else "data sheets and stated efficiencies"
     lines = [
         f"{shape.name}: {_count(shape.parameters)} parameters, "
-        f"{size_text(shape.weight_bytes)}, {len(shape.blocks)} blocks",
+        f"{size_text(shape.weight_bytes)}, {len(shape.blocks)} blocks{in_few_bits}",
         f"{job.settings.method} {job.settings.pattern}, {job.nsamples} x {job.seqlen} tokens, "
         f"{where}{nodes} ({source})",
     ]

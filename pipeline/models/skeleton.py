@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from pipeline.formats.open_model import open_model
 from pipeline.models.expert_part import ExpertPart
 from pipeline.models.from_config import build, load_config, longest_input, rehearse
 from pipeline.models.linears import as_held, is_linear, is_transposed
@@ -239,7 +240,7 @@ def open_skeleton(place: Place, *, dtype: str | None, trust_remote_code: bool) -
     missing or have the wrong shape; `CorruptFileError` for damaged files. What is stored and
     becomes nothing in the model is no reason.
     """
-    files = ModelFiles.read_headers(place)
+    files = open_model(place)
     config = load_config(files, trust_remote_code)
     forward_dtype = _forward_dtype(config, files, dtype)
     if not trust_remote_code:  # a model's own code may not be fit for it

@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ from storage.errors import ModelError, first_line
 NOT_REACHED = "a forward of text does not reach this block"
 """Why the layers of a block that is passed by stay dense."""
 
-_SHAPE = (2, 4)  # sequences and tokens of the tiny forward
+_SHAPE = (2, 3)  # sequences and tokens of the tiny forward
 _FORMS = 4  # a tensor, and tuples of up to three values
 _REFUSED = "; this architecture is not supported"
 
@@ -97,18 +98,26 @@ def hollow(skeleton: Skeleton) -> PreTrainedModel:
     Of a weight (V, C) only V + C numbers are held: entry (i, j) is number i + j, so that rows
     differ. The blocks are copies that may be given another `forward`.
     """
-    blocks = skeleton.blocks
-    inside = {id(parameter) for parameter in blocks.parameters()}
-    model = copy.deepcopy(skeleton.model, {id(block): copy.copy(block) for block in blocks})
+    copies = {id(block): copy.copy(block) for block in skeleton.blocks}
+    model = copy.deepcopy(skeleton.model, dict(copies))
     generator = torch.Generator().manual_seed(0)
-    for owner in model.modules():
+    for owner in _outside(model, set(map(id, copies.values()))):
         for name, parameter in list(owner.named_parameters(recurse=False)):
-            if id(parameter) not in inside and parameter.is_meta:
+            if parameter.is_meta:
                 shape = parameter.shape
                 numbers = torch.rand(max(1, sum(shape) - len(shape) + 1), generator=generator)
                 value = numbers.to(parameter.dtype).as_strided(shape, [1] * len(shape))
                 setattr(owner, name, nn.Parameter(value, requires_grad=False))
-    return model.eval()
+    return model
+
+
+def _outside(model: nn.Module, blocks: set[int]) -> Iterator[nn.Module]:
+    """The modules of a model but for its blocks, which are given by id, and what is in them."""
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        yield module
+        pending.extend(child for child in module.children() if id(child) not in blocks)
 
 
 def blocks_of(model: PreTrainedModel, path: str) -> list[nn.Module]:
@@ -174,9 +183,10 @@ def _require_own_weights(skeleton: Skeleton) -> None:
     """Raises `ModelError` for blocks that are one module, or share a parameter."""
     owners: dict[int, int] = {}
     for number, block in enumerate(skeleton.blocks):
-        for name, parameter in block.named_parameters():
+        for parameter in block.parameters():
             other = owners.setdefault(id(parameter), number)
             if other != number:
+                name = next(n for n, p in block.named_parameters() if p is parameter)
                 raise ModelError(
                     f"blocks {other} and {number} of {type(skeleton.model).__name__} share "
                     f"{name}: it would be pruned twice; this architecture is not supported"
@@ -186,8 +196,7 @@ def _require_own_weights(skeleton: Skeleton) -> None:
 def _look(model: PreTrainedModel, blocks: list[nn.Module]) -> TextForward:
     """Finds out what `text_forward` returns, and refuses what it refuses."""
     look, kind = _Look(model, blocks), type(model).__name__
-    tokens = torch.arange(_SHAPE[0] * _SHAPE[1]).reshape(_SHAPE)
-    tokens = tokens % int(model.get_input_embeddings().num_embeddings)
+    tokens = _plain_tokens(model)
     returns = look.find_returns(tokens)
     first = look.walk(tokens, returns)
     second = look.walk(tokens, returns, seed=1, last=first.last)
@@ -207,6 +216,22 @@ def _look(model: PreTrainedModel, blocks: list[nn.Module]) -> TextForward:
         raise ModelError(f"{kind} makes its output of more than its last block's{_REFUSED}")
     called = first.arguments.keys()
     return TextForward(tuple(r if n in called else None for n, r in enumerate(returns)))
+
+
+def _plain_tokens(model: PreTrainedModel) -> Tensor:
+    """Different tokens from the middle of the vocabulary, none that the config names: code may
+    treat padding, or an image's place, in another way."""
+    special: set[int] = set()
+    for config in (model.config, model.config.get_text_config()):
+        for name, value in vars(config).items():
+            if name.endswith(("token_id", "token_index")):
+                values = value if isinstance(value, list) else [value]
+                special |= {each for each in values if isinstance(each, int)}
+    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    count = _SHAPE[0] * _SHAPE[1]
+    ids = (number % vocabulary for number in range(vocabulary // 2, 2 * vocabulary))
+    plain = list(itertools.islice((n for n in ids if n not in special), count)) or [0]
+    return torch.tensor((plain * count)[:count]).reshape(_SHAPE)
 
 
 def _holds_unknown(value: Any) -> bool:
@@ -278,8 +303,9 @@ class _Look:
             self._check_call(walk, number, hidden_states, given, tokens)
             walk.arguments[number] = arguments
             own = 2 * number + (0 if number == last else seed)
-            numbers = torch.rand(hidden_states.shape, generator=torch.Generator().manual_seed(own))
-            given = numbers.to(hidden_states)
+            generator = torch.Generator().manual_seed(own)
+            shape, dtype = hidden_states.shape, hidden_states.dtype
+            given = torch.rand(shape, dtype=dtype, generator=generator)
             return given
 
         def at_head(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -332,6 +358,8 @@ class _Look:
             raise self._refusal(f"{self.kind} calls its blocks in another order: {order}")
         if shape != given.shape:
             raise _Lost("a block is not called with what the one before returns")
+        if hidden_states is given:
+            return
         if hidden_states.dtype != given.dtype or not torch.equal(hidden_states, given):
             raise self._refusal(
                 f"{self.kind} changes the hidden states between blocks {walk.last} and {number}"

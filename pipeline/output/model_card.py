@@ -17,6 +17,7 @@ from pipeline.config.methods import METHODS
 from pipeline.solvers.registry import solver_class
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BLOCK = re.compile(r"\.\d+\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _WORST = 5
 _STATISTICS = {
@@ -54,8 +55,10 @@ def model_card(
     source_name: str,
     settings: Mapping[str, Any],
     results: Sequence[Mapping[str, Any]],
+    skipped: Mapping[str, str],
     perplexity: Mapping[str, Any] | None,
     license: str | None,
+    stored_as: str = "",
 ) -> str:
     """The card as Markdown, with the front matter that the Hugging Face hub reads.
 
@@ -63,15 +66,18 @@ def model_card(
     with the solver's defaults filled in. results: one entry per pruned layer with `name`, `block`,
     `layer`, `shape` and the fields of its `SolveReport`. perplexity: what `evaluate` returns, with
     `dense` added if the dense model was measured too; None if it was not measured. license: that in
-    the source's card, or None.
+    the source's card, or None. stored_as: how a source in few bits is stored, for people.
+
+    skipped: linear layers of the blocks that were not pruned, with the reason.
     """
     parts = [
         _front_matter(source_name, settings, license),
-        _introduction(source_name, settings, results),
+        _introduction(source_name, settings, results, stored_as),
         _settings_table(settings),
+        _skipped(skipped),
         _error_tables(results),
         _perplexity(perplexity),
-        _LOADING,
+        _LOADING + (_NAMES_IN_BFLOAT16 if stored_as else _NAMES) + _RESULTS,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -86,7 +92,13 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 
-Weight files, tensor names and dtypes are those of the source model; the zeros are stored like any \
+"""
+_NAMES = "Weight files, tensor names and dtypes are those of the source model"
+_NAMES_IN_BFLOAT16 = (
+    "Weight files and tensor names are those of the source model, made bfloat16; quantize it again "
+    "to serve it in fewer bits"
+)
+_RESULTS = """; the zeros are stored like any \
 other value. `prox24.json` holds the full configuration and every layer's results."""
 
 
@@ -116,7 +128,10 @@ def _license(declared: str | None) -> str | None:
 
 
 def _introduction(
-    source_name: str, settings: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
+    source_name: str,
+    settings: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    stored_as: str,
 ) -> str:
     name = source_name.rsplit("/", 1)[-1]
     weights = sum(math.prod(result["shape"]) for result in results)
@@ -125,7 +140,18 @@ def _introduction(
         f"{_code(source_name)}, pruned to {_pattern_in_words(str(settings['pattern']))} by "
         f"prox24 with the method `{settings['method']}`. "
         f"{len(results)} linear layers with {weights:,} weights were pruned; every other tensor is "
-        "that of the source, byte for byte. The model was not trained further."
+        f"that of the source, {_unchanged(stored_as)}. The model was not trained further."
+    )
+
+
+def _unchanged(stored_as: str) -> str:
+    if not stored_as:
+        return "byte for byte"
+    return (
+        f"whose quantized weights ({_escape(stored_as)}) were dequantized to bfloat16 before they "
+        "were pruned, also those that the model's class does not load (such as layers that predict "
+        "further tokens): their scales, and `quantization_config`, are gone. What the source does "
+        "not quantize is copied byte for byte"
     )
 
 
@@ -148,6 +174,22 @@ def _settings_table(settings: Mapping[str, Any]) -> str:
         if settings.get(key) is not None and key not in unused
     ]
     return "## Method and calibration\n\n" + _table(("setting", "value"), rows)
+
+
+def _skipped(skipped: Mapping[str, str]) -> str:
+    """The linear layers that were not pruned, by reason, each kind of layer once; or nothing."""
+    reasons: dict[str, dict[str, int]] = {}
+    for name, reason in skipped.items():
+        counts = reasons.setdefault(reason, {})
+        kind = _BLOCK.sub(".*.", _EXPERT.sub(".experts.*.", name), count=1)
+        counts[kind] = counts.get(kind, 0) + 1
+    if not reasons:
+        return ""
+    lines = [
+        f"- {_escape(reason)}: {', '.join(f'{_code(k)} ({n})' for k, n in counts.items())}"
+        for reason, counts in reasons.items()
+    ]
+    return "Linear layers of the blocks that were not pruned:\n\n" + "\n".join(lines)
 
 
 def _error_tables(results: Sequence[Mapping[str, Any]]) -> str:

@@ -19,6 +19,7 @@ import torch
 from pipeline.config.layers import LayerRules
 from pipeline.config.pattern import Pattern
 from pipeline.config.prune import ModelOptions
+from pipeline.formats.open_model import open_model
 from pipeline.models.linears import is_transposed
 from pipeline.models.selection import choices_of
 from pipeline.models.skeleton import Skeleton, open_skeleton
@@ -84,7 +85,7 @@ def verify(
     began = time.perf_counter()
     skeleton = open_skeleton(absolute(output), dtype=None, trust_remote_code=trust_remote_code)
     results = read_results(skeleton.files)
-    check = _Check(skeleton, ModelFiles.read_headers(absolute(source)), results, advance)
+    check = _Check(skeleton, open_model(absolute(source)), results, advance)
     check.names()
     check.side_files()
     with check:

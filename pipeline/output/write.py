@@ -110,11 +110,16 @@ def describe_output(
     skipped: layers that stay dense, name → why. records: of the blocks that the weight files were
     made from. perplexity: the finished model's, or None if it was not measured.
     """
-    layers = layer_results(records, skeleton.blocks_path)
+    layers, stored_as = (
+        layer_results(records, skeleton.blocks_path),
+        skeleton.files.source.stored_as,
+    )
     results = {
         "schema_version": RESULT_SCHEMA,
         "job": job,
         "source": source_name,
+        # Of a source that is not in few bits the output has the very dtypes.
+        **({"source_stored_as": stored_as} if stored_as else {}),
         "blocks": [
             {"block": record.block, "relative_error": block_error(record)} for record in records
         ],
@@ -134,8 +139,10 @@ def describe_output(
         source_name=source_name,
         settings=card_settings(job),
         results=layers,
+        skipped=skipped,
         perplexity=perplexity,
         license=source_license(skeleton.files.folder),
+        stored_as=stored_as,
     )
     return card, json.dumps(results, indent=1) + "\n"
 

@@ -107,7 +107,8 @@ def measure(model: Place, shape: ModelShape, batch_size: int, workers: int, thre
     """Compute rates of this process, which is one of `workers` measuring processes."""
     torch.set_num_threads(threads)
     base = with_threads(cpu_rates(), threads)
-    kind = shape.kinds[shape.blocks[len(shape.blocks) // 2]]
+    reached = [block for block in range(len(shape.blocks)) if block not in shape.passed_by]
+    kind = shape.kind(reached[len(reached) // 2])
     clock = time.process_time if threads == 1 else time.perf_counter
     host_bytes = psutil.Process().memory_info().rss + RAY_WORKER_BYTES + KEPT_BYTES
     measured: dict[str, Any] = {"host_bytes": host_bytes}

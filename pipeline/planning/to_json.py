@@ -32,6 +32,7 @@ def plan_to_json(plan: Plan, *, scaled: bool = True) -> dict[str, Any]:
             "dtype": shape.dtype,
             "skipped_because": {f"block {b}": NOT_REACHED for b in shape.passed_by},
             "unsupported": shape.unsupported,
+            "stored_as": shape.stored_as or None,
         },
         "job": {
             "settings": job.settings.to_json(),

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.formats.open_model import open_model
 from pipeline.messages import Job
 from pipeline.output.write import partial_prefix
 from pipeline.preflight.disk import existing
 from storage.errors import InputError
-from storage.model.files import ModelFiles
 from storage.object_store import Place, place
 from storage.run.directory import SCRATCH_PREFIX, RunDirectory
 from storage.run.shared_folders import Marked, SharedFolder, answer
@@ -42,7 +42,7 @@ def what_is_not_seen(job: Job, marks: Sequence[Marked], rank: int) -> list[str]:
     if job.source_identity is None:
         return problems
     try:
-        same = ModelFiles.read_headers(place(job.source)).identity() == job.source_identity
+        same = open_model(place(job.source)).identity() == job.source_identity
     except (InputError, OSError) as error:
         return [f"does not see MODEL, {job.source} ({error})", *problems]
     return problems if same else [f"has another model at MODEL, {job.source}", *problems]

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,12 @@ from storage.model.index_file import (
     read_object,
     weight_map,
 )
-from storage.model.other_formats import refuse_other_formats, refuse_quantized
+from storage.model.other_formats import (
+    quantization,
+    refuse_other_formats,
+    refuse_packed,
+    refuse_quantized,
+)
 from storage.model.safetensors_format import (
     TensorEntry,
     header_entries,
@@ -34,7 +40,7 @@ from storage.model.safetensors_format import (
     safetensors_dtype,
     torch_dtype,
 )
-from storage.object_store import ObjectFile, Place, Readable
+from storage.object_store import Place, Readable
 
 __all__ = [
     "INDEX_FILE",
@@ -113,8 +119,13 @@ class ModelFiles:
         return files
 
     @staticmethod
-    def read_headers(place: Place) -> ModelFiles:
+    def read_headers(
+        place: Place, dequantized: Callable[[ModelFiles], ModelFolder] | None = None
+    ) -> ModelFiles:
         """Read config, index and headers of the model at `place`.
+
+        dequantized: gives the bfloat16 folder of a model that is stored in few bits; without it
+        such a model is refused.
 
         What index and weight files do not agree on is noted only, since no one may load it: see
         `require_consistent`. Raises ModelError if something is missing or of an unsupported kind,
@@ -126,7 +137,16 @@ class ModelFiles:
             refuse_other_formats(source.folder, place)
             raise ModelError(f"{place}: no config.json; give a Hugging Face model folder")
         config = read_object(inside(source.folder, "config.json"))
-        refuse_quantized(config, source.where("config.json"))
+        refuse_quantized(config, source.where("config.json"), readable=dequantized is not None)
+        files = ModelFiles._with_headers(source, config)
+        if dequantized is None or quantization(config) is None:
+            return files
+        source = dequantized(files)
+        return ModelFiles._with_headers(source, read_object(inside(source.folder, "config.json")))
+
+    @staticmethod
+    def _with_headers(source: ModelFolder, config: dict[str, Any]) -> ModelFiles:
+        place = source.place
         listed = weight_map(source)
         names = (SINGLE_FILE,) if listed is None else tuple(sorted(set(listed.values())))
         tensors: dict[str, TensorEntry] = {}
@@ -142,6 +162,7 @@ class ModelFiles:
                 tensors[entry.name] = entry
         if not tensors:
             raise ModelError(f"{place}: the weight files hold no tensors")
+        refuse_packed(tensors, source.folder, place)
         if listed is not None:
             contradictions = index_contradictions(listed, tensors) | contradictions
         index = None if listed is None else INDEX_FILE
@@ -201,7 +222,7 @@ class ModelFiles:
     def state(self, name: str) -> tuple[object, ...]:
         """What changes when someone writes to the file that tensor `name` is in."""
         with self.source.open(self.entry(name).file) as file:
-            return _state(file)
+            return stream_state(file)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """A copy of tensor `name` on the CPU, in its stored dtype.
@@ -221,7 +242,7 @@ class ModelFiles:
             shape = (rows[1] - rows[0], *shape[1:])
             start, end = start + rows[0] * row_bytes, start + rows[1] * row_bytes
         with self.source.open(entry.file) as file:
-            state = _state(file)
+            state = stream_state(file)
             # A whole tensor is always compared. Rows, which the solve reads, are those that the
             # calibration has compared, unless the file has changed since.
             compared = name in self.expected and (rows is None or self._seen.get(name) != state)
@@ -274,6 +295,8 @@ class ModelFiles:
         for file in self.files:
             size = self.size(file)
             digests[file] = hashlib.sha256(str(size).encode() + b" " + self.header_bytes(file))
+        if self.source.made_from:
+            digests["stored files"] = hashlib.sha256(self.source.made_from.encode())
         return {name: digest.hexdigest() for name, digest in digests.items()}
 
     def identity(self) -> str:
@@ -284,6 +307,8 @@ class ModelFiles:
         """
         digest = hashlib.sha256()
         parts = [(self.folder / "config.json").read_bytes()]
+        if self.source.made_from:
+            parts.append(self.source.made_from.encode())
         for file in self.files:
             size = self.size(file)
             parts += [file.encode(), str(size).encode(), self.header_bytes(file)]
@@ -300,12 +325,12 @@ def _chunks(start: int, end: int) -> list[tuple[int, int]]:
 
 def size_of(file: Readable) -> int:
     """Bytes of an open file."""
-    return file.size if isinstance(file, ObjectFile) else os.fstat(file.fileno()).st_size
+    return os.fstat(file.fileno()).st_size if isinstance(file, io.FileIO) else file.size
 
 
-def _state(file: Readable) -> tuple[object, ...]:
+def stream_state(file: Readable) -> tuple[object, ...]:
     """A value that changes when an open file is written to or replaced."""
-    if isinstance(file, ObjectFile):
+    if not isinstance(file, io.FileIO):
         return file.state
     status = os.fstat(file.fileno())
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -41,11 +41,14 @@ class ModelFolder(Protocol):
     """The files of a model.
 
     folder: a local folder with all files, except the weights of a model in an object store. place:
-    the model's folder as the user named it.
+    the model's folder as the user named it. stored_as, made_from: of weights in few bits that are
+    read as bfloat16: the format, for people, and the `identity` of the stored files; else "".
     """
 
     folder: Path
     place: Place
+    stored_as: str
+    made_from: str
 
     def exists(self, file: str) -> bool:
         """Whether there is a file of that name."""
@@ -70,6 +73,8 @@ class ModelFolder(Protocol):
 
 class LocalFolder:
     """A model on a disk."""
+
+    stored_as = made_from = ""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -103,13 +108,15 @@ class RemoteFolder:
     ResourceError if the store or this machine's temporary folder fails.
     """
 
+    stored_as = made_from = ""
+
     def __init__(self, place: ObjectFolder) -> None:
         self.place: Place = place
         self._objects = place
         self._sizes = place.files()
         if not self._sizes:
             raise ModelError(f"{place}: no objects there; give a folder of a Hugging Face model")
-        self._staging = _Staging()
+        self._staging = Staging()
         self.folder = self._staging.path / place.name
         _stage(place, self._sizes, self.folder)
 
@@ -180,7 +187,7 @@ def _require_plain(place: Place, name: str) -> None:
 
 def _stage(place: ObjectFolder, sizes: dict[str, int], folder: Path) -> None:
     """Copies all files that are not weights, hidden, or in other folders to `folder`."""
-    wanted = [name for name in sizes if _is_small(name)]
+    wanted = [name for name in sizes if is_small(name)]
     if sum(sizes[name] for name in wanted) > MAX_STAGED_BYTES:
         largest = max(wanted, key=lambda name: sizes[name])
         raise ModelError(
@@ -198,7 +205,8 @@ def _stage(place: ObjectFolder, sizes: dict[str, int], folder: Path) -> None:
                 raise ResourceError(f"{place / name}: changed while it was read; try again")
 
 
-def _is_small(name: str) -> bool:
+def is_small(name: str) -> bool:
+    """Whether a file of a model folder belongs to the model, and is no weight file."""
     pure = PurePosixPath(name)
     if (len(pure.parts) == 2 and pure.parts[0] not in SIDE_FOLDERS) or len(pure.parts) > 2:
         return False
@@ -206,7 +214,7 @@ def _is_small(name: str) -> bool:
     return plain and not NOT_COPIED.fullmatch(pure.suffix.lower())
 
 
-class _Staging:
+class Staging:
     """A temporary folder, deleted with this process; deletes those of killed processes first."""
 
     def __init__(self) -> None:

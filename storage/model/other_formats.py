@@ -1,21 +1,31 @@
 """Refuses weight formats that prox24 does not read, and names the command that converts them.
 
-A pickle can run code when it is opened. GGUF and FP8 weights are quantized: they must be
-de-quantized before they can be pruned, which is left to the user.
+A pickle can run code when it is opened. GGUF and GPTQ weights and the like are quantized: they must
+be de-quantized before they can be pruned. `pipeline.formats` does it for READABLE, and it is left
+to the user for others.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from storage.errors import ModelError
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# The configs by which transformers de-quantizes weights on loading.
-_DEQUANTIZES = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+# The values of `quant_method` that `pipeline.formats` dequantizes.
+READABLE = ("fp8", "mxfp4", "compressed-tensors")
+# Files that old quantizers wrote in place of an entry in config.json.
+_OLD_CONFIGS = {"quantize_config.json": "AutoGPTQ", "quant_config.json": "AWQ"}
+# Ends of the names of packed weights.
+_PACKED = {
+    ".qweight": "GPTQ or AWQ",
+    ".SCB": "bitsandbytes",
+    ".weight.absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+}
 _PLAIN_NAME = re.compile(r"[\w.\- /]+")
 
 
@@ -24,6 +34,9 @@ def refuse_other_formats(folder: Path, place: object) -> None:
 
     place: the folder as the user named it.
     """
+    for file, method in _OLD_CONFIGS.items():
+        if (folder / file).is_file():
+            raise _packed(place, method, f"it has a {file}")
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
     if gguf:
         raise ModelError(
@@ -36,6 +49,26 @@ def refuse_other_formats(folder: Path, place: object) -> None:
             "opened, so prox24 does not; if you trust them, make safetensors of them with: "
             f"{_conversion(place)}"
         )
+
+
+def refuse_packed(tensors: Iterable[str], folder: Path, place: object) -> None:
+    """Raises ModelError if tensors, by their names, are weights that are packed in few bits.
+
+    For folders whose config.json says nothing of it, as old tools left them.
+    """
+    for name in tensors:
+        suffix = next((s for s in _PACKED if name.endswith(s)), None)
+        if suffix is not None:
+            old = (method for file, method in _OLD_CONFIGS.items() if (folder / file).is_file())
+            raise _packed(place, next(old, _PACKED[suffix]), f"it holds {name}")
+
+
+def _packed(place: object, method: str, why: str) -> ModelError:
+    return ModelError(
+        f"{place}: the weights are quantized by {method} ({why}): a stored value means nothing "
+        "without its scale, and scales do not fit what pruning leaves; take the checkpoint that "
+        "was not quantized"
+    )
 
 
 def _conversion(place: object, gguf: str | None = None) -> str:
@@ -57,27 +90,36 @@ def _conversion(place: object, gguf: str | None = None) -> str:
     return f'python -c "{program}"'
 
 
-def refuse_quantized(config: Mapping[str, Any], where: str) -> None:
+def whole_numbers(value: object) -> tuple[int, ...]:
+    """The sizes in a list of a config.json, such as those of a block; () if it is no such list."""
+    if isinstance(value, list) and all(type(size) is int and 0 < size < 2**31 for size in value):
+        return tuple(value)
+    return ()
+
+
+def quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The `quantization_config` of a config.json, or of its `text_config`; None without one."""
+    for part in (config, config.get("text_config")):
+        found = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if isinstance(found, Mapping):
+            return found
+    return None
+
+
+def refuse_quantized(config: Mapping[str, Any], where: str, *, readable: bool = False) -> None:
     """Raises ModelError if `config`, a config.json, declares quantized weights.
 
     A stored value of such weights has a meaning only together with its scale and zero point.
+    readable: accept the methods in READABLE.
     """
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, Mapping):
+    declared = quantization(config)
+    if declared is None or (readable and declared.get("quant_method") in READABLE):
         return
-    method = re.sub(r"[^\w.-]", "", str(quantization.get("quant_method", "")))[:40] or "unnamed"
-    sizes = quantization.get("weight_block_size")
-    blocks = ""
-    if isinstance(sizes, list) and all(type(size) is int and 0 < size < 2**31 for size in sizes):
-        blocks = f" in blocks of {' x '.join(map(str, sizes[:2]))}"
-    remedy = "take the checkpoint that was not quantized"
-    if method in _DEQUANTIZES:
-        remedy += (
-            ", or make one in bfloat16: M.from_pretrained(OLD, dtype='bfloat16', "
-            f"quantization_config={_DEQUANTIZES[method]}(dequantize=True)).save_pretrained(NEW), M "
-            "being transformers' AutoModelForCausalLM"
-        )
+    method = re.sub(r"[^\w.-]", "", str(declared.get("quant_method", "")))[:40] or "unnamed"
+    sizes = whole_numbers(declared.get("weight_block_size"))
+    blocks = f" in blocks of {' x '.join(map(str, sizes[:2]))}" if sizes else ""
     raise ModelError(
         f"{where}: the weights are quantized ({method}{blocks}): a stored value means nothing "
-        f"without its scale, and scales do not fit what pruning leaves; {remedy}"
+        "without its scale, and scales do not fit what pruning leaves; take the checkpoint that "
+        "was not quantized"
     )

@@ -33,7 +33,7 @@ REFUSED = {
     "embedding handed": "block 0 of OwnForCausalLM is called with arguments that depend on the tok",
     "skip": "block 2 of OwnForCausalLM is called with more of what other blocks compute",
     "mean of all": "makes its output of more than its last block's",
-    "four streams": "hidden states of another form: [4, 2, 4, 32]",
+    "four streams": "hidden states of another form: [4, 2, 3, 32]",
     "shared block": "blocks 0 and 2 of OwnForCausalLM share up.weight",
 }
 
@@ -109,6 +109,7 @@ def test_a_block_that_is_not_called_stays_dense(
     results = json.loads((out_of(model) / "prox24.json").read_text())
     names = [f"model.layers.{block}.{layer}" for block in dense for layer in ("up", "down")]
     assert results["skipped_because"] == dict.fromkeys(names, NOT_REACHED)
+    assert (NOT_REACHED in (out_of(model) / "README.md").read_text()) == bool(dense)
     assert run(["verify", str(out_of(model)), "--source", str(model), trust]) == 0
     for folder in (model, out_of(model)):
         expected = plain_perplexity(folder, trust_remote_code=True)
@@ -172,7 +173,7 @@ def test_four_streams_of_gemma_are_refused_alike(
     byte_tokenizer().save_pretrained(model)
     for command in commands(model, tmp_path):
         assert run(command) == 2
-        assert "hidden states of another form: [4, 2, 4, 32]" in capsys.readouterr().err
+        assert "hidden states of another form: [4, 2, 3, 32]" in capsys.readouterr().err
 
 
 def test_no_method_needs_another_to_have_run(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PretrainedConfig
 
 from cluster.command_line import run
@@ -140,3 +142,47 @@ def test_a_package_that_a_tokenizer_needs_is_named(
     monkeypatch.setattr(tokens, "is_installed", lambda module: True)
     with pytest.raises(ModelError, match="does not load .*pip install tiktoken, or copy"):
         load_tokenizer(model)
+
+
+@pytest.mark.parametrize(
+    ("files", "tensor", "said"),
+    [
+        (("quantize_config.json",), "mlp.up_proj.qweight", "quantized by AutoGPTQ"),
+        (("quant_config.json",), "mlp.up_proj.qweight", "quantized by AWQ"),
+        ((), "mlp.up_proj.qweight", "quantized by GPTQ or AWQ"),
+        ((), "mlp.up_proj.SCB", "quantized by bitsandbytes"),
+        ((), "mlp.up_proj.weight.absmax", "quantized by bitsandbytes"),
+    ],
+)
+def test_weights_that_old_tools_packed_are_called_so(
+    tmp_path: Path, files: tuple[str, ...], tensor: str, said: str
+) -> None:
+    """Their config.json says nothing of it, and the class's own weights are not there."""
+    model = save_tiny_model(tmp_path)
+    stored = load_file(model / "model.safetensors")
+    stored.pop("model.layers.0.mlp.up_proj.weight")
+    stored[f"model.layers.0.{tensor}"] = torch.zeros(8, 8, dtype=torch.int32)
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
+    for file in files:
+        (model / file).write_text('{"bits": 4, "group_size": 128}')
+    with pytest.raises(ModelError, match=said):
+        open_skeleton(model, dtype=None, trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "weights", "said"),
+    [
+        ("quantize_config.json", "gptq_model-4bit-128g.safetensors", "AutoGPTQ"),
+        ("quant_config.json", "awq_model_w4_g128.pt", "AWQ"),
+        ("quant_config.json", "pytorch_model.bin", "AWQ"),
+    ],
+)
+def test_folders_of_old_quantizers_are_called_so(
+    tmp_path: Path, file: str, weights: str, said: str
+) -> None:
+    """Weights of names that prox24 does not read; converting them would be no way out."""
+    model = save_tiny_model(tmp_path)
+    (model / "model.safetensors").rename(model / weights)
+    (model / file).write_text('{"bits": 4, "group_size": 128}')
+    with pytest.raises(ModelError, match=f"quantized by {said}.*was not quantized"):
+        open_skeleton(model, dtype=None, trust_remote_code=False)

@@ -65,10 +65,20 @@ def card(**changes: Any) -> str:
         "source_name": "org/Model-1B",
         "settings": SETTINGS,
         "results": RESULTS,
+        "skipped": {},
         "perplexity": None,
         "license": "apache-2.0",
     }
     return model_card(**(arguments | changes))
+
+
+def test_layers_that_were_not_pruned_are_listed_by_reason() -> None:
+    reason = "a forward of text does not reach this block"
+    skipped = {f"model.layers.{b}.mlp.experts.{e}.up": reason for b in (1, 3) for e in (0, 1)}
+    text = card(skipped=skipped | {"model.layers.0.q": "--exclude .*\\.q"})
+    assert f"- {reason}: `model.layers.*.mlp.experts.*.up` (4)\n" in text
+    assert "- --exclude .*\\.q: `model.layers.*.q` (1)\n" in text
+    assert "were not pruned:" not in card()
 
 
 def front_matter(text: str) -> dict[str, Any]:

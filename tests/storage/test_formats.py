@@ -104,35 +104,13 @@ def quantize(folder: Path) -> None:
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_fp8_in_blocks(tiny_model: TinyModel) -> None:
-    folder = tiny_model()
-    quantize(folder)
-    config = json.loads((folder / "config.json").read_text())
-    quantized = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
-    message = refusal(folder)
-    for part in ("config.json", "fp8 in blocks of 128 x 128", "scale", "dequantize=True"):
-        assert part in message
-
-
-def test_mxfp4(tiny_model: TinyModel) -> None:
-    """gpt-oss as it is published."""
-    folder = tiny_model()
-    config = json.loads((folder / "config.json").read_text())
-    quantized = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
-    message = refusal(folder)
-    for part in ("quantized (mxfp4)", "Mxfp4Config(dequantize=True)", "save_pretrained(NEW)"):
-        assert part in message
-
-
 def test_8_bits_that_the_config_does_not_speak_of(tiny_model: TinyModel) -> None:
     folder = tiny_model()
     quantize(folder)
     assert "stored in 8 bits (F8_E4M3)" in refusal(folder)
 
 
-@pytest.mark.parametrize("method", ["gptq", "mxfp4", "bitsandbytes", "x\n\x1b[2J" * 50, None, 3])
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "x\n\x1b[2J" * 50, None, 3])
 def test_other_quantizations(tiny_model: TinyModel, method: object) -> None:
     folder = tiny_model()
     config = json.loads((folder / "config.json").read_text())

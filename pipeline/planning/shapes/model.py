@@ -89,7 +89,8 @@ class ModelShape:
     output embedding. head: those of the output embedding; 0 where it is tied to the input's. files:
     bytes of the weight files. itemsize: bytes of a stored weight. dtype: name of the dtype of
     forwards. seqlen: tokens of a sequence in the profiles. passed_by: blocks that a forward of text
-    does not reach. unsupported: why the model cannot be pruned; None if it can be.
+    does not reach. unsupported: why the model cannot be pruned; None if it can be. stored_as: how a
+    model in few bits is stored, for people; its sizes here are those of the bfloat16 model.
     """
 
     name: str
@@ -105,6 +106,7 @@ class ModelShape:
     seqlen: int
     passed_by: tuple[int, ...] = ()
     unsupported: str | None = None
+    stored_as: str = ""
 
     @property
     def weight_bytes(self) -> int:
@@ -216,6 +218,7 @@ def shape_of(
         seqlen=seqlen,
         passed_by=tuple(passed_by),
         unsupported=reason,
+        stored_as=skeleton.files.source.stored_as,
     )
     return shape if files else replace(shape, files=_assumed_files(shape))
 

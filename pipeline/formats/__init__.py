@@ -1,0 +1,1 @@
+"""Checkpoints in few bits: which stored tensors a weight is computed from, and how."""

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 BROKEN: dict[str, str] = {
-    "Qwen/Qwen3-8B-FP8": "refused: it is in few bits",
     "CohereForAI/c4ai-command-r-plus": "a small parameter of two dimensions is taken for a matrix",
     "jhu-clsp/ettin-decoder-17m": "`get_decoder` gives its head, and no blocks are found there",
-    "Qwen/Qwen3-30B-A3B-FP8": "refused: it is in few bits",
-    "deepseek-ai/DeepSeek-V3": "refused: it is in few bits",
-    "moonshotai/Kimi-K2-Instruct": "the message does not name --trust-remote-code",
-    "openai/gpt-oss-20b": "refused: it is in few bits",
     "tencent/Hunyuan-A13B-Instruct": "its router is pruned",
     "baidu/ERNIE-4.5-21B-A3B-PT": "a small parameter of two dimensions is taken for a matrix",
     "Qwen/Qwen3-Next-80B-A3B-Instruct": "a depthwise convolution in its blocks",
@@ -28,8 +23,5 @@ BROKEN: dict[str, str] = {
     "state-spaces/mamba-130m-hf": "a depthwise convolution in its blocks",
     "tiiuae/falcon-mamba-7b": "a depthwise convolution in its blocks",
     "HuggingFaceTB/SmolVLM-256M-Instruct": "its forward needs the towers",
-    "TheBloke/Llama-2-7B-GPTQ (first form)": "called an incomplete download",
-    "casperhansen/vicuna-7b-v1.5-awq (first form)": "called an incomplete download",
-    "a model for images and text whose text_config is quantized": "called an incomplete download",
 }
 """Name of a form → reason."""

@@ -22,7 +22,7 @@ from pipeline.loop.executor import Executor
 from pipeline.loop.rank import Rank, call
 from pipeline.loop.trace import traced
 from pipeline.messages import Job, Outcome
-from pipeline.models.selection import check_settings, layers_to_prune
+from pipeline.models.selection import Selection, check_settings, layers_to_prune
 from pipeline.models.skeleton import Skeleton, open_skeleton
 from pipeline.output.write import (
     check_apart,
@@ -38,7 +38,7 @@ from pipeline.preflight.memory import check_memory
 from pipeline.preflight.scratch import check_scratch_space
 from pipeline.preflight.shared_folders import folders_of
 from pipeline.records.evaluation import write_evaluation
-from pipeline.records.live_status import recorded
+from pipeline.records.live_status import locked, recorded
 from pipeline.records.manifest import (
     check_manifest,
     data_identity,
@@ -54,14 +54,14 @@ from pipeline.reporting.write import leave_report
 from pipeline.runtime.progress import Progress
 from pipeline.runtime.split import deal
 from pipeline.solvers.registry import solver_for
-from storage.errors import ConfigError, CorruptFileError, ResourceError, RunDirectoryError
+from storage.errors import ConfigError, CorruptFileError, ResourceError
 from storage.files.hashing import StoredFile
 from storage.model.adapter import adapter_note
 from storage.model.files import WeightFileFingerprint
 from storage.object_store import ObjectFolder, Place, absolute, location
 from storage.run.checkpoints import BlockRecord
 from storage.run.directory import RunDirectory
-from storage.run.lock import STAMP_DIGITS, RunLock
+from storage.run.lock import RunLock
 
 ExecutorFactory = Callable[[], Executor]
 
@@ -73,6 +73,31 @@ class PruneResult:
     output: Place
     run_directory: Path
     summary: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneJob:
+    """What is known of a job before its workers start, and what it writes to.
+
+    name: the source's name in the model card. identity: what decides the result, as JSON.
+    """
+
+    source: Place
+    output: Place
+    name: str
+    config: PruneConfig
+    skeleton: Skeleton
+    selection: Selection
+    run: RunDirectory
+    lock: RunLock
+    progress: Progress
+    identity: dict[str, Any]
+    cut: CutTokens
+
+    @property
+    def blocks(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.skeleton.blocks)
 
 
 def run_directory_of(output: Place, config: PruneConfig) -> Path:
@@ -113,18 +138,27 @@ def prune(
     run = RunDirectory(run_directory_of(output, config))
     check_apart(source, output, run.path)
     name = source_name or source.name
-    with (
-        _locked(run, progress) as lock,
-        recorded(progress, run, lock, name, output) as progress,
-    ):
+    with locked(run, progress) as lock, recorded(progress, run, lock, name, output) as progress:
         recover(output, run, lock)
-        job = describe_job(config, skeleton, data_identity(config.dataset))
+        job = PruneJob(
+            source=source,
+            output=output,
+            name=name,
+            config=config,
+            skeleton=skeleton,
+            selection=selection,
+            run=run,
+            lock=lock,
+            progress=progress,
+            identity=describe_job(config, skeleton, data_identity(config.dataset)),
+            cut=cut,
+        )
         manifest = read_manifest(run)
         if manifest is not None:
-            check_manifest(run, manifest, job, skeleton.files)
-            if finished_output(output, job) is not None:
+            check_manifest(run, manifest, job.identity, skeleton.files)
+            if finished_output(output, job.identity) is not None:
                 # The job was killed after the output was renamed: only the cleanup is left.
-                return _conclude(run, lock, len(skeleton.blocks), output, job, config, progress)
+                return _conclude(job)
         check_output(output, run, config.overwrite)
         if note := adapter_note(skeleton.files.folder, source):
             progress.note(note)
@@ -133,119 +167,76 @@ def prune(
         try:
             if config.scratch_dir is None:  # else each rank goes where its activation shards are
                 executor.prepare()
-            progress.phase("read text")
-            evaluation = config.evaluation()
-            # Tokenized before compute, so that a missing or too short text is reported at once.
-            sequences = 0 if evaluation is None else len(prepare(source, evaluation).tokens)
-            with _forced(config, progress):
-                check_job_space(run, output, skeleton, config, sequences)
-            tokens = committed_tokens(run, lock, skeleton, config, manifest, progress, cut)
-            loop = BlockLoop(
-                _block_steps(executor, run, lock, progress, skeleton, config),
-                config.max_attempts,
-                partial(mend_tokens, run, lock, skeleton, config, tokens, progress, cut),
-            )
-            done = len(run.committed_blocks())
-            progress.begin("pruning", len(skeleton.blocks), done)
-            progress.phase("start workers")
-            loop.start(_message(run, lock, skeleton, config, executor.threads, tokens, output))
-            with _forced(config, progress):
-                _check_room(loop, skeleton, config)
-            progress.phase("check weights")
-            hashes = _hash_source(loop, skeleton)
-            if manifest is None:
-                manifest = write_manifest(
-                    run, lock, job, tokens, skeleton.files, hashes, len(skeleton.blocks)
-                )
-            else:
-                require_fingerprints(run, manifest, hashes)
-            loop.manifest = manifest
+            loop, manifest = _start(job, executor, manifest)
             loop.prune()
-            with output_target(output, run, lock, config.overwrite) as target:
-                weight_files, records = _write_weight_files(loop, skeleton, target.place)
-                target.copy(skeleton, manifest["side_files"])
-                card, results = describe_output(
-                    job=job,
-                    skeleton=skeleton,
-                    config=config,
-                    skipped=selection.skipped,
-                    source_name=name,
-                    records=records,
-                    weight_files=weight_files,
-                    perplexity=_perplexity(loop.steps, config, target.place),
-                )
-                target.publish(card, results, weight_files)
-            return _conclude(run, lock, len(skeleton.blocks), output, job, config, progress)
+            _write_output(job, loop, manifest)
+            return _conclude(job)
         finally:
             progress.end()
             executor.close()
 
 
+def _start(
+    job: PruneJob, executor: Executor, manifest: dict[str, Any] | None
+) -> tuple[BlockLoop, dict[str, Any]]:
+    """The loop, with its workers ready and everything checked, and the job's manifest.
+
+    manifest: that of a job which is resumed; a new job's is committed here.
+    """
+    run, progress, config = job.run, job.progress, job.config
+    progress.phase("read text")
+    evaluation = config.evaluation()
+    # Tokenized before compute, so that a missing or too short text is reported at once.
+    sequences = 0 if evaluation is None else len(prepare(job.source, evaluation).tokens)
+    with _forced(job):
+        check_job_space(run, job.output, job.skeleton, config, sequences)
+    text = (run, job.lock, job.skeleton, config)
+    tokens = committed_tokens(*text, manifest, progress, job.cut)
+    loop = BlockLoop(
+        _block_steps(job, executor),
+        config.max_attempts,
+        partial(mend_tokens, *text, tokens, progress, job.cut),
+    )
+    progress.begin("pruning", job.blocks, len(run.committed_blocks()))
+    progress.phase("start workers")
+    loop.start(_message(job, executor.threads, tokens))
+    with _forced(job):
+        _check_room(job, loop)
+    progress.phase("check weights")
+    hashes = _hash_source(job, loop)
+    if manifest is None:
+        manifest = write_manifest(
+            run, job.lock, job.identity, tokens, job.skeleton.files, hashes, job.blocks
+        )
+    else:
+        require_fingerprints(run, manifest, hashes)
+    loop.manifest = manifest
+    return loop, manifest
+
+
 @contextlib.contextmanager
-def _forced(config: PruneConfig, progress: Progress) -> Iterator[None]:
+def _forced(job: PruneJob) -> Iterator[None]:
     """With --force, a shortage of memory or disk is only noted, and the job continues."""
     try:
         yield
     except ResourceError as error:
-        if not config.force:
+        if not job.config.force:
             raise ResourceError(f"{error}; --force starts nevertheless") from error
-        progress.note(f"--force: {error}")
+        job.progress.note(f"--force: {error}")
 
 
-@contextlib.contextmanager
-def _locked(run: RunDirectory, progress: Progress) -> Iterator[RunLock]:
-    """Holds the run directory's lock; removes a new run directory again if a check fails.
-
-    If another process has taken the run over, every later error is reported as that one.
-    """
-    existed = run.path.exists()
-
-    def wait(seconds: float, who: str) -> None:
-        progress.note(
-            f"{run.path}: in use by {who}; taking it over in {seconds:.0f} s unless its heartbeat "
-            "goes on"
-        )
-
-    try:
-        with RunLock(run.path, on_wait=wait) as lock:
-            try:
-                yield lock
-            except Exception:
-                try:
-                    lock.assert_held()
-                except RunDirectoryError:
-                    run.sweep_attempts(lock.nonce[:STAMP_DIGITS])
-                    raise
-                raise
-            finally:
-                if not existed and not run.manifest.exists():
-                    run.sweep_uncommitted(guard=lock.assert_held)
-                    run.tokens().unlink(missing_ok=True)
-                    run.scratch().unlink(missing_ok=True)
-    finally:
-        if not existed:
-            with contextlib.suppress(OSError):
-                run.path.rmdir()
-
-
-def _block_steps(
-    executor: Executor,
-    run: RunDirectory,
-    lock: RunLock,
-    progress: Progress,
-    skeleton: Skeleton,
-    config: PruneConfig,
-) -> BlockSteps:
+def _block_steps(job: PruneJob, executor: Executor) -> BlockSteps:
     """The steps of a block, set up for the model's layers and the job's options."""
+    config, skeleton = job.config, job.skeleton
     rules = config.layer_rules()
     settings = rules.all_settings()
-    layers = [layers_to_prune(skeleton, block, rules) for block in range(len(skeleton.blocks))]
+    layers = [layers_to_prune(skeleton, block, rules) for block in range(job.blocks)]
     return BlockSteps(
         executor=executor,
-        run=run,
-        lock=lock,
-        progress=progress,
-        blocks=len(layers),
+        run=job.run,
+        lock=job.lock,
+        progress=job.progress,
+        blocks=job.blocks,
         layers=layers,
         dtypes=[
             {
@@ -262,16 +253,9 @@ def _block_steps(
     )
 
 
-def _message(
-    run: RunDirectory,
-    lock: RunLock,
-    skeleton: Skeleton,
-    config: PruneConfig,
-    threads: int,
-    tokens: StoredFile,
-    output: Place,
-) -> Job:
+def _message(job: PruneJob, threads: int, tokens: StoredFile) -> Job:
     """The message that starts the workers: all that they know of the job."""
+    run, lock, skeleton, config = job.run, job.lock, job.skeleton, job.config
     return Job(
         source=location(skeleton.files.place),
         run_directory=str(run.path),
@@ -289,16 +273,16 @@ def _message(
         scratch=scratch_folder(run, config.scratch_dir, lock.assert_held),
         scratch_nodes=() if config.scratch_dir is None else written_by(run),
         source_identity=skeleton.files.identity(),
-        shared=folders_of(run, output),
+        shared=folders_of(run, job.output),
         interface=config.network_interface,
         expert_tokens=config.expert_tokens,
         all_experts=config.calibrate_all_experts,
     )
 
 
-def _check_room(loop: BlockLoop, skeleton: Skeleton, config: PruneConfig) -> None:
+def _check_room(job: PruneJob, loop: BlockLoop) -> None:
     """Raises `ResourceError` if the job does not fit in the workers' memory or a node's scratch."""
-    steps = loop.steps
+    skeleton, config, steps = job.skeleton, job.config, loop.steps
     free = [outcome.value for outcome in loop.on_all(call(Rank.free_memory))]
     check_memory(skeleton, config, free, steps.progress)
     if steps.scratch and steps.calibrates:
@@ -313,37 +297,39 @@ def _files_of_ranks(skeleton: Skeleton, world: int) -> list[list[str]]:
     return [[file for file in sizes if owners[file] == rank] for rank in range(world)]
 
 
-def _hash_source(loop: BlockLoop, skeleton: Skeleton) -> list[WeightFileFingerprint]:
+def _hash_source(job: PruneJob, loop: BlockLoop) -> list[WeightFileFingerprint]:
     """The fingerprints of the source's weight files; each file is hashed by one worker."""
 
     def work(_: Failures) -> list[Outcome[list[WeightFileFingerprint]]]:
         executor = loop.steps.executor
-        dealt = _files_of_ranks(skeleton, executor.world)
+        dealt = _files_of_ranks(job.skeleton, executor.world)
         return executor.run([call(Rank.fingerprint, files) for files in dealt])
 
     outcomes = loop.persist("phase fingerprint", work)
     return [fingerprint for outcome in outcomes for fingerprint in outcome.value]
 
 
-def _conclude(
-    run: RunDirectory,
-    lock: RunLock,
-    blocks: int,
-    output: Place,
-    job: dict[str, Any],
-    config: PruneConfig,
-    progress: Progress,
-) -> PruneResult:
-    """Cleans up after the output is complete, and writes the report."""
-    forget_uploads(run, output, lock)
-    summary = _tidy(run, lock, blocks, progress)
-    if summary and not config.no_report:
-        leave_report(run, output, job, lock, progress)
-    return PruneResult(output, run.path, summary)
+def _write_output(job: PruneJob, loop: BlockLoop, manifest: dict[str, Any]) -> None:
+    """Writes the output, which appears when it is complete."""
+    with output_target(job.output, job.run, job.lock, job.config.overwrite) as target:
+        weight_files, records = _write_weight_files(job, loop, target.place)
+        target.copy(job.skeleton, manifest["side_files"])
+        card, results = describe_output(
+            job=job.identity,
+            skeleton=job.skeleton,
+            config=job.config,
+            skipped=job.selection.skipped,
+            dense=job.selection.dense,
+            source_name=job.name,
+            records=records,
+            weight_files=weight_files,
+            perplexity=_perplexity(job, loop.steps, target.place),
+        )
+        target.publish(card, results, weight_files)
 
 
 def _write_weight_files(
-    loop: BlockLoop, skeleton: Skeleton, place: Place
+    job: PruneJob, loop: BlockLoop, place: Place
 ) -> tuple[list[StoredFile], list[BlockRecord]]:
     """Has the workers write the output's weight files; returns them with the blocks' records."""
     steps = loop.steps
@@ -353,7 +339,7 @@ def _write_weight_files(
         steps.progress.phase("write")
         summary = summarize(steps.run, records, steps.progress.note)
         write_summary(steps.run, summary, steps.lock.assert_held)
-        dealt = _files_of_ranks(skeleton, steps.executor.world)
+        dealt = _files_of_ranks(job.skeleton, steps.executor.world)
         calls = [call(Rank.write_output, files, records, location(place)) for files in dealt]
         outcomes = steps.executor.run(calls)
         if steps.scratch:
@@ -365,9 +351,9 @@ def _write_weight_files(
     return loop.persist("phase write_output", work)
 
 
-def _perplexity(steps: BlockSteps, config: PruneConfig, folder: Place) -> dict[str, Any] | None:
+def _perplexity(job: PruneJob, steps: BlockSteps, folder: Place) -> dict[str, Any] | None:
     """The finished model's perplexity, for its card; None without --eval-dataset."""
-    evaluation = config.evaluation()
+    evaluation = job.config.evaluation()
     if evaluation is None:
         return None
     prepared = prepare(folder, evaluation)
@@ -378,14 +364,24 @@ def _perplexity(steps: BlockSteps, config: PruneConfig, folder: Place) -> dict[s
     return measured
 
 
-def _tidy(run: RunDirectory, lock: RunLock, blocks: int, progress: Progress) -> dict[str, Any]:
+def _conclude(job: PruneJob) -> PruneResult:
+    """Cleans up after the output is complete, and writes the report."""
+    forget_uploads(job.run, job.output, job.lock)
+    summary = _tidy(job)
+    if summary and not job.config.no_report:
+        leave_report(job.run, job.output, job.identity, job.lock, job.progress)
+    return PruneResult(job.output, job.run.path, summary)
+
+
+def _tidy(job: PruneJob) -> dict[str, Any]:
     """Deletes the activations and checkpoints of a finished job, last block first.
 
     A record is deleted before the files that it names, so a kill in between leaves a valid
     directory. Returns the job's summary, or {} if it is damaged: nothing else depends on it, and
     the records it was made from may be gone.
     """
-    for block in reversed(range(blocks + 1)):
+    run, lock = job.run, job.lock
+    for block in reversed(range(job.blocks + 1)):
         run.remove_activations(block, lock.assert_held)
         run.remove_checkpoint(block, lock.assert_held)
     lock.assert_held()  # a driver that was replaced in the meantime reports that, even now
@@ -393,5 +389,7 @@ def _tidy(run: RunDirectory, lock: RunLock, blocks: int, progress: Progress) -> 
     try:
         return read_summary(run)
     except CorruptFileError:
-        progress.note(f"{run.report()}: no summary, or damaged; the output's prox24.json is whole")
+        job.progress.note(
+            f"{run.report()}: no summary, or damaged; the output's prox24.json is whole"
+        )
         return {}

@@ -252,22 +252,3 @@ def expert_of(block: nn.Module, layer: str) -> Expert | None:
         if isinstance(module, Expert):
             return module
     return None
-
-
-def routers(block: nn.Module) -> set[int]:
-    """Ids of the modules of a block that decide how much of which expert a token gets.
-
-    They lie beside the experts and have an output for each, or one for a shared expert. They are
-    small, every expert hangs on them, and they stay dense.
-    """
-    found = set()
-    for owner in block.modules():
-        counts = {child.count for child in owner.children() if isinstance(child, Experts)}
-        if counts:
-            for name, child in owner.named_children():
-                weight = getattr(child, "weight", None)
-                if isinstance(weight, Tensor) and weight.shape[0] in {1, *counts}:
-                    found.add(id(child))
-                if name == "router":
-                    found |= {id(module) for module in child.modules()}
-    return found

@@ -7,14 +7,11 @@ writing to the source's weight files and modules knows that a Conv1D holds (C, R
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from pipeline.models.experts import routers
-
-LINEAR_CLASSES: tuple[Any, ...] = (nn.Linear, Conv1D)
+from pipeline.models.roles.block_roles import LINEAR_CLASSES, roles_of
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -41,31 +38,28 @@ def as_held(module: nn.Module, weight: Tensor) -> Tensor:
 def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
     """Module path -> (out features R, in features C) of every linear layer of a block.
 
-    Those that route tokens to experts are left out: they stay dense.
+    Those that choose or weigh experts, or are never called, are left out: they stay dense.
     """
-    dense = routers(block)
+    dense = roles_of(block).layers
     return {
         name: linear_shape(m)
         for name, m in block.named_modules()
-        if is_linear(m) and id(m) not in dense
+        if is_linear(m) and name not in dense
     }
+
+
+def dense_weights(block: nn.Module) -> dict[str, str]:
+    """What of a block is never pruned -> why: linear layers, and all else that has two or more
+    dimensions, by path in the block."""
+    roles = roles_of(block)
+    return roles.layers | roles.parameters
 
 
 def unsupported_parameters(block: nn.Module) -> list[str]:
     """Matrices of a block that are no linear layer's weight, and would stay dense unseen."""
-    dense = routers(block)
-    # A router may be a module around others, without a weight of its own.
-    of_linears = (m for m in block.modules() if is_linear(m) or id(m) in dense)
-    known = {id(getattr(m, "weight", None)) for m in of_linears}
-    return [name for name, p in block.named_parameters() if p.dim() >= 2 and id(p) not in known]
+    return list(roles_of(block).refused)
 
 
 def unsupported_reason(block: nn.Module, names: Sequence[str]) -> str:
     """Why the parameters `names` of a block, its `unsupported_parameters`, cannot be pruned."""
-    for name in names:
-        if block.get_parameter(name).dim() == 3:
-            return (
-                f"{name} has three dimensions (a stack of experts, or a convolution) and is "
-                "computed in a way that prox24 cannot take apart"
-            )
-    return f"{names[0]} is a weight matrix outside linear layers, which prox24 cannot prune"
+    return f"{names[0]} {roles_of(block).refused[names[0]]}"

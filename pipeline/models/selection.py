@@ -9,7 +9,13 @@ from torch import nn
 from pipeline.config.layers import Choice, LayerRules
 from pipeline.config.prune import PruneConfig
 from pipeline.config.solver import SolverSettings
-from pipeline.models.linears import linear_layers, unsupported_parameters, unsupported_reason
+from pipeline.models.linears import (
+    dense_weights,
+    is_linear,
+    linear_layers,
+    unsupported_parameters,
+    unsupported_reason,
+)
 from pipeline.models.skeleton import Skeleton, check_seqlen
 from pipeline.models.text_forward import NOT_REACHED, text_forward
 from pipeline.solvers.registry import solver_for
@@ -18,10 +24,12 @@ from storage.errors import ModelError
 
 @dataclass(frozen=True)
 class Selection:
-    """A model's layers: how many are pruned, and those that stay dense, name -> why."""
+    """A model's layers. pruned: how many; skipped: those that the options leave dense, name -> why;
+    dense: what else of the blocks is never pruned and has two or more dimensions, name -> why."""
 
     pruned: int
     skipped: dict[str, str]
+    dense: dict[str, str]
 
 
 def choices_of(skeleton: Skeleton, block: int, rules: LayerRules) -> dict[str, Choice]:
@@ -62,23 +70,13 @@ def layers_to_prune(
 def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
     """Checks every block. Raises `ModelError` where a weight would stay dense unseen, and
     `ConfigError` where an option names nothing."""
-    pruned, skipped = 0, {}
-    reached = text_forward(skeleton).reached
+    check_structure(skeleton)
+    pruned = 0
+    skipped: dict[str, str] = {}
+    dense: dict[str, str] = {}
     for block, module in enumerate(skeleton.blocks):
         prefix = skeleton.block_prefix(block)
-        for path, child in module.named_modules():
-            if isinstance(child, nn.ModuleList) and path.rpartition(".")[2] == "experts":
-                raise ModelError(
-                    f"{prefix}{path} is a list of modules that only some tokens reach; prox24 "
-                    "prunes experts that are stacked, as transformers 5 has them; "
-                    f"{type(skeleton.model).__name__} is not supported"
-                )
-        hidden = unsupported_parameters(module) if block in reached else []
-        if hidden:
-            raise ModelError(
-                f"{prefix}{unsupported_reason(module, hidden)}; "
-                f"{type(skeleton.model).__name__} is not supported"
-            )
+        dense |= {prefix + name: why for name, why in dense_weights(module).items()}
         for name, choice in choices_of(skeleton, block, rules).items():
             if choice.reason is None:
                 skeleton.weight_name(block, name)  # or it could not be written back
@@ -88,7 +86,37 @@ def select_layers(skeleton: Skeleton, rules: LayerRules) -> Selection:
     check_rules(skeleton, rules)
     if not pruned:
         raise ModelError(f"{skeleton.files.place}: no layer is left to prune")
-    return Selection(pruned, skipped)
+    return Selection(pruned, skipped, dense)
+
+
+def check_structure(skeleton: Skeleton) -> None:
+    """Raises `ModelError` where a block holds what cannot be pruned, nor left dense unseen."""
+    check_lists(skeleton)
+    for block in text_forward(skeleton).reached:
+        module = skeleton.blocks[block]
+        hidden = unsupported_parameters(module)
+        if hidden:
+            raise ModelError(
+                f"{skeleton.block_prefix(block)}{unsupported_reason(module, hidden)}; "
+                f"{type(skeleton.model).__name__} is not supported"
+            )
+
+
+def check_lists(skeleton: Skeleton) -> None:
+    """Raises `ModelError` where a block's layers lie in several lists (XLM: attention and MLPs):
+    those in the others would stay dense unseen."""
+    count, path = len(skeleton.blocks), skeleton.blocks_path
+    outer = path.rpartition(".")[0]
+    owner = skeleton.model.get_submodule(outer)
+    for name, module in owner.named_children():
+        full = f"{outer}.{name}".lstrip(".")
+        if full == path or not isinstance(module, nn.ModuleList) or len(module) != count > 1:
+            continue
+        if all(any(is_linear(part) for part in entry.modules()) for entry in module):
+            raise ModelError(
+                f"{full} holds linear layers of each block beside {path}; prox24 prunes blocks "
+                f"that are one module each; {type(skeleton.model).__name__} is not supported"
+            )
 
 
 def check_rules(skeleton: Skeleton, rules: LayerRules) -> None:

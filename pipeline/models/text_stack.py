@@ -31,6 +31,8 @@ def decoder_path(model: PreTrainedModel) -> str:
     """Module path of the decoder, which holds the blocks; empty where the model names none."""
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
+    if isinstance(decoder, nn.Linear):  # ModernBERT's `decoder` is the output embedding
+        return ""
     return next((path for path, module in model.named_modules() if module is decoder), "")
 
 

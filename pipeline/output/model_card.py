@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from pipeline.config.methods import METHODS
+from pipeline.output.dense_weights import dense_in_words
 from pipeline.solvers.registry import solver_class
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -57,6 +58,7 @@ def model_card(
     results: Sequence[Mapping[str, Any]],
     skipped: Mapping[str, str],
     perplexity: Mapping[str, Any] | None,
+    dense: Mapping[str, str],
     license: str | None,
     stored_as: str = "",
 ) -> str:
@@ -65,10 +67,10 @@ def model_card(
     source_name: hub id or folder name of the dense model. settings: the options of `prune` by name,
     with the solver's defaults filled in. results: one entry per pruned layer with `name`, `block`,
     `layer`, `shape` and the fields of its `SolveReport`. perplexity: what `evaluate` returns, with
-    `dense` added if the dense model was measured too; None if it was not measured. license: that in
-    the source's card, or None. stored_as: how a source in few bits is stored, for people.
-
-    skipped: linear layers of the blocks that were not pruned, with the reason.
+    `dense` added if the dense model was measured too; None if it was not measured. skipped: linear
+    layers of the blocks that were not pruned, with the reason. dense: weights of the blocks that
+    are never pruned, with the reason. license: that in the source's card, or None. stored_as: how a
+    source in few bits is stored, for people.
     """
     parts = [
         _front_matter(source_name, settings, license),
@@ -76,6 +78,7 @@ def model_card(
         _settings_table(settings),
         _skipped(skipped),
         _error_tables(results),
+        _left_dense(dense),
         _perplexity(perplexity),
         _LOADING + (_NAMES_IN_BFLOAT16 if stored_as else _NAMES) + _RESULTS,
     ]
@@ -233,6 +236,14 @@ def _deviations(results: Sequence[Mapping[str, Any]]) -> str:
         return ""
     lines = [f"- {_escape(what)} ({count} layers)" for what, count in sorted(layers.items())]
     return "Done other than asked:\n\n" + "\n".join(lines)
+
+
+def _left_dense(dense: Mapping[str, str]) -> str:
+    """What of the blocks is never pruned besides vectors, and why; empty where there is nothing."""
+    if not dense:
+        return ""
+    lines = [f"- {_code(names)}: {_escape(reason)}" for reason, names in dense_in_words(dense)]
+    return "## Left dense\n\nBesides embeddings, head, norms and biases:\n\n" + "\n".join(lines)
 
 
 def _perplexity(measured: Mapping[str, Any] | None) -> str:

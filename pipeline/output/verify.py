@@ -213,15 +213,19 @@ class _Check:
             layer["name"]: str(Pattern.parse(layer["pattern"])) for layer in self._results["layers"]
         }
         skipped, rules = set(self._results["skipped_layers"]), self._results["rules"]
+        known = set()
         for block in range(len(self._skeleton.blocks)):
             for path, choice in choices_of(self._skeleton, block, rules).items():
                 name = f"{self._skeleton.block_prefix(block)}{path}"
+                known.add(name)
                 asked = None if choice.settings is None else str(choice.settings.parsed_pattern)
                 if name not in named and name not in skipped:
                     self._problem(f"{name}: neither pruned nor stated as skipped")
                 elif named.get(name) != asked:
                     actual = named.get(name, "dense")
                     self._problem(f"{name}: {actual}, but the job's options say {asked or 'dense'}")
+        for name in sorted(named.keys() - known):
+            self._problem(f"{name}: pruned, but it is no layer to prune (a router, perhaps)")
 
     def side_files(self) -> None:
         """Checks that config, index, tokenizer and other side files are the source's."""

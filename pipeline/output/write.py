@@ -100,6 +100,7 @@ def describe_output(
     skeleton: Skeleton,
     config: PruneConfig,
     skipped: Mapping[str, str],
+    dense: Mapping[str, str],
     source_name: str,
     records: Sequence[BlockRecord],
     weight_files: Sequence[StoredFile],
@@ -107,8 +108,9 @@ def describe_output(
 ) -> tuple[str, str]:
     """The texts of the output's model card and of its `prox24.json`.
 
-    skipped: layers that stay dense, name → why. records: of the blocks that the weight files were
-    made from. perplexity: the finished model's, or None if it was not measured.
+    skipped: layers that the options leave dense, name → why; dense: what else of two or more
+    dimensions the blocks have that is never pruned. records: of the blocks that the weight files
+    were made from. perplexity: the finished model's, or None if it was not measured.
     """
     layers, stored_as = (
         layer_results(records, skeleton.blocks_path),
@@ -126,6 +128,7 @@ def describe_output(
         "layers": layers,
         "skipped_layers": list(skipped),
         "skipped_because": dict(skipped),
+        "dense_weights": dict(dense),
         "few_tokens": few_tokens(layers, config.expert_tokens),
         "perplexity": perplexity,
         "weight_files": [file.to_json() for file in weight_files],
@@ -141,6 +144,7 @@ def describe_output(
         results=layers,
         skipped=skipped,
         perplexity=perplexity,
+        dense=dense,
         license=source_license(skeleton.files.folder),
         stored_as=stored_as,
     )

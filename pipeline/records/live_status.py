@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.runtime.progress import Progress
-from storage.errors import RunInterrupted
+from storage.errors import RunDirectoryError, RunInterrupted
 from storage.object_store import Place
 from storage.run.directory import RunDirectory
-from storage.run.lock import RunLock
+from storage.run.lock import STAMP_DIGITS, RunLock
 from storage.run.status_file import remove_status, write_status
 
 _KEPT_FAILURES = 20
@@ -124,3 +124,39 @@ def recorded(
     finally:
         if progress.written and not run.manifest.exists():
             remove_status(run.path, guard=lock.assert_held)
+
+
+@contextlib.contextmanager
+def locked(run: RunDirectory, progress: Progress) -> Iterator[RunLock]:
+    """Holds the run directory's lock; removes a new run directory again if a check fails.
+
+    If another process has taken the run over, every later error is reported as that one.
+    """
+    existed = run.path.exists()
+
+    def wait(seconds: float, who: str) -> None:
+        progress.note(
+            f"{run.path}: in use by {who}; taking it over in {seconds:.0f} s unless its heartbeat "
+            "goes on"
+        )
+
+    try:
+        with RunLock(run.path, on_wait=wait) as lock:
+            try:
+                yield lock
+            except Exception:
+                try:
+                    lock.assert_held()
+                except RunDirectoryError:
+                    run.sweep_attempts(lock.nonce[:STAMP_DIGITS])
+                    raise
+                raise
+            finally:
+                if not existed and not run.manifest.exists():
+                    run.sweep_uncommitted(guard=lock.assert_held)
+                    run.tokens().unlink(missing_ok=True)
+                    run.scratch().unlink(missing_ok=True)
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):
+                run.path.rmdir()

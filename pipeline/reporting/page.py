@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from pipeline.output.dense_weights import dense_in_words
 from pipeline.reporting.advice import advise
 from pipeline.reporting.layer_table import Facts, distinct, input_table, kind_table, share
 from pipeline.reporting.plots import (
@@ -86,7 +87,9 @@ def _skipped(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     layers: dict[str, list[str]] = {}
     for name, reason in results["skipped_because"].items():
         layers.setdefault(reason, []).append(name)
-    return [(reason, ", ".join(names)) for reason, names in layers.items()]
+    skipped = [(reason, ", ".join(names)) for reason, names in layers.items()]
+    # A prox24 that did not list them wrote none.
+    return skipped + dense_in_words(results.get("dense_weights", {}))
 
 
 def _title(facts: Facts) -> str:

@@ -120,10 +120,14 @@ def test_models_that_are_none(
 def test_a_model_with_matrices_outside_linear_layers(
     tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = AutoConfig.for_model("rwkv", num_hidden_layers=2, hidden_size=16, vocab_size=260)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "rwkv")
-    arguments = ["prune", tmp_path / "rwkv", tmp_path / "output", *LOCAL, "--dataset", text]
-    refuse(arguments, tmp_path, capfd, "RwkvForCausalLM", "rwkv.blocks.0.attention.time_mix_key")
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "lru_width": 32, "intermediate_size": 64}
+    config = AutoConfig.for_model(
+        "recurrent_gemma", num_hidden_layers=3, vocab_size=260, attention_window_size=8, **sizes
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "griffin")
+    arguments = ["prune", tmp_path / "griffin", tmp_path / "output", *LOCAL, "--dataset", text]
+    name = "model.layers.0.temporal_block.rg_lru.input_gate_weight (4 × 8 × 8, 256 weights)"
+    refuse(arguments, tmp_path, capfd, "RecurrentGemmaForCausalLM", name)
 
 
 def test_a_width_not_divisible_by_4(

@@ -67,6 +67,7 @@ def card(**changes: Any) -> str:
         "results": RESULTS,
         "skipped": {},
         "perplexity": None,
+        "dense": {},
         "license": "apache-2.0",
     }
     return model_card(**(arguments | changes))
@@ -202,3 +203,11 @@ def test_the_card_depends_on_its_arguments_alone() -> None:
 
 def test_a_model_without_pruned_layers_has_a_card() -> None:
     assert "0 linear layers" in card(results=[])
+
+
+def test_weights_that_stay_dense_are_named_with_the_reason() -> None:
+    dense = {f"model.layers.{b}.mlp.gate.weight": "it chooses the experts" for b in range(12)}
+    text = card(dense=dense | {"model.layers.3.conv.weight": "it mixes no channels"})
+    assert "- `model.layers.*.mlp.gate.weight (12)`: it chooses the experts\n" in text
+    assert "- `model.layers.*.conv.weight (1)`: it mixes no channels\n" in text
+    assert "Left dense" not in card()

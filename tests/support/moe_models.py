@@ -156,8 +156,13 @@ def stacked_experts(model: nn.Module) -> dict[str, nn.Module]:
     return {
         path: module
         for path, module in model.named_modules()
-        if {"gate_up_proj", "down_proj"} <= dict(module.named_parameters(recurse=False)).keys()
+        if _holds_stacks(dict(module.named_parameters(recurse=False)))
     }
+
+
+def _holds_stacks(parameters: dict[str, nn.Parameter]) -> bool:
+    first = parameters.get("gate_up_proj", parameters.get("up_proj"))
+    return "down_proj" in parameters and first is not None and first.dim() == 3
 
 
 def expert_matrices(module: nn.Module, *, together: bool = False) -> dict[str, Tensor]:
@@ -171,6 +176,10 @@ def expert_matrices(module: nn.Module, *, together: bool = False) -> dict[str, T
             held = module.get_parameter(name)
             matrices = held.mT if getattr(module, "is_transposed", True) else held
             found |= {f"{number}.{name}": matrix for number, matrix in enumerate(matrices)}
+        return found
+    if not hasattr(module, "gate_up_proj"):
+        for number, (up, last) in enumerate(zip(module.up_proj, module.down_proj, strict=True)):
+            found |= {f"{number}.up_proj": up, f"{number}.down_proj": last}
         return found
     for number, (first, last) in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
         gate, up = first.chunk(2)

@@ -21,11 +21,13 @@ def prune_experts_in_memory(
     *,
     blocks: str = "model.layers",
     together: bool = False,
+    dense: tuple[str, ...] = (),
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """The parameters pruned by sparsegpt, and each expert's matrices' tokens.
 
     Every block's statistics are taken with the blocks before it pruned, itself dense. blocks: path
     of their list. together: whether gate and up of an expert are one matrix.
+    dense: endings of the paths of linears that are left alone.
     """
     solver = solver_for(SolverSettings(method="sparsegpt").resolved())
     counts: dict[str, int] = {}
@@ -34,7 +36,10 @@ def prune_experts_in_memory(
         linears = {
             path: module
             for path, module in block.named_modules()
-            if isinstance(module, nn.Linear) and module.out_features > 1 and "router" not in path
+            if isinstance(module, nn.Linear)
+            and module.out_features > 1
+            and "router" not in path
+            and not (dense and path.endswith(dense))
         }
         experts = stacked_experts(block)
         seen: dict[str, tuple[Any, ...]] = {}
@@ -77,6 +82,11 @@ def inputs_of(
             first = matrices[f"{number}.gate_up_proj"]
             yield f"{number}.gate_up_proj", first, own
             yield f"{number}.down_proj", down, gated(module, number, own @ first.T)
+            continue
+        if f"{number}.gate_proj" not in matrices:
+            up = matrices[f"{number}.up_proj"]
+            yield f"{number}.up_proj", up, own
+            yield f"{number}.down_proj", down, module.act_fn(own @ up.T)
             continue
         gate, up = (matrices[f"{number}.{kind}_proj"] for kind in ("gate", "up"))
         yield f"{number}.gate_proj", gate, own

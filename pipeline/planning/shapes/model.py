@@ -16,7 +16,7 @@ from pipeline.config.solver import SolverSettings
 from pipeline.models.experts import Experts, expert_of, send_every_token
 from pipeline.models.forward_capture import BlockCall, ModelEnds
 from pipeline.models.linears import linear_layers, unsupported_parameters, unsupported_reason
-from pipeline.models.selection import check_rules, settings_of
+from pipeline.models.selection import check_lists, check_rules, settings_of
 from pipeline.models.skeleton import FORWARD_DTYPES, Skeleton
 from pipeline.models.text_forward import HollowSkeleton
 from pipeline.planning.shapes.experts import route_evenly, stub_others, with_others
@@ -184,6 +184,7 @@ def shape_of(
     shapes: list[BlockShape] = []
     blocks, passed_by = [], []
     reason = None
+    check_lists(hollow)
     check_rules(hollow, rules)
     for index, (block, call) in enumerate(zip(hollow.blocks, calls, strict=True)):
         settings = settings_of(hollow, index, rules)

@@ -1,0 +1,1 @@
+"""What each weight of a block is for, seen from what a forward does with it."""

@@ -187,7 +187,8 @@ def is_stacked(module: nn.Module) -> bool:
     parameters = dict(module.named_parameters(recurse=False))
     weights = {"gate_up_proj", _LAST}
     if not _is_scored(module):
-        if not hasattr(module, "_apply_gate") or getattr(module, "has_post_expert_norm", True):
+        # Only versions of transformers that know such norms say whether there are any.
+        if not hasattr(module, "_apply_gate") or getattr(module, "has_post_expert_norm", False):
             return False
         weights = {"gate_up_proj" if module.has_gate else "up_proj", _LAST}
     biases = {name + _BIAS for name in weights} if getattr(module, "has_bias", False) else set()

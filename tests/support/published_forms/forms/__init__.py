@@ -1,0 +1,1 @@
+"""The forms, by family: each module has its own as `FORMS`."""

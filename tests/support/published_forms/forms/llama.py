@@ -1,0 +1,215 @@
+"""Llama, and models that took its class."""
+
+from __future__ import annotations
+
+from tests.support.published_forms.form import CLASS, REMOVED, Form, llama_like
+
+LLAMA = "LlamaForCausalLM"
+_INV_FREQ = {"model.layers.{b}.self_attn.rotary_emb.inv_freq": ("inv_freq", (4,))}
+_LLAMA3_SCALING = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 32,
+    "rope_type": "llama3",
+}
+
+FORMS = (
+    Form(
+        "huggyllama/llama-7b",
+        llama_like(
+            LLAMA,
+            "llama",
+            num_key_value_heads=REMOVED,
+            rope_theta=REMOVED,
+            max_position_embeddings=REMOVED,
+            max_sequence_length=128,
+            pad_token_id=0,
+            rms_norm_eps=1e-06,
+            torch_dtype="float16",
+            transformers_version="4.28.0.dev0",
+        ),
+        "rotary `inv_freq` stored; `max_sequence_length`; no `num_key_value_heads`",
+        extra=_INV_FREQ,
+        dtype="float16",
+        files=2,
+    ),
+    Form(
+        "meta-llama/Llama-2-7b-hf",
+        llama_like(
+            LLAMA,
+            "llama",
+            num_key_value_heads=4,
+            pretraining_tp=1,
+            rope_scaling=None,
+            rope_theta=REMOVED,
+            torch_dtype="float16",
+        ),
+        "`inv_freq` stored; `rope_scaling: null`; fp16; two weight files",
+        extra=_INV_FREQ,
+        dtype="float16",
+        files=2,
+    ),
+    Form(
+        "a converted Llama with model.rotary_emb.inv_freq stored",
+        llama_like(LLAMA, "llama"),
+        "`inv_freq` of another base where the class computes its own",
+        extra={"model.rotary_emb.inv_freq": ("inv_freq", (4,))},
+        source=CLASS,
+        quick=True,
+    ),
+    Form(
+        "a Llama with a NaN in a tensor that nothing loads",
+        llama_like(LLAMA, "llama"),
+        "a stray tensor, not finite, without a place in the class",
+        extra={"model.layers.{b}.self_attn.scale_cache": ("not a number", (4,))},
+        files=2,
+        source=CLASS,
+    ),
+    Form(
+        "meta-llama/Meta-Llama-3-8B",
+        llama_like(LLAMA, "llama", pretraining_tp=1, rope_scaling=None, rope_theta=500000.0),
+        "GQA; bf16; four weight files",
+        files=4,
+    ),
+    Form(
+        "meta-llama/Llama-3.1-8B",
+        llama_like(
+            LLAMA,
+            "llama",
+            mlp_bias=False,
+            attention_bias=False,
+            rope_scaling=_LLAMA3_SCALING,
+            rope_theta=500000.0,
+            eos_token_id=[256, 257, 258],
+        ),
+        "`rope_scaling` with `rope_type: llama3`; three end tokens",
+        files=4,
+    ),
+    Form(
+        "meta-llama/Llama-3.2-1B",
+        llama_like(
+            LLAMA,
+            "llama",
+            head_dim=8,
+            mlp_bias=False,
+            rope_scaling=_LLAMA3_SCALING | {"factor": 32.0},
+            tie_word_embeddings=True,
+        ),
+        "tied, no `lm_head` stored; `head_dim` given",
+    ),
+    Form(
+        "codellama/CodeLlama-7b-hf",
+        llama_like(LLAMA, "llama", rope_theta=1000000, num_key_value_heads=4, rope_scaling=None),
+        "`rope_theta` a whole number; `inv_freq` stored",
+        extra=_INV_FREQ,
+        files=2,
+    ),
+    Form(
+        "lmsys/vicuna-7b-v1.5",
+        llama_like(
+            LLAMA,
+            "llama",
+            num_key_value_heads=4,
+            rope_scaling={"factor": 2.0, "type": "linear"},
+            torch_dtype="float16",
+        ),
+        "old spelling of `rope_scaling` (`type: linear`)",
+        dtype="float16",
+    ),
+    Form(
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        llama_like(LLAMA, "llama", pretraining_tp=1, rope_scaling=None, attention_bias=False),
+        "GQA, one weight file",
+    ),
+    Form(
+        "01-ai/Yi-6B",
+        llama_like(LLAMA, "llama", pad_token_id=0, pretraining_tp=1, rope_theta=5000000.0),
+        "Llama's class under another name",
+        files=2,
+    ),
+    Form(
+        "deepseek-ai/deepseek-llm-7b-base",
+        llama_like(LLAMA, "llama", num_key_value_heads=4, pretraining_tp=1, rope_scaling=None),
+        "Llama's class; two weight files",
+        files=2,
+    ),
+    Form(
+        "deepseek-ai/deepseek-coder-1.3b-base",
+        llama_like(
+            LLAMA,
+            "llama",
+            num_key_value_heads=4,
+            rope_scaling={"factor": 4.0, "type": "linear"},
+            rope_theta=100000,
+        ),
+        "`type: linear` with a whole `rope_theta`",
+    ),
+    Form(
+        "HuggingFaceTB/SmolLM-135M",
+        llama_like(LLAMA, "llama", tie_word_embeddings=True, rope_scaling=None),
+        "tied",
+    ),
+    Form(
+        "HuggingFaceTB/SmolLM2-135M",
+        llama_like(
+            LLAMA,
+            "llama",
+            tie_word_embeddings=True,
+            is_llama_config=True,
+            rope_interleaved=False,
+            rope_theta=100000,
+        ),
+        "tied; keys that the class does not know",
+    ),
+    Form(
+        "internlm/internlm3-8b-instruct as llama",
+        llama_like(LLAMA, "llama", attention_bias=False, bias=False, qkv_bias=False, head_dim=8),
+        "keys of another class in a Llama config",
+        source=CLASS,
+    ),
+    Form(
+        "a fine-tuned Llama, tied in config, another head in its files",
+        llama_like(LLAMA, "llama", tie_word_embeddings=True),
+        "`tie_word_embeddings: true`, and a differing `lm_head.weight` stored",
+        extra={"lm_head.weight": ("random", (259, 32))},
+        source=CLASS,
+        quick=True,
+    ),
+    Form(
+        "a Llama merge with tied head stored twice",
+        llama_like(LLAMA, "llama", tie_word_embeddings=True),
+        "tied, and the same `lm_head.weight` stored too",
+        extra={"lm_head.weight": ("same as the embedding", (259, 32))},
+        source=CLASS,
+    ),
+    Form(
+        "a Llama saved without its head (LlamaModel)",
+        llama_like("LlamaModel", "llama", tie_word_embeddings=True),
+        "`architectures: [LlamaModel]`; names without `model.`; tied",
+        renames=((r"^model\.", ""),),
+        source=CLASS,
+    ),
+    Form(
+        "a tied Llama whose files hold lm_head alone",
+        llama_like(LLAMA, "llama", tie_word_embeddings=True),
+        "only `lm_head.weight` stored, no `embed_tokens`",
+        renames=((r"^model\.embed_tokens\.weight$", "lm_head.weight"),),
+        source=CLASS,
+    ),
+    Form(
+        "a Llama with an index that names a stray tensor",
+        llama_like(LLAMA, "llama"),
+        "the index lists `inv_freq`, which no file holds",
+        files=2,
+        change="sharded_index_extra",
+        source=CLASS,
+    ),
+    Form(
+        "a merged Llama with the adapter's config left beside it",
+        llama_like(LLAMA, "llama"),
+        "`adapter_config.json` without the adapter's weights",
+        change="adapter_beside",
+        source=CLASS,
+    ),
+)

@@ -98,8 +98,6 @@ def _heading(plan: Plan) -> list[str]:
     if shape.passed_by:
         blocks = ", ".join(map(str, shape.passed_by))
         lines.append(f"Left dense: blocks {blocks}, which a forward of text does not reach")
-    if shape.unsupported:
-        lines.append(f"NOT YET PRUNABLE: {shape.unsupported}")
     return lines
 
 

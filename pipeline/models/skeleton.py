@@ -150,9 +150,10 @@ class Skeleton:
     def load_ends(self, device: torch.device, *, head: bool) -> PreTrainedModel:
         """The model with everything but its blocks loaded: embeddings, and with `head` the rest.
 
-        The blocks stay on the meta device: callers give them another `forward`. So does what a
-        wrapper has besides its text stack. Without `head` the
-        output embedding is left out, unless it is tied to the input embedding.
+        The blocks stay on the meta device: callers give them another `forward`. What a wrapper has
+        besides its text stack is NaN on `device`, without memory: some ask its first parameter
+        where the model is. Without `head` the output embedding is left out, unless it is tied to
+        the input embedding.
         """
         model = copy.deepcopy(self.model)
         output = model.get_output_embeddings()
@@ -161,8 +162,9 @@ class Skeleton:
             tied = {id(p) for p in model.get_input_embeddings().parameters()}
             skipped = {id(p) for p in output.parameters()} - tied
         blocks = {id(p) for p in model.get_submodule(self.blocks_path).parameters()}
-        blocks |= outside_text(model)
-        self._load(model, "", device, skip=skipped | blocks)
+        towers = outside_text(model)
+        self._load(model, "", device, skip=skipped | blocks | towers)
+        _fill_with_nan(model, towers, device)
         if head:
             _require_loaded(model, "", self.files.place, skip=blocks)
         return model.eval()
@@ -336,6 +338,16 @@ def _check_tensors(skeleton: Skeleton) -> None:
             f"{files.place}: the weight files lack {', '.join(missing[:3])}{more}, which "
             f"{type(model).__name__} needs; the download may be incomplete"
         )
+
+
+def _fill_with_nan(model: nn.Module, parameters: Set[int], device: torch.device) -> None:
+    """Puts NaN, one number in memory each, in place of the parameters with these ids."""
+    for owner in model.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if id(parameter) in parameters and parameter.is_floating_point():
+                value = torch.full((), torch.nan, dtype=parameter.dtype, device=device)
+                nan = nn.Parameter(value.expand(parameter.shape), requires_grad=False)
+                setattr(owner, name, nan)
 
 
 def _require_loaded(

@@ -17,7 +17,7 @@ from pipeline.config.layers import ExpertOptions
 from pipeline.config.prune import ModelOptions
 from pipeline.planning.rates import GPUS, Rates, cpu_rates, gpu_rates, load_rates, with_threads
 from pipeline.runtime.free_memory import available_memory
-from storage.errors import ConfigError
+from storage.errors import ConfigError, ModelError
 from storage.object_store import Place
 
 if TYPE_CHECKING:
@@ -108,10 +108,13 @@ def size_of(text: str, name: str) -> float:
 
 
 def planned_shape(model: Place, config: PlanConfig) -> ModelShape:
-    """The shape of the model with these options."""
+    """The shape of the model with these options.
+
+    Raises `ModelError` for a model that `prune` would refuse.
+    """
     from pipeline.planning.shapes.model import read_shape
 
-    return read_shape(
+    shape = read_shape(
         model,
         seqlen=config.seqlen,
         rules=config.layer_rules(),
@@ -119,6 +122,9 @@ def planned_shape(model: Place, config: PlanConfig) -> ModelShape:
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
     )
+    if shape.unsupported is not None:
+        raise ModelError(f"{shape.name}: {shape.unsupported}; this architecture is not supported")
+    return shape
 
 
 def planned_job(shape: ModelShape, config: PlanConfig, rates: Rates | None = None) -> PlannedJob:

@@ -31,7 +31,6 @@ def plan_to_json(plan: Plan, *, scaled: bool = True) -> dict[str, Any]:
             "hidden": shape.hidden,
             "dtype": shape.dtype,
             "skipped_because": {f"block {b}": NOT_REACHED for b in shape.passed_by},
-            "unsupported": shape.unsupported,
             "stored_as": shape.stored_as or None,
         },
         "job": {

@@ -2,8 +2,5 @@
 
 from __future__ import annotations
 
-BROKEN: dict[str, str] = {
-    "google/recurrentgemma-2b": "`plan` accepts it",
-    "HuggingFaceTB/SmolVLM-256M-Instruct": "its forward needs the towers",
-}
+BROKEN: dict[str, str] = {}
 """Name of a form → reason."""

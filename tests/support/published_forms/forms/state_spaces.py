@@ -212,7 +212,7 @@ FORMS = (
         },
         "a linear recurrence whose gates are matrices of their own",
         dtype="float32",
-        outcome="recurrent",
+        outcome="rg_lru.input_gate_weight",
     ),
     Form(
         "state-spaces/mamba-130m-hf",

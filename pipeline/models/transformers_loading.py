@@ -2,8 +2,6 @@
 
 What `from_pretrained` makes of a folder is what prox24 computes with, so its own machinery is
 asked: which names it renames, what it converts, what it ties, what it keeps in float32.
-transformers 4 has less of it: there a stored tensor is the parameter of its name, with or without
-the base model's prefix, and embeddings are tied where the config says so.
 tests/models/test_transformers_loading.py fails where a transformers does something else.
 """
 
@@ -19,6 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -26,18 +32,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 from transformers.utils import logging
-
-try:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        MergeModulelist,
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
-except ImportError:  # transformers 4
-    get_model_conversion_mapping = None
 
 WRAPPERS = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
 """Names of transformers' classes that answer to images and text with text."""
@@ -68,11 +62,7 @@ class Routes:
         """
         self._state = model.state_dict()
         self._prefix = model.base_model_prefix
-        self._mapping: list[Any] = []
-        if get_model_conversion_mapping is None:
-            self.all = _plain_routes(stored, self._prefix, self._state)
-            return
-        self._mapping = get_model_conversion_mapping(model)
+        self._mapping: list[Any] = get_model_conversion_mapping(model)
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         self.all = [
             route
@@ -82,8 +72,6 @@ class Routes:
 
     @property
     def _converters(self) -> list[Any]:
-        if get_model_conversion_mapping is None:
-            return []
         return [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
 
     def _route(self, name: str, renamings: list[Any], converters: list[Any]) -> Route | None:
@@ -125,17 +113,6 @@ class Routes:
         )
 
 
-def _plain_routes(stored: Iterable[str], prefix: str, state: Mapping[str, Any]) -> list[Route]:
-    """Routes of transformers 4: parameters have the names that are stored, but for the prefix."""
-    routes = []
-    for name in sorted(stored):
-        candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-        target = next((candidate for candidate in candidates if candidate in state), None)
-        if target is not None:
-            routes.append(Route(name, target))
-    return routes
-
-
 def convert(
     converter: Any, target: str, sources: Iterable[tuple[Route, Tensor]], model: Any
 ) -> dict[str, Tensor]:
@@ -160,7 +137,7 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
     keys = getattr(model, "all_tied_weights_keys", None)
     if isinstance(keys, Mapping):
         return dict(keys)
-    # Of transformers 4, which ties the output embedding to the input's and nothing else.
+    # A model's own code may not have called post_init, which makes the keys.
     if not getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False):
         return {}
     embedding = model.get_input_embeddings()
@@ -208,8 +185,6 @@ def compute_buffers(model: PreTrainedModel) -> None:
     transformers 5 takes those that come after loading, when tensors are float32 by default; while
     a model is constructed they have the model's dtype, and rotary tables are less exact.
     """
-    if get_model_conversion_mapping is None:
-        return
     for module in model.modules():
         module.__dict__.pop("_is_hf_initialized", None)
     with torch.no_grad():

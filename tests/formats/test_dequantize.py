@@ -8,9 +8,6 @@ import torch
 from pipeline.formats.dequantize import from_compressed, from_fp8, from_mxfp4
 from storage.errors import ModelError
 from tests.support.few_bits import FP4, group
-from tests.support.few_bits_jobs import NEEDS_TRANSFORMERS_5
-
-pytestmark = NEEDS_TRANSFORMERS_5
 
 BF16 = torch.bfloat16
 

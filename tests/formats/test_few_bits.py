@@ -26,7 +26,6 @@ from tests.support.few_bits import (
 from tests.support.few_bits_jobs import (
     BF16,
     JOB,
-    NEEDS_TRANSFORMERS_5,
     OPTIONS,
     WIDE,
     dequantized,
@@ -38,8 +37,6 @@ from tests.support.jobs import write_text
 from tests.support.moe_models import save_moe
 from tests.support.s3_server import S3Server
 from tests.support.tiny_models import byte_tokenizer, save_tiny_model
-
-pytestmark = NEEDS_TRANSFORMERS_5
 
 LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "qwen3 fp8": lambda f: fp8_model(

@@ -36,7 +36,6 @@ from tests.support.few_bits_jobs import (
     BF16,
     JOB,
     NAME,
-    NEEDS_TRANSFORMERS_5,
     OPTIONS,
     WIDE,
     dequantized,
@@ -48,8 +47,6 @@ from tests.support.jobs import write_text
 from tests.support.moe_models import save_moe, token_ids
 from tests.support.multimodal import save_wrapper
 from tests.support.tiny_models import save_tiny_model
-
-pytestmark = NEEDS_TRANSFORMERS_5
 
 
 def test_blocks_that_are_cut_off(tmp_path: Path) -> None:

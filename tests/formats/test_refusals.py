@@ -25,15 +25,12 @@ from tests.support.few_bits_jobs import (
     BF16,
     JOB,
     NAME,
-    NEEDS_TRANSFORMERS_5,
     OPTIONS,
     printed,
     refusal,
 )
 from tests.support.jobs import write_text
 from tests.support.tiny_models import save_tiny_model
-
-pytestmark = NEEDS_TRANSFORMERS_5
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import core_model_loading as loading
 
 from cluster.command_line import run
 from tests.support.published import Tensors, as_transformers, change, changed, publish, refusal
@@ -18,8 +19,7 @@ LLAMA = {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embedd
 
 
 def conversions(operation: str) -> tuple[Any, Any]:
-    """An operation of transformers' conversions, and what holds them; skips in transformers 4."""
-    loading = pytest.importorskip("transformers.core_model_loading")
+    """An operation of transformers' conversions, and what holds them."""
     return getattr(loading, operation), loading.WeightConverter
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -34,7 +33,6 @@ from tests.support.published import SIZE, change, publish
 from tests.support.tiny_models import random_model
 
 CPU = torch.device("cpu")
-only_in_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 has none")
 LLAMA = {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
 MIXTRAL = LLAMA | {"num_local_experts": 2, "num_experts_per_tok": 1}
 
@@ -52,7 +50,6 @@ def one(model: PreTrainedModel, name: str) -> Route | None:
     return next(iter(Routes(model, [name]).all), None)
 
 
-@only_in_5
 def test_names() -> None:
     llama, neox = on_meta("llama"), on_meta("gpt_neox")
     norm = "model.layers.0.input_layernorm.weight"
@@ -65,7 +62,6 @@ def test_names() -> None:
         assert one(llama, name) is None
 
 
-@only_in_5
 def test_a_name_of_the_model_that_a_renaming_for_older_files_meets() -> None:
     """transformers tries such a name as it is once the renamed one is none of the model's."""
     mixtral = on_meta("mixtral", **MIXTRAL)
@@ -75,7 +71,6 @@ def test_a_name_of_the_model_that_a_renaming_for_older_files_meets() -> None:
     assert (route.target, route.pattern) == (name, None)
 
 
-@only_in_5
 def test_experts_are_merged_in_order() -> None:
     mixtral = on_meta("mixtral", **MIXTRAL)
     prefix = "model.layers.0.block_sparse_moe.experts"
@@ -97,7 +92,6 @@ def test_experts_are_merged_in_order() -> None:
     assert operations(rules.converter(pattern)) == "MergeModulelist, Concatenate"
 
 
-@only_in_5
 def test_one_tensor_that_becomes_several() -> None:
     hrm = on_meta("hrm_text")
     name = next(n for n in hrm.state_dict() if n.endswith("mlp.gate_proj.weight"))
@@ -114,7 +108,6 @@ def test_one_tensor_that_becomes_several() -> None:
     ]
 
 
-@only_in_5
 def test_ties() -> None:
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     assert tied_names(on_meta("llama")) == {}
@@ -127,7 +120,6 @@ def test_ties() -> None:
     assert {"missing_keys", "recompute_mapping"} <= arguments.keys()
 
 
-@only_in_5
 def test_what_stays_wide() -> None:
     model = on_meta("llama")
     model._keep_in_fp32_modules = {"norm"}  # type: ignore[assignment]

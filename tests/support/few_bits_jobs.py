@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from transformers import (
     AutoModelForCausalLM,
     CompressedTensorsConfig,
@@ -27,9 +26,6 @@ BF16 = torch.bfloat16
 NAME = "model.layers.1.mlp.up_proj.weight"
 # For groups of 32 in each row of deepseek_v3.
 WIDE = {"moe_intermediate_size": 32, "intermediate_size": 64, "q_lora_rank": 32, "kv_lora_rank": 32}
-NEEDS_TRANSFORMERS_5 = pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 dequantizes otherwise"
-)
 
 
 def dequantized(folder: Path) -> PreTrainedModel:

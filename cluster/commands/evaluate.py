@@ -49,7 +49,8 @@ def run(options: argparse.Namespace) -> int:
     if config.tasks is not None:
         shown, text = _tasks(sources, config, make_executor(config, console), console)
     else:
-        with connected_early(config, console, module="pipeline.evaluation.perplexity") as make:
+        module = "pipeline.evaluation.perplexity"
+        with connected_early(config, console, module=module, place=True) as make:
             shown, text = _perplexity(sources, config, make, console)
     print(json.dumps(shown) if config.json else text, end="\n" if config.json else "")
     return 0

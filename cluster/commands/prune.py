@@ -30,7 +30,10 @@ def run(options: argparse.Namespace) -> int:
     source = resolve_model(options.model)
     console = Console()
     console.settings(options.model, options.output, config)
-    with connected_early(config, console, module="pipeline.prune") as make_executor:
+    # With --scratch-dir the run directory says which rank goes to which node.
+    anywhere = config.scratch_dir is None
+    early = connected_early(config, console, module="pipeline.prune", place=anywhere)
+    with early as make_executor:
         from pipeline.prune import prune, run_directory_of
 
         result = prune(

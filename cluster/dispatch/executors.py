@@ -36,9 +36,11 @@ def make_executor(config: RuntimeConfig, console: Console) -> Callable[[], Execu
 
 @contextlib.contextmanager
 def connected_early(
-    config: RuntimeConfig, console: Console, *, module: str
+    config: RuntimeConfig, console: Console, *, module: str, place: bool
 ) -> Iterator[Callable[[], Executor]]:
     """`make_executor`, but a running cluster is connected to now, while `module` is imported.
+
+    place: start the workers there as well, if there is room for them now.
 
     An executor that nobody asked for, because the job was refused, is closed. A Ray of our own is
     not started early: ending it again would keep a refusal waiting for seconds.
@@ -64,6 +66,8 @@ def connected_early(
         return executor
 
     try:
+        if place:
+            executor.prepare_if_free()
         yield take
     finally:
         if not taken:

@@ -18,8 +18,13 @@ from actors.network import choose_backend, require_reachable
 from actors.worker import RankActor, Whereabouts
 from cluster.dispatch.connection import connect
 from cluster.dispatch.failures import is_of_the_worker, translate
-from cluster.dispatch.placement import Placement, choose_placement, placement_after_loss
-from cluster.dispatch.reservation import Reservation, growth_requested, reserve
+from cluster.dispatch.placement import (
+    Placement,
+    choose_placement,
+    pack,
+    placement_after_loss,
+)
+from cluster.dispatch.reservation import Reservation, free_rooms, growth_requested, reserve
 from cluster.dispatch.scratch_nodes import Node, spread
 from cluster.dispatch.visibility import require_shared_view
 from pipeline.config.runtime import RuntimeConfig
@@ -96,16 +101,25 @@ class RayExecutor:
         return self.placement.workers
 
     def prepare(self) -> None:
-        """Places the actors: they import torch while the driver reads the text.
+        """Places the actors, if that is not done: they import torch while the driver reads the
+        text.
 
         Not for ranks that go back to nodes which only the job knows. Raises `ResourceError` where
         the cluster makes no room.
         """
+        if self._ranks:
+            return
         self._ranks = [None] * self.world
         self._reserved = reserve(self.placement, self._config.placement_timeout, self._note)
         for rank in range(self.world):
             self._ranks[rank] = _Rank(self._place(rank))
             self._actor(rank).warm_up.remote()
+
+    def prepare_if_free(self) -> None:
+        """`prepare` where nothing has to be waited for: before it is known whether there is a job
+        at all."""
+        if pack(self.placement, free_rooms()) is not None:
+            self.prepare()
 
     def start(self, job: Job) -> None:
         """Places the actors, if that is not done, builds their ranks, and joins them."""

@@ -46,15 +46,15 @@ class _Scheme:
 
 
 def compressed_tensors_of(
-    files: ModelFiles, said: Mapping[str, Any]
+    files: ModelFiles, config: Mapping[str, Any]
 ) -> tuple[list[Dequantized], set[str]]:
     """The weights that are compressed, and names of tensors to leave out.
 
-    said: config.json's `quantization_config`. A tensor without a scale is not quantized. Raises
+    config: config.json's `quantization_config`. A tensor without a scale is not quantized. Raises
     `ModelError` where the library is missing, and for other formats.
     """
     found: list[Dequantized] = []
-    sparsity = said.get("sparsity_config")
+    sparsity = config.get("sparsity_config")
     if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
         raise _refused(files, f"sparse weights in the format {sparsity.get('format')}")
     dropped = {name for name in files.tensors if _OTHERS.fullmatch(name.rpartition(".")[2])}
@@ -63,7 +63,7 @@ def compressed_tensors_of(
         if f"{layer}.{_SCALE}" not in files.tensors or kind not in ("weight", _PACKED):
             continue
         compressed_tensors()
-        found.append(_tensor(files, layer, kind, _scheme(files, layer, said)))
+        found.append(_tensor(files, layer, kind, _scheme(files, layer, config)))
         extra = {f"{layer}.{other}" for other in (_SHAPE, _ZERO, "weight_g_idx")}
         if f"{layer}.weight_g_idx" in files.tensors:
             raise _refused(files, "weights in the order of their activations (weight_g_idx)")
@@ -78,9 +78,9 @@ def _refused(files: ModelFiles, what: str) -> ModelError:
     )
 
 
-def _scheme(files: ModelFiles, layer: str, said: Mapping[str, Any]) -> _Scheme:
+def _scheme(files: ModelFiles, layer: str, config: Mapping[str, Any]) -> _Scheme:
     """The group that a layer belongs to: one that names it, or else one of all linear layers."""
-    groups = said.get("config_groups")
+    groups = config.get("config_groups")
     known = [g for g in groups.values() if isinstance(g, Mapping)] if groups else []
     named = [group for group in known if any(_names(t, layer) for t in _targets(group))]
     classes = [
@@ -93,7 +93,7 @@ def _scheme(files: ModelFiles, layer: str, said: Mapping[str, Any]) -> _Scheme:
             f"{files.source.where('config.json')}: no group of its quantization_config is that of "
             f"{layer}, whose weight is quantized"
         )
-    form = group.get("format") or said.get("format")
+    form = group.get("format") or config.get("format")
     if form not in FORMATS:
         raise _refused(files, f"the format {str(form)[:40]!r}")
     size = weights.get("group_size")
@@ -167,11 +167,13 @@ def _rows(
         by_row = (own and own[0] == shape[0]) or (scheme.strategy == "block" and len(own) == 2)
         stored[kind] = files.read(name, rows=rows) if by_row else files.read(name)
     if _PACKED in stored:
-        said = files.read(f"{layer}.{_SHAPE}") if f"{layer}.{_SHAPE}" in files.tensors else None
-        if said is not None and said.tolist() != list(shape):
+        stored_shape = (
+            files.read(f"{layer}.{_SHAPE}") if f"{layer}.{_SHAPE}" in files.tensors else None
+        )
+        if stored_shape is not None and stored_shape.tolist() != list(shape):
             raise ModelError(
                 f"{files.place}: {layer} has the shape {list(shape)} by its scales, but "
-                f"{_SHAPE} says {said.tolist()}; download the model again"
+                f"{_SHAPE} says {stored_shape.tolist()}; download the model again"
             )
         stored[_SHAPE] = torch.tensor([stop - start, shape[1]])
     return from_compressed(stored, scheme.contents, scheme.form)

@@ -21,13 +21,13 @@ _FP4 = "I8"  # two values a byte
 _OF_ACTIVATIONS = ("activation_scale", "input_scale", "qscale_act")
 
 
-def fp8_tensors(files: ModelFiles, said: Mapping[str, Any]) -> tuple[list[Dequantized], set[str]]:
+def fp8_tensors(files: ModelFiles, config: Mapping[str, Any]) -> tuple[list[Dequantized], set[str]]:
     """The weights that are stored in FP8, and names of tensors to leave out.
 
-    said: config.json's `quantization_config`. A tensor without a scale is not quantized. Raises
+    config: config.json's `quantization_config`. A tensor without a scale is not quantized. Raises
     `ModelError` for FP8 values without a scale, and for scales of another shape than the blocks.
     """
-    block = whole_numbers(said.get("weight_block_size"))
+    block = whole_numbers(config.get("weight_block_size"))
     found, dropped = [], set()
     for name, entry in files.tensors.items():
         scale = next((key for key in _scale_names(name) if key in files.tensors), None)
@@ -55,12 +55,12 @@ def _scale_names(name: str) -> Iterator[str]:
 
 
 def _tensor(
-    files: ModelFiles, entry: TensorEntry, scale: TensorEntry, said: tuple[int, ...]
+    files: ModelFiles, entry: TensorEntry, scale: TensorEntry, stated: tuple[int, ...]
 ) -> Dequantized:
     columns = entry.shape[-1] * (2 if entry.dtype == _FP4 else 1)
     shape = (*entry.shape[:-1], columns)
     grid = (1, 1) if math.prod(scale.shape) == 1 else scale.shape[-2:]
-    block = _block(files, entry, (shape[-2], columns), scale, grid, said)
+    block = _block(files, entry, (shape[-2], columns), scale, grid, stated)
     if len(shape) > 2:  # experts: one at a time
         whole = math.prod(scale.shape) != 1
         decode, step = partial(_experts, files, entry.name, scale.name, block, whole), 1
@@ -76,7 +76,7 @@ def _block(
     shape: tuple[int, int],
     scale: TensorEntry,
     grid: tuple[int, ...],
-    said: tuple[int, ...],
+    stated: tuple[int, ...],
 ) -> tuple[int, int]:
     """Rows and columns of a block.
 
@@ -84,11 +84,11 @@ def _block(
     Otherwise, as for FP4 experts, the scales must divide the weight evenly.
     """
     if len(grid) == 2 and all(grid):
-        if len(said) == 2 and grid == (-(-shape[0] // said[0]), -(-shape[1] // said[1])):
-            return said[0], said[1]
+        if len(stated) == 2 and grid == (-(-shape[0] // stated[0]), -(-shape[1] // stated[1])):
+            return stated[0], stated[1]
         if shape[0] % grid[0] == 0 and shape[1] % grid[1] == 0:
             return shape[0] // grid[0], shape[1] // grid[1]
-    blocks = f"blocks of {' x '.join(map(str, said))}" if said else "the whole"
+    blocks = f"blocks of {' x '.join(map(str, stated))}" if stated else "the whole"
     raise ModelError(
         f"{files.place}: {entry.name} is {list(shape)}, for which {scale.name} of "
         f"{list(scale.shape)} has not the scales of {blocks}; download the model again"

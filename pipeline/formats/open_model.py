@@ -29,19 +29,19 @@ def open_model(place: Place) -> ModelFiles:
 
 
 def _dequantized(stored: ModelFiles) -> ModelFolder:
-    said = quantization(stored.config) or {}
-    method = said.get("quant_method")
+    config = quantization(stored.config) or {}
+    method = config.get("quant_method")
     dropped: set[str] = set()
     if method == "fp8":
-        tensors, dropped = fp8_tensors(stored, said)
-        block = whole_numbers(said.get("weight_block_size"))
+        tensors, dropped = fp8_tensors(stored, config)
+        block = whole_numbers(config.get("weight_block_size"))
         kind = f"FP8 in blocks of {' x '.join(map(str, block))}" if block else "FP8"
     elif method == "mxfp4":
         tensors, kind = mxfp4_tensors(stored), "MXFP4"
     else:
-        tensors, dropped = compressed_tensors_of(stored, said)
+        tensors, dropped = compressed_tensors_of(stored, config)
         tensors = stacked(stored, tensors, stored.config)
-        kind = f"compressed-tensors ({_text(said.get('format'))})"
+        kind = f"compressed-tensors ({_text(config.get('format'))})"
     return DequantizedFolder(stored, tensors, dropped, plain_config(stored.config), kind)
 
 

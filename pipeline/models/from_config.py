@@ -87,20 +87,20 @@ def load_config(files: ModelFiles, trust_remote_code: bool) -> PretrainedConfig:
 def load_config_alone(path: Path, trust_remote_code: bool) -> PretrainedConfig:
     """transformers' config object of a config.json without a model. Raises ModelError."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        contents = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not a readable config.json: {reason(error)}") from error
-    if not isinstance(said, dict):
+    if not isinstance(contents, dict):
         raise ModelError(f"{path} holds no JSON object; give a model's config.json")
     held = f"a plan takes {MAX_COUNT_ALONE}"
-    return _checked_config(said, path, path, MAX_COUNT_ALONE, held, trust_remote_code)
+    return _checked_config(contents, path, path, MAX_COUNT_ALONE, held, trust_remote_code)
 
 
 def _checked_config(
-    said: Mapping[str, Any], path: Path, source: Path, most: int, held: str, trust: bool
+    contents: Mapping[str, Any], path: Path, source: Path, most: int, held: str, trust: bool
 ) -> PretrainedConfig:
-    _require_causal(said, path)
-    _check_contents(said, path, most, held, trust)
+    _require_causal(contents, path)
+    _check_contents(contents, path, most, held, trust)
     try:
         config = AutoConfig.from_pretrained(
             str(source), trust_remote_code=trust, local_files_only=True
@@ -119,10 +119,10 @@ def _checked_config(
 
 
 def _check_contents(
-    said: Mapping[str, Any], path: Path, most: int, held: str, trust_remote_code: bool
+    contents: Mapping[str, Any], path: Path, most: int, held: str, trust_remote_code: bool
 ) -> None:
     """Refuses numbers that the weight files rule out, and what would lead out of the folder."""
-    for key, value in _members(said):
+    for key, value in _members(contents):
         if isinstance(value, int) and _COUNTS.fullmatch(key) and value > most:
             raise ModelError(f"{path}: {key} is {_shown(value)}, but {held} at most")
         if key == "configuration_files":
@@ -227,14 +227,14 @@ def _cannot_build(folder: Path, error: Exception) -> ModelError:
     )
 
 
-def _require_causal(said: Mapping[str, Any], path: Path) -> None:
+def _require_causal(contents: Mapping[str, Any], path: Path) -> None:
     """Refuses what AutoModelForCausalLM does not load, and what it would wrap without complaint.
 
-    said: of a config, what is named in `_ROLE`. A class without any head is loaded as the causal LM
-    of its model_type, as weights are published that were saved without one.
+    contents: of a config, what is named in `_ROLE`. A class without any head is loaded as the
+    causal LM of its model_type, as weights are published that were saved without one.
     """
-    names, kind = said.get("architectures"), said.get("model_type")
-    if said.get("is_encoder_decoder"):
+    names, kind = contents.get("architectures"), contents.get("model_type")
+    if contents.get("is_encoder_decoder"):
         raise ModelError(
             f"{path}: {kind} is an encoder-decoder model; prox24 prunes decoder-only causal LMs"
         )
@@ -245,7 +245,7 @@ def _require_causal(said: Mapping[str, Any], path: Path) -> None:
         )
     if any("CausalLM" in name or "LMHead" in name or name in WRAPPERS for name in names):
         return
-    own = said.get("auto_map")
+    own = contents.get("auto_map")
     if isinstance(own, Mapping) and "AutoModelForCausalLM" in own:
         return
     if not is_causal_lm(kind) or not all(is_base_class(name, kind) for name in names):

@@ -173,9 +173,9 @@ class ModelFiles:
 
         names: those that are loaded; None for all.
         """
-        for name, said in self.contradictions.items():
+        for name, contradiction in self.contradictions.items():
             if names is None or name in names:
-                raise CorruptFileError(f"{self.place}: {said}; download the model again")
+                raise CorruptFileError(f"{self.place}: {contradiction}; download the model again")
 
     @property
     def folder(self) -> Path:

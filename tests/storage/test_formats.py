@@ -80,9 +80,15 @@ def test_a_wrappers_other_towers_are_not_loaded(tmp_path: Path) -> None:
     )
     assert skeleton.blocks_path == "model.language_model.layers"
     ends = skeleton.load_ends(torch.device("cpu"), head=True)
+    towers = ("model.vision_tower.", "model.multi_modal_projector.")
+    outside = {name: p for name, p in ends.named_parameters() if name.startswith(towers)}
+    assert outside
+    # One number in memory each, and NaN: a forward of text that used them would be found out.
+    assert all(p.untyped_storage().nbytes() == p.element_size() for p in outside.values())
+    assert all(bool(p.isnan().all()) for p in outside.values())
     on_meta = {name for name, p in ends.named_parameters() if p.is_meta}
-    others = ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.layers.")
-    assert on_meta == {name for name, _ in ends.named_parameters() if name.startswith(others)}
+    blocks = "model.language_model.layers."
+    assert on_meta == {name for name, _ in ends.named_parameters() if name.startswith(blocks)}
 
 
 # -- refusals -----------------------------------------------------------------------------------

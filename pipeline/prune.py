@@ -163,17 +163,24 @@ def prune(
         if note := adapter_note(skeleton.files.folder, source):
             progress.note(note)
         run.sweep_uncommitted(guard=lock.assert_held)
-        executor = traced(make_executor(), config.trace)
-        try:
-            if config.scratch_dir is None:  # else each rank goes where its activation shards are
-                executor.prepare()
-            loop, manifest = _start(job, executor, manifest)
-            loop.prune()
-            _write_output(job, loop, manifest)
-            return _conclude(job)
-        finally:
-            progress.end()
-            executor.close()
+        return _run(job, traced(make_executor(), config.trace), manifest)
+
+
+def _run(job: PruneJob, executor: Executor, manifest: dict[str, Any] | None) -> PruneResult:
+    """Prunes all blocks from the first one that is not committed, writes the output and concludes.
+
+    The executor is closed at the end, in any case.
+    """
+    try:
+        if job.config.scratch_dir is None:  # else each rank goes where its activation shards are
+            executor.prepare()
+        loop, manifest = _start(job, executor, manifest)
+        loop.prune()
+        _write_output(job, loop, manifest)
+        return _conclude(job)
+    finally:
+        job.progress.end()
+        executor.close()
 
 
 def _start(

@@ -56,7 +56,7 @@ def connected_early(
     from cluster.dispatch.ray_executor import RayExecutor
 
     # A daemon: a refusal need not wait for it.
-    threading.Thread(target=importlib.import_module, args=(module,), daemon=True).start()
+    threading.Thread(target=_import_ahead, args=(module,), daemon=True).start()
     executor = RayExecutor(config, console.note)
     taken = False
 
@@ -72,6 +72,12 @@ def connected_early(
     finally:
         if not taken:
             executor.close()
+
+
+def _import_ahead(module: str) -> None:
+    """Imports the module, for whoever imports it next. An error is raised there, not here."""
+    with contextlib.suppress(Exception):
+        importlib.import_module(module)
 
 
 def seen_by_prometheus(console: Console, config: RuntimeConfig, run: str) -> Progress:

@@ -41,7 +41,6 @@ class _Scheme:
     bits: int
     strategy: str
     group: int
-    symmetric: bool
     block: tuple[int, ...]
 
 
@@ -104,7 +103,6 @@ def _scheme(files: ModelFiles, layer: str, config: Mapping[str, Any]) -> _Scheme
         bits=int(weights.get("num_bits", 8)),
         strategy=str(strategy),
         group=int(size or 0),
-        symmetric=bool(weights.get("symmetric", True)),
         block=tuple(weights.get("block_structure") or ()),
     )
 

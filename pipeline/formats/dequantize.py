@@ -24,16 +24,11 @@ def from_fp8(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
     values: float8 (..., R, C), or two FP4 values a byte, int8 (..., R, C / 2). block: rows and
     columns of a block; the last ones may be cut off. scales: floats, or uint8 exponents of 2.
 
-    transformers 5 computes them. It takes whole blocks only, so blocks that are cut off are padded
-    with zeros first. Raises `ModelError` with an older transformers.
+    transformers computes them. It takes whole blocks only, so blocks that are cut off are padded
+    with zeros first.
     """
-    try:
-        from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-    except ImportError:
-        raise ModelError(
-            "FP8 weights are dequantized by transformers 5; install it with "
-            "pip install -U transformers"
-        ) from None
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
     a_byte = 2 if values.dtype == torch.int8 else 1
     rows, columns = values.shape[-2], values.shape[-1] * a_byte
     missing = (-rows % block[0], -columns % block[1])

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.models.text_forward import NOT_REACHED
 from pipeline.planning.phase_parts import Phase
 from pipeline.planning.plan import PLAN_SCHEMA, Plan, scaling
+from pipeline.planning.shapes.model import ModelShape
 
 
 def plan_to_json(plan: Plan, *, scaled: bool = True) -> dict[str, Any]:
@@ -15,24 +16,14 @@ def plan_to_json(plan: Plan, *, scaled: bool = True) -> dict[str, Any]:
 
     scaled: whether to add plans for other numbers of workers.
     """
-    job, shape = plan.job, plan.job.shape
+    job = plan.job
     phases = {
         name: {**total, "limit": max(total["limits"], key=total["limits"].__getitem__)}
         for name, total in plan.totals().items()
     }
     return {
         "schema_version": PLAN_SCHEMA,
-        "model": {
-            "name": shape.name,
-            "parameters": shape.parameters,
-            "weight_bytes": shape.weight_bytes,
-            "blocks": len(shape.blocks),
-            "block_kinds": len(shape.kinds),
-            "hidden": shape.hidden,
-            "dtype": shape.dtype,
-            "skipped_because": {f"block {b}": NOT_REACHED for b in shape.passed_by},
-            "stored_as": shape.stored_as or None,
-        },
+        "model": _model(job.shape),
         "job": {
             "settings": job.settings.to_json(),
             "nsamples": job.nsamples,
@@ -72,6 +63,20 @@ def plan_to_json(plan: Plan, *, scaled: bool = True) -> dict[str, Any]:
         ]
         if scaled
         else [],
+    }
+
+
+def _model(shape: ModelShape) -> dict[str, Any]:
+    return {
+        "name": shape.name,
+        "parameters": shape.parameters,
+        "weight_bytes": shape.weight_bytes,
+        "blocks": len(shape.blocks),
+        "block_kinds": len(shape.kinds),
+        "hidden": shape.hidden,
+        "dtype": shape.dtype,
+        "skipped_because": {f"block {b}": NOT_REACHED for b in shape.passed_by},
+        "stored_as": shape.stored_as or None,
     }
 
 

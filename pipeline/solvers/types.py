@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -116,28 +116,3 @@ def merge_reports(reports: Sequence[SolveReport]) -> SolveReport:
         rows_kept_unrefined=sum(r.rows_kept_unrefined for r in reports),
         deviations=tuple(dict.fromkeys(d for r in reports for d in r.deviations)),
     )
-
-
-class Prepared(Protocol):
-    """What a solver computes once from the statistics of a group. Opaque to the caller."""
-
-
-class Solver(Protocol):
-    """One pruning method with its settings. Pure: arguments are never changed."""
-
-    needs: str
-    """The statistic it needs: "none", "diagonal" or "full" (only then is a C x C allocated)."""
-    separable: bool
-    """False where the choice of the mask compares rows: then a layer must be solved whole."""
-
-    def prepare(self, statistics: Statistics | None) -> Any:
-        """What all layers of the group share; equal on all ranks that have equal statistics."""
-        ...
-
-    def solve_group(self, weights: Mapping[str, Tensor], prepared: Any) -> dict[str, Solution]:
-        """Prune layers (or row slices) that share an input, with the same factorizations."""
-        ...
-
-    def solve(self, weight: Tensor, prepared: Any) -> Solution:
-        """Prune one layer or row slice (R, C)."""
-        ...

@@ -6,6 +6,7 @@ Blocks of the same structure are profiled once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -180,12 +181,45 @@ def shape_of(
     calls = module_ends.calls(tokens)
     hidden = int(module_ends.embed(tokens[:, :1]).shape[-1])
     hidden_states = torch.empty((1, seqlen, hidden), dtype=skeleton.dtype, device=META)
-    kinds: dict[tuple[object, ...], int] = {}
-    shapes: list[BlockShape] = []
-    blocks, passed_by = [], []
-    reason = None
     check_lists(hollow)
     check_rules(hollow, rules)
+    kinds, blocks, reason = _block_shapes(hollow, calls, hidden_states, rules, all_experts)
+    if not any(kind.groups for kind in kinds):
+        raise ModelError(f"{name}: no layer is left to prune")
+    shape = ModelShape(
+        name=name,
+        kinds=kinds,
+        blocks=blocks,
+        hidden=hidden,
+        vocabulary=int(hollow.model.get_input_embeddings().num_embeddings),
+        ends=ends,
+        head=head,
+        files=files,
+        itemsize=itemsize,
+        dtype=str(skeleton.dtype).removeprefix("torch."),
+        seqlen=seqlen,
+        passed_by=tuple(index for index, call in enumerate(calls) if call.passed_by),
+        unsupported=reason,
+        stored_as=skeleton.files.source.stored_as,
+    )
+    return shape if files else replace(shape, files=_assumed_files(shape))
+
+
+def _block_shapes(
+    hollow: HollowSkeleton,
+    calls: Sequence[BlockCall],
+    hidden_states: Tensor,
+    rules: LayerRules,
+    all_experts: bool,
+) -> tuple[tuple[BlockShape, ...], tuple[int, ...], str | None]:
+    """The distinct shapes of blocks, the index of each block's shape, and `unsupported`.
+
+    See `ModelShape`, which has all three.
+    """
+    kinds: dict[tuple[object, ...], int] = {}
+    shapes: list[BlockShape] = []
+    blocks = []
+    reason = None
     for index, (block, call) in enumerate(zip(hollow.blocks, calls, strict=True)):
         settings = settings_of(hollow, index, rules)
         for layer in settings if hollow.files.tensors else ():
@@ -201,27 +235,7 @@ def shape_of(
             shapes.append(kind)
             reason = reason or why
         blocks.append(kinds[key])
-        if call.passed_by:
-            passed_by.append(index)
-    if not any(kind.groups for kind in shapes):
-        raise ModelError(f"{name}: no layer is left to prune")
-    shape = ModelShape(
-        name=name,
-        kinds=tuple(shapes),
-        blocks=tuple(blocks),
-        hidden=hidden,
-        vocabulary=int(hollow.model.get_input_embeddings().num_embeddings),
-        ends=ends,
-        head=head,
-        files=files,
-        itemsize=itemsize,
-        dtype=str(skeleton.dtype).removeprefix("torch."),
-        seqlen=seqlen,
-        passed_by=tuple(passed_by),
-        unsupported=reason,
-        stored_as=skeleton.files.source.stored_as,
-    )
-    return shape if files else replace(shape, files=_assumed_files(shape))
+    return tuple(shapes), tuple(blocks), reason
 
 
 def _outside(model: Skeleton) -> tuple[int, int]:

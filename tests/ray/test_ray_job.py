@@ -129,6 +129,31 @@ def test_more_workers_than_the_cluster_has(bench: Bench, cluster: str) -> None:
     assert not bench.run.exists()
 
 
+def test_a_refused_job_holds_nothing_of_the_cluster(bench: Bench, cluster: str) -> None:
+    """Its workers were placed while the model was being checked, if there was room for them.
+
+    With room: another job can have all CPUs afterwards. Without: the refusal does not wait.
+    """
+
+    def refused() -> None:
+        driver = bench.start(ray_address=cluster, include="nothing", run_dir=bench.folder / "other")
+        assert driver.wait() == 2
+        (line,) = [line for line in driver.errors().splitlines() if line.startswith("prox24: ")]
+        assert "--include" in line
+        assert "find room" not in driver.errors()
+        assert "Traceback" not in driver.errors()
+        assert not (bench.folder / "other").exists()
+
+    refused()
+    until(lambda: not ranks(), "the end of the refused job's workers")
+    whole = bench.start(ray_address=cluster, workers=3, placement_timeout=10)
+    bench.reached(whole, 0)
+    refused()
+    assert len(ranks()) == 3
+    assert whole.wait() == 0, whole.errors()
+    bench.check()
+
+
 def test_a_device_that_the_workers_lack(bench: Bench, cluster: str) -> None:
     """A worker's own complaint, though it could not even start."""
     driver = bench.start(ray_address=cluster, device="cuda:99")

@@ -18,7 +18,7 @@ from cluster.options import config_from
 from cluster.source import MODEL_HELP, resolve_model
 from cluster.terminal import as_text, plain_table
 from pipeline.config.evaluate import EvalConfig
-from pipeline.text.documents import check_dataset
+from pipeline.text.files import check_dataset
 from storage.errors import ConfigError
 from storage.model.folder import Source
 
@@ -98,7 +98,7 @@ def perplexity_text(result: dict[str, Any]) -> str:
     return (
         f"perplexity {result['perplexity']:.4f} on {result['dataset']} "
         f"({result['nsamples']} x {result['seqlen']} tokens, {result['dtype']})\n"
-        f"{provenance(result)}\n"
+        f"{provenance(result)}\n{text_line(result)}"
     )
 
 
@@ -124,8 +124,17 @@ def comparison_table(results: list[dict[str, Any]]) -> str:
             "Loss, JS and KL in nats a token; the loss with the standard error of its mean "
             f"difference over the {first['nsamples']} sequences, paired.",
             provenance(first),
+            text_line(first),
         ]
     )
+
+
+def text_line(result: dict[str, Any]) -> str:
+    """What was read as the text, in a line, and what is odd about it."""
+    from pipeline.text.sequences import text_in_words
+
+    line = f"text: {text_in_words(result['text'])}\n"
+    return line + (f"note: {result['text']['note']}\n" if "note" in result["text"] else "")
 
 
 def provenance(result: dict[str, Any]) -> str:

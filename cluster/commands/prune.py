@@ -10,7 +10,7 @@ from cluster.dispatch.executors import connected_early, seen_by_prometheus
 from cluster.options import config_from
 from cluster.source import MODEL_HELP, resolve_model
 from pipeline.config.prune import PruneConfig
-from pipeline.text.documents import check_dataset
+from pipeline.text.files import check_dataset
 from storage.object_store import place
 
 

@@ -21,7 +21,7 @@ from pipeline.config.prune import PruneConfig
 from pipeline.config.runtime import RuntimeConfig
 from pipeline.reporting.tables import arrow
 from pipeline.sweep.grid import SweepPlan, read_plan
-from pipeline.text.documents import check_dataset
+from pipeline.text.files import check_dataset
 from storage.errors import ConfigError
 
 if TYPE_CHECKING:

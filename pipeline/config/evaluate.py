@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.config.fields import option, require
 from pipeline.config.runtime import RuntimeConfig
+from pipeline.config.text import FILES, TextOptions
 from storage.errors import ConfigError
 
 
@@ -32,17 +33,13 @@ class TaskOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(TaskOptions, RuntimeConfig):
+class EvalConfig(TaskOptions, TextOptions, RuntimeConfig):
     """Every option of `prox24 eval`. Raises `ConfigError` for a value out of range."""
 
     dataset: str = option(
         "Salesforce/wikitext",
         "text to evaluate on: a hub id (Salesforce/wikitext is read as wikitext-2-raw-v1, test; "
-        "allenai/c4 as en, the first 256 sequences of validation) or a local .txt, .jsonl, "
-        ".parquet or .arrow file",
-    )
-    text_column: str | None = option(
-        None, "column that holds the text; unset: `text`, or the only column of strings"
+        "allenai/c4 as en, the first 256 sequences of validation) or " + FILES,
     )
     dataset_revision: str | None = option(
         None, "commit, tag or branch of a hub data set; unset: its newest commit, which is stated"

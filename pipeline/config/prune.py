@@ -11,6 +11,7 @@ from pipeline.config.fields import option, require, values_of, what_it_computes
 from pipeline.config.layers import ExpertOptions, LayerOptions, LayerRules, parse_overrides
 from pipeline.config.runtime import RuntimeConfig
 from pipeline.config.solver import AUTO, SolverSettings
+from pipeline.config.text import FILES, TextOptions
 from storage.errors import ConfigError
 
 
@@ -42,16 +43,13 @@ class ModelOptions(SolverSettings, LayerOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig(ModelOptions, ExpertOptions, RuntimeConfig):
+class PruneConfig(ModelOptions, ExpertOptions, TextOptions, RuntimeConfig):
     """Every option of `prox24 prune`. Raises `ConfigError` for a value out of range."""
 
     dataset: str = option(
         "allenai/c4",
-        "calibration text: a hub id (streamed; allenai/c4 is read in its `en` configuration) or a "
-        "local .txt, .jsonl, .parquet or .arrow file",
-    )
-    text_column: str | None = option(
-        None, "column that holds the text; unset: `text`, or the only column of strings"
+        "calibration text: a hub id (streamed; allenai/c4 is read in its `en` configuration) or "
+        + FILES,
     )
     nsamples: int = option(128, "calibration sequences")
     seqlen: int = option(2048, "tokens of a calibration sequence")
@@ -131,7 +129,7 @@ class PruneConfig(ModelOptions, ExpertOptions, RuntimeConfig):
         return EvalConfig(
             **values_of(self, RuntimeConfig),
             dataset=self.eval_dataset,
-            text_column=self.text_column,
+            **values_of(self, TextOptions),
             seqlen=self.seqlen,
             nsamples=self.eval_nsamples,
         )

@@ -27,7 +27,7 @@ from pipeline.loop.executor import Executor
 from pipeline.loop.trace import traced
 from pipeline.models.skeleton import Skeleton, open_skeleton
 from pipeline.runtime.progress import Progress
-from pipeline.text.tokens import load_tokenizer
+from pipeline.text.tokenizer import load_tokenizer
 from storage.errors import ConfigError, DataError, InputError, first_line
 from storage.model.folder import Source
 

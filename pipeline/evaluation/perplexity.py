@@ -34,7 +34,8 @@ from pipeline.records.inputs import read_inputs
 from pipeline.records.manifest import data_identity
 from pipeline.runtime.progress import Progress
 from pipeline.text.documents import hub_revision
-from pipeline.text.tokens import describe_tokenizer, evaluation_tokens, load_tokenizer
+from pipeline.text.tokenizer import describe_tokenizer, load_tokenizer
+from pipeline.text.tokens import evaluation_tokens
 from storage.errors import ConfigError, NumericalError
 from storage.model.adapter import adapter_note
 from storage.object_store import Place, absolute, location
@@ -112,7 +113,8 @@ class Prepared:
     """A model and a text that have passed all checks that need no workers.
 
     tokens: (n, seqlen) int64. dataset: the text's name. revision: its commit on the hub, or
-    `sha256:` and a file's hash. tokenizer: its class and the number of its tokens.
+    `sha256:` and a file's hash. tokenizer: its class and the number of its tokens. text: what was
+    read as the text and how, as JSON (see `TokenSequences`).
     """
 
     skeleton: Skeleton
@@ -120,6 +122,7 @@ class Prepared:
     dataset: str
     revision: str
     tokenizer: dict[str, Any]
+    text: dict[str, Any]
 
 
 def prepare(source: Place, config: EvalConfig) -> Prepared:
@@ -138,12 +141,13 @@ def prepare(source: Place, config: EvalConfig) -> Prepared:
     else:
         raise ConfigError(f"--dataset-revision is of hub data sets; {config.dataset} is a file")
     tokenizer = load_tokenizer(skeleton.files.folder, config.trust_remote_code)
-    tokens = evaluation_tokens(
-        tokenizer, config.dataset, config.text_column, config.seqlen, config.nsamples, commit
+    cut = evaluation_tokens(
+        tokenizer, config.dataset, config, config.seqlen, config.nsamples, commit
     )
-    check_tokens(skeleton, tokens)
+    check_tokens(skeleton, cut.ids)
     revision = commit or f"sha256:{identity['sha256']}"
-    return Prepared(skeleton, tokens, identity["name"], revision, describe_tokenizer(tokenizer))
+    described = describe_tokenizer(tokenizer)
+    return Prepared(skeleton, cut.ids, identity["name"], revision, described, cut.text)
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,7 @@ class Evaluated:
             "dataset": self.prepared.dataset,
             "dataset_revision": self.prepared.revision,
             "tokenizer": self.prepared.tokenizer,
+            "text": self.prepared.text,
             "tokens_sha256": hashlib.sha256(self.prepared.tokens.numpy().tobytes()).hexdigest(),
             "dtype": str(skeleton.dtype).removeprefix("torch."),
         }
@@ -223,6 +228,7 @@ def measure_perplexity(
     Returns `perplexity`, `tokens` (number in the text), `predicted_tokens` (those with a loss: all
     but the first of each sequence), `seqlen`, `nsamples`, `dataset`, `dataset_revision` (a commit
     of the hub, or `sha256:` and a file's hash), `tokenizer` (`class` and number of `tokens`),
+    `text` (what was read as the text and how: see `text_in_words`),
     `tokens_sha256` (of the tokens as int64, by which text and tokenizer are compared), `dtype`.
 
     Raises `NumericalError` if the loss is not finite.

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from pipeline.config.fields import values_of
 from pipeline.config.prune import PruneConfig
+from pipeline.config.text import TextOptions
 from pipeline.models.skeleton import Skeleton
 from pipeline.records.schemas import MANIFEST_SCHEMA
-from pipeline.text.documents import is_local
+from pipeline.text.chat import read_template
+from pipeline.text.files import is_local, local_identity
 from pipeline.version import VERSION
-from storage.errors import CorruptFileError, DataError, RunDirectoryError
-from storage.files.commit import publish_json, read_json, sha256_file
+from storage.errors import CorruptFileError, RunDirectoryError
+from storage.files.commit import publish_json, read_json
 from storage.files.hashing import StoredFile
 from storage.model.files import ModelFiles, WeightFileFingerprint
 from storage.output.weight_files import hash_side_files
@@ -34,16 +37,23 @@ _KEYS = {
 
 
 def data_identity(dataset: str) -> dict[str, Any]:
-    """The identity of a text: a local file's name and SHA-256, or a hub id without one.
+    """The identity of a text: see `local_identity`, or a hub id without a hash.
 
-    Raises `DataError` for a local file that is missing.
+    Raises `DataError` for local text that cannot be read.
     """
-    if not is_local(dataset):
-        return {"name": dataset, "sha256": None}
-    path = Path(dataset).expanduser()
-    if not path.is_file():
-        raise DataError(f"{dataset} is not a file; name a .txt, .jsonl, .parquet or .arrow file")
-    return {"name": path.name, "sha256": sha256_file(path)}
+    return local_identity(dataset) if is_local(dataset) else {"name": dataset, "sha256": None}
+
+
+def text_identity(options: TextOptions) -> dict[str, Any]:
+    """How a text is read, without local paths: of a chat template's file its SHA-256.
+
+    Raises `ConfigError` for a template that cannot be read.
+    """
+    identity = values_of(options, TextOptions)
+    if options.chat_template is not None:
+        text = read_template(options.chat_template)
+        identity["chat_template"] = hashlib.sha256(text.encode()).hexdigest()
+    return identity
 
 
 def describe_job(
@@ -52,6 +62,7 @@ def describe_job(
     """Everything that the result depends on, as JSON without local paths; equal for equal jobs."""
     settings = config.what()
     del settings["dataset"]
+    settings |= text_identity(config)
     if config.eval_dataset is not None:
         settings["eval_dataset"] = data_identity(config.eval_dataset)
     return {

@@ -36,7 +36,7 @@ from pipeline.models.skeleton import Skeleton, open_skeleton
 from pipeline.preflight.disk import check_evaluation_space
 from pipeline.prune import prune
 from pipeline.records.evaluation import finite, read_evaluation, write_evaluation
-from pipeline.records.manifest import data_identity, describe_job
+from pipeline.records.manifest import data_identity, describe_job, text_identity
 from pipeline.records.tokens import cut_tokens
 from pipeline.reporting.compare_runs import comparison
 from pipeline.reporting.run_summary import RunSummary, read_run_summary
@@ -132,7 +132,10 @@ class SharedTokens:
 
     def __call__(self, skeleton: Skeleton, config: PruneConfig) -> Tensor:
         """The tokens that `cut_tokens` gives for the config."""
-        key = (config.dataset, config.text_column, config.nsamples, config.seqlen, config.seed)
+        key = (
+            *(config.dataset, *config.cut_from(), config.nsamples, config.seqlen, config.seed),
+            config.calibrate_on,
+        )
         if key not in self.cut:
             self.cut[key] = cut_tokens(skeleton, config)
         return self.cut[key]
@@ -174,7 +177,7 @@ def _identity(wanted: Sweep, skeletons: _Skeletons, prepared: Prepared) -> dict[
         "evaluation": {
             "dataset": prepared.dataset,
             "revision": prepared.revision,
-            "text_column": evaluation.text_column,
+            **text_identity(evaluation),
             "seqlen": evaluation.seqlen,
             "nsamples": evaluation.nsamples,
             "dtype": evaluation.dtype,

@@ -1,283 +1,235 @@
-"""Streams the documents of a text data set: local files, or a data set of the Hugging Face hub.
+"""Streams the documents of a text data set: local files (see `pipeline.text.files`), or the hub's.
 
-    .txt              the whole file is one document
-    .jsonl            one JSON object per line, one document each
-    .parquet, .arrow  one document per row (.arrow: IPC file or stream, as `datasets` writes it)
-    ID, ID:CONFIG     a data set of the hub, streamed: `some/data`, `some/data:en`
+    ID, ID:CONFIG     a data set of the Hugging Face hub, streamed: `some/data`, `some/data:en`
 
 `datasets` is imported for hub data sets only: local files do not need it. pyarrow is imported for
-its two formats only, so that a missing file is refused at once.
+its formats and for compressed files only, so that a missing file is refused at once.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+import codecs
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from pipeline.text.columns import Conversation, Form, columns_read, find_form, text_of
+from pipeline.text.files import TextPath, check_files, is_local, text_files, unreadable
+from pipeline.text.rows import Row, damaged_or_unreadable, open_text, rows_of, schema_names
 from storage.errors import DataError, first_line
 
-LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
 DEFAULT_CONFIG = {"allenai/c4": "en", "Salesforce/wikitext": "wikitext-2-raw-v1"}
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-MAX_TEXT_BYTES = 1 << 30  # limit on a .txt file, which is read into memory as a whole
-MAX_LINE_BYTES = 1 << 26  # limit on a line of .jsonl
-_ROWS_AT_ONCE = 64  # few, as a row may have megabytes of text
+# A data set's form is decided by so many rows at most, of at most so many characters.
+_HEAD_ROWS, _HEAD_CHARACTERS = 256, 1 << 20
+_PIECE_BYTES = 1 << 16
+WHOLE_BYTES = 1 << 20  # a text file up to this size is read at once
 
 
-def is_local(dataset: str) -> bool:
-    """Whether `dataset` names a local file, which need not exist, rather than a hub data set."""
-    path = Path(dataset).expanduser()
-    identifier = dataset.partition(":")[0]
-    return (
-        path.suffix.lower() in LOCAL_SUFFIXES
-        or path.exists()
-        or not _HUB_ID.fullmatch(identifier)
-        or identifier.startswith(".")
-    )
+@dataclass(frozen=True)
+class TextFile:
+    """A text file that is read in pieces. size: in bytes; None where it is compressed, and can be
+    read from its start only."""
 
+    file: TextPath
+    size: int | None
 
-def check_dataset(dataset: str) -> None:
-    """Raises `DataError` where `dataset` names a local file that is missing or of no known kind.
+    def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[str]:
+        """The text from byte `start` to `stop`, with `\\n` for `\\r\\n`.
 
-    Opens no file and asks no hub.
-    """
-    if is_local(dataset):
-        _require_readable(Path(dataset).expanduser())
+        Characters that `start` or `stop` cut are left out. Raises DataError for what is not UTF-8.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        held, offset, lines = "", start, 1
+        try:
+            with open_text(self.file) as opened:
+                if start:
+                    opened.seek(start)
+                while data := opened.read(_at_most(_PIECE_BYTES, offset, stop)):
+                    skipped = _skipped(data, start) if offset == start else 0
+                    offset += skipped
+                    text = held + self._decoded(decoder, data[skipped:], offset, lines)
+                    offset, lines = offset + len(data) - skipped, lines + data.count(10)
+                    held = "\r" if text.endswith("\r") else ""
+                    yield text[: len(text) - len(held)].replace("\r\n", "\n")
+        except OSError as error:
+            raise damaged_or_unreadable(self.file, error) from error
+        rest = held if stop else held + self._decoded(decoder, b"", offset, lines)
+        if rest:
+            yield rest
 
-
-def _require_readable(path: Path) -> None:
-    if not path.exists():
-        raise DataError(f"no such file: {path}: --dataset takes a file or the id of a hub data set")
-    if not path.is_file():
-        raise DataError(f"{path} is not a file: give one of its {', '.join(LOCAL_SUFFIXES)} files")
-    if path.suffix.lower() not in LOCAL_SUFFIXES:
-        raise DataError(
-            f"{path}: unknown kind of file '{path.suffix}': give one that ends in "
-            + ", ".join(LOCAL_SUFFIXES)
-        )
-
-
-def read_documents(
-    dataset: str,
-    text_column: str | None = None,
-    *,
-    splits: tuple[str, ...] = ("train",),
-    revision: str | None = None,
-) -> Iterator[str]:
-    """Yield the documents of `dataset` in their order; reads only as far as they are consumed.
-
-    text_column: None for the column `text`, or the only column of strings. splits: of a hub data
-    set, the first of these that it has is read. revision: of a hub data set, the commit; None for
-    the newest. Rows with null are skipped; empty rows are not, because they count when documents
-    are joined with blank lines.
-
-    Raises DataError, naming the file and the position in it, if the data is missing, of an unknown
-    kind, cannot be decoded, has no text column, or has no text at all.
-    """
-    documents = (
-        _local_documents(Path(dataset).expanduser(), text_column)
-        if is_local(dataset)
-        else _hub_documents(dataset, text_column, splits, revision)
-    )
-    some_text = False
-    for document in documents:
-        some_text = some_text or bool(document.strip())
-        yield document
-    if not some_text:
-        raise DataError(f"{dataset} holds no text: give another --dataset")
-
-
-def _local_documents(path: Path, text_column: str | None) -> Iterator[str]:
-    readers: dict[str, Callable[[Path, str | None], Iterator[str]]] = {
-        ".txt": _txt_documents,
-        ".jsonl": _jsonl_documents,
-        ".parquet": _parquet_documents,
-        ".arrow": _arrow_documents,
-    }
-    _require_readable(path)
-    reader = readers[path.suffix.lower()]
-    try:
-        yield from reader(path, text_column)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _txt_documents(path: Path, text_column: str | None) -> Iterator[str]:
-    if text_column is not None:
-        raise DataError(f"{path} is plain text and has no columns: leave out --text-column")
-    if path.stat().st_size > MAX_TEXT_BYTES:
-        raise DataError(
-            f"{path} is one document of more than {MAX_TEXT_BYTES >> 20} MiB: give it as .jsonl, "
-            ".parquet or .arrow, which are read a document at a time"
-        )
-    yield _decoded(path.read_bytes(), path, line=1, offset=0).replace("\r\n", "\n")
-
-
-def _decoded(data: bytes, path: Path, *, line: int, offset: int) -> str:
-    """Decode UTF-8. offset, line: where `data` starts in `path`, for messages."""
-    mark = 3 if offset == 0 and data.startswith(b"\xef\xbb\xbf") else 0
-    try:
-        return data[mark:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        place = mark + error.start
-        raise DataError(
-            f"{path} is not UTF-8: byte 0x{data[place]:02x} at offset {offset + place}, line "
-            f"{line + data.count(10, 0, place)}: convert it, e.g. with iconv -t UTF-8"
-        ) from error
-
-
-def _jsonl_documents(path: Path, text_column: str | None) -> Iterator[str]:
-    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
-        offset = 0
-        with path.open("rb") as file:
-            lines = iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
-            for number, raw in enumerate(lines, start=1):
-                if len(raw) > MAX_LINE_BYTES:
-                    raise DataError(
-                        f"{path}, line {number} is longer than {MAX_LINE_BYTES >> 20} MiB: put one "
-                        "document on a line"
-                    )
-                text = _decoded(raw, path, line=number, offset=offset)
-                offset += len(raw)
-                if not text.strip():
-                    continue
-                try:
-                    row = json.loads(text)
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{path}, line {number} is not JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}, line {number} is not a JSON object")
-                yield f"{path}, line {number}", row
-
-    yield from _row_documents(str(path), rows(), text_column)
-
-
-def _row_documents(
-    name: str, rows: Iterable[tuple[str, dict[str, Any]]], text_column: str | None
-) -> Iterator[str]:
-    """The texts of rows. rows: (position for messages, column → value). name: of the data set."""
-    column = text_column
-    columns: dict[str, None] = {}  # an ordered set of all columns so far
-    has_column = False
-    for place, row in rows:
-        columns |= dict.fromkeys(row)
-        if column is None:
-            strings = [key for key, value in row.items() if isinstance(value, str)]
-            if "text" in row:
-                column = "text"
-            elif len(strings) == 1:
-                column = strings[0]
-            elif strings:
-                raise _no_text_column(name, columns)
-            else:
-                continue  # only nulls: a later row decides
-        has_column = has_column or column in row
-        value = row.get(column)
-        if value is None:
-            continue
-        if not isinstance(value, str):
+    def _decoded(self, decoder: Any, data: bytes, offset: int, line: int) -> str:
+        """`data`, which is at byte `offset`, in line `line` (from where reading began)."""
+        try:
+            return str(decoder.decode(data, final=not data))
+        except UnicodeDecodeError as error:
+            at = offset + error.start - (len(error.object) - len(data))  # it holds earlier bytes
+            line += error.object.count(10, 0, error.start)
             raise DataError(
-                f"{place}: '{column}' is not a string but {type(value).__name__}: "
-                "name the text's column with --text-column"
+                f"{self.file.path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
+                f"{at}, line {line}: convert it, e.g. with iconv -t UTF-8"
+            ) from error
+
+
+def _at_most(size: int, offset: int, stop: int | None) -> int:
+    return size if stop is None else min(size, stop - offset)
+
+
+def _skipped(data: bytes, start: int) -> int:
+    """How many of a file's first bytes are a mark, or of a character that starts before them."""
+    if not start:
+        return 3 if data.startswith(codecs.BOM_UTF8) else 0
+    return next((n for n, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0)
+
+
+Document = str | Conversation | TextFile
+
+
+class Documents:
+    """The documents of a data set in their order; iterating reads only as far as it is consumed.
+
+    forms: what was read as the text, in words, once it is known. rows, without: rows that were read
+    so far, and those of them that had no text.
+
+    Rows with null are skipped; empty rows are not, because they count when documents are joined
+    with blank lines.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        text_column: str | None = None,
+        *,
+        splits: Sequence[str] = ("train",),
+        revision: str | None = None,
+    ) -> None:
+        """text_column: see `columns.find_form`; None for `text` or a known form. splits: of a hub
+        data set or a `DatasetDict`, the first of these that it has is read. revision: of a hub data
+        set, the commit; None for the newest."""
+        self.dataset, self._column = dataset, text_column
+        self._splits, self._revision = tuple(splits), revision
+        self.forms: list[str] = []
+        self.rows, self.without, self.files = 0, 0, 0
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield the documents.
+
+        Raises DataError, naming the file and the position in it, if the data is missing, of an
+        unknown kind, cannot be decoded, has no column that is plainly the text, or no text at all.
+        """
+        some_text = False
+        local = is_local(self.dataset)
+        for document in self._local() if local else self._hub():
+            some_text = some_text or not isinstance(document, str) or bool(document.strip())
+            yield document
+        if not some_text:
+            where, what = "", "another --dataset"
+            if self.rows:
+                where = f" in {' or '.join(self.forms)}, in {self.rows:,} rows"
+                what += ", or choose with --text-column"
+            raise DataError(f"{self.dataset} holds no text{where}: give {what}")
+
+    def one_text(self) -> TextFile | None:
+        """The text file that the data set is, if it is one that is read in pieces."""
+        if not is_local(self.dataset):
+            return None
+        files = text_files(self.dataset, self._splits)
+        if len(files) > 1 or files[0].kind != ".txt":
+            return None
+        document = self._plain(files[0])
+        return document if isinstance(document, TextFile) else None
+
+    def describe(self) -> dict[str, Any]:
+        """What was read so far, as JSON."""
+        rows = {"rows": self.rows, "rows_without_text": self.without} if self.rows else {}
+        return {"read": " and ".join(self.forms), "files": self.files, **rows}
+
+    def _local(self) -> Iterator[Document]:
+        files = text_files(self.dataset, self._splits)
+        check_files(files)
+        form: Form | None = None
+        for file in files:
+            self.files += 1
+            if file.kind == ".txt":
+                self._use("plain text")
+                yield self._plain(file)
+                continue
+            name = str(file.path)
+            declared = schema_names(file)
+            if form is None:
+                head = [row for _, row in _head(rows_of(file))]
+                if not head and not declared:
+                    continue
+                form = find_form(name, head, self._column, declared or ())
+            elif declared is not None:
+                find_form(name, [], "+".join(form.columns[:1]), declared)
+            yield from self._documents(name, form, rows_of(file, columns_read(form)))
+
+    def _plain(self, file: TextPath) -> str | TextFile:
+        if self._column is not None:
+            raise DataError(
+                f"{file.path} is plain text and has no columns: leave out --text-column"
             )
         try:
-            value.encode("utf-8")  # fails for half a surrogate pair, which JSON can escape
-        except UnicodeEncodeError as error:
-            raise DataError(f"{place}: '{column}' is not valid Unicode: {error}") from error
-        yield value
-    if columns and not has_column:
-        raise _no_text_column(name, columns, text_column)
+            size = file.path.stat().st_size
+        except OSError as error:
+            raise unreadable(file.path, error) from error
+        whole = TextFile(file, None if file.compression else size)
+        if whole.size is not None and whole.size > WHOLE_BYTES:
+            return whole
+        pieces, characters = [], 0
+        for piece in whole.pieces():
+            pieces.append(piece)
+            characters += len(piece)
+            if characters > WHOLE_BYTES:
+                return whole
+        return "".join(pieces)
+
+    def _documents(self, name: str, form: Form, rows: Iterator[Row]) -> Iterator[Document]:
+        self._use(form.describe())
+        some = False
+        columns: dict[str, None] = {}
+        for place, row in rows:
+            self.rows += 1
+            columns |= dict.fromkeys(row)
+            document = text_of(form, row, place)
+            if document is None:
+                self.without += 1
+                continue
+            some = True
+            yield document
+        if columns and not some and not any(name in columns for name in columns_read(form)):
+            raise DataError(
+                f"{name} has no column '{form.columns[0]}': choose one with --text-column: "
+                + ", ".join(columns)
+            )
+
+    def _use(self, form: str) -> None:
+        if form not in self.forms:
+            self.forms.append(form)
+
+    def _hub(self) -> Iterator[Document]:
+        rows = _hub_rows(self.dataset, self._splits, self._revision)
+        head = _head(rows)
+        if head:
+            form = find_form(self.dataset, [row for _, row in head], self._column)
+            yield from self._documents(self.dataset, form, itertools.chain(head, rows))
 
 
-def _no_text_column(name: str, columns: Iterable[str], text_column: str | None = None) -> DataError:
-    what = f"no column '{text_column}'" if text_column else "no column that is plainly the text"
-    return DataError(f"{name} has {what}: choose one with --text-column: {', '.join(columns)}")
+def _head(rows: Iterator[Row]) -> list[Row]:
+    """The first rows, by which a form is decided."""
+    head: list[Row] = []
+    characters = 0
+    for place, row in itertools.islice(rows, _HEAD_ROWS):
+        head.append((place, row))
+        characters += _characters_of(row)
+        if characters > _HEAD_CHARACTERS:
+            break
+    return head
 
 
-def _parquet_documents(path: Path, text_column: str | None) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            column = _column_of(file.schema_arrow, path, text_column)
-            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[column]):
-                yield from _strings(batch.column(0), path)
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
-
-
-def _arrow_documents(path: Path, text_column: str | None) -> Iterator[str]:
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(path)) as source:
-            for batch in _arrow_batches(source):
-                index = batch.schema.get_field_index(_column_of(batch.schema, path, text_column))
-                column = batch.column(index)
-                _validate(column, path)
-                for start in range(0, len(column), _ROWS_AT_ONCE):
-                    yield from _strings(column.slice(start, _ROWS_AT_ONCE), path)
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is not a readable Arrow file: {first_line(error)}") from error
-
-
-def _validate(column: Any, path: Path) -> None:
-    """Checks a column first: Arrow trusts its offsets, and damaged ones would end the process."""
-    import pyarrow as pa
-
-    try:
-        column.validate(full=True)
-    except pa.ArrowInvalid as error:
-        if "UTF8" in str(error):
-            raise DataError(f"{path} holds a string that is not UTF-8: {error}") from error
-        raise
-
-
-def _arrow_batches(source: Any) -> Iterator[Any]:
-    """The record batches of an IPC file, or of an IPC stream (what `datasets` writes)."""
-    import pyarrow as pa
-
-    try:
-        file = pa.ipc.open_file(source)
-    except pa.ArrowInvalid:
-        source.seek(0)
-        yield from pa.ipc.open_stream(source)
-        return
-    for index in range(file.num_record_batches):
-        yield file.get_batch(index)
-
-
-def _column_of(schema: Any, path: Path, text_column: str | None) -> str:
-    from pyarrow import types
-
-    def holds_text(kind: Any) -> bool:
-        kind = kind.value_type if types.is_dictionary(kind) else kind
-        return bool(
-            types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-        )
-
-    strings = [field.name for field in schema if holds_text(field.type)]
-    wanted = text_column or ("text" if "text" in strings else None)
-    if wanted is None and len(strings) == 1:
-        return str(strings[0])
-    if wanted is None or wanted not in schema.names:
-        raise _no_text_column(str(path), schema.names, text_column)
-    if wanted not in strings:
-        kind = schema.field(wanted).type
-        raise DataError(f"{path}: '{wanted}' holds {kind}, not strings: choose with --text-column")
-    return wanted
-
-
-def _strings(column: Any, path: Path) -> Iterator[str]:
-    try:
-        values = column.to_pylist()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} holds a string that is not UTF-8: {error}") from error
-    return (value for value in values if value is not None)
+def _characters_of(row: Mapping[str, Any]) -> int:
+    return sum(len(value) if isinstance(value, str | bytes | list) else 1 for value in row.values())
 
 
 def hub_revision(dataset: str, wanted: str | None = None) -> str:
@@ -304,9 +256,7 @@ def _not_from_the_hub(dataset: str, error: Exception) -> DataError:
     )
 
 
-def _hub_documents(
-    dataset: str, text_column: str | None, splits: tuple[str, ...], revision: str | None
-) -> Iterator[str]:
+def _hub_rows(dataset: str, splits: Sequence[str], revision: str | None) -> Iterator[Row]:
     try:
         import datasets  # imported here, because local files do not need it
     except ImportError as error:
@@ -325,9 +275,20 @@ def _hub_documents(
         split = next((name for name in splits if name in parts), None)
         if split is None:
             raise DataError(f"{dataset} has no split {' or '.join(splits)}, but {', '.join(parts)}")
-        rows = ((f"{dataset}, row {n}", row) for n, row in enumerate(parts[split], start=1))
-        yield from _row_documents(dataset, rows, text_column)
+        for number, row in enumerate(parts[split], start=1):
+            yield f"{dataset}, row {number}", row
     except DataError:
         raise
     except Exception as error:
         raise _not_from_the_hub(dataset, error) from error
+
+
+def read_documents(
+    dataset: str,
+    text_column: str | None = None,
+    *,
+    splits: Sequence[str] = ("train",),
+    revision: str | None = None,
+) -> Documents:
+    """The documents of `dataset`; see `Documents`."""
+    return Documents(dataset, text_column, splits=splits, revision=revision)

@@ -6,48 +6,54 @@ seqlen tokens; the rest is dropped. This is the perplexity of GPTQ (arXiv:2210.1
 the first 1,100 documents of its validation split are joined with spaces, and the first 256
 sequences are taken.
 
-Calibration: `nsamples` sequences of seqlen tokens, drawn at random in one of two ways.
+Calibration: `nsamples` sequences of seqlen tokens, drawn at random in one of three ways.
 1. Many documents (C4): documents of at least seqlen tokens are drawn at random. Each gives one
    random crop, so that no sequence crosses documents.
-2. Otherwise (one text, or short documents): the documents are joined with blank lines and tokenized
-   once. The sequences are random crops that do not overlap, so nsamples × seqlen tokens suffice.
-Both read no more than they need, so a data set larger than memory or disk can be streamed. Both
-are deterministic in the seed, and neither uses a global random generator.
+2. One large text file: crops of parts of it that do not overlap, drawn at random.
+3. Otherwise (a small text, or short documents): the documents are joined with blank lines and
+   tokenized. The sequences are random crops that do not overlap, so nsamples × seqlen tokens
+   suffice. At most 8 times as many are read.
+All read no more than they need, so a data set larger than memory or disk can be streamed. All are
+deterministic in the seed, and none uses a global random generator.
 
-Special tokens are those that the tokenizer adds by itself, once per tokenized text.
+Every sequence, of either kind, starts with the tokens that the tokenizer puts before a text (BOS),
+and counts them in its seqlen (see `tokenizer.tokens_before`). Conversations are rendered by the
+chat template (see `pipeline.text.chat`).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import random
-import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoTokenizer
 
-from pipeline.text.documents import read_documents
-from storage.errors import DataError, ModelError
-
-# Documents are drawn at random from a window of the stream. A larger window takes more memory.
-WINDOW_DOCUMENTS = 10_000
-WINDOW_CHARACTERS = 1 << 26
-# Characters read per calibration token in the search for long documents (a token of English has
-# about four characters). With too few long documents in that much text, documents count as short.
-SEARCH_CHARACTERS = 256
-# Characters of joined text per calibration token, so that the crops have room to be random.
-JOIN_CHARACTERS = 32
-
-# What transformers reads sentencepiece models with: module -> package.
-_OF_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+from pipeline.config.text import TextOptions
+from pipeline.text.chat import read_template
+from pipeline.text.crops import (
+    JOIN_TOKENS,
+    Encoder,
+    Tokens,
+    crop,
+    disjoint_starts,
+    document_crops,
+    file_crops,
+    joined_tokens,
+)
+from pipeline.text.documents import Documents, read_documents
+from pipeline.text.odd_text import oddity
+from pipeline.text.sequences import TokenSequences
+from pipeline.text.tokenizer import Tokenizer, describe_bos, tokens_before
+from storage.errors import ConfigError, DataError
 
 CALIBRATION_SPLITS = ("train",)
 EVALUATION_SPLITS = ("test", "validation", "train")
+_SHOWN_SEQUENCES, _SHOWN_TOKENS = 16, 512  # that are decoded to see whether they are text
 
 
 @dataclass(frozen=True)
@@ -67,222 +73,138 @@ C4_CONVENTION = Convention(separator=" ", documents=1100, nsamples=256)
 CONVENTIONS = {"allenai/c4": C4_CONVENTION, "allenai/c4:en": C4_CONVENTION}
 
 
-class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is used here."""
+class _Cutter:
+    """Cuts sequences of one text for one tokenizer."""
 
-    def __call__(self, text: str, **options: Any) -> Any:
-        """Return an object whose `input_ids` is a list of int."""
-        ...
+    def __init__(
+        self, tokenizer: Tokenizer, dataset: str, options: TextOptions, seqlen: int, masked: bool
+    ) -> None:
+        self.dataset, self.tokenizer = dataset, tokenizer
+        self.before = tokens_before(tokenizer, options.bos)
+        self.length = seqlen - len(self.before)  # tokens of text in a sequence
+        if self.length < 1:
+            raise ConfigError(
+                f"--seqlen {seqlen} leaves no room beside the {len(self.before)} tokens that the "
+                "tokenizer puts before a text: raise it"
+            )
+        template = None if options.chat_template is None else read_template(options.chat_template)
+        self.encoder = Encoder(tokenizer, self.before, template, masked)
 
+    def require(self, tokens: Tokens, needed: int, in_words: str) -> None:
+        """Raises DataError where there are fewer than `needed` tokens of text."""
+        if len(tokens[0]) < needed:
+            self._require_some_chat()
+            raise DataError(
+                f"{self.dataset} holds {len(tokens[0])} tokens, fewer than {in_words}: give more "
+                "text, or lower --nsamples or --seqlen"
+            )
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
-    """The tokenizer saved in a model folder. ModelError if there is none or it does not load."""
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        usable = bool(tokenizer("a b").input_ids)
-    except Exception as error:  # transformers raises nearly anything on a damaged file
-        raise ModelError(_why_no_tokenizer(folder, error)) from error
-    if not usable:
-        raise ModelError(f"the tokenizer in {folder} is empty: copy the tokenizer files into it")
-    return tokenizer
+    def _require_some_chat(self) -> None:
+        chat = self.encoder.chat
+        if chat is not None and not chat.rendered:
+            raise DataError(
+                f"{self.dataset}: no conversation could be used; {chat.first_refusal}: mend the "
+                "data, or give another --chat-template"
+            )
 
+    def sequences(self, crops: Sequence[Tokens], documents: Documents, cut: str) -> TokenSequences:
+        """The crops with what stands before each, and what was read. cut: how, in words."""
+        ids, counted = zip(*(self._with_before(each) for each in crops), strict=True)
+        masked = all(mask is not None for mask in counted)
+        mask = torch.from_numpy(np.stack(counted)) if masked else None
+        described = documents.describe() | {"sequences": cut}
+        if (chat := self.encoder.chat) is not None:
+            described |= {"conversations": chat.rendered}
+            if chat.refused:
+                described |= {"refused": chat.refused, "first_refusal": chat.first_refusal}
+        described["bos"] = describe_bos(self.tokenizer, self.before)
+        if mask is not None:
+            described["counted_tokens"] = int(mask.sum())
+        if (odd := oddity(self._shown(crops))) is not None:
+            described["note"] = odd
+        return TokenSequences(torch.from_numpy(np.stack(ids)), mask, described)
 
-def _why_no_tokenizer(folder: Path, error: Exception) -> str:
-    """Why a tokenizer does not load, and what to do."""
-    text = " ".join(str(error).split())
-    if "trust_remote_code" in text:
-        return (
-            f"the tokenizer in {folder} comes with its own code (`auto_map`), which prox24 runs "
-            "only with --trust-remote-code; read the code before you give it"
-        )
-    first = next(iter(str(error).splitlines()), "") or type(error).__name__
-    missing = [name for name in _OF_SENTENCEPIECE if not is_installed(name)]
-    if any(folder.glob("*.model")) and missing:
-        # What transformers says here is of the last thing that it tried.
-        packages = " ".join(_OF_SENTENCEPIECE[name] for name in missing)
-        return f"the tokenizer in {folder} is a sentencepiece model: pip install {packages}"
-    asked = re.search(r"pip install (?:-U )?([\w.\[\]-]+)", text)
-    if asked:
-        install = f"pip install {asked[1].rstrip('.')}"
-        return (
-            f"the tokenizer in {folder} does not load ({first}): {install}, or copy the tokenizer "
-            "files of the model into it if they are damaged"
-        )
-    return (
-        f"{folder} has no tokenizer that loads ({first}): copy the tokenizer files of the model "
-        "into it"
-    )
+    def _with_before(self, tokens: Tokens) -> Tokens:
+        ids, counted = tokens
+        first = np.array(self.before, dtype=np.int64)
+        if counted is not None:
+            counted = np.concatenate([np.zeros(len(first), dtype=np.bool_), counted])
+        return np.concatenate([first, ids]), counted
 
-
-def is_installed(module: str) -> bool:
-    """Whether a module could be imported."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that it is in
-        return False
-
-
-def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """The tokenizer as a result records it: its `class`, and the number of its `tokens`."""
-    return {"class": type(tokenizer).__name__, "tokens": len(tokenizer)}
+    def _shown(self, crops: Sequence[Tokens]) -> str:
+        decode: Any = self.tokenizer
+        shown = [ids[:_SHOWN_TOKENS].tolist() for ids, _ in crops[:_SHOWN_SEQUENCES]]
+        return "\n".join(str(decode.decode(ids, skip_special_tokens=True)) for ids in shown)
 
 
 def calibration_tokens(
     tokenizer: Tokenizer,
     dataset: str,
-    text_column: str | None,
+    options: TextOptions,
     nsamples: int,
     seqlen: int,
     seed: int,
-) -> torch.Tensor:
-    """Draw the calibration sequences, (nsamples, seqlen) int64, as at the top of this file.
+    *,
+    masked: bool = False,
+) -> TokenSequences:
+    """Draw the calibration sequences, (nsamples, seqlen), as at the top of this file.
 
-    Raises DataError as `read_documents`, and if the data set has fewer than nsamples × seqlen
-    tokens.
+    masked: whether the tokens of the assistant's answers in conversations are counted alone.
+
+    Raises DataError as `Documents`, and if the data set has fewer than nsamples × seqlen tokens.
     """
-    needed = nsamples * seqlen
-    documents = read_documents(dataset, text_column, splits=CALIBRATION_SPLITS)
-    crops = _document_crops(tokenizer, documents, nsamples, seqlen, random.Random(seed))
-    if crops is not None:
-        return torch.tensor(crops, dtype=torch.int64)
-    documents = read_documents(dataset, text_column, splits=CALIBRATION_SPLITS)
-    ids = _joined_tokens(tokenizer, documents, needed)
-    if len(ids) < needed:
-        raise _too_short(dataset, len(ids), f"{nsamples} × {seqlen} = {needed}")
-    starts = _disjoint_starts(len(ids), nsamples, seqlen, random.Random(seed))
-    return torch.tensor([ids[start : start + seqlen] for start in starts], dtype=torch.int64)
+    cutter = _Cutter(tokenizer, dataset, options, seqlen, masked)
+    length, encoder = cutter.length, cutter.encoder
+
+    def documents() -> Documents:
+        return read_documents(dataset, options.text_column, splits=CALIBRATION_SPLITS)
+
+    read = documents()
+    if (file := read.one_text()) is not None:
+        next(iter(read))  # refuses what is not plain text, and counts the file
+        crops = file_crops(encoder, file, nsamples, length, random.Random(seed))
+        if crops is not None:
+            return cutter.sequences(crops, read, "crops of random parts of one text")
+    else:
+        crops = document_crops(encoder, read, nsamples, length, random.Random(seed))
+        if crops is not None:
+            return cutter.sequences(crops, read, "a crop of each of as many long documents")
+    read, needed = documents(), nsamples * length
+    encoder.restart()
+    tokens = joined_tokens(encoder, read, JOIN_TOKENS * needed)
+    cutter.require(tokens, needed, f"{nsamples} × {length} = {needed}")
+    starts = disjoint_starts(len(tokens[0]), nsamples, length, random.Random(seed))
+    crops = [crop(tokens, start, length) for start in starts]
+    return cutter.sequences(crops, read, "crops of the joined text")
 
 
 def evaluation_tokens(
     tokenizer: Tokenizer,
     dataset: str,
-    text_column: str | None,
+    options: TextOptions,
     seqlen: int,
     nsamples: int | None = None,
     revision: str | None = None,
-) -> torch.Tensor:
-    """Cut the evaluation text into (n, seqlen) int64: the first `nsamples` sequences, or all.
+) -> TokenSequences:
+    """Cut the evaluation text into (n, seqlen): the first `nsamples` sequences, or all.
 
     A hub data set is read at the commit `revision` (None: the newest), in the first of the splits
     test, validation, train that it has; C4 as at the top of this file. With `nsamples`, only the
     needed part of the text is read.
 
-    Raises DataError as `read_documents`, and if the text has fewer than nsamples × seqlen tokens,
-    or fewer than seqlen.
+    Raises DataError as `Documents`, and if the text has fewer than nsamples × seqlen tokens, or
+    fewer than seqlen.
     """
-    documents = read_documents(dataset, text_column, splits=EVALUATION_SPLITS, revision=revision)
-    convention = CONVENTIONS.get(dataset, Convention())
-    documents = itertools.islice(documents, convention.documents)
-    if nsamples is None:
-        ids = _token_ids(tokenizer, convention.separator.join(documents))
-        nsamples = len(ids) // seqlen
-        if nsamples == 0:
-            raise _too_short(dataset, len(ids), f"one sequence of {seqlen}")
-        nsamples = min(nsamples, convention.nsamples or nsamples)
-    else:
-        ids = _joined_tokens(tokenizer, documents, nsamples * seqlen, convention.separator)
-        if len(ids) < nsamples * seqlen:
-            raise _too_short(dataset, len(ids), f"{nsamples} × {seqlen} = {nsamples * seqlen}")
-    return torch.tensor(ids[: nsamples * seqlen], dtype=torch.int64).reshape(nsamples, seqlen)
-
-
-def _too_short(dataset: str, tokens: int, needed: str) -> DataError:
-    return DataError(
-        f"{dataset} holds {tokens} tokens, fewer than {needed}: give more text, "
-        "or lower --nsamples or --seqlen"
-    )
-
-
-def _token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    # verbose=False: no warning about a text longer than the model's maximum, which is intended.
-    ids: list[int] = tokenizer(text, return_attention_mask=False, verbose=False).input_ids
-    return ids
-
-
-def _document_crops(
-    tokenizer: Tokenizer,
-    documents: Iterable[str],
-    nsamples: int,
-    seqlen: int,
-    generator: random.Random,
-) -> list[list[int]] | None:
-    """One random crop of each of `nsamples` random long documents; None if there are too few."""
-    crops: list[list[int]] = []
-    budget = SEARCH_CHARACTERS * nsamples * seqlen
-    for document in _shuffled(documents, generator):
-        budget -= max(1, len(document))  # at least 1, so that a stream of empty documents ends
-        # A token has at least one byte, so most short documents need not be tokenized.
-        if len(document.encode("utf-8")) >= seqlen:
-            ids = _token_ids(tokenizer, document)
-            if len(ids) >= seqlen:
-                start = generator.randrange(len(ids) - seqlen + 1)
-                crops.append(ids[start : start + seqlen])
-        if len(crops) == nsamples:
-            return crops
-        if budget < 0:
-            break
-    return None
-
-
-def _shuffled(documents: Iterable[str], generator: random.Random) -> Iterator[str]:
-    """The documents in random order, drawn from a window of bounded size over the stream."""
-    window: list[str] = []
-    characters = 0
-    for document in documents:
-        window.append(document)
-        characters += len(document)
-        while window and (len(window) > WINDOW_DOCUMENTS or characters > WINDOW_CHARACTERS):
-            drawn = _draw(window, generator)
-            characters -= len(drawn)
-            yield drawn
-    while window:
-        yield _draw(window, generator)
-
-
-def _draw(window: list[str], generator: random.Random) -> str:
-    index = generator.randrange(len(window))
-    window[index], window[-1] = window[-1], window[index]
-    return window.pop()
-
-
-def _joined_tokens(
-    tokenizer: Tokenizer, documents: Iterable[str], needed: int, separator: str = "\n\n"
-) -> list[int]:
-    """Tokens of the joined documents, or of a prefix with at least 2 · `needed` tokens.
-
-    A prefix ends between documents. It is this long so that its first `needed` tokens are those of
-    the whole text.
-    """
-    stream = iter(documents)
-    read: list[str] = []
-    limit = JOIN_CHARACTERS * needed
-    while True:
-        characters = sum(map(len, read))
-        exhausted = True
-        for document in stream:
-            read.append(document)
-            characters += len(document)
-            if max(characters, len(read)) >= limit:
-                exhausted = False
-                break
-        ids = _token_ids(tokenizer, separator.join(read))
-        if exhausted or len(ids) >= 2 * needed:
-            return ids
-        limit = 4 * max(characters, len(read))
-
-
-def _disjoint_starts(
-    length: int, nsamples: int, seqlen: int, generator: random.Random
-) -> list[int]:
-    """Starts of `nsamples` crops of `seqlen` tokens in `length` tokens that do not overlap.
-
-    In random order. The unused tokens are divided at random over the gaps: sorted draws from
-    0..slack, one per crop.
-    """
-    slack = length - nsamples * seqlen
-    gaps = sorted(generator.randrange(slack + 1) for _ in range(nsamples))
-    starts = [gap + index * seqlen for index, gap in enumerate(gaps)]
-    generator.shuffle(starts)
-    return starts
+    cutter = _Cutter(tokenizer, dataset, options, seqlen, masked=False)
+    read = read_documents(dataset, options.text_column, splits=EVALUATION_SPLITS, revision=revision)
+    convention, length = CONVENTIONS.get(dataset, Convention()), cutter.length
+    documents = itertools.islice(read, convention.documents)
+    most = nsamples or convention.nsamples
+    needed = sys.maxsize if most is None else most * length
+    tokens = joined_tokens(cutter.encoder, documents, needed, convention.separator)
+    if nsamples is not None:
+        cutter.require(tokens, needed, f"{nsamples} × {length} = {needed}")
+    cutter.require(tokens, length, f"one sequence of {length}")
+    count = min(len(tokens[0]) // length, most or sys.maxsize)
+    crops = [crop(tokens, index * length, length) for index in range(count)]
+    return cutter.sequences(crops, read, "the joined text in order")

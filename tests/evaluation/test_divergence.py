@@ -80,9 +80,10 @@ def test_models_are_held_against_the_first(
 
 def by_transformers(folders: list[str], text: Path) -> dict[str, float]:
     """The same figures from whole models in memory, and the definitions."""
-    from pipeline.text.tokens import evaluation_tokens, load_tokenizer
+    from pipeline.text.tokenizer import load_tokenizer
+    from tests.support.texts import evaluation_ids
 
-    tokens = evaluation_tokens(load_tokenizer(Path(folders[0]), False), str(text), None, 24, 5)
+    tokens = evaluation_ids(load_tokenizer(Path(folders[0]), False), str(text), None, 24, 5)
     with torch.no_grad():
         p, q = (
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.models.skeleton import open_skeleton
-from pipeline.text.tokens import load_tokenizer
+from pipeline.text.tokenizer import load_tokenizer
 from storage.model.files import ModelFiles, fingerprint_weight_file
 from tests.support.hostile import Watch, documents, dump, examples, spoiled
 from tests.support.tiny_models import save_tiny_model

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from cluster.command_line import run
-from pipeline.text.tokens import calibration_tokens, evaluation_tokens, load_tokenizer
+from pipeline.text.tokenizer import load_tokenizer
 from tests.support.hybrid_models import HYBRIDS, save_hybrid
 from tests.support.jobs import fits, header, tensors, write_text
 from tests.support.moe_models import load, stacked_experts
 from tests.support.plain_experts import prune_experts_in_memory
+from tests.support.texts import calibration_ids, evaluation_ids
 
 SEQUENCES, TOKENS = 16, 32
 COMMON = ("--executor", "local", "--threads", "1", "--seqlen", str(TOKENS))
@@ -116,7 +117,7 @@ def test_verify_finds_a_router_that_was_pruned(
 def test_the_result_is_that_of_a_plain_loop_in_memory(made: Made, family: str) -> None:
     source, output = made(family)
     hybrid, text = HYBRIDS[family], str(source.parent / "text.txt")
-    tokens = calibration_tokens(load_tokenizer(source), text, None, SEQUENCES, TOKENS, 0)
+    tokens = calibration_ids(load_tokenizer(source), text, None, SEQUENCES, TOKENS, 0)
     model, found = load(source), load(output)
     dense = model(input_ids=tokens).logits
     expected, _ = prune_experts_in_memory(
@@ -150,7 +151,7 @@ def test_its_perplexity_is_that_of_transformers(
 
 def by_transformers(folder: Path, text: str) -> float:
     """The perplexity of seven sequences, by transformers' own loss."""
-    tokens: Any = evaluation_tokens(load_tokenizer(folder), text, None, TOKENS, 7)
+    tokens: Any = evaluation_ids(load_tokenizer(folder), text, None, TOKENS, 7)
     model = load(folder)
     losses = [float(model(input_ids=row[None], labels=row[None]).loss) for row in tokens]
     return math.exp(sum(losses) / len(losses))

@@ -15,7 +15,7 @@ from pipeline.config.solver import SolverSettings
 from pipeline.output.verify import verify
 from pipeline.solvers.registry import solver_for
 from pipeline.solvers.types import Statistics
-from pipeline.text.tokens import calibration_tokens, load_tokenizer
+from pipeline.text.tokenizer import load_tokenizer
 from pipeline.worker.solve import solve_group
 from tests.support.jobs import (
     SMALL,
@@ -38,6 +38,7 @@ from tests.support.moe_models import (
     stacked_experts,
 )
 from tests.support.plain_experts import prune_experts_in_memory
+from tests.support.texts import calibration_ids
 
 # Enough text that every expert is above the threshold.
 JOB: dict[str, Any] = SMALL | {"nsamples": 16, "method": "sparsegpt"}
@@ -84,7 +85,7 @@ def test_the_result_is_that_of_a_plain_loop_in_memory(
     made: Callable[[str], tuple[Path, Path]], family: str
 ) -> None:
     source, output = made(family)
-    tokens = calibration_tokens(
+    tokens = calibration_ids(
         load_tokenizer(source), text(source.parent), None, JOB["nsamples"], JOB["seqlen"], 0
     )
     expected, counts = prune_experts_in_memory(load(source), tokens)

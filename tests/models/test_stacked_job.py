@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pipeline.output.verify import verify
-from pipeline.text.tokens import calibration_tokens, load_tokenizer
+from pipeline.text.tokenizer import load_tokenizer
 from tests.support.jobs import (
     SMALL,
     Interrupted,
@@ -36,6 +36,7 @@ from tests.support.moe_models import (
     stacked_experts,
 )
 from tests.support.plain_experts import prune_experts_in_memory
+from tests.support.texts import calibration_ids
 from tests.support.tiny_models import byte_tokenizer
 
 # Enough text that every expert is above the threshold.
@@ -85,9 +86,7 @@ def test_stacks_are_pruned_along_each_experts_inputs(made: Made, family: str) ->
 def test_the_result_is_that_of_a_plain_loop_in_memory(made: Made, family: str) -> None:
     source, output = made(family)
     text = str(source.parent / "text.txt")
-    tokens = calibration_tokens(
-        load_tokenizer(source), text, None, JOB["nsamples"], JOB["seqlen"], 0
-    )
+    tokens = calibration_ids(load_tokenizer(source), text, None, JOB["nsamples"], JOB["seqlen"], 0)
     expected, counts = prune_experts_in_memory(load(source), tokens, together=True)
     alike = []
     found = load(output)
@@ -226,7 +225,7 @@ def test_the_text_stack_of_llama_4_for_images(tmp_path: Path) -> None:
     for name, tensor in tensors(output):
         stays = any(part in name for part in STAYS)
         assert torch.equal(tensor, before[name]) == stays, name
-    tokens = calibration_tokens(
+    tokens = calibration_ids(
         load_tokenizer(source), dataset, None, JOB["nsamples"], JOB["seqlen"], 0
     )
     path = "language_model.model.layers"

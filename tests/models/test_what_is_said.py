@@ -16,7 +16,7 @@ from pipeline.evaluation.likelihood import longest_sequence
 from pipeline.models.from_config import longest_input, reason
 from pipeline.models.skeleton import check_seqlen, open_skeleton
 from pipeline.text import tokens
-from pipeline.text.tokens import load_tokenizer
+from pipeline.text.tokenizer import load_tokenizer
 from storage.errors import ConfigError, ModelError
 from tests.support.families import FAMILIES
 from tests.support.jobs import write_text

@@ -17,14 +17,15 @@ from pipeline.config.solver import SolverSettings
 from pipeline.solvers.objective import objective
 from pipeline.solvers.registry import solver_for
 from pipeline.solvers.types import Statistics
-from pipeline.text.tokens import calibration_tokens, load_tokenizer
+from pipeline.text.tokenizer import load_tokenizer
 from tests.support.jobs import SMALL
+from tests.support.texts import calibration_ids
 
 
 def job_tokens(source: Path, text: Path) -> Tensor:
     """The calibration sequences of a small job on a text, (nsamples, seqlen)."""
     tokenizer = load_tokenizer(source)
-    return calibration_tokens(tokenizer, str(text), None, SMALL["nsamples"], SMALL["seqlen"], 0)
+    return calibration_ids(tokenizer, str(text), None, SMALL["nsamples"], SMALL["seqlen"], 0)
 
 
 def inputs_of(modules: dict[str, torch.nn.Module], forward: Callable[[], Any]) -> dict[str, Tensor]:

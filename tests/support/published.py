@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cluster.command_line import run
-from pipeline.text.tokens import evaluation_tokens, load_tokenizer
+from pipeline.text.tokenizer import load_tokenizer
 from tests.support.jobs import write_text
+from tests.support.texts import evaluation_ids
 from tests.support.tiny_models import VOCABULARY, byte_tokenizer, random_model
 
 Tensors = dict[str, Tensor]
@@ -72,7 +73,7 @@ def plain_perplexity(folder: Path, text: Path) -> float:
     """What transformers makes of a folder, on the tokens that `prox24 eval` takes of a text."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     seqlen, count = int(EVAL[7]), int(EVAL[5])
-    tokens = evaluation_tokens(load_tokenizer(folder), str(text), None, seqlen, count)
+    tokens = evaluation_ids(load_tokenizer(folder), str(text), None, seqlen, count)
     logits = model(input_ids=tokens, use_cache=False).logits.float()
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1)

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from pipeline.text.documents import read_documents
-from pipeline.text.tokens import calibration_tokens, evaluation_tokens, load_tokenizer
+from pipeline.text.tokenizer import load_tokenizer
 from storage.errors import DataError, ModelError
+from tests.support.texts import calibration_ids, evaluation_ids
 from tests.support.tiny_models import byte_tokenizer
 
 Writer = Callable[[Path, dict[str, list[Any]]], Path]
@@ -72,9 +73,11 @@ def test_rows_come_in_order_without_nulls(tmp_path: Path, write: Writer) -> None
 
 
 @columnar
-def test_the_only_column_of_strings_is_the_text(tmp_path: Path, write: Writer) -> None:
+def test_no_column_is_guessed_to_be_the_text(tmp_path: Path, write: Writer) -> None:
     path = write(tmp_path / "d", {"id": [1, 2], "content": ["a", "b"]})
-    assert list(read_documents(str(path))) == ["a", "b"]
+    with pytest.raises(DataError, match=r"id \(a number, 1\), content \(a string, 'a'\)"):
+        list(read_documents(str(path)))
+    assert list(read_documents(str(path), "content")) == ["a", "b"]
 
 
 @columnar
@@ -89,7 +92,9 @@ def test_no_text_column_lists_the_columns(
     tmp_path: Path, write: Writer, column: str | None
 ) -> None:
     path = write(tmp_path / "d", {"title": ["a"], "summary": ["b"]})
-    with pytest.raises(DataError, match=r"--text-column: title, summary") as caught:
+    with pytest.raises(
+        DataError, match=r"--text-column: title \(a string, 'a'\), summary"
+    ) as caught:
         list(read_documents(str(path), column))
     assert str(path) in str(caught.value)
     assert column is None or f"no column '{column}'" in str(caught.value)
@@ -146,7 +151,7 @@ def test_bytes_that_are_not_utf8_are_located(tmp_path: Path, mark: bytes) -> Non
         ('{"text": "a"', "line 2 is not JSON"),
         ("[" * 100_000, "line 2 is not JSON"),
         ('["text"]', "line 2 is not a JSON object"),
-        ('{"text": 5}', "line 2: 'text' is not a string but int"),
+        ('{"text": 5}', "line 2: 'text' is not a string but a number, 5"),
         ('{"text": "\\ud800"}', "line 2: 'text' is not valid Unicode"),
     ],
 )
@@ -157,7 +162,7 @@ def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: str, reason: str) ->
 
 
 def test_jsonl_rows_may_lack_keys_and_lines_may_be_blank(tmp_path: Path) -> None:
-    rows = '{"body": null}\n\n{"id": 1, "body": "a"}\n{"id": 2}\n  \n{"body": "b", "x": "y"}\n'
+    rows = '{"text": null}\n\n{"id": 1, "text": "a"}\n{"id": 2}\n  \n{"text": "b", "x": "y"}\n'
     path = text_file(tmp_path / "d.jsonl", rows)
     assert list(read_documents(path)) == ["a", "b"]
 
@@ -183,10 +188,10 @@ def test_what_is_no_data_file_is_refused(tmp_path: Path) -> None:
         list(read_documents(str(tmp_path / "gone.txt")))
     with pytest.raises(DataError, match="no such file: nowhere.jsonl"):
         list(read_documents("nowhere.jsonl"))
-    with pytest.raises(DataError, match="is not a file"):
+    with pytest.raises(DataError, match=r"holds no file of \.txt, \.jsonl"):
         list(read_documents(str(tmp_path)))
-    with pytest.raises(DataError, match=r"unknown kind of file '\.csv'"):
-        list(read_documents(text_file(tmp_path / "d.csv", "a,b\n")))
+    with pytest.raises(DataError, match=r"unknown kind of file '\.xls'"):
+        list(read_documents(text_file(tmp_path / "d.xls", "a,b\n")))
     with pytest.raises(DataError, match="holds no text"):
         list(read_documents(text_file(tmp_path / "empty.txt", "")))
     with pytest.raises(DataError, match="has no columns"):
@@ -199,7 +204,7 @@ def test_what_is_no_data_file_is_refused(tmp_path: Path) -> None:
 def test_exactly_enough_tokens_are_all_used(tmp_path: Path, tokenizer: Any) -> None:
     text = "".join(chr(97 + n % 26) for n in range(40))
     path = text_file(tmp_path / "d.txt", text)
-    tokens = calibration_tokens(tokenizer, path, None, nsamples=5, seqlen=8, seed=0)
+    tokens = calibration_ids(tokenizer, path, None, nsamples=5, seqlen=8, seed=0)
     assert tokens.shape == (5, 8)
     assert tokens.dtype == torch.int64
     pieces = sorted(tokenizer.decode(row) for row in tokens)
@@ -210,13 +215,13 @@ def test_exactly_enough_tokens_are_all_used(tmp_path: Path, tokenizer: Any) -> N
 def test_one_token_too_few_names_the_count(tmp_path: Path, tokenizer: Any, write: Writer) -> None:
     # Joined with blank lines: 10 + 2 + 10 + 2 + 15 = 39 tokens, of which no document has 20.
     path = str(write(tmp_path / "d", {"text": ["a" * 10, "b" * 10, "c" * 15]}))
-    assert calibration_tokens(tokenizer, path, None, 1, 39, 0).shape == (1, 39)
+    assert calibration_ids(tokenizer, path, None, 1, 39, 0).shape == (1, 39)
     with pytest.raises(DataError, match="holds 39 tokens, fewer than 2 × 20 = 40"):
-        calibration_tokens(tokenizer, path, None, 2, 20, 0)
+        calibration_ids(tokenizer, path, None, 2, 20, 0)
     with pytest.raises(DataError, match="holds 39 tokens, fewer than 2 × 20 = 40"):
-        evaluation_tokens(tokenizer, path, None, 20, nsamples=2)
+        evaluation_ids(tokenizer, path, None, 20, nsamples=2)
     with pytest.raises(DataError, match="holds 39 tokens, fewer than one sequence of 40"):
-        evaluation_tokens(tokenizer, path, None, 40)
+        evaluation_ids(tokenizer, path, None, 40)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -226,14 +231,14 @@ def test_crops_of_one_text_do_not_overlap_and_follow_the_seed(
     numbers = "".join(f"{n:04d}" for n in range(250))  # position p is read off the tokens at p
     path = text_file(tmp_path / "d.txt", numbers)
     state = random.getstate(), torch.get_rng_state()
-    tokens = calibration_tokens(tokenizer, path, None, 12, 75, seed)
+    tokens = calibration_ids(tokenizer, path, None, 12, 75, seed)
     assert random.getstate() == state[0]
     assert torch.equal(torch.get_rng_state(), state[1])
     starts = [numbers.index(tokenizer.decode(row)) for row in tokens]
     gaps = [b - a for a, b in zip(sorted(starts), sorted(starts)[1:], strict=False)]
     assert min(gaps) >= 75
-    assert torch.equal(tokens, calibration_tokens(tokenizer, path, None, 12, 75, seed))
-    assert not torch.equal(tokens, calibration_tokens(tokenizer, path, None, 12, 75, seed + 1))
+    assert torch.equal(tokens, calibration_ids(tokenizer, path, None, 12, 75, seed))
+    assert not torch.equal(tokens, calibration_ids(tokenizer, path, None, 12, 75, seed + 1))
 
 
 def test_crops_reach_all_of_the_text(tmp_path: Path, tokenizer: Any) -> None:
@@ -241,7 +246,7 @@ def test_crops_reach_all_of_the_text(tmp_path: Path, tokenizer: Any) -> None:
     path = text_file(tmp_path / "d.txt", numbers)
     covered = torch.zeros(len(numbers))
     for seed in range(60):
-        for row in calibration_tokens(tokenizer, path, None, 4, 100, seed):
+        for row in calibration_ids(tokenizer, path, None, 4, 100, seed):
             start = numbers.index(tokenizer.decode(row))
             covered[start : start + 100] += 1
     assert covered[:100].any()
@@ -255,12 +260,12 @@ def test_long_documents_give_one_crop_each(tmp_path: Path, tokenizer: Any, write
     letters = [chr(97 + n) for n in range(26)]
     texts = [text for letter in letters for text in ("short", letter * 30, "short", letter * 40)]
     path = str(write(tmp_path / "d", {"text": texts}))
-    tokens = calibration_tokens(tokenizer, path, None, 10, 30, seed=3)
+    tokens = calibration_ids(tokenizer, path, None, 10, 30, seed=3)
     decoded = [tokenizer.decode(row) for row in tokens]
     assert all(text == text[0] * 30 for text in decoded)  # never across documents
     first_documents = {letter * 30 for letter in letters[:5]}
     assert set(decoded) != first_documents  # drawn at random, not the first ten
-    other = calibration_tokens(tokenizer, path, None, 10, 30, seed=4)
+    other = calibration_ids(tokenizer, path, None, 10, 30, seed=4)
     assert not torch.equal(tokens, other)
 
 
@@ -268,7 +273,7 @@ def test_short_documents_are_joined_in_their_order(tmp_path: Path, tokenizer: An
     texts = [f"paragraph {n:03d}" for n in range(200)]
     joined = "\n\n".join(texts)
     path = str(write_jsonl(tmp_path / "d", {"text": texts}))
-    for row in calibration_tokens(tokenizer, path, None, 8, 64, seed=0):
+    for row in calibration_ids(tokenizer, path, None, 8, 64, seed=0):
         assert tokenizer.decode(row) in joined
 
 
@@ -276,7 +281,7 @@ def test_evaluation_cuts_the_joined_text(tmp_path: Path, tokenizer: Any) -> None
     path = str(write_jsonl(tmp_path / "d", {"text": ["", "abcdef", "", "ghi"]}))
     joined = "\n\nabcdef\n\n\n\nghi"  # 15 tokens
     for nsamples, expected in ((None, 3), (2, 2)):
-        tokens = evaluation_tokens(tokenizer, path, None, 4, nsamples)
+        tokens = evaluation_ids(tokenizer, path, None, 4, nsamples)
         assert tokens.dtype == torch.int64
         assert [tokenizer.decode(row) for row in tokens] == [
             joined[4 * i : 4 * i + 4] for i in range(expected)
@@ -307,8 +312,8 @@ def test_real_text_and_a_real_tokenizer(shared: Path, smollm2: Path) -> None:
     tokenizer: Any = load_tokenizer(smollm2)
     path = shared / "data" / "wikitext2-valid.txt"
     ids = torch.tensor(tokenizer(path.read_text(encoding="utf-8"), verbose=False).input_ids)
-    tokens = evaluation_tokens(tokenizer, str(path), None, 1024)
+    tokens = evaluation_ids(tokenizer, str(path), None, 1024)
     assert torch.equal(tokens.flatten(), ids[: len(ids) // 1024 * 1024])
     windows = ids.unfold(0, 64, 1)
-    drawn = calibration_tokens(tokenizer, str(path), None, 16, 64, 0)
+    drawn = calibration_ids(tokenizer, str(path), None, 16, 64, 0)
     assert all(bool((windows == row).all(1).any()) for row in drawn)

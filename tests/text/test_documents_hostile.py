@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.text import documents
-from pipeline.text.documents import read_documents
-from pipeline.text.tokens import calibration_tokens, evaluation_tokens
+from pipeline.text import rows as text_rows
+from pipeline.text.documents import TextFile, read_documents
 from storage.errors import DataError
 from tests.support.hostile import HOSTILE, Watch, dump, examples, spoiled
 from tests.support.processes import CONTEXT
+from tests.support.texts import calibration_ids, evaluation_ids
 from tests.support.tiny_models import byte_tokenizer
 
 TEXTS = ["one", "", None, "zwei\n\nund drei", "  ", "𝟜 quatre", "x" * 3000]
@@ -108,7 +108,9 @@ def test_a_mixed_lot(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path / f"d{kind}", texts)
     found = list(read_documents(str(path)))
     if kind == ".txt":
-        assert found == [path.read_text(encoding="utf-8")]
+        (document,) = found
+        assert isinstance(document, TextFile)
+        assert "".join(document.pieces()) == path.read_text(encoding="utf-8")
     else:
         assert found == [text for text in texts if text is not None]
 
@@ -159,35 +161,34 @@ def test_no_text_at_all(tmp_path: Path, kind: str, texts: list[Any]) -> None:
     tokenizer = byte_tokenizer()
     for read in (
         lambda: list(read_documents(path)),
-        lambda: calibration_tokens(tokenizer, path, None, 1, 4, 0),
-        lambda: evaluation_tokens(tokenizer, path, None, 4),
+        lambda: calibration_ids(tokenizer, path, None, 1, 4, 0),
+        lambda: evaluation_ids(tokenizer, path, None, 4),
     ):
         with pytest.raises(DataError, match=r"d\.\w+ holds no text"):
             read()
 
 
-def test_a_text_and_a_line_too_long_to_be_one(
+def test_a_line_too_long_to_be_one_document(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "MAX_TEXT_BYTES", 1 << 20)
-    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1 << 20)
-    fits, long = "x" * (1 << 20), "x" * ((1 << 20) + 1)
-    assert list(read_documents(str(write(tmp_path / "d.txt", [fits])))) == [fits]
-    with pytest.raises(DataError, match="one document of more than 1 MiB"):
-        list(read_documents(str(write(tmp_path / "d.txt", [long]))))
+    monkeypatch.setattr(text_rows, "MAX_LINE_BYTES", 1 << 20)
+    long = "x" * ((1 << 20) + 1)
     with pytest.raises(DataError, match="line 2 is longer than 1 MiB"):
         list(read_documents(str(write(tmp_path / "d.jsonl", ["a", long, "b"]))))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_large_file_is_read_in_little_memory(tmp_path: Path, kind: str) -> None:
-    """100 MB in rows of 100 kB, or 1.6 GB in one document, or line, that is mostly a hole."""
+    """100 MB in rows of 100 kB, 1.6 GB of a text, or a line of 1.6 GB that is mostly a hole."""
     path = tmp_path / f"d{kind}"
     if kind in (".txt", ".jsonl"):
         with path.open("wb") as file:
             if kind == ".jsonl":
                 file.write(b'{"text": "' + b"ab " * 40_000 + b'"}\n')
-            file.truncate(1_600_000_000)
+                file.truncate(1_600_000_000)
+            else:
+                for _ in range(1600):
+                    file.write(b"some words " * 90_909 + b"\n")
     else:
         rows = pa.array(["ab " * 33_000] * 40)
         schema = pa.schema({"text": pa.string()})
@@ -198,14 +199,14 @@ def test_a_large_file_is_read_in_little_memory(tmp_path: Path, kind: str) -> Non
                 writer.write_batch(batch)
 
     def read() -> None:
-        tokens = calibration_tokens(byte_tokenizer(), str(path), None, 2, 64, 0)
+        tokens = calibration_ids(byte_tokenizer(), str(path), None, 2, 64, 0)
         assert tokens.shape == (2, 64)
 
     def refuse() -> None:
-        with pytest.raises(DataError, match="one document of more than|line 2 is longer than"):
+        with pytest.raises(DataError, match="line 2 is longer than"):
             read()
 
-    Watch(tmp_path).run(refuse if kind in (".txt", ".jsonl") else read)
+    Watch(tmp_path).run(refuse if kind == ".jsonl" else read)
 
 
 class Endless:
@@ -214,15 +215,15 @@ class Endless:
     def __init__(self) -> None:
         self.taken = 0
 
-    def __call__(self, *_: object, **__: object) -> Iterator[str]:
+    def __call__(self, *_: object, **__: object) -> Iterator[tuple[str, dict[str, Any]]]:
         while True:
             self.taken += 1
             assert self.taken < 1_000_000, "the stream of empty documents is never left"
-            yield ""
+            yield "a row", {"text": ""}
 
 
 def test_an_endless_stream_of_empty_documents_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Endless()
-    monkeypatch.setattr("pipeline.text.tokens.read_documents", stream)
-    assert calibration_tokens(byte_tokenizer(), "some/data", None, 2, 8, 0).shape == (2, 8)
+    monkeypatch.setattr("pipeline.text.documents._hub_rows", stream)
+    assert calibration_ids(byte_tokenizer(), "some/data", None, 2, 8, 0).shape == (2, 8)
     assert stream.taken < 100_000

@@ -9,10 +9,10 @@ import datasets
 import pytest
 import torch
 
-from pipeline.text import tokens as calibration
+from pipeline.text import crops
 from pipeline.text.documents import read_documents
-from pipeline.text.tokens import calibration_tokens, evaluation_tokens
 from storage.errors import DataError
+from tests.support.texts import calibration_ids, evaluation_ids
 from tests.support.tiny_models import byte_tokenizer
 
 
@@ -51,23 +51,23 @@ def offer_hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, Iterable[Any]])
 def test_an_endless_stream_is_left_as_soon_as_there_is_enough(
     monkeypatch: pytest.MonkeyPatch, tokenizer: Any
 ) -> None:
-    monkeypatch.setattr(calibration, "WINDOW_DOCUMENTS", 50)
+    monkeypatch.setattr(crops, "WINDOW_DOCUMENTS", 50)
     long = CountingRows(lambda n: "x" * (100 if n % 10 == 0 else 5))
     calls = offer_hub(monkeypatch, {"train": long})
-    tokens = calibration_tokens(tokenizer, "allenai/c4", None, 4, 80, seed=0)
+    tokens = calibration_ids(tokenizer, "allenai/c4", None, 4, 80, seed=0)
     assert tokens.shape == (4, 80)
     assert calls == [("allenai/c4", "en")]
     assert long.taken < 500
 
     short = CountingRows(lambda n: "y" * 20)
     calls = offer_hub(monkeypatch, {"train": short})
-    assert calibration_tokens(tokenizer, "some/data:config", None, 4, 80, 0).shape == (4, 80)
+    assert calibration_ids(tokenizer, "some/data:config", None, 4, 80, 0).shape == (4, 80)
     assert calls[0] == ("some/data", "config")
     assert short.taken < 20_000
 
     endless = CountingRows(lambda n: "z" * 20)
     offer_hub(monkeypatch, {"train": [], "test": endless})
-    assert evaluation_tokens(tokenizer, "some/data", None, 80, nsamples=4).shape == (4, 80)
+    assert evaluation_ids(tokenizer, "some/data", None, 80, nsamples=4).shape == (4, 80)
     assert endless.taken < 2_000
 
 
@@ -76,11 +76,11 @@ def test_hub_splits(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
         return [{"text": letter * 100}]
 
     offer_hub(monkeypatch, {"train": rows("a"), "test": rows("b"), "validation": rows("c")})
-    assert tokenizer.decode(calibration_tokens(tokenizer, "x/y", None, 1, 4, 0)[0]) == "aaaa"
-    assert tokenizer.decode(evaluation_tokens(tokenizer, "x/y", None, 4)[0]) == "bbbb"
+    assert tokenizer.decode(calibration_ids(tokenizer, "x/y", None, 1, 4, 0)[0]) == "aaaa"
+    assert tokenizer.decode(evaluation_ids(tokenizer, "x/y", None, 4)[0]) == "bbbb"
     offer_hub(monkeypatch, {"test": rows("b")})
     with pytest.raises(DataError, match="x/y has no split train, but test"):
-        calibration_tokens(tokenizer, "x/y", None, 1, 4, 0)
+        calibration_ids(tokenizer, "x/y", None, 1, 4, 0)
 
 
 def test_c4_as_the_field_evaluates_on_it(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
@@ -89,18 +89,18 @@ def test_c4_as_the_field_evaluates_on_it(monkeypatch: pytest.MonkeyPatch, tokeni
     rows = [{"text": text} for text in documents]
     text = " ".join(documents[:1100])
     calls = offer_hub(monkeypatch, {"train": [{"text": "no"}], "validation": rows})
-    tokens = evaluation_tokens(tokenizer, "allenai/c4", None, 32, revision="abc")
+    tokens = evaluation_ids(tokenizer, "allenai/c4", None, 32, revision="abc")
     assert calls == [("allenai/c4", "en", "abc")]
     assert tokens.shape == (256, 32)
     assert tokens.flatten().tolist() == tokenizer(text).input_ids[: 256 * 32]
     # Less text than 256 pieces: what there is, the tail dropped.
-    tokens = evaluation_tokens(tokenizer, "allenai/c4:en", None, 1000)
+    tokens = evaluation_ids(tokenizer, "allenai/c4:en", None, 1000)
     assert tokens.flatten().tolist() == tokenizer(text).input_ids[: len(text) // 1000 * 1000]
     assert 1 < len(tokens) < 256
     # Asked for some, they are the first of these; of more than 1,100 documents there are none.
-    assert torch.equal(evaluation_tokens(tokenizer, "allenai/c4", None, 1000, 2), tokens[:2])
+    assert torch.equal(evaluation_ids(tokenizer, "allenai/c4", None, 1000, 2), tokens[:2])
     with pytest.raises(DataError, match="fewer than"):
-        evaluation_tokens(tokenizer, "allenai/c4", None, 1000, len(tokens) + 1)
+        evaluation_ids(tokenizer, "allenai/c4", None, 1000, len(tokens) + 1)
 
 
 def test_wikitext_as_the_field_evaluates_on_it(
@@ -110,7 +110,7 @@ def test_wikitext_as_the_field_evaluates_on_it(
     lines = ["", " = Title = \n", "", *(f" word {n} \n" for n in range(40)), ""]
     rows = [{"text": line} for line in lines]
     calls = offer_hub(monkeypatch, {"train": [{"text": "no"}], "test": rows})
-    tokens = evaluation_tokens(tokenizer, "Salesforce/wikitext", None, 32)
+    tokens = evaluation_ids(tokenizer, "Salesforce/wikitext", None, 32)
     assert calls == [("Salesforce/wikitext", "wikitext-2-raw-v1")]
     ids = tokenizer("\n\n".join(lines)).input_ids
     assert tokens.flatten().tolist() == ids[: len(ids) // 32 * 32]

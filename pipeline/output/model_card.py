@@ -42,6 +42,8 @@ _SETTINGS = {
     "text_column": "text column",
     "nsamples": "calibration sequences",
     "seqlen": "tokens per sequence",
+    "calibrate_on": "statistics of",
+    "counted_tokens": "tokens that count in the statistics",
     "seed": "seed",
     "damping": "damping",
     "shrinkage": "shrinkage",
@@ -171,6 +173,8 @@ def _settings_table(settings: Mapping[str, Any]) -> str:
     if settings.get("refine") == "none":
         unused.add("refine_steps")
     unused |= {key for key in ("dense_first", "dense_last") if not settings.get(key)}
+    if settings.get("calibrate_on") == "all":
+        unused.add("calibrate_on")
     rows = [
         (label, _code(settings[key]))
         for key, label in _SETTINGS.items()

@@ -97,6 +97,7 @@ def check_output(output: Place, run: RunDirectory, overwrite: bool) -> None:
 def describe_output(
     *,
     job: dict[str, Any],
+    text: Mapping[str, Any],
     skeleton: Skeleton,
     config: PruneConfig,
     skipped: Mapping[str, str],
@@ -108,9 +109,10 @@ def describe_output(
 ) -> tuple[str, str]:
     """The texts of the output's model card and of its `prox24.json`.
 
-    skipped: layers that the options leave dense, name → why; dense: what else of two or more
-    dimensions the blocks have that is never pruned. records: of the blocks that the weight files
-    were made from. perplexity: the finished model's, or None if it was not measured.
+    text: what `run.json` says of the calibration text. skipped: layers that the options leave
+    dense, name → why; dense: what else of two or more dimensions the blocks have that is never
+    pruned. records: of the blocks that the weight files were made from. perplexity: the finished
+    model's, or None if it was not measured.
     """
     layers, stored_as = (
         layer_results(records, skeleton.blocks_path),
@@ -119,6 +121,7 @@ def describe_output(
     results = {
         "schema_version": RESULT_SCHEMA,
         "job": job,
+        "text": dict(text),
         "source": source_name,
         # Of a source that is not in few bits the output has the very dtypes.
         **({"source_stored_as": stored_as} if stored_as else {}),
@@ -140,7 +143,7 @@ def describe_output(
     }
     card = model_card(
         source_name=source_name,
-        settings=card_settings(job),
+        settings=card_settings(job, text),
         results=layers,
         skipped=skipped,
         perplexity=perplexity,
@@ -291,9 +294,15 @@ def layer_results(records: Sequence[BlockRecord], blocks_path: str) -> list[dict
     ]
 
 
-def card_settings(job: dict[str, Any]) -> dict[str, Any]:
-    """The settings for the model card: the options, with the solver's settings resolved."""
-    return {**job["settings"], **job["solver"], "dataset": job["dataset"]["name"]}
+def card_settings(job: dict[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings for the model card: the options, with the solver's settings resolved, and the
+    number of tokens that count where not all of them do."""
+    return {
+        **job["settings"],
+        **job["solver"],
+        "dataset": job["dataset"]["name"],
+        "counted_tokens": text.get("counted_tokens"),
+    }
 
 
 def source_license(folder: Path) -> str | None:

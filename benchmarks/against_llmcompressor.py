@@ -120,7 +120,8 @@ def main() -> None:
         rows[name]["perplexity"] = perplexity(output, options, evaluation)
         print(name, rows[name], flush=True)
     tokens = folder / "tokens.json"
-    tokens.write_text(json.dumps(read_tokens(folder / "pruned.run" / "tokens.arrow").tolist()))
+    ids, _ = read_tokens(folder / "pruned.run" / "tokens.arrow")
+    tokens.write_text(json.dumps(ids.tolist()))
     output = folder / "compressed"
     shutil.rmtree(output, ignore_errors=True)
     peak = run(

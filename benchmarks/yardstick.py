@@ -41,7 +41,7 @@ def plain(model_folder: Path, tokens_file: Path, method: str, threads: int) -> d
     seconds = {"load": 0.0, "forward": 0.0, "hessian": 0.0, "solve": 0.0}
     began = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
-    tokens = read_tokens(tokens_file)
+    tokens, _ = read_tokens(tokens_file)
     solver = solver_for(SolverSettings(method=method))
     seconds["load"] = time.perf_counter() - began
 

@@ -126,8 +126,8 @@ def prune(
 
     `make_executor` is called when the model and the options have been checked; its workers start
     while the text is read. `source_name` names the source in the model card (a hub id); by default
-    its folder's name. `cut` returns the calibration tokens, (nsamples, seqlen) int64; a sweep
-    passes a function that has them already.
+    its folder's name. `cut` returns the calibration tokens; a sweep passes a function that has
+    them already.
 
     Raises an `InputError` for bad input before any compute, `NumericalError` if a value is not
     finite, `RunDirectoryError` if the run directory belongs to another job or is in use.
@@ -198,7 +198,8 @@ def _start(
     with _forced(job):
         check_job_space(run, job.output, job.skeleton, config, sequences)
     text = (run, job.lock, job.skeleton, config)
-    tokens = committed_tokens(*text, manifest, progress, job.cut)
+    committed = committed_tokens(*text, manifest, progress, job.cut)
+    tokens = committed.file
     loop = BlockLoop(
         _block_steps(job, executor),
         config.max_attempts,
@@ -213,7 +214,8 @@ def _start(
     hashes = _hash_source(job, loop)
     if manifest is None:
         manifest = write_manifest(
-            run, job.lock, job.identity, tokens, job.skeleton.files, hashes, job.blocks
+            *(run, job.lock, job.identity, tokens, committed.text),
+            *(job.skeleton.files, hashes, job.blocks),
         )
     else:
         require_fingerprints(run, manifest, hashes)
@@ -323,6 +325,7 @@ def _write_output(job: PruneJob, loop: BlockLoop, manifest: dict[str, Any]) -> N
         target.copy(job.skeleton, manifest["side_files"])
         card, results = describe_output(
             job=job.identity,
+            text=manifest["text"],
             skeleton=job.skeleton,
             config=job.config,
             skipped=job.selection.skipped,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.config.evaluate import EvalConfig
 from pipeline.config.fields import option, require, values_of, what_it_computes
@@ -13,6 +13,8 @@ from pipeline.config.runtime import RuntimeConfig
 from pipeline.config.solver import AUTO, SolverSettings
 from pipeline.config.text import FILES, TextOptions
 from storage.errors import ConfigError
+
+RESPONSES = "responses"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,11 @@ class PruneConfig(ModelOptions, ExpertOptions, TextOptions, RuntimeConfig):
     nsamples: int = option(128, "calibration sequences")
     seqlen: int = option(2048, "tokens of a calibration sequence")
     seed: int = option(0, "seed of the random crops")
+    calibrate_on: Literal["all", "responses"] = option(
+        "all",
+        "tokens that the layers' statistics are taken of: all, or the assistant's in chat data "
+        "(`responses`); all of them are run through the model",
+    )
     eval_dataset: str | None = option(
         None,
         "text, as for --dataset, on which the finished model's perplexity is measured for its "
@@ -119,7 +126,8 @@ class PruneConfig(ModelOptions, ExpertOptions, TextOptions, RuntimeConfig):
             if "://" in (getattr(self, name) or ""):
                 option_name = name.replace("_", "-")
                 raise ConfigError(f"--{option_name} must be a folder {seen}, not a URI")
-        if self.solver_settings(self.method).shrinkage == AUTO and self.nsamples < 2:
+        halved = any(each.shrinkage == AUTO for each in self.layer_rules().all_settings())
+        if halved and self.nsamples < 2:
             raise ConfigError("--shrinkage auto compares two halves: --nsamples must be at least 2")
 
     def evaluation(self) -> EvalConfig | None:

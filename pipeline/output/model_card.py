@@ -41,10 +41,11 @@ _SETTINGS = {
     "dataset": "calibration text",
     "text_column": "text column",
     "chat_template": "chat template, SHA-256",
-    "calibrate_on": "tokens of the statistics",
-    "bos": "BOS",
     "nsamples": "calibration sequences",
     "seqlen": "tokens per sequence",
+    "calibrate_on": "statistics of",
+    "text_read": "text, as it was read",
+    "counted_tokens": "tokens that count in the statistics",
     "seed": "seed",
     "damping": "damping",
     "shrinkage": "shrinkage",
@@ -174,6 +175,8 @@ def _settings_table(settings: Mapping[str, Any]) -> str:
     if settings.get("refine") == "none":
         unused.add("refine_steps")
     unused |= {key for key in ("dense_first", "dense_last") if not settings.get(key)}
+    if settings.get("calibrate_on") == "all":
+        unused.add("calibrate_on")
     rows = [
         (label, _code(settings[key]))
         for key, label in _SETTINGS.items()

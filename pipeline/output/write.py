@@ -26,6 +26,7 @@ from pipeline.models.skeleton import Skeleton
 from pipeline.output.few_tokens import few_tokens
 from pipeline.output.model_card import model_card
 from pipeline.records.block import block_error
+from pipeline.text.sequences import text_in_words
 from pipeline.version import VERSION
 from storage.errors import OutputError
 from storage.files.checked_json import MAX_JSON_BYTES
@@ -97,6 +98,7 @@ def check_output(output: Place, run: RunDirectory, overwrite: bool) -> None:
 def describe_output(
     *,
     job: dict[str, Any],
+    text: Mapping[str, Any],
     skeleton: Skeleton,
     config: PruneConfig,
     skipped: Mapping[str, str],
@@ -108,9 +110,10 @@ def describe_output(
 ) -> tuple[str, str]:
     """The texts of the output's model card and of its `prox24.json`.
 
-    skipped: layers that the options leave dense, name → why; dense: what else of two or more
-    dimensions the blocks have that is never pruned. records: of the blocks that the weight files
-    were made from. perplexity: the finished model's, or None if it was not measured.
+    text: what `run.json` says of the calibration text. skipped: layers that the options leave
+    dense, name → why; dense: what else of two or more dimensions the blocks have that is never
+    pruned. records: of the blocks that the weight files were made from. perplexity: the finished
+    model's, or None if it was not measured.
     """
     layers, stored_as = (
         layer_results(records, skeleton.blocks_path),
@@ -119,6 +122,7 @@ def describe_output(
     results = {
         "schema_version": RESULT_SCHEMA,
         "job": job,
+        "text": dict(text),
         "source": source_name,
         # Of a source that is not in few bits the output has the very dtypes.
         **({"source_stored_as": stored_as} if stored_as else {}),
@@ -140,7 +144,7 @@ def describe_output(
     }
     card = model_card(
         source_name=source_name,
-        settings=card_settings(job),
+        settings=card_settings(job, text),
         results=layers,
         skipped=skipped,
         perplexity=perplexity,
@@ -291,9 +295,18 @@ def layer_results(records: Sequence[BlockRecord], blocks_path: str) -> list[dict
     ]
 
 
-def card_settings(job: dict[str, Any]) -> dict[str, Any]:
-    """The settings for the model card: the options, with the solver's settings resolved."""
-    return {**job["settings"], **job["solver"], "dataset": job["dataset"]["name"]}
+def card_settings(job: dict[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings for the model card: the options, with the solver's settings resolved, what was
+    read as the text, and the number of tokens that count where not all of them do."""
+    return {
+        **job["settings"],
+        **job["solver"],
+        "dataset": job["dataset"]["name"],
+        "counted_tokens": text.get("counted_tokens"),
+        "text_read": text_in_words(text) or None,
+        # `auto` says less than what it came to, which is in the line above.
+        "bos": None,
+    }
 
 
 def source_license(folder: Path) -> str | None:

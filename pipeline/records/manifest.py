@@ -29,6 +29,7 @@ SOLVER_VERSION = 5
 _KEYS = {
     "job": dict,
     "tokens": dict,
+    "text": dict,
     "weight_files": dict,
     "tensors": dict,
     "side_files": dict,
@@ -82,7 +83,8 @@ def read_manifest(run: RunDirectory) -> dict[str, Any] | None:
     the job that they belong to is unknown.
     """
     if run.manifest.exists():
-        manifest = read_json(run.manifest, MANIFEST_SCHEMA)
+        # Older versions wrote no `text`.
+        manifest = {"text": {}, **read_json(run.manifest, MANIFEST_SCHEMA)}
         if not _KEYS.items() <= {key: type(value) for key, value in manifest.items()}.items():
             raise CorruptFileError(
                 f"{run.manifest}: not as this prox24 writes it; use the version that wrote it, or "
@@ -121,17 +123,22 @@ def write_manifest(
     lock: RunLock,
     job: dict[str, Any],
     tokens: StoredFile,
+    text: dict[str, Any],
     source: ModelFiles,
     fingerprints: Sequence[WeightFileFingerprint],
     blocks: int,
 ) -> dict[str, Any]:
-    """Publishes `run.json`, by which the directory becomes this job's; returns its content."""
+    """Publishes `run.json`, by which the directory becomes this job's; returns its content.
+
+    text: see `pipeline.records.tokens.CommittedTokens`.
+    """
     hashes = source.hashes(fingerprints)
     payload = {
         "schema_version": MANIFEST_SCHEMA,
         "prox24": VERSION,
         "job": job,
         "tokens": tokens.to_json(),
+        "text": text,
         "weight_files": {f.file: f.sha256 for f in sorted(fingerprints, key=lambda f: f.file)},
         "blocks": blocks,
         # Workers read these tensors several times, and compare them with the hashes each time.

@@ -190,6 +190,7 @@ def _error(layers: dict[str, Any]) -> float | None:
 def _job(manifest: dict[str, Any], status: dict[str, Any]) -> dict[str, Any]:
     job = _mapping(manifest.get("job"))
     settings = _mapping(job.get("settings"))
+    counted = _mapping(manifest.get("text")).get("counted_tokens")
     return {
         "source": _text(status.get("source")),
         "output": _text(status.get("output")),
@@ -197,6 +198,7 @@ def _job(manifest: dict[str, Any], status: dict[str, Any]) -> dict[str, Any]:
         "pattern": _text(settings.get("pattern")),
         "nsamples": settings["nsamples"] if is_count(settings.get("nsamples")) else None,
         "seqlen": settings["seqlen"] if is_count(settings.get("seqlen")) else None,
+        "counted_tokens": counted if is_count(counted) else None,
         "dataset": _text(_mapping(job.get("dataset")).get("name")),
     }
 

@@ -40,19 +40,21 @@ def advise(
     blocks: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
     *,
+    tokens: int,
     measured: bool,
 ) -> list[Advice]:
     """What to try next, the most specific advice first; empty where there is none.
 
     layers: rows of `layer_rows`. blocks: with `block` and `relative_error` (percent, or None).
-    settings: the options of the job, with the defaults of the solver. measured: whether the
-    perplexity of the output is known.
+    settings: the options of the job, with the defaults of the solver. tokens: number of calibration
+    tokens that the statistics are taken of. measured: whether the perplexity of the output is
+    known.
     """
     return [
         *_layers_apart(layers),
         *_blocks_apart(blocks),
         *_deviations(layers),
-        *_little_text(layers, settings),
+        *_little_text(layers, settings, tokens),
         *_unsettled(layers),
         *_settings(settings),
         *([] if measured else [_MEASURE]),
@@ -130,13 +132,13 @@ def _deviations(layers: Sequence[Mapping[str, Any]]) -> Iterator[Advice]:
 
 
 def _little_text(
-    layers: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+    layers: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], tokens: int
 ) -> Iterator[Advice]:
-    tokens = settings["nsamples"] * settings["seqlen"]
     full = [layer for layer in layers if layer["statistic"] == "full"]
     widest = max((int(layer["columns"]) for layer in full), default=0)
     if tokens < _TOKENS_PER_COLUMN * widest:
-        wanted = math.ceil(_TOKENS_PER_COLUMN * widest / settings["seqlen"])
+        # More sequences have as many tokens that count as these have, in the mean.
+        wanted = -(-_TOKENS_PER_COLUMN * widest * settings["nsamples"] // tokens)
         yield Advice(
             "calibration",
             f"{tokens:,} tokens are few for layers with {widest:,} inputs: the second moments "

@@ -40,6 +40,19 @@ class Facts:
         settings: Mapping[str, Any] = self.results["job"]["settings"]
         return settings
 
+    @property
+    def counted_tokens(self) -> int | None:
+        """How many calibration tokens the statistics are taken of; None for all of them."""
+        # Older versions recorded nothing of the text.
+        count: int | None = self.results.get("text", {}).get("counted_tokens")
+        return count
+
+    @property
+    def tokens(self) -> int:
+        """Number of calibration tokens that the statistics are taken of."""
+        settings = self.settings
+        return self.counted_tokens or int(settings["nsamples"]) * int(settings["seqlen"])
+
 
 def layer_rows(summary: Mapping[str, Any], results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per pruned layer, in model order.

@@ -66,7 +66,9 @@ def report_page(facts: Facts) -> str:
         title=_title(facts),
         lead=[*_result_in_words(facts), _job_in_words(facts)],
         advice=advise(
-            facts.layers, blocks, options, measured=facts.results.get("perplexity") is not None
+            *(facts.layers, blocks, options),
+            tokens=facts.tokens,
+            measured=facts.results.get("perplexity") is not None,
         ),
         meaning=_meaning(facts.layers),
         **_errors(facts),
@@ -147,9 +149,11 @@ def _job_in_words(facts: Facts) -> str:
         "result is the same."
     )
     ranks = max((block["world"] for block in summary["blocks"]), default=0)
+    counted = facts.counted_tokens
+    part = "" if counted is None else f", of which the {counted:,} of the responses count"
     return (
         f"The job calibrated on {settings['nsamples']} × {settings['seqlen']:,} tokens of "
-        f"{facts.results['job']['dataset']['name']}. It took {_in_words(summary['wall'])} of "
+        f"{facts.results['job']['dataset']['name']}{part}. It took {_in_words(summary['wall'])} of "
         f"work by {_count(ranks, 'worker')} on {_count(len(hosts), 'host')}, "
         f"and {size(summary['memory']['worker_rss_bytes'])} of memory in the largest. {trouble}"
     )

@@ -38,6 +38,24 @@ def even_range(count: int, rank: int, world: int) -> tuple[int, int]:
     return rank * count // world, (rank + 1) * count // world
 
 
+def second_half(counts: Sequence[int]) -> int | None:
+    """The first sequence of the second half, where two halves of the calibration are compared.
+
+    counts: of each sequence, the tokens that statistics are taken of. Their numbers in the two
+    halves differ as little as they can, and neither is 0; with equal counts it is half of the
+    sequences, rounded down. None where one sequence has all of the tokens, or there are none.
+    """
+    total, before = sum(counts), 0
+    best: tuple[int, int] | None = None
+    for index, count in enumerate(counts):
+        if 0 < before < total:
+            distance = abs(total - 2 * before)
+            if best is None or distance < best[0]:
+                best = distance, index
+        before += count
+    return None if best is None else best[1]
+
+
 @dataclass(frozen=True)
 class GroupRows:
     """A group of layers that are solved together.

@@ -17,12 +17,14 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from pipeline.solvers.hessian import joined
 from pipeline.solvers.types import Statistics
+from storage.errors import ModelError
 
 # Dtypes that fit into the 10-bit mantissa of TF32, so that its products are exact.
 _EXACT_IN_TF32 = (torch.bfloat16, torch.float16)
@@ -157,6 +159,25 @@ HalvedStatistics = tuple[Statistics, ...]
 """Statistics of one group: one of all sequences, or two, of the first and the second half."""
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The sequences `start : start + size` of the calibration, of `length` tokens each.
+
+    counted: (size * length,) bool, on the device of the layers' inputs: the tokens that statistics
+    are taken of; None for all.
+    """
+
+    start: int
+    size: int
+    length: int
+    counted: Tensor | None = None
+
+    @cached_property
+    def counted_tokens(self) -> Tensor | None:
+        """(T,) int64 ascending, the numbers in the batch of the tokens that count."""
+        return None if self.counted is None else self.counted.nonzero()[:, 0]
+
+
 class GroupAccumulator:
     """The running sums of a group: one `Accumulator`, or two for two halves of the sequences.
 
@@ -175,32 +196,59 @@ class GroupAccumulator:
         halves = 1 if boundary is None else 2
         self.halves = [Accumulator(columns, needs, device, keep) for _ in range(halves)]
         self._columns, self._boundary = columns, boundary
-        self._start, self._size, self._length = 0, 1, 1
+        self._batch = Batch(0, 1, 1)
 
-    def begin_batch(self, start: int, size: int, length: int) -> None:
-        """Starts the batch of the sequences `start : start + size`, of `length` tokens each."""
-        self._start, self._size, self._length = start, size, length
+    def begin_batch(self, batch: Batch) -> None:
+        """Starts a batch, to which the inputs belong that are added from now on."""
+        self._batch = batch
 
     def add(self, inputs: Tensor, tokens: Tensor | None = None) -> None:
         """Adds inputs (..., C) of the current batch, in the order of its sequences.
 
         tokens: (T,) int64 ascending, where the inputs (T, C) are some tokens of the batch only:
-        their indices in the batch.
+        their indices in the batch. Of a batch in which only some tokens count, these are added;
+        the inputs must then have one row for each token, or for each of `tokens`. Raises
+        `ModelError` where they have not.
         """
-        first = self._size  # sequences of the batch that are in the first half
-        if self._boundary is not None:
-            first = min(max(self._boundary - self._start, 0), self._size)
+        if self._batch.counted is not None:
+            inputs, tokens = self._counted(inputs, self._batch.counted, tokens)
+        first = self._first_half()
         if tokens is not None:
-            sequences = tokens // self._length
+            sequences = tokens // self._batch.length
             cut = int((sequences < first).sum())
             for half, part in zip(self.halves, (slice(0, cut), slice(cut, None)), strict=False):
                 if len(inputs[part]):
                     half.add(inputs[part], len(torch.unique(sequences[part])))
             return
-        x_STC = inputs.reshape(self._size, -1, self._columns)
+        x_STC = inputs.reshape(self._batch.size, -1, self._columns)
         for half, x_part in zip(self.halves, (x_STC[:first], x_STC[first:]), strict=False):
             if x_part.shape[0]:
                 half.add(x_part, x_part.shape[0])
+
+    def _first_half(self) -> int:
+        """How many sequences of the batch are in the first half."""
+        batch = self._batch
+        if self._boundary is None:
+            return batch.size
+        return min(max(self._boundary - batch.start, 0), batch.size)
+
+    def _counted(
+        self, inputs: Tensor, counted: Tensor, tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Of the inputs of a batch, or of some of its tokens, those that count, and their tokens.
+
+        The result is (T, C) and (T,).
+        """
+        rows = inputs.reshape(-1, self._columns)
+        among = len(counted) if tokens is None else len(tokens)
+        if len(rows) != among:
+            raise ModelError(f"it has {len(rows)} inputs for {among} tokens")
+        if tokens is None:
+            kept = self._batch.counted_tokens
+            assert kept is not None
+            return rows[kept], kept
+        wanted = counted[tokens]
+        return rows[wanted], tokens[wanted]
 
     def sums(self) -> HalvedSums:
         """The sums so far."""

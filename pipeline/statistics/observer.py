@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pipeline.models.experts import Expert, expert_of
 from pipeline.models.forward_capture import BlockCall, LayerGroup
 from pipeline.runtime.stopwatch import Stopwatch
-from pipeline.statistics.accumulate import GroupAccumulator, HalvedSums
+from pipeline.statistics.accumulate import Batch, GroupAccumulator, HalvedSums
+from storage.errors import ModelError
 
 
 class _AllObserved(Exception):
@@ -52,25 +53,39 @@ class BlockObserver:
         sums: dict[LayerGroup, GroupAccumulator],
         call: Callable[[Tensor], BlockCall],
         watch: Stopwatch,
+        counted: Tensor | None = None,
     ) -> None:
-        """Registers hooks on the block `module`. call: hidden states -> arguments of the block."""
+        """Registers hooks on the block `module`. call: hidden states -> arguments of the block.
+
+        counted: (nsamples, seqlen) bool, of all sequences of the calibration the tokens whose
+        inputs are summed; None for all tokens.
+        """
         self._module, self._sums, self._call, self._watch = module, sums, call, watch
+        self._counted = counted
         self._left = 0  # groups not yet observed in this forward
         # Where a layer is called several times in a forward, its last call is not known.
         self._stops = all(group.calls == 1 for group in sums)
         self._handles = [
             module.get_submodule(group.name).register_forward_pre_hook(
-                self._hook(total, expert_of(module, group.name)), with_kwargs=True
+                self._hook(group.name, total, expert_of(module, group.name)), with_kwargs=True
             )
             for group, total in sums.items()
         ]
 
     def add(self, start: int, hidden_states: Tensor) -> None:
-        """Runs the block on sequences `start : start + n`, `hidden_states` (n, seqlen, hidden)."""
+        """Runs the block on sequences `start : start + n`, `hidden_states` (n, seqlen, hidden).
+
+        Raises `ModelError` where only some tokens count and a layer's inputs are not one for each.
+        """
+        size, length = hidden_states.shape[:2]
+        counted = None
+        if self._counted is not None:
+            counted = self._counted[start : start + size].flatten().to(hidden_states.device)
+        batch = Batch(start, size, length, counted)
         for total in self._sums.values():
-            total.begin_batch(start, hidden_states.shape[0], hidden_states.shape[1])
+            total.begin_batch(batch)
         self._left = len(self._sums)
-        self._watch.count("tokens", hidden_states.shape[0] * hidden_states.shape[1])
+        self._watch.count("tokens", size * length)
         with self._watch("forward"):
             try:
                 self._call(hidden_states).run(self._module, hidden_states)
@@ -86,11 +101,16 @@ class BlockObserver:
             self._watch.count("statistics_bytes", sums.nbytes)
         return by_group
 
-    def _hook(self, total: GroupAccumulator, expert: Expert | None) -> Callable[..., None]:
+    def _hook(
+        self, name: str, total: GroupAccumulator, expert: Expert | None
+    ) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             with self._watch("hessian"):
                 tokens = None if expert is None else expert.tokens
-                total.add(args[0] if args else kwargs["input"], tokens)
+                try:
+                    total.add(args[0] if args else kwargs["input"], tokens)
+                except ModelError as error:
+                    raise ModelError(f"{name}: {error}; use --calibrate-on all") from error
             self._left -= 1
             if self._stops and not self._left:
                 raise _AllObserved

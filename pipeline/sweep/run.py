@@ -24,8 +24,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from pipeline.config.evaluate import EvalConfig
 from pipeline.config.prune import PruneConfig
 from pipeline.config.runtime import RuntimeConfig
@@ -37,7 +35,7 @@ from pipeline.preflight.disk import check_evaluation_space
 from pipeline.prune import prune
 from pipeline.records.evaluation import finite, read_evaluation, write_evaluation
 from pipeline.records.manifest import data_identity, describe_job, text_identity
-from pipeline.records.tokens import cut_tokens
+from pipeline.records.tokens import as_asked, cut_tokens
 from pipeline.reporting.compare_runs import comparison
 from pipeline.reporting.run_summary import RunSummary, read_run_summary
 from pipeline.reporting.tables import Table, write_table
@@ -45,6 +43,7 @@ from pipeline.runtime.progress import Progress
 from pipeline.sweep.grid import Point
 from pipeline.sweep.plots import draw
 from pipeline.sweep.results import panels, with_dense
+from pipeline.text.sequences import TokenSequences
 from storage.errors import ConfigError, NumericalError, OutputError, RunDirectoryError
 from storage.files.commit import is_temporary, publish_json, read_json, replace_json
 from storage.object_store import Place
@@ -118,7 +117,8 @@ def sweep(wanted: Sweep, executors: Executors, progress: Progress) -> SweepResul
             if not _done(wanted, point)
         ]
         for _, config in missing:
-            shared(skeletons.of(config), config)  # raises now if a text is too short
+            # Raises now if a text is too short, or has no responses.
+            as_asked(shared(skeletons.of(config), config), config)
         failed = _run(wanted, missing, prepared, shared, lock, executors, progress)
         table, files = _write_results(wanted, lock, plots=True)
     return SweepResult(table, tuple(files), failed)
@@ -128,14 +128,12 @@ def sweep(wanted: Sweep, executors: Executors, progress: Progress) -> SweepResul
 class SharedTokens:
     """Calibration tokens, cut once for all jobs of a sweep with the same calibration options."""
 
-    cut: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    cut: dict[tuple[Any, ...], TokenSequences] = field(default_factory=dict)
 
-    def __call__(self, skeleton: Skeleton, config: PruneConfig) -> Tensor:
+    def __call__(self, skeleton: Skeleton, config: PruneConfig) -> TokenSequences:
         """The tokens that `cut_tokens` gives for the config."""
-        key = (
-            *(config.dataset, *config.cut_from(), config.nsamples, config.seqlen, config.seed),
-            config.calibrate_on,
-        )
+        text = (config.dataset, *config.cut_from(), config.calibrate_on)
+        key = (*text, config.nsamples, config.seqlen, config.seed)
         if key not in self.cut:
             self.cut[key] = cut_tokens(skeleton, config)
         return self.cut[key]

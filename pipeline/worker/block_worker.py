@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.config.solver import AUTO, SolverSettings
 from pipeline.loop.rank import Call, Rank
 from pipeline.messages import Advanced, Job, Observed, Outcome, SolvedSlices
 from pipeline.models.experts import send_every_token
-from pipeline.models.forward_capture import LayerGroup, ModelEnds, find_groups
+from pipeline.models.forward_capture import LayerGroup, ModelEnds
 from pipeline.models.linears import linear_layers
 from pipeline.models.selection import settings_of
 from pipeline.models.skeleton import Skeleton, open_skeleton
@@ -44,10 +44,11 @@ from pipeline.statistics.observer import BlockObserver, accumulators
 from pipeline.worker.block_loader import BlockLoader
 from pipeline.worker.few_tokens import least_tokens
 from pipeline.worker.forward import Forward
+from pipeline.worker.groups import Groups
 from pipeline.worker.saved_layers import save_layer, saved_layers
 from pipeline.worker.scoring import Scoring
 from pipeline.worker.scratch_phases import ScratchPhases
-from pipeline.worker.solve import TOO_FEW_TOKENS, deal_rows, solve_group, split_groups
+from pipeline.worker.solve import TOO_FEW_TOKENS, deal_rows, solve_group
 from storage.errors import ModelError, NumericalError
 from storage.files.hashing import StoredFile
 from storage.model.files import WeightFileFingerprint, fingerprint_weight_file
@@ -103,7 +104,7 @@ class BlockWorker(Scoring, ScratchPhases):
         self.forward = Forward(job, rank, world, self.skeleton, self.watch)
         self.collective: Collective | None = None
         self.state = PassState()
-        self._groups: dict[tuple[Any, ...], tuple[LayerGroup, ...]] = {}
+        self._groups = Groups(self.forward)
         self.loader = BlockLoader(self.skeleton, self.run, self.watch, self.forward.background)
 
     @torch.no_grad()
@@ -327,16 +328,17 @@ class BlockWorker(Scoring, ScratchPhases):
         module = self.loader.dense(block)
         if self.job.all_experts:
             send_every_token(module)
-        groups = self._find_groups(block, module, settings, first)
+        groups = self._groups.find(block, module, settings, first)
         # --shrinkage auto fits on one half of the sequences and judges on the other.
         halves = 2 if any(each.shrinkage == AUTO for each in settings.values()) else 1
         needs = {group: self._needs(block, group, settings) for group in groups}
         sizes = {group: halves * statistics_bytes(group.columns, needs[group]) for group in groups}
         passes = in_passes(sizes, limit)
         pass_groups = tuple(passes[number])
-        boundary = self.job.nsamples // 2 if halves == 2 else None
+        boundary = self.forward.boundary() if halves == 2 else None
         sums = accumulators(module, pass_groups, needs, self.device, boundary)
-        observer = BlockObserver(module, sums, partial(self.forward.call, block), self.watch)
+        call = partial(self.forward.call, block)
+        observer = BlockObserver(module, sums, call, self.watch, self.forward.counted())
         return observer, Observed(groups, len(passes)), pass_groups
 
     def _needs(self, block: int, group: LayerGroup, settings: dict[str, SolverSettings]) -> str:
@@ -344,26 +346,6 @@ class BlockWorker(Scoring, ScratchPhases):
         prefix = self.skeleton.block_prefix(block)
         saved = saved_layers(self.job.save_layers, prefix, group.layers)
         return "full" if saved else solver_for(settings[group.name]).needs
-
-    def _find_groups(
-        self,
-        block: int,
-        module: nn.Module,
-        settings: dict[str, SolverSettings],
-        first: Callable[[], Tensor],
-    ) -> tuple[LayerGroup, ...]:
-        """The block's groups, from a forward pass of `first()`; cached for blocks of equal modules.
-
-        Every rank uses the first sequences: a rank without any must know the groups too. A group
-        whose layers differ in settings is split, so that each part has the statistics it needs.
-        """
-        structure = (str(module), *settings.items())
-        if structure not in self._groups:
-            batch = first()
-            call = self.forward.call(block, batch)
-            groups = find_groups(module, call, batch, tuple(settings))
-            self._groups[structure] = split_groups(groups, settings)
-        return self._groups[structure]
 
     def _solve_group(
         self,

@@ -14,7 +14,7 @@ from pipeline.messages import Job
 from pipeline.models.forward_capture import BlockCall, ModelEnds
 from pipeline.models.skeleton import Skeleton
 from pipeline.runtime.background import Background, Behind
-from pipeline.runtime.split import batch_ranges, even_range, shard_ranges
+from pipeline.runtime.split import batch_ranges, even_range, second_half, shard_ranges
 from pipeline.runtime.stopwatch import Stopwatch
 from pipeline.worker.scratch import Scratch
 from storage.errors import NumericalError
@@ -43,13 +43,27 @@ class Forward:
         self.store = self.run if self.scratch is None else self.scratch.store
         self.background = Background()
         self._calls: dict[int, list[BlockCall]] = {}
-        self._tokens: Tensor | None = None
+        self._text: tuple[Tensor, Tensor | None] | None = None
 
     def tokens(self) -> Tensor:
         """The tokens of all sequences, (nsamples, seqlen) int64 on the CPU."""
-        if self._tokens is None:
-            self._tokens = read_tokens(self.run.tokens(), sha256=self.job.tokens_sha256)
-        return self._tokens
+        return self._read_tokens()[0]
+
+    def counted(self) -> Tensor | None:
+        """Which tokens statistics are taken of, (nsamples, seqlen) bool on the CPU; None: all."""
+        return self._read_tokens()[1]
+
+    def boundary(self) -> int:
+        """The first sequence of the second half, where two halves have statistics of their own."""
+        counted = self.counted()
+        half = second_half([1] * self.job.nsamples if counted is None else counted.sum(1).tolist())
+        assert half is not None  # the driver has refused tokens of which a half would be empty
+        return half
+
+    def _read_tokens(self) -> tuple[Tensor, Tensor | None]:
+        if self._text is None:
+            self._text = read_tokens(self.run.tokens(), sha256=self.job.tokens_sha256)
+        return self._text
 
     def rank_shards(self, only: Sequence[int] | None = None) -> list[tuple[int, tuple[int, int]]]:
         """This rank's activation shards: (number, (first, last + 1) of its sequences).

@@ -1,9 +1,10 @@
 """Activation shards and calibration tokens as Arrow IPC files.
 
-pyarrow reads them: `pyarrow.ipc.open_file(path).read_all()` gives a table with one column of
+pyarrow reads them: `pyarrow.ipc.open_file(path).read_all()` gives a table with a column of
 fixed-shape tensors, `hidden_states` (seqlen, hidden) or `input_ids` (seqlen,), one row per
-sequence. Arrow has no bfloat16: such values are stored as uint16 with the same bits, the upper half
-of a float32's. The schema metadata are:
+sequence. Where only some tokens count, a second column `counted` (seqlen,) has 1 for these and 0
+for the others, as uint8. Arrow has no bfloat16: such values are stored as uint16 with the same
+bits, the upper half of a float32's. The schema metadata are those of the first column:
 
     schema_version  "1"                     kind       "activations" or "tokens"
     dtype           e.g. "bfloat16"         stored_as  e.g. "uint16"
@@ -37,9 +38,12 @@ _STORED_AS: dict[torch.dtype, tuple[Any, torch.dtype]] = {
     torch.bfloat16: (pa.uint16(), torch.uint16),
     torch.int32: (pa.int32(), torch.int32),
     torch.int64: (pa.int64(), torch.int64),
+    torch.uint8: (pa.uint8(), torch.uint8),
 }
 _BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in _STORED_AS}
 _ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
+# Kind of file -> its columns: the first is always there, the second may be.
+_COLUMNS = {"activations": ("hidden_states",), "tokens": ("input_ids", "counted")}
 
 
 def write_activation_shard(
@@ -62,60 +66,88 @@ def write_activation_shard(
         raise ValueError(f"{path}: a batch is {first.dtype} {tuple(first.shape)}")
     numbers = {"block": str(block), "shard": str(index)}
     everything = itertools.chain([first], iterator)
-    return _write(path, "hidden_states", "activations", first.dtype, everything, numbers)
+    return _write(path, "activations", first.dtype, ((batch,) for batch in everything), numbers)
 
 
-def write_tokens(path: Path, tokens: torch.Tensor) -> StoredFile:
+def write_tokens(
+    path: Path, tokens: torch.Tensor, counted: torch.Tensor | None = None
+) -> StoredFile:
     """Write token ids (nsamples, seqlen) int64 to the new file `path`, as int32 if they fit.
 
-    Errors as in `write_activation_shard`.
+    counted: (nsamples, seqlen) bool, at least one of them True; None for a file without it. Errors
+    as in `write_activation_shard`.
     """
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or not tokens.numel():
         raise ValueError(f"{path}: tokens are {tokens.dtype} {tuple(tokens.shape)}")
     fits = int(tokens.min()) >= -(2**31) and int(tokens.max()) < 2**31
-    stored = tokens.to(torch.int32) if fits else tokens
-    return _write(path, "input_ids", "tokens", torch.int64, [stored], {}, stored.dtype)
+    columns = [tokens.to(torch.int32) if fits else tokens]
+    if counted is not None:
+        if counted.shape != tokens.shape or counted.dtype != torch.bool or not counted.any():
+            raise ValueError(f"{path}: counted is {counted.dtype} {tuple(counted.shape)}")
+        columns.append(counted.to(torch.uint8))
+    return _write(path, "tokens", torch.int64, [tuple(columns)], {})
 
 
 def _write(
     path: Path,
-    column: str,
     kind: str,
     dtype: torch.dtype,
-    batches: Iterable[torch.Tensor],
+    batches: Iterable[tuple[torch.Tensor, ...]],
     numbers: dict[str, str],
-    stored_dtype: torch.dtype | None = None,
 ) -> StoredFile:
-    arrow_type, bits = _STORED_AS[stored_dtype or dtype]
+    """Writes record batches, each given as a tensor (n, *shape) for every column.
+
+    dtype: of the first column's values, which may be stored in another one.
+    """
     writer: Any = None
     shape: tuple[int, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
     rows = 0
     with write_new_file(path) as file:
         for batch in batches:
             if writer is None:
-                shape = tuple(batch.shape[1:])
-                tensor_type = _tensor_type(arrow_type, shape)
-                metadata = {
-                    "schema_version": str(ARROW_SCHEMA),
-                    "kind": kind,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "stored_as": str(bits).removeprefix("torch."),
-                    "shape": json.dumps(shape),
-                    **numbers,
-                }
-                field = pa.field(column, tensor_type, nullable=False)
-                schema = pa.schema([field], metadata=metadata)
+                shape, dtypes = tuple(batch[0].shape[1:]), tuple(c.dtype for c in batch)
+                schema = _schema(kind, dtype, dtypes, shape, numbers)
                 writer = pa.ipc.new_file(file, schema)
-            if tuple(batch.shape[1:]) != shape or batch.dtype != (stored_dtype or dtype):
-                raise ValueError(f"{path}: a batch is {batch.dtype} {tuple(batch.shape)}")
-            values = batch.detach().cpu().contiguous().view(bits).view(-1).numpy()
-            flat = pa.Array.from_buffers(arrow_type, values.size, [None, pa.py_buffer(values)])
-            storage = pa.FixedSizeListArray.from_arrays(flat, math.prod(shape))
-            array = pa.ExtensionArray.from_storage(tensor_type, storage)
-            writer.write_batch(pa.record_batch([array], schema=schema))
-            rows += batch.shape[0]
+            for column, expected in zip(batch, dtypes, strict=True):
+                if tuple(column.shape[1:]) != shape or column.dtype != expected:
+                    raise ValueError(f"{path}: a batch is {column.dtype} {tuple(column.shape)}")
+            writer.write_batch(pa.record_batch(list(map(_array, batch)), schema=schema))
+            rows += batch[0].shape[0]
         writer.close()
     return file.stored(path.name, rows)
+
+
+def _schema(
+    kind: str,
+    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+    numbers: dict[str, str],
+) -> Any:
+    """The schema of a file of tensors of `shape`. dtypes: as stored, one for each column."""
+    metadata = {
+        "schema_version": str(ARROW_SCHEMA),
+        "kind": kind,
+        "dtype": str(dtype).removeprefix("torch."),
+        "stored_as": str(_STORED_AS[dtypes[0]][1]).removeprefix("torch."),
+        "shape": json.dumps(shape),
+        **numbers,
+    }
+    fields = [
+        pa.field(name, _tensor_type(_STORED_AS[stored][0], shape), nullable=False)
+        for name, stored in zip(_COLUMNS[kind], dtypes, strict=False)
+    ]
+    return pa.schema(fields, metadata=metadata)
+
+
+def _array(column: torch.Tensor) -> Any:
+    """A tensor (n, *shape) as an Arrow array of n tensors."""
+    (arrow_type, bits), shape = _STORED_AS[column.dtype], tuple(column.shape[1:])
+    values = column.detach().cpu().contiguous().view(bits).view(-1).numpy()
+    flat = pa.Array.from_buffers(arrow_type, values.size, [None, pa.py_buffer(values)])
+    storage = pa.FixedSizeListArray.from_arrays(flat, math.prod(shape))
+    return pa.ExtensionArray.from_storage(_tensor_type(arrow_type, shape), storage)
 
 
 def _tensor_type(arrow_type: Any, shape: tuple[int, ...]) -> Any:
@@ -179,23 +211,32 @@ def open_activation_shard(path: Path, *, sha256: str | None) -> ActivationShard:
     sha256: of the file, compared first; None for no comparison. Raises CorruptFileError if the file
     is missing, altered or not an activation shard, RunDirectoryError for another schema version.
     """
-    batches, metadata = _open(path, "activations", "hidden_states", 3, sha256)
+    (batches, *_), metadata = _open(path, "activations", 3, sha256)
     try:
         return ActivationShard(path, batches, metadata)
     except (KeyError, ValueError) as error:
         raise CorruptFileError(f"{path}: malformed schema metadata") from error
 
 
-def read_tokens(path: Path, sha256: str | None = None) -> torch.Tensor:
-    """Token ids (nsamples, seqlen) int64, a copy; errors as in `open_activation_shard`."""
-    batches, _ = _open(path, "tokens", "input_ids", 2, sha256)
-    return torch.cat(batches).to(torch.int64, copy=True)
+def read_tokens(path: Path, sha256: str | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Token ids (nsamples, seqlen) int64, and which of them count, (nsamples, seqlen) bool.
+
+    Both are copies; the second is None for a file without it. Errors as in `open_activation_shard`.
+    """
+    (ids, *more), _ = _open(path, "tokens", 2, sha256)
+    tokens = torch.cat(ids).to(torch.int64, copy=True)
+    if not more:
+        return tokens, None
+    counted = torch.cat(more[0])
+    if bool((counted > 1).any()) or not bool(counted.any()):
+        raise CorruptFileError(f"{path}: not a readable tokens file (values of `counted`)")
+    return tokens, counted.bool()
 
 
 def _open(
-    path: Path, kind: str, column: str, dims: int, sha256: str | None
-) -> tuple[list[torch.Tensor], dict[str, str]]:
-    """Views (n, *shape) of the record batches, and the schema metadata."""
+    path: Path, kind: str, dims: int, sha256: str | None
+) -> tuple[list[list[torch.Tensor]], dict[str, str]]:
+    """Views (n, *shape) of the record batches of each column, and the schema metadata."""
     if sha256 is not None:
         verify_file(path, sha256)
     try:
@@ -213,14 +254,18 @@ def _open(
             )
         if metadata["kind"] != kind or reader.num_record_batches == 0:
             raise ValueError(f"not {kind}")
+        names, known = reader.schema.names, _COLUMNS[kind]
+        if not names or tuple(names) != known[: len(names)]:
+            raise ValueError(f"its columns are {names}")
         shape = tuple(json.loads(metadata["shape"]))
         dtype, stored = _BY_NAME[metadata["dtype"]], getattr(torch, metadata["stored_as"])
-        batches = []
+        columns: list[list[torch.Tensor]] = [[] for _ in names]
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
             batch.validate()
-            view = _view(batch.column(column), stored, shape, dims)
-            batches.append(view.view(dtype) if kind == "activations" else view)
+            for index, views in enumerate(columns):
+                view = _view(batch.column(index), torch.uint8 if index else stored, shape, dims)
+                views.append(view.view(dtype) if kind == "activations" else view)
     except (
         pa.ArrowException,
         OSError,
@@ -230,7 +275,7 @@ def _open(
         AttributeError,
     ) as error:
         raise CorruptFileError(f"{path}: not a readable {kind} file ({error})") from error
-    return batches, metadata
+    return columns, metadata
 
 
 def _view(column: Any, stored: torch.dtype, shape: tuple[int, ...], dims: int) -> torch.Tensor:
@@ -241,5 +286,5 @@ def _view(column: Any, stored: torch.dtype, shape: tuple[int, ...], dims: int) -
         raise ValueError("nulls, or another number of dimensions")
     flat: torch.Tensor = from_dlpack(column.storage.flatten())
     if flat.dtype != stored:
-        raise ValueError(f"values are {flat.dtype}, in the metadata {stored}")
+        raise ValueError(f"values are {flat.dtype}, not {stored}")
     return flat.view(len(column), *shape)

@@ -48,7 +48,9 @@ def advice(layers: list[dict[str, Any]], measured: bool = True, **more: Any) -> 
     for entry in layers:
         errors.setdefault(entry["block"], []).append(entry["relative_error"])
     blocks = [{"block": b, "relative_error": max(own)} for b, own in errors.items()]
-    return advise(layers, blocks, SETTINGS | more, measured=measured)
+    settings = SETTINGS | more
+    tokens = settings["nsamples"] * settings["seqlen"]
+    return advise(layers, blocks, settings, tokens=tokens, measured=measured)
 
 
 def test_a_job_without_anything_odd_gets_no_advice() -> None:

@@ -175,11 +175,13 @@ def test_tokens_come_back(tmp_path: Path, largest: int) -> None:
     path = tmp_path / "tokens.arrow"
     stored = write_tokens(path, tokens)
     assert (stored.rows, stored.sha256) == (6, sha256_file(path))
-    found = read_tokens(path, sha256=stored.sha256)
+    found, counted = read_tokens(path, sha256=stored.sha256)
+    assert counted is None
     assert found.dtype == torch.int64
     assert torch.equal(found, tokens)
     found[0, 0] = 99  # a copy: it may be written to
     table = pa.ipc.open_file(str(path)).read_all()
+    assert table.schema.names == ["input_ids"]
     assert table.schema.field("input_ids").type.shape == [8]
     stored_as = table.schema.metadata[b"stored_as"].decode()
     assert stored_as == ("int32" if largest < 2**31 else "int64")
@@ -189,6 +191,82 @@ def test_tokens_of_another_type_are_refused(tmp_path: Path) -> None:
     for tokens in (torch.zeros(3, dtype=torch.int64), torch.zeros(3, 3), torch.empty(0, 2).long()):
         with pytest.raises(ValueError, match=r"tokens\.arrow"):
             write_tokens(tmp_path / "tokens.arrow", tokens)
+
+
+# -- the tokens that count ----------------------------------------------------------------------
+
+
+def counted_tokens() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 99, (6, 8), generator=generator)
+    return tokens, torch.rand(6, 8, generator=generator) < 0.5
+
+
+def test_the_tokens_that_count_come_back(tmp_path: Path) -> None:
+    tokens, counted = counted_tokens()
+    path = tmp_path / "tokens.arrow"
+    stored = write_tokens(path, tokens, counted)
+    found, chosen = read_tokens(path, sha256=stored.sha256)
+    assert torch.equal(found, tokens)
+    assert chosen is not None
+    assert chosen.dtype == torch.bool
+    assert torch.equal(chosen, counted)
+    column = pa.ipc.open_file(str(path)).read_all().column("counted").combine_chunks()
+    assert column.to_numpy_ndarray().tolist() == counted.int().tolist()
+    other = write_tokens(tmp_path / "other.arrow", tokens, ~counted)
+    assert other.sha256 != stored.sha256
+
+
+def test_what_counts_must_fit_the_tokens(tmp_path: Path) -> None:
+    tokens, counted = counted_tokens()
+    for wrong in (counted[:, :7], counted.int(), counted[:5], torch.zeros_like(counted)):
+        with pytest.raises(ValueError, match=r"tokens\.arrow: counted"):
+            write_tokens(tmp_path / "tokens.arrow", tokens, wrong)
+
+
+def columns_of(table: pa.Table) -> dict[str, pa.Array]:
+    return {name: table.column(name).combine_chunks() for name in table.schema.names}
+
+
+def tensors_of(values: torch.Tensor) -> pa.Array:
+    return pa.FixedShapeTensorArray.from_numpy_ndarray(values.numpy())
+
+
+WRONG_MASKS = {
+    "a value of 2": lambda counted: ("counted", 2 * counted.to(torch.uint8)),
+    "no token": lambda counted: ("counted", torch.zeros_like(counted, dtype=torch.uint8)),
+    "another shape": lambda counted: ("counted", counted[:, :4].to(torch.uint8)),
+    "another dtype": lambda counted: ("counted", counted.to(torch.int32)),
+    "another name": lambda counted: ("wanted", counted.to(torch.uint8)),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_MASKS)
+def test_a_damaged_column_of_what_counts_is_refused(tmp_path: Path, wrong: str) -> None:
+    """Also where no hash is compared."""
+    tokens, counted = counted_tokens()
+    path = tmp_path / "tokens.arrow"
+    write_tokens(path, tokens, counted)
+    table = pa.ipc.open_file(str(path)).read_all()
+    name, values = WRONG_MASKS[wrong](counted)
+    columns = {"input_ids": columns_of(table)["input_ids"], name: tensors_of(values)}
+    changed = pa.table(columns).replace_schema_metadata(table.schema.metadata)
+    with pa.ipc.new_file(str(path), changed.schema) as writer:
+        writer.write_table(changed)
+    with pytest.raises(CorruptFileError, match=r"tokens\.arrow: not a readable tokens file"):
+        read_tokens(path)
+
+
+def test_every_flipped_byte_of_what_counts_is_found_by_the_hash(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.arrow"
+    stored = write_tokens(path, *counted_tokens())
+    good = path.read_bytes()
+    for position in range(0, len(good), 11):
+        raw = bytearray(good)
+        raw[position] ^= 1
+        path.write_bytes(raw)
+        with pytest.raises(CorruptFileError, match=r"tokens\.arrow"):
+            read_tokens(path, sha256=stored.sha256)
 
 
 def test_every_flipped_byte_is_found_by_the_hash(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pipeline.loop.executor import Executor
 from pipeline.loop.rank import Call
 from pipeline.messages import Job, Outcome
 from pipeline.prune import PruneResult, prune
+from pipeline.records.tokens import CutTokens, cut_tokens
 from pipeline.runtime.progress import Silent
 from pipeline.worker.local_executor import LocalExecutor
 from tests.support.jobs import contents, write_text
@@ -120,21 +121,26 @@ class Interrupting(LocalExecutor):
 
 @dataclass(frozen=True)
 class Tiny:
-    """A job, and what it ends with when nothing disturbs it."""
+    """A job, and what it ends with when nothing disturbs it.
+
+    options: beside, or in place of, OPTIONS.
+    """
 
     model: Path
     text: Path
     expected: dict[str, bytes]
+    cut: CutTokens = cut_tokens
+    options: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def make(folder: Path, hidden: int = 16) -> Tiny:
+    def make(folder: Path, hidden: int = 16, cut: CutTokens = cut_tokens, **options: Any) -> Tiny:
         model = save_tiny_model(
             folder / "model", blocks=BLOCKS, hidden=hidden, intermediate=2 * hidden, weight_files=2
         )
         text = write_text(folder / "text.txt", 2048)
-        tiny = Tiny(model, text, {})
+        tiny = Tiny(model, text, {}, cut, options)
         tiny.prune(folder)
-        return Tiny(model, text, contents(folder / "output"))
+        return replace(tiny, expected=contents(folder / "output"))
 
     def prune(
         self,
@@ -145,7 +151,7 @@ class Tiny:
     ) -> PruneResult:
         """The job in `folder`, in this process."""
         fixed = {"dataset": str(self.text), "executor": "local", "no_report": True}
-        options = OPTIONS | fixed | options
+        options = OPTIONS | fixed | self.options | options
         model = options.pop("model", self.model)
         config = PruneConfig(run_dir=str(folder / "run"), **options)
         return prune(
@@ -154,6 +160,7 @@ class Tiny:
             config,
             lambda: executor or LocalExecutor(config.workers or 1, 1),
             progress or Silent(),
+            cut=self.cut,
         )
 
     def check(self, folder: Path) -> None:

@@ -18,6 +18,7 @@ from pipeline.config.prune import PruneConfig
 from pipeline.loop.rank import Call
 from pipeline.messages import Outcome
 from pipeline.prune import PruneResult, prune
+from pipeline.records.tokens import CutTokens, cut_tokens
 from pipeline.runtime.progress import Silent
 from pipeline.worker.local_executor import LocalExecutor
 from storage.object_store import Place
@@ -38,7 +39,13 @@ def write_text(path: Path, characters: int = 8192, seed: int = 0) -> Path:
 
 
 def prune_here(
-    model: Place, output: Place, *, executor: LocalExecutor | None = None, **options: Any
+    model: Place,
+    output: Place,
+    *,
+    executor: LocalExecutor | None = None,
+    cut: CutTokens = cut_tokens,
+    progress: Silent | None = None,
+    **options: Any,
 ) -> PruneResult:
     """A job on the local executor in this process; `options` are those of `PruneConfig`."""
     if "dataset" not in options and isinstance(output, Path):
@@ -50,7 +57,7 @@ def prune_here(
     def make() -> LocalExecutor:
         return executor or LocalExecutor(world, config.threads or 1)
 
-    return prune(model, output, config, make, Silent())
+    return prune(model, output, config, make, progress or Silent(), cut=cut)
 
 
 class Interrupted(Exception):

@@ -22,13 +22,16 @@ def prune_experts_in_memory(
     blocks: str = "model.layers",
     together: bool = False,
     dense: tuple[str, ...] = (),
+    counted: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """The parameters pruned by sparsegpt, and each expert's matrices' tokens.
 
     Every block's statistics are taken with the blocks before it pruned, itself dense. blocks: path
     of their list. together: whether gate and up of an expert are one matrix.
     dense: endings of the paths of linears that are left alone.
+    counted: (nsamples, seqlen) bool, the tokens whose statistics are taken; None: all.
     """
+    wanted = torch.ones(tokens.numel(), dtype=torch.bool) if counted is None else counted.flatten()
     solver = solver_for(SolverSettings(method="sparsegpt").resolved())
     counts: dict[str, int] = {}
     layers: Any = model.get_submodule(blocks)
@@ -50,9 +53,12 @@ def prune_experts_in_memory(
         model(input_ids=tokens, use_cache=False)
         for handle in handles:
             handle.remove()
-        jobs = [(module.weight, seen[path][0]) for path, module in linears.items()]
+        jobs = [
+            (module.weight, seen[path][0].flatten(0, -2)[wanted])
+            for path, module in linears.items()
+        ]
         for path, module in experts.items():
-            for name, matrix, inputs in inputs_of(module, seen[path], together):
+            for name, matrix, inputs in inputs_of(module, seen[path], together, wanted):
                 counts[f"{blocks}.{number}.{path}.{name}"] = len(inputs)
                 jobs.append((matrix, inputs))
         solved = [
@@ -72,11 +78,11 @@ def _note(seen: dict[str, tuple[Any, ...]], path: str) -> Callable[..., None]:
 
 
 def inputs_of(
-    module: Any, called: tuple[Any, ...], together: bool
+    module: Any, called: tuple[Any, ...], together: bool, wanted: Tensor
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, matrix and the inputs of its expert's own tokens."""
+    """Name, matrix and the inputs of its expert's own tokens, of those that are `wanted`, (T,)."""
     matrices = expert_matrices(module, together=together)
-    for number, own in enumerate(own_inputs(*called)):
+    for number, own in enumerate(own_inputs(wanted, *called)):
         down = matrices[f"{number}.down_proj"]
         if together:
             first = matrices[f"{number}.gate_up_proj"]
@@ -95,18 +101,18 @@ def inputs_of(
 
 
 def own_inputs(
-    states: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None
+    wanted: Tensor, states: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None
 ) -> Iterable[Tensor]:
-    """Each expert's own rows of what its block's experts are called with.
+    """Each expert's own rows of what its block's experts are called with, of those `wanted`, (T,).
 
     Llama 4's are called with all tokens for each of them, those of others multiplied by zero.
     """
     if chosen is None:
         for rows in states.view(EXPERTS, -1, states.shape[-1]):
-            yield rows[(rows != 0).any(dim=1)]
+            yield rows[(rows != 0).any(dim=1) & wanted]
         return
     for number in range(EXPERTS):
-        yield states[(chosen == number).any(dim=1)]
+        yield states[(chosen == number).any(dim=1) & wanted]
 
 
 def gated(module: Any, number: int, first: Tensor) -> Tensor:

@@ -48,13 +48,15 @@ def prune_in_memory(
     blocks: Sequence[Sequence[str]],
     settings: SolverSettings | Mapping[str, SolverSettings],
     transposed: bool = False,
+    counted: Tensor | None = None,
 ) -> list[float]:
     """Prunes a model in place; returns each layer's relative error in per cent.
 
     blocks: of each block the names of its linears, in the order in which blocks are run.
     settings: of all, or of each by name. transposed: whether the linears hold their weights as
-    (C, R).
+    (C, R). counted: (nsamples, seqlen) bool, the tokens whose statistics are taken; None: all.
     """
+    counted = torch.ones_like(tokens, dtype=torch.bool) if counted is None else counted
     errors = []
     for names in blocks:
         own = {name: model.get_submodule(name) for name in names}
@@ -62,12 +64,14 @@ def prune_in_memory(
         for name, module in own.items():
             solver = solver_for(settings[name] if isinstance(settings, Mapping) else settings)
             x = seen[name].flatten(0, -2).float()
-            batches = x.split(SMALL["batch_size"] * SMALL["seqlen"])
+            size = SMALL["batch_size"] * SMALL["seqlen"]
+            chosen = counted.flatten().split(size)
+            batches = [part[own] for part, own in zip(x.split(size), chosen, strict=True)]
             hessian = torch.stack([(part.T @ part).double() for part in batches]).sum(dim=0).float()
             statistics = Statistics(
                 columns=x.shape[1],
-                tokens=len(x),
-                sequences=len(tokens),
+                tokens=int(counted.sum()),
+                sequences=int(counted.any(dim=1).sum()),
                 diagonal=hessian.diagonal().clone(),
                 hessian=hessian,
             )

@@ -15,6 +15,7 @@ from ray.cluster_utils import Cluster
 from cluster.dispatch import ray_executor
 from pipeline.config.prune import PruneConfig
 from pipeline.prune import PruneResult, prune
+from pipeline.records.tokens import CutTokens, cut_tokens
 from pipeline.runtime.progress import Silent
 from tests.support.faults import Fault, Plan, faulty
 from tests.support.jobs import contents, prune_here
@@ -71,9 +72,9 @@ class RayJob:
 
     def __init__(
         self, folder: Path, model: Path, text: Path, address: str, faults: list[Fault],
-        **options: Any,
+        cut: CutTokens = cut_tokens, **options: Any,
     ) -> None:  # fmt: skip
-        self.folder, self.model = folder, model
+        self.folder, self.model, self.cut = folder, model, cut
         self.output, self.run_directory = folder / "output", folder / "output.run"
         self.plan = Plan(folder / "faults", faults)
         self.config = PruneConfig(dataset=str(text), ray_address=address, **(OPTIONS | options))
@@ -90,6 +91,7 @@ class RayJob:
                 self.config,
                 lambda: ray_executor.RayExecutor(self.config, self.progress.note),
                 self.progress,
+                cut=self.cut,
             )
 
     def retries(self) -> list[str]:

@@ -25,9 +25,9 @@ WINDOW_CHARACTERS = 1 << 24
 # Characters read per calibration token in the search for long documents (a token of English has
 # about four characters). With too few long documents in that much text, documents count as short.
 SEARCH_CHARACTERS = 256
-# Bytes of text that a crop is drawn from, per token of the crop: of a longer document a part of
-# that length is drawn first.
-BYTES_PER_TOKEN = 32
+# Bytes of text that a crop is drawn from, per token of the crop: of a longer document a part is
+# drawn first, and a larger one where that has too few tokens.
+BYTES_PER_TOKEN = (8, 32)
 JOIN_TOKENS = 8  # tokens of joined text per calibration token, so that the crops can be random
 # Documents after which the fewest bytes of a token that were seen tell which are too short.
 _SEEN = 32
@@ -85,9 +85,13 @@ def document_crops(
             tokens = encoder.conversation(document)
         # A token has at least one byte, so most short documents need not be tokenized.
         elif _bytes(document) >= length * (fewest if seen >= _SEEN else 1.0):
-            text = _part(document, length * BYTES_PER_TOKEN, generator)
-            tokens = token_ids(encoder.tokenizer, text), None
-            ratio = len(text.encode()) / max(1, len(tokens[0]))
+            for size in BYTES_PER_TOKEN:
+                text = _part(document, length * size, generator)
+                ids = token_ids(encoder.tokenizer, text)
+                if len(ids) >= length or _bytes(document) <= length * size:
+                    break
+            tokens = ids, None
+            ratio = len(text.encode()) / max(1, len(ids))
             fewest, seen = min(fewest, ratio) if seen else ratio, seen + 1
         if tokens is not None and len(tokens[0]) >= length:
             start = generator.randrange(len(tokens[0]) - length + 1)
@@ -185,12 +189,15 @@ def file_crops(
     None for a file in which they do not fit, that is compressed, or a part of which has too few
     tokens: it is read from its start.
     """
-    width = BYTES_PER_TOKEN * length
+    some, width = (size * length for size in BYTES_PER_TOKEN)
     if file.size is None or file.size < nsamples * width:
         return None
     crops = []
     for start in disjoint_starts(file.size, nsamples, width, generator):
-        ids = token_ids(encoder.tokenizer, read_part(file, start, width))
+        part = start + generator.randrange(width - some + 1)
+        ids = token_ids(encoder.tokenizer, read_part(file, part, some))
+        if len(ids) < length:
+            ids = token_ids(encoder.tokenizer, read_part(file, start, width))
         if len(ids) < length:
             return None
         crops.append(crop((ids, None), generator.randrange(len(ids) - length + 1), length))

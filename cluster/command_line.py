@@ -19,7 +19,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cluster.commands.command import Command
-from cluster.options import HelpFormatter, Parser, add_options, as_arguments, one_line, read_yaml
+from cluster.options import (
+    Parser,
+    add_options,
+    as_arguments,
+    config_from,
+    one_line,
+    path_text,
+    read_yaml,
+)
+from cluster.terminal import terminal
+from pipeline.config.effect import changes_nothing, refuse_unused, unused_options
 from storage.errors import Prox24Error, RunInterrupted
 
 COMMANDS = {
@@ -64,12 +74,13 @@ def _add(commands: Any, command: Command) -> None:
         description=command.description or f"{command.help[0].upper()}{command.help[1:]}.",
         epilog=command.epilog,
         allow_abbrev=False,
-        formatter_class=HelpFormatter,
     )
     if command.config is not None:
         add_options(parser, command.config)
         parser.add_argument(
-            "--config", help="YAML file with any of these options; the command line wins over it"
+            "--config",
+            type=path_text,
+            help="YAML file with any of these options; the command line wins over it",
         )
     if command.arguments is not None:
         command.arguments(parser)
@@ -84,7 +95,10 @@ def run(arguments: Sequence[str]) -> int:
         options = parse(arguments)
         _set_up_logging(getattr(options, "verbose", False))
         with _signals():
-            return command_named(options.command).run(options)
+            command = command_named(options.command)
+            if command.config is not None:
+                _check_given(config_from(options, command.config))
+            return command.run(options)
     except SystemExit as exit:
         return int(exit.code or 0)
     except KeyboardInterrupt as signalled:
@@ -97,6 +111,13 @@ def run(arguments: Sequence[str]) -> int:
         hint = "" if expected else " (--debug shows where; please report it)"
         print(f"prox24: {name}{one_line(error)}{hint}", file=sys.stderr)
         return error.exit_code if isinstance(error, Prox24Error) else 1
+
+
+def _check_given(config: Any) -> None:
+    """Raises `ConfigError` for options that have no effect; prints a line for harmless ones."""
+    refuse_unused(config)
+    if reasons := unused_options(config, getattr(config, "given", ()), noted=True):
+        terminal().print(f"note: {changes_nothing(reasons)}", markup=False, soft_wrap=True)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -114,8 +135,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _with_file(arguments: Sequence[str]) -> Sequence[str]:
     """The arguments with the options of the YAML file in `--config` after the command's name."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
+    parser = Parser(prog=f"prox24 {arguments[0]}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=path_text)
     known, _ = parser.parse_known_args(arguments)
     if known.config is None:
         return arguments

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import types
 from collections.abc import Mapping
@@ -16,20 +17,11 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
-from pipeline.config.fields import Declaration, declaration
+from pipeline.config.fields import Declaration, Given, declaration
 from storage.errors import ConfigError
 
 # What a plain YAML scalar may be besides a string.
 _YAML_WORDS = ("bool", "null", "merge")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """States defaults, but not that of an option whose help says what unset means."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.const is True:
-            return action.help
-        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,7 +34,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_options(parser: argparse.ArgumentParser, config: type[Any]) -> None:
-    """Adds an option to `parser` for every field of the dataclass that is declared as one."""
+    """Adds an option to `parser` for every field of the dataclass that is declared as one.
+
+    The parser sets those alone that are given: defaults are the config's.
+    """
     for name, argument in option_arguments(config).items():
         parser.add_argument(f"--{name.replace('_', '-')}", **argument)
 
@@ -61,12 +56,16 @@ def _argument(
     field: dataclasses.Field[Any], declared: Declaration, annotation: Any
 ) -> dict[str, Any]:
     """The arguments of `add_argument` for a field; its type is the annotation without None."""
-    # argparse interpolates percent signs in help texts.
-    argument: dict[str, Any] = {"help": declared.help_text().replace("%", "%%")}
+    text = declared.help_text()
     kinds = [kind for kind in _alternatives(annotation) if kind is not type(None)]
+    if field.default is not None and kinds != [bool]:  # else the help says what unset means
+        text += f" (default: {field.default})"
+    # argparse interpolates percent signs in help texts.
+    argument: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if kinds == [bool]:
         return argument | {"action": "store_true"}
-    argument["default"] = field.default
+    if declared.path:
+        return argument | {"type": path_text}
     if field.name == "workers":
         return argument | {"type": number_or_auto}
     if field.name == "override":
@@ -90,13 +89,32 @@ class _Joined(argparse.Action):
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
-        before = getattr(namespace, self.dest)
+        before = getattr(namespace, self.dest, None)
         setattr(namespace, self.dest, values if before is None else f"{before};{values}")
 
 
 def number_or_auto(text: str) -> int | None:
     """`--workers`: a number, or `auto`, which is the same as leaving the option out."""
     return None if text == "auto" else int(text)
+
+
+def path_text(text: str) -> str:
+    """A path as the user writes it, with `~` and `~user` expanded: the one place that does so.
+
+    For all paths of the command line and of YAML files, relative ones too; a hub id or a URI, which
+    begins with neither, stays as it is. Raises `ArgumentTypeError` for what names no place.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} holds a NUL, which no path may")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        user = text.partition("/")[0]
+        raise argparse.ArgumentTypeError(
+            f"{text}: there is no home of {user}; write ./{text} for a name that begins with ~"
+        )
+    return expanded
 
 
 class _WordLoader(yaml.SafeLoader):
@@ -146,9 +164,12 @@ def as_arguments(options: Mapping[str, Any], where: str) -> list[str]:
 
 
 def config_from(options: argparse.Namespace, kind: type[Any]) -> Any:
-    """The config object of a parsed command line. Raises `ConfigError`."""
+    """The config object of a parsed command line, with what was given. Raises `ConfigError`."""
     names = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{name: value for name, value in vars(options).items() if name in names})
+    values = {name: value for name, value in vars(options).items() if name in names}
+    if issubclass(kind, Given):
+        values["given"] = frozenset(values)
+    return kind(**values)
 
 
 def one_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from cluster.commands.command import Command
-from cluster.options import config_from
+from cluster.options import config_from, path_text
 from cluster.source import CONFIG_HELP, config_source
 from cluster.terminal import as_text, bar, plain_table, shows_bars, terminal
 from pipeline.config.prune import ModelOptions
@@ -31,7 +31,7 @@ _COLUMNS_BESIDE = 6
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The argument of `prox24 bench` beside the options of its config class."""
-    parser.add_argument("model", metavar="MODEL", help=CONFIG_HELP)
+    parser.add_argument("model", metavar="MODEL", type=path_text, help=CONFIG_HELP)
 
 
 def run(options: argparse.Namespace) -> int:

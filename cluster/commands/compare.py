@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.commands.command import Command
+from cluster.options import path_text
 from cluster.terminal import WIDTH, as_text, plain_table
 from pipeline.records.status import find_run_directory
 from pipeline.reporting.tables import Column, Table, arrow, known_rows, write_table
@@ -19,10 +20,11 @@ _LONGEST_NAME = 30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prox24 compare`."""
     parser.add_argument(
-        "runs", metavar="RUN", nargs="+", help="a job's run directory, or the OUTPUT that it is of"
-    )
+        "runs", metavar="RUN", nargs="+", type=path_text,
+        help="a job's run directory, or the OUTPUT that it is of",
+    )  # fmt: skip
     parser.add_argument(
-        "--output", metavar="FOLDER",
+        "--output", metavar="FOLDER", type=path_text,
         help="write compare.md, compare.csv and compare.parquet there",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")

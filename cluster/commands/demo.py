@@ -10,6 +10,7 @@ from typing import Any
 
 from cluster.commands.command import Command
 from cluster.console import Console
+from cluster.options import path_text
 from cluster.terminal import as_text, plain_table
 from pipeline.config.evaluate import EvalConfig
 from pipeline.config.prune import PruneConfig
@@ -24,7 +25,12 @@ _EVALUATION_SEQUENCES = 24
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The option of `prox24 demo`."""
-    parser.add_argument("--folder", default="demo", help="where models and texts go")
+    parser.add_argument(
+        "--folder",
+        default="demo",
+        type=path_text,
+        help="where models and texts go (default: demo)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:

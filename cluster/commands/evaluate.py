@@ -14,7 +14,7 @@ from rich.table import Table
 from cluster.commands.command import Command
 from cluster.console import Console
 from cluster.dispatch.executors import connected_early, make_executor
-from cluster.options import config_from
+from cluster.options import config_from, path_text
 from cluster.source import MODEL_HELP, resolve_model
 from cluster.terminal import as_text, plain_table
 from pipeline.config.evaluate import EvalConfig
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models",
         nargs="+",
         metavar="MODEL",
+        type=path_text,
         help=f"{MODEL_HELP}; of several, each is compared with the first: "
         "paired difference of the loss, divergence, and share of equal most likely tokens",
     )

@@ -12,7 +12,7 @@ import rich.box
 from rich.table import Table
 
 from cluster.commands.command import Command
-from cluster.options import config_from
+from cluster.options import config_from, path_text
 from cluster.source import CONFIG_HELP, config_source
 from cluster.terminal import as_text
 from pipeline.planning.options import (
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The argument of `prox24 plan` beside the options of its config class."""
-    parser.add_argument("model", metavar="MODEL", help=CONFIG_HELP)
+    parser.add_argument("model", metavar="MODEL", type=path_text, help=CONFIG_HELP)
 
 
 def run(options: argparse.Namespace) -> int:

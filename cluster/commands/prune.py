@@ -7,7 +7,7 @@ import argparse
 from cluster.commands.command import Command
 from cluster.console import Console
 from cluster.dispatch.executors import connected_early, seen_by_prometheus
-from cluster.options import config_from
+from cluster.options import config_from, path_text
 from cluster.source import MODEL_HELP, resolve_model
 from pipeline.config.prune import PruneConfig
 from pipeline.text.files import check_dataset
@@ -16,8 +16,10 @@ from storage.object_store import place
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `prox24 prune` beside the options of its config class."""
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("output", metavar="OUTPUT", help="folder for the pruned model, or URI")
+    parser.add_argument("model", metavar="MODEL", type=path_text, help=MODEL_HELP)
+    parser.add_argument(
+        "output", metavar="OUTPUT", type=path_text, help="folder for the pruned model, or URI"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

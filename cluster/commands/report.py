@@ -6,14 +6,16 @@ import argparse
 from pathlib import Path
 
 from cluster.commands.command import Command
+from cluster.options import path_text
 from pipeline.records.status import find_run_directory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The argument of `prox24 report`."""
     parser.add_argument(
-        "run_dir", metavar="RUN_DIR", help="a job's run directory, or the OUTPUT that it is of"
-    )
+        "run_dir", metavar="RUN_DIR", type=path_text,
+        help="a job's run directory, or the OUTPUT that it is of",
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:

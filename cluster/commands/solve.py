@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.commands.command import Command
-from cluster.options import config_from
+from cluster.options import config_from, path_text
 from cluster.terminal import as_text, plain_table
 from pipeline.config.solve import SolveConfig
 from storage.errors import DataError
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "layer",
         metavar="LAYER",
+        type=path_text,
         help=".safetensors file with `weight` (R, C) and `inputs` (sequences, tokens, C), or with "
         "`hessian` (C, C), the sum of x xᵀ over the `tokens` that its metadata states",
     )

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.commands.command import Command
+from cluster.options import path_text
 from cluster.terminal import print_labelled, terminal
 from pipeline.records.status import find_run_directory, read_status
 from pipeline.runtime.units import duration, size
@@ -32,8 +33,9 @@ _STYLES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prox24 status`."""
     parser.add_argument(
-        "run_dir", metavar="RUN_DIR", help="a job's run directory, or the OUTPUT that it is of"
-    )
+        "run_dir", metavar="RUN_DIR", type=path_text,
+        help="a job's run directory, or the OUTPUT that it is of",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

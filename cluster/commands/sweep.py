@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,8 +14,16 @@ from cluster.commands.command import Command
 from cluster.commands.compare import table_text
 from cluster.console import Console
 from cluster.dispatch.executors import make_executor
-from cluster.options import Parser, add_options, as_arguments, config_from, read_yaml
+from cluster.options import (
+    Parser,
+    add_options,
+    as_arguments,
+    config_from,
+    path_text,
+    read_yaml,
+)
 from cluster.source import resolve_model
+from pipeline.config.effect import unused_options, without_effect
 from pipeline.config.evaluate import EvalConfig
 from pipeline.config.prune import PruneConfig
 from pipeline.config.runtime import RuntimeConfig
@@ -31,8 +39,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prox24 sweep`."""
     parser.add_argument(
-        "--config", required=True, help="YAML file of the sweep: see docs/sweeps.md"
-    )
+        "--config", required=True, type=path_text,
+        help="YAML file of the sweep: see docs/sweeps.md",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--verbose", action="store_true", help="show debug messages")
 
@@ -65,21 +74,52 @@ def sweep_from(plan: SweepPlan, where: str) -> Sweep:
     runtime = {field.name.replace("_", "-") for field in dataclasses.fields(RuntimeConfig)}
     placed = {key: value for key, value in plan.points[0].options.items() if key in runtime}
     evaluation = _parsed(EvalConfig, {**placed, **plan.evaluation}, f"{where}: eval")
+    _refuse_unused(plan, configs, evaluation, where)
     for dataset in dict.fromkeys([*(config.dataset for config in configs), evaluation.dataset]):
         check_dataset(dataset)
-    source = resolve_model(plan.model)
+    source = resolve_model(_path(plan.model, f"{where}: model"))
     from pipeline.sweep.run import Sweep
 
     return Sweep(
         source=source.folder,
         source_name=source.name,
-        folder=Path(plan.folder).absolute(),
+        folder=Path(_path(plan.folder, f"{where}: folder")).absolute(),
         axis=plan.axis,
         points=plan.points,
         configs=configs,
         evaluation=evaluation,
         keep_models=plan.keep_models,
     )
+
+
+def _refuse_unused(
+    plan: SweepPlan, configs: Sequence[PruneConfig], evaluation: EvalConfig, where: str
+) -> None:
+    """Raises `ConfigError` for an option that has no effect in any run that its part is for."""
+    effects: dict[tuple[str, str], list[str | None]] = {}
+    for point, config in zip(plan.points, configs, strict=True):
+        unused = unused_options(config, config.given)
+        for option in config.given:
+            section = point.sections.get(option.replace("_", "-"))
+            if section is not None:
+                effects.setdefault((section, option), []).append(unused.get(option))
+    for (section, option), reasons in effects.items():
+        if all(reasons):
+            reason = " and ".join(dict.fromkeys(filter(None, reasons)))
+            if section == "vary":
+                reason += ", so that the runs it makes are the same job"
+            raise ConfigError(f"{where}: {section}: {without_effect({option: reason})}")
+    given = {option.replace("-", "_") for option in plan.evaluation}
+    if reasons_of_eval := unused_options(evaluation, given):
+        raise ConfigError(f"{where}: eval: {without_effect(reasons_of_eval)}")
+
+
+def _path(text: str, where: str) -> str:
+    """A path that is no option, with `~` expanded as in those that are."""
+    try:
+        return path_text(text)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 class _FileParser(Parser):

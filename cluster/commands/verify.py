@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cluster.commands.command import Command
+from cluster.options import path_text
 from cluster.source import resolve_model
 from cluster.terminal import as_text, bar, plain_table, shows_bars, terminal
 from pipeline.runtime.units import size
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prox24 verify`."""
     parser.add_argument(
-        "output", metavar="OUTPUT", help="folder or URI that `prox24 prune` has written"
-    )
+        "output", metavar="OUTPUT", type=path_text,
+        help="folder or URI that `prox24 prune` has written",
+    )  # fmt: skip
     parser.add_argument(
-        "--source", required=True, help="the model it was made from: local folder, URI, or hub id"
-    )
+        "--source", required=True, type=path_text,
+        help="the model it was made from: local folder, URI, or hub id",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model"

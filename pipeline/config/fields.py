@@ -16,39 +16,40 @@ from storage.errors import ConfigError
 Text = str | Callable[[], str]
 """A text, or a function that returns it, because the table of methods may still grow."""
 
+Condition = Callable[[Any], str | None]
+"""A config -> why an option has no effect in it; None where it may have one."""
+
 
 @dataclass(frozen=True)
 class Declaration:
     """The arguments of `option`.
 
     placement: the option decides where or how a job runs, not what it computes. It is not part of
-    the job's identity, and a resumed job may change it.
+    the job's identity, and a resumed job may change it. path: the value is a path on this machine
+    (or a hub id or URI, where one may stand for it), in which the command line expands `~`.
+    unused, noted, of_model: see `pipeline.config.effect`.
     """
 
     help: Text
-    placement: bool
-    choices: Callable[[], Sequence[str]] | None
+    placement: bool = False
+    choices: Callable[[], Sequence[str]] | None = None
+    path: bool = False
+    unused: Condition | None = None
+    noted: bool | Callable[[Any], bool] = False
+    of_model: str | None = None
+
+    def is_noted(self, config: Any) -> bool:
+        """Whether the option is only noted in `config` where it has no effect."""
+        return self.noted(config) if callable(self.noted) else self.noted
 
     def help_text(self) -> str:
         """The help text: with the unit, and the meaning of an unset option."""
         return self.help if isinstance(self.help, str) else self.help()
 
 
-def option(
-    default: Any,
-    help: Text,
-    *,
-    placement: bool = False,
-    choices: Callable[[], Sequence[str]] | None = None,
-) -> Any:
-    """A dataclass field that is an option. help: states the unit.
-
-    placement: see `Declaration`. choices: returns the allowed values, if the type does not list
-    them.
-    """
-    return dataclasses.field(
-        default=default, metadata={"option": Declaration(help, placement, choices)}
-    )
+def option(default: Any, help: Text, **declared: Any) -> Any:
+    """A dataclass field that is an option. help: states the unit. declared: see `Declaration`."""
+    return dataclasses.field(default=default, metadata={"option": Declaration(help, **declared)})
 
 
 def internal(default: Any) -> Any:
@@ -69,6 +70,16 @@ def what_it_computes(config: Any) -> dict[str, Any]:
         for field in dataclasses.fields(config)
         if (declared := declaration(field)) is not None and not declared.placement
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """Part of a config: the names of the options that the user wrote, whatever their values.
+
+    Empty where a program made the config. Not compared: it changes nothing of a job that runs.
+    """
+
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
 
 def values_of(config: Any, kind: type[Any]) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from typing import NamedTuple
 from pipeline.config.fields import option, require
 from pipeline.config.methods import METHODS
 from pipeline.config.pattern import Pattern
-from pipeline.config.solver import SolverSettings
+from pipeline.config.solver import SolverSettings, unless_calibrated
 from storage.errors import ConfigError
 
 DENSE = "dense"
+NO_EXPERTS = "no layer that is pruned is an expert's"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +69,15 @@ class ExpertOptions:
         16,
         "mixtures of experts: fewest calibration tokens sent to an expert for --method to be used; "
         "with fewer it is pruned by wanda, with none by the size of its weights, and listed",
+        unused=unless_calibrated,
+        of_model="experts",
     )
     calibrate_all_experts: bool = option(
         False,
         "mixtures of experts: take every expert's statistics of all tokens, not of those that it "
         "is sent; the model's outputs stay the routed ones",
+        unused=unless_calibrated,
+        of_model="experts",
     )
 
     def __post_init__(self) -> None:

@@ -1,13 +1,15 @@
 """The table of pruning methods, with their help texts and defaults.
 
 A method is one file in `pipeline/solvers/methods/` and one line here. The file has a solver class,
-and above it two literals, `HELP` and `DEFAULTS`. These are read from the source without importing
-it, as setuptools reads a version, so that `--help` and the checks of options need no torch.
+and above it two literals, `HELP` and `DEFAULTS`. These, and what the class says that it reads, are
+read from the source without importing it, as setuptools reads a version, so that `--help` and the
+checks of options need no torch.
 """
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -32,7 +34,7 @@ class MethodFacts:
 
     help: one line on how it prunes. damping, shrinkage: its default regularization. refine: its
     default refinement. refine_steps: the default steps of that refinement; None for the
-    refinement's usual number.
+    refinement's usual number. statistic, method_settings: as in `BaseSolver`.
     """
 
     help: str
@@ -40,6 +42,8 @@ class MethodFacts:
     shrinkage: float | str
     refine: str = "none"
     refine_steps: int | None = None
+    statistic: str = "full"
+    method_settings: tuple[str, ...] = ()
 
 
 def method_names() -> tuple[str, ...]:
@@ -51,7 +55,8 @@ def method_facts(name: str) -> MethodFacts:
     """The facts of a method. Raises `ConfigError` for an unknown method."""
     if name not in METHODS:
         raise ConfigError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}")
-    return _read_facts(METHODS[name].rpartition(".")[0])
+    module, _, solver = METHODS[name].rpartition(".")
+    return _read_facts(module, solver)
 
 
 def methods_help() -> str:
@@ -68,25 +73,42 @@ def defaults_text(setting: str) -> str:
     )
 
 
+_LITERALS = ("HELP", "DEFAULTS")
+# Of the class, where it differs from `BaseSolver`.
+_OF_THE_CLASS = ("statistic", "method_settings")
+
+
 @cache
-def _read_facts(module: str) -> MethodFacts:
-    """`HELP` and `DEFAULTS` of a module, parsed from its source."""
+def _read_facts(module: str, solver: str) -> MethodFacts:
+    """The facts of the class `solver`, parsed from the source of its module."""
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         raise ConfigError(f"the method's module {module} does not exist")
-    literals: dict[str, Any] = {}
-    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name = node.targets[0].id
-            if name in ("HELP", "DEFAULTS"):
-                literals[name] = _literal(node.value, f"{name} in {spec.origin}")
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    literals = _assigned(tree, _LITERALS, spec.origin)
+    of_class: dict[str, Any] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == solver:
+            of_class = _assigned(node, _OF_THE_CLASS, f"{solver} in {spec.origin}")
     try:
-        return MethodFacts(help=literals["HELP"], **literals["DEFAULTS"])
+        return MethodFacts(help=literals["HELP"], **literals["DEFAULTS"], **of_class)
     except (KeyError, TypeError) as error:
         raise ConfigError(
             f"{spec.origin} must have HELP, a string, and DEFAULTS, a dict of MethodFacts' other "
             f"fields: {error}"
         ) from error
+
+
+def _assigned(node: ast.Module | ast.ClassDef, names: Sequence[str], where: str) -> dict[str, Any]:
+    """Name → value of the literals that are assigned in a module or class itself."""
+    values = {}
+    for line in node.body:
+        target = line.targets[0] if isinstance(line, ast.Assign) else None
+        target = line.target if isinstance(line, ast.AnnAssign) else target
+        if isinstance(target, ast.Name) and target.id in names:
+            value = line.value  # type: ignore[attr-defined]  # both kinds have one
+            values[target.id] = _literal(value, f"{target.id} in {where}")
+    return values
 
 
 def _literal(node: ast.expr, where: str) -> Any:

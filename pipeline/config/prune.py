@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pipeline.config.evaluate import EvalConfig
-from pipeline.config.fields import option, require, values_of, what_it_computes
+from pipeline.config.fields import Given, option, require, values_of, what_it_computes
 from pipeline.config.layers import ExpertOptions, LayerOptions, LayerRules, parse_overrides
-from pipeline.config.runtime import RuntimeConfig
-from pipeline.config.solver import AUTO, SolverSettings
+from pipeline.config.runtime import RuntimeConfig, unless_forwards
+from pipeline.config.solver import AUTO, SolverSettings, unless_calibrated, unless_hessians
 from pipeline.config.text import FILES, TextOptions
 from storage.errors import ConfigError
 
@@ -43,35 +43,57 @@ class ModelOptions(SolverSettings, LayerOptions):
             options=LayerOptions(**values_of(self, LayerOptions)),
         )
 
+    def settings_in_use(self) -> list[SolverSettings]:
+        """Those of all layers, overridden ones too."""
+        return self.layer_rules().all_settings()
+
+
+def unless_evaluated(config: Any) -> str | None:
+    """The condition of what concerns the evaluation of the finished model."""
+    return None if config.eval_dataset is not None else "--eval-dataset is not given"
+
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig(ModelOptions, ExpertOptions, TextOptions, RuntimeConfig):
+class PruneConfig(ModelOptions, ExpertOptions, TextOptions, RuntimeConfig, Given):
     """Every option of `prox24 prune`. Raises `ConfigError` for a value out of range."""
+
+    text_is_noted: ClassVar[bool] = True
 
     dataset: str = option(
         "allenai/c4",
         "calibration text: a hub id (streamed; allenai/c4 is read in its `en` configuration) or "
         + FILES,
+        path=True,
+        unused=unless_calibrated,
+        noted=True,
     )
-    nsamples: int = option(128, "calibration sequences")
-    seqlen: int = option(2048, "tokens of a calibration sequence")
-    seed: int = option(0, "seed of the random crops")
+    nsamples: int = option(128, "calibration sequences", unused=unless_calibrated, noted=True)
+    seqlen: int = option(
+        2048, "tokens of a calibration sequence", unused=unless_forwards, noted=True
+    )
+    seed: int = option(0, "seed of the random crops", unused=unless_calibrated, noted=True)
     calibrate_on: Literal["all", "responses"] = option(
         "all",
         "tokens that the layers' statistics are taken of: all, or the assistant's in chat data "
         "(`responses`); all of them are run through the model",
+        unused=unless_calibrated,
+        noted=True,
     )
     eval_dataset: str | None = option(
         None,
         "text, as for --dataset, on which the finished model's perplexity is measured for its "
         "model card, in sequences of --seqlen",
+        path=True,
     )
-    eval_nsamples: int | None = option(None, "sequences of --eval-dataset; unset: the whole text")
+    eval_nsamples: int | None = option(
+        None, "sequences of --eval-dataset; unset: the whole text", unused=unless_evaluated
+    )
     hessian_memory: float | None = option(
         None,
         "GB of Hessians that a worker may hold at once; a block that needs more takes its layers "
         "in several passes over its inputs; unset: half of a GPU's memory, no limit on a CPU",
         placement=True,
+        unused=unless_hessians,
     )
     save_layers: str | None = option(
         None,
@@ -84,12 +106,14 @@ class PruneConfig(ModelOptions, ExpertOptions, TextOptions, RuntimeConfig):
         "folder of the job's state, seen by all nodes; unset: OUTPUT with `.run` appended, "
         "if OUTPUT is a local folder",
         placement=True,
+        path=True,
     )
     scratch_dir: str | None = option(
         None,
         "folder on each node's local disk for activations, which are recomputed from the tokens if "
         "a node is lost; `~` and $VARIABLES are expanded on the node; unset: the run directory",
         placement=True,
+        unused=unless_calibrated,
     )
     no_report: bool = option(
         False,
@@ -129,6 +153,22 @@ class PruneConfig(ModelOptions, ExpertOptions, TextOptions, RuntimeConfig):
         halved = any(each.shrinkage == AUTO for each in self.layer_rules().all_settings())
         if halved and self.nsamples < 2:
             raise ConfigError("--shrinkage auto compares two halves: --nsamples must be at least 2")
+
+    def without_calibration(self) -> str | None:
+        """As the methods say; layers are saved with statistics of their inputs."""
+        return None if self.save_layers is not None else super().without_calibration()
+
+    def without_hessians(self) -> str | None:
+        """As the methods say; layers are saved with their Hessians."""
+        return None if self.save_layers is not None else super().without_hessians()
+
+    def without_forwards(self) -> str | None:
+        """As the methods say; an evaluation runs the model too."""
+        return None if self.eval_dataset is not None else self.without_calibration()
+
+    def without_text(self) -> str | None:
+        """As the forwards."""
+        return self.without_forwards()
 
     def evaluation(self) -> EvalConfig | None:
         """The evaluation of the finished model for its model card; None without --eval-dataset."""

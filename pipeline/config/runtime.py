@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.config.fields import option, require
+
+
+def unless_ray(config: Any) -> str | None:
+    """The condition of what concerns Ray alone."""
+    return None if config.executor == "ray" else "with --executor local there is no Ray"
+
+
+def unless_forwards(config: Any) -> str | None:
+    """The condition of what concerns forward passes."""
+    reason: str | None = config.without_forwards()
+    return reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +47,21 @@ class RuntimeConfig:
         None,
         "GPUs asked of Ray for each worker; unset: 1 if the cluster has GPUs, else 0",
         placement=True,
+        unused=unless_ray,
     )
     ray_address: str | None = option(
         None,
         "address of a running Ray cluster (`auto`, `HOST:6379`, `ray://HOST:10001`); unset: "
         "$RAY_ADDRESS, or else a new Ray on this machine",
         placement=True,
+        unused=unless_ray,
     )
     open_dashboard: bool = option(
         False,
         "continue although the cluster's dashboard listens to other machines without a token: "
         "anyone who reaches it can run code on the cluster",
         placement=True,
+        unused=unless_ray,
     )
     device: str | None = option(
         None,
@@ -58,17 +72,21 @@ class RuntimeConfig:
         None,
         "dtype of the forward passes; unset: the source's. Statistics are float32 products "
         "added in float64, and stored weights keep the source's dtype",
+        unused=unless_forwards,
+        noted=True,
     )
-    batch_size: int = option(4, "sequences in one forward pass")
+    batch_size: int = option(4, "sequences in one forward pass", unused=unless_forwards, noted=True)
     phase_timeout: float = option(
         7200.0,
         "seconds after which a phase of one block counts as hanging and is redone",
         placement=True,
+        unused=unless_ray,
     )
     trace: str | None = option(
         None,
         "file for a timeline of every worker, to view with ui.perfetto.dev or chrome://tracing",
         placement=True,
+        path=True,
     )
     on_lost_node: Literal["wait", "shrink"] = option(
         "wait",
@@ -76,23 +94,27 @@ class RuntimeConfig:
         "`wait` stops, to be resumed when the node is back, because fewer workers round sums "
         "differently; `shrink` continues with the workers that fit",
         placement=True,
+        unused=unless_ray,
     )
     node_wait: float = option(
         300.0,
         "seconds to wait for a lost node to come back or for another to replace it",
         placement=True,
+        unused=unless_ray,
     )
     placement_timeout: float = option(
         300.0,
         "seconds to wait for room for the workers: for other jobs to end, nodes to join, or an "
         "autoscaler to add some",
         placement=True,
+        unused=unless_ray,
     )
     network_interface: str | None = option(
         None,
         "network interface (`eth0`) by which the workers reach one another; unset: that of the "
         "node's address in Ray",
         placement=True,
+        unused=unless_ray,
     )
     trust_remote_code: bool = option(
         False,
@@ -109,6 +131,10 @@ class RuntimeConfig:
         "show the traceback of an error",
         placement=True,
     )
+
+    def without_forwards(self) -> str | None:
+        """Why there is no forward pass; None where there is one."""
+        return None
 
     def __post_init__(self) -> None:
         for name in ("workers", "threads", "batch_size"):

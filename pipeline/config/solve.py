@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config.fields import internal, option, require
+from pipeline.config.fields import Given, internal, option, require
 from pipeline.config.methods import method_names
 from pipeline.config.solver import DEFAULT_METHOD, SolverSettings
 from storage.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolveConfig(SolverSettings):
+class SolveConfig(SolverSettings, Given):
     """Every option of `prox24 solve`. Raises `ConfigError` for a value out of range."""
 
     method: str = internal(DEFAULT_METHOD)  # several are compared: `methods`
@@ -22,7 +22,7 @@ class SolveConfig(SolverSettings):
     evaluate_sequences: str | None = option(
         None, "sequences of `inputs` that the error is measured on; unset: all"
     )
-    output: str | None = option(None, "folder for each method's pruned weight")
+    output: str | None = option(None, "folder for each method's pruned weight", path=True)
     json: bool = option(False, "print one JSON object on standard output and nothing else there")
     threads: int | None = option(None, "CPU threads; unset: torch's default")
     device: str | None = option(None, "torch device; unset: cuda where there is one")
@@ -33,6 +33,10 @@ class SolveConfig(SolverSettings):
         super().__post_init__()
         require(self, "threads", at_least=1)
         self.named_methods()
+
+    def settings_in_use(self) -> list[SolverSettings]:
+        """Those of all methods that are compared."""
+        return [self.solver_settings(method) for method in self.named_methods()]
 
     def named_methods(self) -> list[str]:
         """The methods that `methods` names; for `all`, every method."""

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
-from pipeline.config.fields import internal, number_or_word, option, require, values_of
+from pipeline.config.fields import (
+    Condition,
+    internal,
+    number_or_word,
+    option,
+    require,
+    values_of,
+)
 from pipeline.config.methods import METHODS, defaults_text, method_facts, method_names, methods_help
 from pipeline.config.pattern import Pattern
 from storage.errors import ConfigError
@@ -59,6 +67,51 @@ def _refine_steps_help() -> str:
     return f"steps of the refinement; unset: {', '.join([*listed, *exceptions])}"
 
 
+def unless_read(name: str) -> Condition:
+    """The condition of an option that only some methods read."""
+
+    def unused(config: Any) -> str | None:
+        settings = config.settings_in_use()
+        return None if any(name in each.reads() for each in settings) else _not_read(settings)
+
+    return unused
+
+
+def unless_refined(config: Any) -> str | None:
+    """The condition of an option of the refinement."""
+    settings = config.settings_in_use()
+    if any(each.refine != "none" for each in settings):
+        return None
+    return f"{_methods(settings)} {'is' if _one(settings) else 'are'} not refined (--refine)"
+
+
+def unless_calibrated(config: Any) -> str | None:
+    """The condition of what concerns the calibration inputs."""
+    reason: str | None = config.without_calibration()
+    return reason
+
+
+def unless_hessians(config: Any) -> str | None:
+    """The condition of what concerns Hessians."""
+    reason: str | None = config.without_hessians()
+    return reason
+
+
+def _not_read(settings: Sequence[SolverSettings]) -> str:
+    if _one(settings):
+        return f"{_methods(settings)} does not use it"
+    return f"none of {_methods(settings)} uses it"
+
+
+def _one(settings: Sequence[SolverSettings]) -> bool:
+    return len({each.method for each in settings}) == 1
+
+
+def _methods(settings: Sequence[SolverSettings]) -> str:
+    names = list(dict.fromkeys(each.method for each in settings))
+    return f"method {names[0]}" if len(names) == 1 else f"the methods {', '.join(names)}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SolverSettings:
     """Everything that a solve depends on besides its tensors. Scalars only: stored as JSON.
@@ -72,22 +125,29 @@ class SolverSettings:
     pattern: str = option(
         "2:4", "`N:M` keeps N of every M consecutive weights; `unstructured:S` prunes the share S"
     )
-    damping: float | None = option(None, _damping_help)
+    damping: float | None = option(None, _damping_help, unused=unless_read("damping"))
     # H <- (1 - a) H + a diag(H): a = 0 is none, 1 the diagonal alone. "estimate": from the noise of
     # H; also sets the damping, to at least the given one (hessian.estimate). "auto": chosen on two
     # halves of the calibration sequences; the caller resolves it (auto_shrinkage).
-    shrinkage: float | str | None = option(None, _shrinkage_help)
+    shrinkage: float | str | None = option(None, _shrinkage_help, unused=unless_read("shrinkage"))
     blocksize: int | str | None = option(
-        "128", "columns in SparseGPT's lazy block, or `auto`: the best known for the layer's width"
+        "128",
+        "columns in SparseGPT's lazy block, or `auto`: the best known for the layer's width",
+        unused=unless_read("blocksize"),
     )
     refine: Refinement = option("auto", _refine_help)
-    refine_steps: int | None = option(None, _refine_steps_help)
+    refine_steps: int | None = option(None, _refine_steps_help, unused=unless_refined)
     # prox: lambda_k = prox_lambda * prox_growth^k on rows scaled to mean magnitude 1.
     prox_lambda: float = option(
         1e-3,
         "method prox: first λ of the growing schedule, for rows scaled to mean magnitude 1",
+        unused=unless_read("prox_lambda"),
     )
-    prox_growth: float = option(1.01, "method prox: factor by which λ grows in each iteration")
+    prox_growth: float = option(
+        1.01,
+        "method prox: factor by which λ grows in each iteration",
+        unused=unless_read("prox_growth"),
+    )
     method: str = option(
         DEFAULT_METHOD,
         lambda: f"how masks and weights are computed: {methods_help()}",
@@ -175,6 +235,40 @@ class SolverSettings:
             refine=cast(Refinement, refine),
             refine_steps=steps if self.refine_steps is None else self.refine_steps,
         )
+
+    def settings_in_use(self) -> list[SolverSettings]:
+        """The settings, resolved, of all solves that these options may ask for."""
+        return [self.solver_settings(self.method)]
+
+    def without_calibration(self) -> str | None:
+        """Why no solve needs statistics of the layers' inputs; None where one does."""
+        settings = self.settings_in_use()
+        if any(each.needs() != "none" for each in settings):
+            return None
+        return f"{_methods(settings)} {'needs' if _one(settings) else 'need'} no calibration"
+
+    def without_hessians(self) -> str | None:
+        """Why no solve needs a Hessian; None where one does."""
+        settings = self.settings_in_use()
+        if any(each.needs() == "full" for each in settings):
+            return None
+        return f"{_methods(settings)} {'needs' if _one(settings) else 'need'} no Hessian"
+
+    def needs(self) -> str:
+        """The statistic of a solve with these settings, resolved: as `BaseSolver.needs`."""
+        return method_facts(self.method).statistic if self.refine == "none" else "full"
+
+    def reads(self) -> frozenset[str]:
+        """Names of the settings that a solve with these, resolved, depends on.
+
+        Besides `method`, `pattern` and `refine`.
+        """
+        names = set(method_facts(self.method).method_settings)
+        if self.needs() == "full":
+            names |= {"damping", "shrinkage"}
+        if self.refine != "none":
+            names.add("refine_steps")
+        return frozenset(names)
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON scalars; `SolverSettings(**it)` gives the settings back."""

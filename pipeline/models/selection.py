@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass
 
 from torch import nn
 
-from pipeline.config.layers import Choice, LayerRules
+from pipeline.config.effect import refuse_of_model
+from pipeline.config.layers import NO_EXPERTS, Choice, LayerRules
 from pipeline.config.prune import PruneConfig
 from pipeline.config.solver import SolverSettings
+from pipeline.models.experts import expert_of
 from pipeline.models.linears import (
     dense_weights,
     is_linear,
@@ -19,7 +22,7 @@ from pipeline.models.linears import (
 from pipeline.models.skeleton import Skeleton, check_seqlen
 from pipeline.models.text_forward import NOT_REACHED, text_forward
 from pipeline.solvers.registry import solver_for
-from storage.errors import ModelError
+from storage.errors import ConfigError, ModelError
 
 
 @dataclass(frozen=True)
@@ -131,9 +134,37 @@ def check_rules(skeleton: Skeleton, rules: LayerRules) -> None:
 
 
 def check_settings(skeleton: Skeleton, config: PruneConfig) -> Selection:
-    """What shapes and config alone can tell. Raises an `InputError` for what cannot be pruned."""
+    """What shapes and config alone can tell. Raises an `InputError` for what cannot be pruned, and
+    for options that were given and concern nothing in the model."""
     rules = config.layer_rules()
     for settings in rules.all_settings():
         solver_for(settings)
     check_seqlen(skeleton, config.seqlen)
-    return select_layers(skeleton, rules)
+    selection = select_layers(skeleton, rules)
+    refuse_of_model(config, missing_in(skeleton, rules))
+    _check_saved(skeleton, config, rules)
+    return selection
+
+
+def _check_saved(skeleton: Skeleton, config: PruneConfig, rules: LayerRules) -> None:
+    """Raises `ConfigError` for a --save-layers that names no layer that is pruned."""
+    if config.save_layers is None:
+        return
+    names = [
+        skeleton.block_prefix(block) + name
+        for block in range(len(skeleton.blocks))
+        for name in layers_to_prune(skeleton, block, rules)
+    ]
+    if not fnmatch.filter(names, config.save_layers):
+        raise ConfigError(
+            f"--save-layers {config.save_layers} matches no whole name of a layer that is pruned; "
+            f"they are like {names[0]}"
+        )
+
+
+def missing_in(skeleton: Skeleton, rules: LayerRules) -> dict[str, str]:
+    """What options may concern and no pruned layer is -> a phrase that says so."""
+    for block, module in enumerate(skeleton.blocks):
+        if any(expert_of(module, name) for name in layers_to_prune(skeleton, block, rules)):
+            return {}
+    return {"experts": NO_EXPERTS}

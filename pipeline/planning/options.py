@@ -10,11 +10,13 @@ import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.config.fields import option, require
-from pipeline.config.layers import ExpertOptions
+from pipeline.config.effect import refuse_of_model
+from pipeline.config.fields import Given, option, require
+from pipeline.config.layers import NO_EXPERTS, ExpertOptions
 from pipeline.config.prune import ModelOptions
+from pipeline.config.solver import unless_calibrated, unless_hessians
 from pipeline.planning.rates import GPUS, Rates, cpu_rates, gpu_rates, load_rates, with_threads
 from pipeline.runtime.free_memory import available_memory
 from storage.errors import ConfigError, ModelError
@@ -28,33 +30,68 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE)
 _GPUS_PER_NODE = 8
 
 
+def unless_gpus(config: Any) -> str | None:
+    """The condition of what concerns GPUs; rates that were measured may be those of one."""
+    if config.gpus is not None or config.rates is not None:
+        return None
+    return "without --gpus the plan is for CPU workers"
+
+
+def unless_by_data_sheet(config: Any) -> str | None:
+    """The condition of what names a data sheet."""
+    return unless_gpus(config) if config.rates is None else "--rates says how fast a worker is"
+
+
+def unless_cpu(config: Any) -> str | None:
+    """The condition of what concerns the CPU of a worker."""
+    if config.gpus is not None:
+        return "with --gpus workers compute on GPUs"
+    if config.rates is not None and not config.calibrate:
+        return "--rates says how fast a worker is"
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(ModelOptions, ExpertOptions):
+class PlanConfig(ModelOptions, ExpertOptions, Given):
     """Every option of `prox24 plan`. Raises `ConfigError` on a value out of range."""
 
-    nsamples: int = option(128, "calibration sequences")
-    seqlen: int = option(2048, "tokens of a calibration sequence")
-    batch_size: int = option(4, "sequences in one forward pass")
+    nsamples: int = option(128, "calibration sequences", unused=unless_calibrated, noted=True)
+    seqlen: int = option(
+        2048, "tokens of a calibration sequence", unused=unless_calibrated, noted=True
+    )
+    batch_size: int = option(
+        4, "sequences in one forward pass", unused=unless_calibrated, noted=True
+    )
     hessian_memory: float | None = option(
         None,
         "GB of Hessians that a worker may hold at once, as for `prune`; unset: half of a GPU's "
         "memory, any number on a CPU",
+        unused=unless_hessians,
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
-        None, "dtype of the forward passes; unset: the source's"
+        None,
+        "dtype of the forward passes; unset: the source's",
+        unused=unless_calibrated,
+        noted=True,
     )
     gpus: int | None = option(
         None, "GPUs in all, one worker each; unset: CPU workers of this machine"
     )
-    gpu: str = option("H100", f"kind of GPU, by its data sheet: {', '.join(GPUS)}")
-    gpu_memory: str | None = option(None, "memory of a GPU, as in 80GB; unset: the data sheet's")
+    gpu: str = option(
+        "H100", f"kind of GPU, by its data sheet: {', '.join(GPUS)}", unused=unless_by_data_sheet
+    )
+    gpu_memory: str | None = option(
+        None, "memory of a GPU, as in 80GB; unset: the data sheet's", unused=unless_gpus
+    )
     nodes: int | None = option(None, "nodes; unset: 8 GPUs to a node, CPU workers on one")
     node_memory: str | None = option(
         None, "host memory of a node, as in 1TB; unset: for CPU workers what this machine has free"
     )
     workers: int | None = option(None, "CPU workers; unset: 1")
     threads: int | None = option(
-        None, "CPU threads of a worker; unset: this machine's cores divided by the workers"
+        None,
+        "CPU threads of a worker; unset: this machine's cores divided by the workers",
+        unused=unless_cpu,
     )
     disk: str | None = option(
         None, "free disk, as in 2TB; unset: for CPU workers what the current folder has"
@@ -66,7 +103,9 @@ class PlanConfig(ModelOptions, ExpertOptions):
         None, "what a worker sends to another node in a second, as in 25GB"
     )
     rates: str | None = option(
-        None, "file of rates that --calibrate wrote; unset: data sheets and stated efficiencies"
+        None,
+        "file of rates that --calibrate wrote; unset: data sheets and stated efficiencies",
+        path=True,
     )
     calibrate: bool = option(
         False, "measure the rates of this machine first, at the model's shapes (about a minute)"
@@ -124,6 +163,8 @@ def planned_shape(model: Place, config: PlanConfig) -> ModelShape:
     )
     if shape.unsupported is not None:
         raise ModelError(f"{shape.name}: {shape.unsupported}; this architecture is not supported")
+    if not any(group.kept for kind in shape.kinds for group in kind.groups):
+        refuse_of_model(config, {"experts": NO_EXPERTS})
     return shape
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from storage.errors import ConfigError
@@ -16,6 +16,10 @@ _SET_BY_SWEEP = (
     "run-dir", "overwrite", "eval-dataset", "eval-nsamples", "trace", "config", "save-layers",
 )  # fmt: skip
 _EVAL_SET_BY_SWEEP = ("json", "scratch-dir", "trace", "config")
+# Options that say nothing of a job: they are given on the command line.
+_OF_THE_COMMAND = ("debug",)
+# A sweep measures perplexity, and compares the runs by it.
+_OF_TASKS = ("tasks", "tasks-folder", "num-fewshot")
 _LONGEST_NAME = 100
 
 
@@ -25,6 +29,7 @@ class Point:
 
     name: in the table. folder: its name on disk. line: the line of the plots that it is a point of.
     x: its value on the horizontal axis, as written. options: those of `prox24 prune`, as written.
+    sections: option -> the part of the file that it stands in: `prune`, `vary` or `lines: NAME`.
     """
 
     name: str
@@ -32,6 +37,7 @@ class Point:
     line: str
     x: str
     options: dict[str, Any]
+    sections: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,10 +80,18 @@ def read_plan(options: Mapping[str, Any], where: str) -> SweepPlan:
         for name, options in _mapping(given.get("lines"), f"{where}: lines").items()
     }
     vary = _vary(given["vary"], f"{where}: vary")
+    for option in shared:
+        if lines and all(option in own for own in lines.values()):
+            raise ConfigError(f"{where}: prune: {option} is in every line too; leave one out")
     for name, fixed in {"prune": shared, **lines}.items():
         for option in fixed.keys() & vary.keys():
             raise ConfigError(f"{where}: {option} is in `vary` and in {name}; leave one out")
     evaluation = _options(given.get("eval"), f"{where}: eval", _EVAL_SET_BY_SWEEP)
+    for option in _OF_TASKS:
+        if option in evaluation:
+            raise ConfigError(
+                f"{where}: eval: {option} has no effect: a sweep measures perplexity; leave it out"
+            )
     return SweepPlan(
         model=given["model"],
         folder=given["folder"],
@@ -102,7 +116,12 @@ def _points(
             for value in vary[axis]:
                 label = f"{line} {axis}={value}".strip()
                 options = without_steps({**shared, **line_options, **fixed, axis: value})
-                points.append(Point(label, folder_name(label), line, str(value), options))
+                sections = {
+                    **dict.fromkeys(shared, "prune"),
+                    **dict.fromkeys(line_options, f"lines: {name}"),
+                    **dict.fromkeys(vary, "vary"),
+                }
+                points.append(Point(label, folder_name(label), line, str(value), options, sections))
     for what in ("name", "folder"):
         names = [getattr(point, what) for point in points]
         for twice in {name for name in names if names.count(name) > 1}:
@@ -130,6 +149,8 @@ def _vary(value: object, where: str) -> dict[str, list[Any]]:
     vary: dict[str, list[Any]] = {}
     for name, values in _mapping(value, where).items():
         option = _hyphens(name)
+        if option in _OF_THE_COMMAND:
+            raise ConfigError(f"{where}: {option} has no effect here; give it on the command line")
         if option in _SET_BY_SWEEP:
             raise ConfigError(f"{where}: {option} is set by the sweep; leave it out")
         if not isinstance(values, list) or not values:
@@ -144,6 +165,8 @@ def _vary(value: object, where: str) -> dict[str, list[Any]]:
 def _options(value: object, where: str, set_by_sweep: tuple[str, ...]) -> dict[str, Any]:
     options = {_hyphens(name): given for name, given in _mapping(value, where).items()}
     for name in options:
+        if name in _OF_THE_COMMAND:
+            raise ConfigError(f"{where}: {name} has no effect here; give it on the command line")
         if name in set_by_sweep:
             raise ConfigError(f"{where}: {name} is set by the sweep; leave it out")
     return options

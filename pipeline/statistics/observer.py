@@ -54,7 +54,7 @@ class BlockObserver:
         watch: Stopwatch,
     ) -> None:
         """Registers hooks on the block `module`. call: hidden states -> arguments of the block."""
-        self._module, self._sums, self._call, self._watch = module, sums, call, watch
+        self.module, self._sums, self._call, self._watch = module, sums, call, watch
         self._left = 0  # groups not yet observed in this forward
         # Where a layer is called several times in a forward, its last call is not known.
         self._stops = all(group.calls == 1 for group in sums)
@@ -73,7 +73,7 @@ class BlockObserver:
         self._watch.count("tokens", hidden_states.shape[0] * hidden_states.shape[1])
         with self._watch("forward"):
             try:
-                self._call(hidden_states).run(self._module, hidden_states)
+                self._call(hidden_states).run(self.module, hidden_states)
             except _AllObserved:
                 return
 

@@ -246,6 +246,7 @@ def _block_steps(job: PruneJob, executor: Executor) -> BlockSteps:
         lock=job.lock,
         progress=job.progress,
         blocks=job.blocks,
+        blocks_path=skeleton.blocks_path,
         layers=layers,
         dtypes=[
             {

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from pipeline.config.pattern import Pattern
 from pipeline.config.solve import SolveConfig
-from pipeline.config.solver import AUTO, SolverSettings
+from pipeline.config.solver import AUTO, ESTIMATE, SolverSettings
 from pipeline.runtime.device import choose_device, make_deterministic
 from pipeline.runtime.stopwatch import device_peak, host_peak, reset_peaks
-from pipeline.solvers.auto_shrinkage import choose_regularization
+from pipeline.solvers.auto_shrinkage import NOT_COMPARED, choose_regularization
+from pipeline.solvers.base import naming
 from pipeline.solvers.objective import relative_error
 from pipeline.solvers.registry import solver_for
+from pipeline.solvers.stored import as_stored
 from pipeline.solvers.types import Statistics
 from pipeline.statistics.accumulate import Accumulator, merged
 from storage.errors import ConfigError, DataError, NumericalError
@@ -25,11 +27,14 @@ from storage.files.commit import replace_file
 from storage.model.safetensors_format import header_for, tensor_bytes
 from storage.run.layer_files import SavedLayer, read_layer_file
 
+_REMEDY = "use a larger --damping, or leave the method out of --methods"
+
 
 def solve_layer(path: Path, config: SolveConfig) -> dict[str, dict[str, Any]]:
     """Solves the layer saved at `path` with each of the config's methods, in their order.
 
-    Returns per method: `relative_error` (per cent, undamped, on the evaluation sequences),
+    Returns per method: `relative_error` (per cent, undamped, on the evaluation sequences; None
+    where the layer's outputs are 0 there, and those of the pruned one are not),
     `seconds` of the solve (with factorization and, for `--shrinkage auto`, the choice),
     `peak_memory_bytes` of the solve alone, and the solve's `report`. With `config.output` each
     pruned weight is written to `METHOD.safetensors` there, in the layer's dtype.
@@ -48,7 +53,8 @@ def solve_layer(path: Path, config: SolveConfig) -> dict[str, dict[str, Any]]:
     weight = layer.weight.to(device)
     results = {}
     for method in methods_of(config):
-        solution, metrics = _solve(weight, fit, config.solver_settings(method), device)
+        with naming([f"{path.stem} by {method}"]):
+            solution, metrics = _solve(weight, fit, config.solver_settings(method), device)
         metrics["relative_error"] = relative_error(solution, weight, evaluation)
         results[method] = metrics
         if config.output is not None:
@@ -83,18 +89,27 @@ def _solve(
     before = host_peak()
     _synchronize(device)
     began = time.perf_counter()
+    notes: list[str] = []
     if settings.shrinkage == AUTO:
-        choice = choose_regularization({"layer": weight}, (halves[0], halves[1]), settings)
-        settings = dataclasses.replace(settings, shrinkage=choice.shrinkage, damping=choice.damping)
+        choice = choose_regularization({"": weight}, (halves[0], halves[1]), settings)
+        if choice is None:
+            settings, notes = dataclasses.replace(settings, shrinkage=ESTIMATE), [NOT_COMPARED]
+        else:
+            settings = dataclasses.replace(
+                settings, shrinkage=choice.shrinkage, damping=choice.damping
+            )
     solver = solver_for(settings)
     solution = solver.solve(weight, solver.prepare(merged(halves)))
     _synchronize(device)
     seconds = time.perf_counter() - began
+    stored, more = as_stored(solution.weight, weight.dtype, _REMEDY)
+    report = solution.report.to_json()
+    report["deviations"] = [*notes, *report["deviations"], *more]
     metrics: dict[str, Any] = {"relative_error": None, "seconds": seconds}
     peak = device_peak(device) if device.type == "cuda" else host_peak() - before
     metrics["peak_memory_bytes"] = peak
-    metrics["report"] = solution.report.to_json()
-    return solution.weight.to(weight.dtype), metrics
+    metrics["report"] = report
+    return stored, metrics
 
 
 def _statistics(

@@ -47,7 +47,9 @@ def solve_table(results: dict[str, dict[str, Any]]) -> str:
     for method, result in results.items():
         table.add_row(
             method,
-            f"{result['relative_error']:.4f} %",
+            "undefined"
+            if result["relative_error"] is None
+            else f"{result['relative_error']:.4f} %",
             f"{result['seconds']:.2f}",
             str(result["report"]["iterations"]),
             f"{result['peak_memory_bytes'] / 2**20:.0f}",

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import math
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -171,6 +172,11 @@ class Evaluated:
         if not math.isfinite(mean):
             raise NumericalError(
                 f"{skeleton.files.place}: the loss is not finite; try --dtype float32"
+            )
+        if mean > math.log(sys.float_info.max):
+            raise NumericalError(
+                f"{skeleton.files.place}: the mean loss is {mean:.4g} nats a token, too much for a "
+                "perplexity in float64; the model, or its tokenizer, is not fit for this text"
             )
         return {
             "perplexity": math.exp(mean),

@@ -19,7 +19,7 @@ from pipeline.loop.rank import Call, Rank, call
 from pipeline.loop.repair import Repairs
 from pipeline.loop.retry import AttemptHistory
 from pipeline.messages import Job, Likelihood, Outcome, Reference, SequenceDistance, Target
-from pipeline.records.block import block_error
+from pipeline.records.block import block_error, deviations_in_words
 from storage.errors import CorruptFileError, Prox24Error, WorkerLostError, WorkerMemoryError
 from storage.files.commit import publish_json
 
@@ -143,6 +143,8 @@ class BlockLoop:
             record = steps.solve(block, failures)
             publish_json(steps.run.record(block), record.to_json(), guard=steps.lock.assert_held)
             steps.progress.block_done(block, block_error(record))
+            for line in deviations_in_words(record, f"{steps.blocks_path}.{block}."):
+                steps.progress.note(line)
 
         self.persist(f"block {block}", solve_and_commit)
 

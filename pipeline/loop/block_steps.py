@@ -44,6 +44,7 @@ Choices = dict[str, dict[str, Any]]
 class BlockSteps:
     """The steps of a block, run on an executor by the driver that holds `lock`.
 
+    blocks_path: the name of the list of blocks in the model, for messages.
     layers: per block, the pruned layers' shapes, name → (R, C). dtypes: per block, their stored
     dtypes (safetensors names). Both are empty for an evaluation.
     calibrates: False for methods that need no statistics; then there are no activations.
@@ -59,6 +60,7 @@ class BlockSteps:
     lock: RunLock
     progress: Progress
     blocks: int
+    blocks_path: str = ""
     layers: Sequence[dict[str, tuple[int, int]]] = ()
     dtypes: Sequence[dict[str, str]] = ()
     calibrates: bool = True

@@ -167,13 +167,18 @@ class LayerGroup:
 
 @torch.no_grad()
 def find_groups(
-    block: nn.Module, call: BlockCall, hidden_states: Tensor, layers: tuple[str, ...]
+    block: nn.Module,
+    call: BlockCall,
+    hidden_states: Tensor,
+    layers: tuple[str, ...],
+    prefix: str = "",
 ) -> tuple[LayerGroup, ...]:
     """Groups `layers` of a block by the input tensor that one forward hands to each.
 
     `hidden_states` is `(batch, seqlen, hidden)`. Inputs are the same when they are the same view of
     the same memory; they are kept until the end of this one forward, or a freed input's address
-    could be taken by another. Raises `ModelError` for a layer that the forward never calls.
+    could be taken by another. prefix: the block's name in the model, with a dot, for messages.
+    Raises `ModelError` for a layer that the forward never calls.
     """
     seen: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     handles = [
@@ -194,7 +199,10 @@ def find_groups(
     groups: dict[tuple[tuple[Any, ...], ...], list[str]] = {}
     for layer, inputs in seen.items():
         if not inputs:
-            raise ModelError(f"{layer} is a linear layer that its block's forward never calls")
+            raise ModelError(
+                f"{prefix}{layer} is a linear layer that its block's forward never calls, so that "
+                f"its inputs are not seen; leave it dense: --override '{prefix}{layer}=dense'"
+            )
         # A tensor without rows has no memory: an expert that no token was sent to.
         key = tuple((x.data_ptr() if x.numel() else id(x), x.shape, x.stride()) for x in inputs)
         groups.setdefault(key, []).append(layer)

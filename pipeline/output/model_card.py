@@ -21,6 +21,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BLOCK = re.compile(r"\.\d+\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _WORST = 5
+_NAMED = 4  # layers of a deviation
 _STATISTICS = {
     "full": "`100 · tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)`, where `H` is the undamped second moment of the "
     "layer's calibration inputs",
@@ -227,21 +228,41 @@ def _error_tables(results: Sequence[Mapping[str, Any]]) -> str:
             ("layer", "relative error"),
             [(_code(result["name"]), _percent(_error(result))) for result in worst_first],
         ),
+        _dead_inputs(results),
         _deviations(results),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
+def _dead_inputs(results: Sequence[Mapping[str, Any]]) -> str:
+    """How many inputs were never seen with another value than 0, where there are such."""
+    with_dead = [result for result in results if result.get("dead_inputs")]
+    if not with_dead:
+        return ""
+    dead = sum(result["dead_inputs"] for result in with_dead)
+    inputs = sum(result["shape"][1] for result in results)
+    return (
+        f"{dead:,} of all {inputs:,} inputs of these layers, in {len(with_dead)} of them, were 0 "
+        "on all of the calibration text, which so says nothing about their weights."
+    )
+
+
 def _deviations(results: Sequence[Mapping[str, Any]]) -> str:
-    """The deviations from the requested settings, each with its number of layers."""
-    layers: dict[str, int] = {}
+    """The deviations from the requested settings, each with its layers."""
+    layers: dict[str, list[str]] = {}
     for result in results:
         for deviation in result.get("deviations", ()):
-            layers[deviation] = layers.get(deviation, 0) + 1
+            layers.setdefault(deviation, []).append(result["name"])
     if not layers:
         return ""
-    lines = [f"- {_escape(what)} ({count} layers)" for what, count in sorted(layers.items())]
+    lines = [f"- {_escape(what)} ({_named(names)})" for what, names in sorted(layers.items())]
     return "Done other than asked:\n\n" + "\n".join(lines)
+
+
+def _named(layers: Sequence[str]) -> str:
+    """How many layers, and the first of them by name."""
+    names = ", ".join(map(_code, layers[:_NAMED])) + (", ..." if len(layers) > _NAMED else "")
+    return names if len(layers) == 1 else f"{len(layers)} layers: {names}"
 
 
 def _left_dense(dense: Mapping[str, str]) -> str:
@@ -272,7 +293,7 @@ def _error(result: Mapping[str, Any]) -> float:
 
 
 def _percent(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "infinite"
+    return f"{value:.3f}" if math.isfinite(value) else "undefined"
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

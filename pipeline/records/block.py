@@ -62,7 +62,7 @@ def _fits(value: object, annotation: str) -> bool:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if annotation.endswith("| None") and value is None:
         return True
-    if annotation == "float":
+    if annotation.startswith("float"):
         return _is_number(value)
     if annotation.startswith("int"):
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
@@ -125,3 +125,18 @@ def block_error(record: BlockRecord) -> float | None:
     reports = [SolveReport.from_json(layer.results) for layer in record.layers.values()]
     zero = sum(report.objective_zero for report in reports)
     return 100 * sum(report.objective for report in reports) / zero if zero > 0 else None
+
+
+def deviations_in_words(record: BlockRecord, prefix: str) -> list[str]:
+    """A line for each way in which layers of a block were not solved as asked, naming them.
+
+    prefix: the block's name in the model, with a dot.
+    """
+    layers: dict[str, list[str]] = {}
+    for name, layer in record.layers.items():
+        for deviation in layer.results["deviations"]:
+            layers.setdefault(deviation, []).append(prefix + name)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {deviation}"
+        for deviation, names in layers.items()
+    ]

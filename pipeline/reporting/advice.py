@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from pipeline.reporting.layer_table import by_kind
+from pipeline.solvers.base import NO_INPUT
 from pipeline.solvers.registry import solver_class
 
 # An outlier is a layer or block whose error is far above those of the others of its kind, in
@@ -61,6 +62,13 @@ def advise(
     ]
 
 
+_CONDITION_REMEDY = (
+    "More calibration text (--nsamples) or a larger --damping makes the problem better conditioned."
+)
+_NO_INPUT_REMEDY = (
+    "If other text reaches the layer, calibrate on such text (--dataset), or leave the layer dense "
+    "(--override NAME=dense); look at the norm before it, whose weights may be 0."
+)
 _MEASURE = Advice(
     "the whole model",
     "its perplexity was not measured, and errors of layers say little about how well it works.",
@@ -92,6 +100,7 @@ def outliers(values: Sequence[float]) -> list[int]:
 def _layers_apart(layers: Sequence[Mapping[str, Any]]) -> Iterator[Advice]:
     outlying = []
     for kind, members in by_kind(layers).items():
+        members = [layer for layer in members if layer["relative_error"] is not None]
         errors = [float(layer["relative_error"]) for layer in members]
         outlying += [(errors[n], median(errors), kind, members[n]) for n in outliers(errors)]
     outlying = [entry for entry in outlying if entry[0] >= _LEAST_ERROR]
@@ -126,8 +135,7 @@ def _deviations(layers: Sequence[Mapping[str, Any]]) -> Iterator[Advice]:
         yield Advice(
             names[0] if len(names) == 1 else f"{len(names)} layers, the first {names[0]}",
             f"not solved as asked: {deviation}.",
-            "More calibration text (--nsamples) or a larger --damping makes the problem "
-            "better conditioned.",
+            _NO_INPUT_REMEDY if deviation == NO_INPUT else _CONDITION_REMEDY,
         )
 
 

@@ -61,6 +61,7 @@ def layer_rows(summary: Mapping[str, Any], results: Mapping[str, Any]) -> list[d
     - `kind`: see `kind_of`;
     - `weights`, `kept`, `magnitude_too` and `groups`: see `pipeline.solvers.mask_counts`;
     - `magnitude_share`: the share of the kept weights, 0 to 1, that magnitude pruning keeps, too;
+    - `dead_inputs`: see `pipeline.solvers.types.SolveReport`; None where it was not counted;
     - `inputs_never`, `inputs_rarely`, `inputs_often` and `norm_correlation`: see
       `pipeline.solvers.mask_counts.column_pattern`.
     Counts are None where an older version pruned the block and did not count.
@@ -68,7 +69,8 @@ def layer_rows(summary: Mapping[str, Any], results: Mapping[str, Any]) -> list[d
     masks = {block["block"]: block.get("masks", {}) for block in summary["blocks"]}
     rows = []
     for entry in results["layers"]:
-        fields = {key: value for key, value in entry.items() if key != "shape"}
+        fields = {"dead_inputs": None, **entry}
+        del fields["shape"]
         mask = masks.get(entry["block"], {}).get(entry["layer"], {})
         counts = {key: mask.get(key) for key in ("weights", "kept", "magnitude_too", "groups")}
         columns = mask.get("columns", {})
@@ -85,6 +87,12 @@ def layer_rows(summary: Mapping[str, Any], results: Mapping[str, Any]) -> list[d
             }
         )
     return rows
+
+
+def error_of(layer: Mapping[str, Any]) -> float:
+    """The relative error of a layer in percent; inf where it is undefined."""
+    error = layer["relative_error"]
+    return math.inf if error is None else float(error)
 
 
 def share(part: int | None, whole: int | None) -> float | None:
@@ -108,13 +116,13 @@ def by_kind(layers: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
 def kind_table(layers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row per kind of layer: count, shapes, median and worst error, and counts of the masks.
 
-    Errors are in percent. `magnitude_share` is that of all layers of the kind together; None where
-    it is unknown for a layer. `pattern` is None and `groups` empty where the layers of the kind
-    have different patterns (`--override`).
+    Errors are in percent, inf where they are undefined. `magnitude_share` is that of all layers of
+    the kind together; None where it is unknown for a layer. `pattern` is None and `groups` empty
+    where the layers of the kind have different patterns (`--override`).
     """
     table = []
     for kind, members in by_kind(layers).items():
-        worst = max(members, key=lambda layer: float(layer["relative_error"]))
+        worst = max(members, key=error_of)
         known = all(layer["kept"] is not None for layer in members)
         patterns = distinct(members, "pattern")
         table.append(
@@ -122,8 +130,8 @@ def kind_table(layers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "kind": kind,
                 "count": len(members),
                 "shapes": list(dict.fromkeys(f"{m['rows']} × {m['columns']}" for m in members)),
-                "median": median(float(layer["relative_error"]) for layer in members),
-                "worst": float(worst["relative_error"]),
+                "median": median(map(error_of, members)),
+                "worst": error_of(worst),
                 "worst_block": worst["block"],
                 "magnitude_share": share(
                     sum(layer["magnitude_too"] for layer in members) if known else None,
@@ -142,13 +150,15 @@ def input_table(layers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row per kind of layer: how evenly its masks keep the inputs, where that was counted.
 
     `inputs`: number of inputs of all layers of the kind. `never`, `rarely`, `often`: how many of
-    these are kept so often; see `pipeline.solvers.mask_counts.column_pattern`. `correlation`: the
-    median of the layers' `norm_correlation`; None where none is known.
+    these are kept so often; see `pipeline.solvers.mask_counts.column_pattern`. `dead`: how many are
+    0 in all calibration tokens, None where that was not counted. `correlation`: the median of the
+    layers' `norm_correlation`; None where none is known.
     """
     table = []
     for kind, members in by_kind(layers).items():
         if any(layer["inputs_never"] is None for layer in members):
             continue
+        dead = [layer["dead_inputs"] for layer in members]
         known = [layer["norm_correlation"] for layer in members]
         known = [value for value in known if value is not None]
         table.append(
@@ -159,6 +169,7 @@ def input_table(layers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     name: sum(layer[f"inputs_{name}"] for layer in members)
                     for name in ("never", "rarely", "often")
                 },
+                "dead": None if None in dead else sum(dead),
                 "correlation": median(known) if known else None,
             }
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -10,7 +11,14 @@ import jinja2
 
 from pipeline.output.dense_weights import dense_in_words
 from pipeline.reporting.advice import advise
-from pipeline.reporting.layer_table import Facts, distinct, input_table, kind_table, share
+from pipeline.reporting.layer_table import (
+    Facts,
+    distinct,
+    error_of,
+    input_table,
+    kind_table,
+    share,
+)
 from pipeline.reporting.plots import (
     error_by_depth,
     error_by_kind,
@@ -107,16 +115,16 @@ def _result_in_words(facts: Facts) -> list[str]:
     """The result of the job, for a reader who knows neither the job nor the method."""
     layers = facts.layers
     weights = sum(layer["rows"] * layer["columns"] for layer in layers)
-    errors = [float(layer["relative_error"]) for layer in layers]
+    errors = [error_of(layer) for layer in layers]
     zeros = " or ".join(map(_zeros, distinct(layers, "pattern")))
     methods = " and ".join(distinct(layers, "method"))
-    worst = max(layers, key=lambda layer: float(layer["relative_error"]))
+    worst = max(layers, key=error_of)
     first = (
         f"{len(layers)} linear layers in {len(facts.summary['blocks'])} blocks, with {weights:,} "
         f"weights, were pruned by {methods}: {zeros}. Everything else in the model is unchanged. "
         "On the calibration text the outputs of the pruned layers change "
-        f"by {median(errors):.2g} % of their energy in the median layer, and by "
-        f"{max(errors):.2g} % in the worst, {worst['name']}."
+        f"by {_share(median(errors))} of their energy in the median layer, and by "
+        f"{_share(max(errors))} in the worst, {worst['name']}."
     )
     measured = facts.results.get("perplexity")
     if measured is None:
@@ -128,6 +136,10 @@ def _result_in_words(facts: Facts) -> list[str]:
         f"Its perplexity on {measured['dataset']} is {measured['perplexity']:,.2f} "
         f"({measured['tokens']:,} tokens; lower is better).{dense_too}",
     ]
+
+
+def _share(error: float) -> str:
+    return f"{error:.2g} %" if error < math.inf else "an undefined share"
 
 
 def _zeros(pattern: str) -> str:
@@ -185,7 +197,7 @@ def _meaning(layers: Sequence[Mapping[str, Any]]) -> str:
 
 def _errors(facts: Facts) -> dict[str, Any]:
     layers = facts.layers
-    worst = sorted(layers, key=lambda layer: -float(layer["relative_error"]))[:_WORST]
+    worst = sorted(layers, key=lambda layer: -error_of(layer))[:_WORST]
     return {
         "depth": _figure(
             error_by_depth(layers, facts.summary["blocks"]),
@@ -205,7 +217,7 @@ def _errors(facts: Facts) -> dict[str, Any]:
         ],
         "worst_header": ["layer", "#error, %", "#damping", "#shrinkage", "not solved as asked"],
         "worst_rows": [
-            (layer["name"], _error(layer["relative_error"]), f"{layer['damping']:.3g}",
+            (layer["name"], _error(error_of(layer)), f"{layer['damping']:.3g}",
              f"{layer['shrinkage']:.3g}", "; ".join(layer["deviations"]))
             for layer in worst
         ],
@@ -213,7 +225,7 @@ def _errors(facts: Facts) -> dict[str, Any]:
 
 
 def _error(value: float) -> str:
-    return f"{float(value):.3f}"
+    return f"{value:.3f}" if value < math.inf else "undefined"
 
 
 def _mask(facts: Facts) -> dict[str, Any]:
@@ -231,10 +243,12 @@ def _mask(facts: Facts) -> dict[str, Any]:
             + (" Right: which positions the groups keep (■)." if groups else ""),
         ),
         "input_header": [
-            "kind of layer", "#inputs", "#never kept", "#rarely", "#often", "#with their norm",
+            "kind of layer", "#inputs", "#always 0", "#never kept", "#rarely", "#often",
+            "#with their norm",
         ],
         "input_rows": [
-            (row["kind"], f"{row['inputs']:,}", *(f"{row[name]:,}" for name in _INPUT_COUNTS),
+            (row["kind"], f"{row['inputs']:,}", "" if row["dead"] is None else f"{row['dead']:,}",
+             *(f"{row[name]:,}" for name in _INPUT_COUNTS),
              "" if row["correlation"] is None else f"{row['correlation']:+.2f}")
             for row in input_table(layers)
         ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -15,7 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 from pipeline.config.pattern import Pattern
-from pipeline.reporting.layer_table import by_kind, kind_table, positions_kept, without_pauses
+from pipeline.reporting.layer_table import (
+    by_kind,
+    error_of,
+    kind_table,
+    positions_kept,
+    without_pauses,
+)
 from pipeline.runtime.units import duration
 
 # The colour-blind-safe palette of Okabe and Ito, and more colours for models with many kinds.
@@ -71,7 +78,7 @@ def _colour(number: int) -> str:
 
 def _scale(axes: Axes, which: str, layers: Sequence[Mapping[str, Any]]) -> None:
     """Sets up the error axis ("x" or "y"): logarithmic if errors differ by more than 10 times."""
-    positive = [float(layer["relative_error"]) for layer in layers if layer["relative_error"] > 0]
+    positive = [error for error in map(error_of, layers) if 0 < error < math.inf]
     if positive and max(positive) > 10 * min(positive):
         axes.set(**{f"{which}scale": "log"})
         axis = axes.xaxis if which == "x" else axes.yaxis
@@ -90,10 +97,11 @@ def error_by_depth(layers: Sequence[Mapping[str, Any]], blocks: Sequence[Mapping
         for number, (kind, members) in enumerate(by_kind(layers).items()):
             errors: dict[int, list[float]] = {}
             for layer in members:
-                errors.setdefault(layer["block"], []).append(float(layer["relative_error"]))
+                if (error := error_of(layer)) < math.inf:
+                    errors.setdefault(layer["block"], []).append(error)
             means = [fmean(values) for values in errors.values()]
             axes.plot(list(errors), means, label=kind, color=_colour(number), **marker)
-            if len(members) > len(errors):
+            if any(len(values) > 1 for values in errors.values()):
                 lowest, highest = map(min, errors.values()), map(max, errors.values())
                 axes.fill_between(
                     list(errors), list(lowest), list(highest), color=_colour(number), alpha=0.15
@@ -120,16 +128,19 @@ def error_by_kind(layers: Sequence[Mapping[str, Any]]) -> str:
         axes = _axes(figure, bottom=0.5 / height, top=1 - 0.15 / height, left=0.22)
         groups = by_kind(layers)
         for row, entry in enumerate(table):
-            errors = [float(layer["relative_error"]) for layer in groups[entry["kind"]]]
+            errors = [error for error in map(error_of, groups[entry["kind"]]) if error < math.inf]
             axes.scatter(
                 errors, [row] * len(errors), s=18, alpha=0.5, color=_colour(row), linewidths=0,
                 rasterized=len(layers) > _MOST_SHAPES,
             )  # fmt: skip
-            axes.plot([entry["median"]] * 2, [row - 0.3, row + 0.3], color="black", linewidth=1.5)
-            axes.annotate(
-                f"block {entry['worst_block']}", (entry["worst"], row), (7, 0),
-                textcoords="offset points", va="center", fontsize=8, color="#444444",
-            )  # fmt: skip
+            if entry["median"] < math.inf:
+                middle = [entry["median"]] * 2
+                axes.plot(middle, [row - 0.3, row + 0.3], color="black", linewidth=1.5)
+            if entry["worst"] < math.inf:
+                axes.annotate(
+                    f"block {entry['worst_block']}", (entry["worst"], row), (7, 0),
+                    textcoords="offset points", va="center", fontsize=8, color="#444444",
+                )  # fmt: skip
         _scale(axes, "x", layers)
         axes.set_yticks(range(len(table)), [entry["kind"] for entry in table])
         axes.set_ylim(len(table) - 0.5, -0.5)

@@ -36,8 +36,8 @@ class KindError:
     objective_zero: float
 
     @property
-    def relative_error(self) -> float:
-        """In percent, as for a block."""
+    def relative_error(self) -> float | None:
+        """In percent, as for a block; None where it is undefined (see `percentage`)."""
         return percentage(self.objective, self.objective_zero)
 
     def __add__(self, other: KindError) -> KindError:

@@ -15,16 +15,20 @@ import torch
 from torch import Tensor
 
 from pipeline.config.solver import SolverSettings
-from pipeline.solvers.hessian import estimate, joined
+from pipeline.solvers.hessian import dead_inputs, estimate, joined
 from pipeline.solvers.methods.prox_admm import ProxAdmmSolver
 from pipeline.solvers.methods.wanda import WandaSolver
 from pipeline.solvers.objective import objective
-from pipeline.solvers.types import Statistics, percentage
+from pipeline.solvers.types import Statistics
 
 # Factors on the estimated (damping, shrinkage), in the order in which they are tried.
 _FACTORS = ((1.0, 1.0), (0.2, 0.2), (1.0, 4.0), (4.0, 1.0), (0.2, 1.0), (0.05, 0.05))
 # Time of all trials as a share of the solve. With estimates and evaluation it is about a quarter.
 _TRIAL_SHARE = 0.15
+NOT_COMPARED = (
+    "shrinkage estimate instead of auto: the inputs or outputs are 0 on a half of the calibration"
+)
+"""The deviation where `choose_regularization` could compare nothing."""
 # A trial has one inverse, few iterations, and one row in eight.
 _TRIAL_ITERATIONS, _ROW_SHARE, _LEAST_ROWS = 20, 8, 16
 
@@ -61,13 +65,14 @@ def choose_regularization(
     weights: Mapping[str, Tensor],
     halves: tuple[Statistics, Statistics],
     settings: SolverSettings,
-) -> RegularizationChoice:
+) -> RegularizationChoice | None:
     """Choose damping and shrinkage for layers that share an input.
 
     weights: name -> (R_i, C), all rows of all layers of the group, so that the choice does not
     depend on the worker. halves: full statistics of the two halves of the calibration sequences.
     The trials take at most about a quarter of the time of a solve: with few rows compared with the
     columns, fewer settings are tried. If Wanda is the best of all, the choice is full shrinkage.
+    None where nothing can be compared: the inputs or outputs are 0 on a half of the calibration.
     Raises NumericalError as a solve does.
     """
     rows = _sample(weights)
@@ -75,10 +80,12 @@ def choose_regularization(
     fit, held_out = halves
     damping, shrinkage = estimate(fit)
     zero = float(objective(torch.zeros_like(rows), rows, held_out).sum())
+    if zero <= 0 or dead_inputs(fit) == fit.columns:
+        return None
 
     def held_out_error(solver: ProxAdmmSolver | WandaSolver) -> float:
         solved = solver.weights(rows, solver.prepare(fit))
-        return percentage(float(objective(solved, rows, held_out).sum()), zero)
+        return 100 * float(objective(solved, rows, held_out).sum()) / zero
 
     wanda = WandaSolver(SolverSettings(method="wanda", pattern=settings.pattern))
     trials = [Trial(0.0, 1.0, 0.0, 0.0, held_out_error(wanda))]

@@ -6,7 +6,8 @@ Shapes: R rows (output features), C columns (input features).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from pipeline.solvers.cost import (
 from pipeline.solvers.hessian import (
     ScaledHessian,
     check_statistics,
+    dead_inputs,
     regularization_of,
     scaled_hessian,
 )
@@ -35,6 +37,8 @@ from pipeline.solvers.types import Solution, SolveReport, Statistics, percentage
 from storage.errors import NumericalError
 
 _ROW_TILE = 16
+NO_INPUT = "largest weights kept: its inputs are 0 on all of the calibration text"
+"""The deviation of a layer about which the calibration says nothing."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,20 @@ class GroupData:
 
     problem: the regularized Hessian, where the method or its refinement needs it. matrix: a
     (C, C) fp32 matrix of the method, such as a factor. eigenvalue: the largest one of H~, which
-    `prox` needs. deviations: see `SolveReport`.
+    `prox` needs. dead_inputs, deviations: see `SolveReport`.
     """
 
     statistics: Statistics | None
     problem: ScaledHessian | None = None
     matrix: Tensor | None = None
     eigenvalue: float = 0.0
+    dead_inputs: int = 0
     deviations: tuple[str, ...] = ()
+
+    @property
+    def no_input(self) -> bool:
+        """Whether H is 0, so that every pruned weight would cost nothing."""
+        return self.statistics is not None and self.dead_inputs == self.statistics.columns
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,7 @@ class BaseSolver(ABC):
     def prepare(self, statistics: Statistics | None) -> GroupData:
         """What all layers of a group share, computed from its statistics.
 
+        Where all inputs are 0 that is a note: the largest weights will be kept.
         Raises NumericalError for missing or invalid statistics, ConfigError where the pattern does
         not divide C.
         """
@@ -120,12 +131,16 @@ class BaseSolver(ABC):
                 raise NumericalError(f"{self.settings.method} needs {self.needs} statistics")
             return GroupData(None)
         self.pattern.check_columns(statistics.columns)
+        prepared = GroupData(statistics, dead_inputs=dead_inputs(statistics))
+        if prepared.no_input:
+            check_statistics(statistics)
+            return replace(prepared, deviations=() if self.needs == "none" else (NO_INPUT,))
         if self.needs == "full":
             damping, shrinkage = regularization_of(self.settings, statistics)
             problem = scaled_hessian(statistics, damping=damping, shrinkage=shrinkage)
-            return self._derive(GroupData(statistics, problem))
+            return self._derive(replace(prepared, problem=problem))
         check_statistics(statistics)
-        return self._derive(GroupData(statistics))
+        return self._derive(prepared)
 
     def solve(self, weight: Tensor, prepared: GroupData) -> Solution:
         """Prune one layer or row slice: (R, C) of any float dtype, which is not changed."""
@@ -133,7 +148,7 @@ class BaseSolver(ABC):
 
     def weights(self, weight: Tensor, prepared: GroupData) -> Tensor:
         """The pruned weight (R, C) fp32 of the method, without refinement and report."""
-        return self._find(self._stack({"": weight}), prepared).weight[: len(weight)]
+        return self._found(self._stack({"": weight}), prepared).weight[: len(weight)]
 
     def solve_group(
         self, weights: Mapping[str, Tensor], prepared: GroupData
@@ -142,8 +157,8 @@ class BaseSolver(ABC):
 
         weights: name -> (R_i, C) of any float dtype, on the device of the statistics; R_i may be 0.
         Their rows are stacked and solved together.
-        Raises NumericalError, naming the layer, for a wrong shape or NaN or Inf in a weight; all
-        weights are checked first.
+        Raises NumericalError, naming the layer, for a wrong shape or NaN or Inf in a weight, which
+        are checked first, and for a Hessian that is not positive definite.
         """
         for name, weight in weights.items():
             self._check_weight(name, weight, prepared)
@@ -155,7 +170,8 @@ class BaseSolver(ABC):
         if not weights:
             return {}
         original = self._stack(weights)
-        result = self._find(original, prepared)
+        with naming(weights):
+            result = self._found(original, prepared)
         problem = result.problem or prepared.problem
         refined = self._refine(result, original, problem, prepared)
         zero = objective(torch.zeros_like(original), original, prepared.statistics)
@@ -181,6 +197,14 @@ class BaseSolver(ABC):
         if missing and self.separable:
             parts.append(parts[0].new_zeros(missing, parts[0].shape[1]))
         return torch.cat(parts)
+
+    def _found(self, original: Tensor, prepared: GroupData) -> MethodResult:
+        """What the method finds for `original` (R, C) fp32; its largest weights without inputs."""
+        if not prepared.no_input or self.statistic == "none":
+            return self._find(original, prepared)
+        mask = keep_mask(self.pattern, original.abs())
+        no_change = torch.zeros(len(original), device=original.device)
+        return MethodResult(original * mask, mask, 0, no_change)
 
     @abstractmethod
     def _find(self, original: Tensor, prepared: GroupData) -> MethodResult:
@@ -295,8 +319,22 @@ class BaseSolver(ABC):
             damping=problem.damping if problem else 0.0,
             shrinkage=problem.shrinkage if problem else 0.0,
             blocksize=result.blocksize,
+            dead_inputs=prepared.dead_inputs,
             deviations=notes,
         )
+
+
+@contextmanager
+def naming(layers: Collection[str]) -> Iterator[None]:
+    """Has a NumericalError inside name the layers of a group, which share the input."""
+    try:
+        yield
+    except NumericalError as error:
+        first = next(iter(layers), "")
+        if not first:
+            raise
+        more = f" and {len(layers) - 1} with the same input" if len(layers) > 1 else ""
+        raise NumericalError(f"layer {first}{more}: {error}") from error
 
 
 def solve_diagonal(original: Tensor, problem: ScaledHessian, pattern: Pattern) -> MethodResult:

@@ -30,6 +30,10 @@ _NOISE_FACTOR = 2.0
 _DAMPING_FACTOR = 0.3
 _DAMPING_LIMIT = 0.3
 _DAMPING_RAISES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_TOO_LARGE = (
+    "the inputs are not finite, or too large for their squares to be summed in float32; leave the "
+    "layer dense (--override LAYER=dense)"
+)
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ def check_statistics(statistics: Statistics) -> None:
             raise NumericalError(f"the Hessian has shape {shape}, not ({columns}, {columns})")
         # NaN propagates to the extremes, which take one pass and no memory.
         if not bool(torch.isfinite(torch.stack(statistics.hessian.aminmax())).all()):
-            raise NumericalError("the Hessian holds NaN or Inf: the layer's inputs are not finite")
+            raise NumericalError(f"the Hessian holds NaN or Inf: {_TOO_LARGE}")
         diagonal = statistics.hessian.diagonal()
     if diagonal is not None:
         if diagonal.shape != (columns,):
@@ -163,7 +167,7 @@ def check_statistics(statistics: Statistics) -> None:
                 f"the diagonal has shape {tuple(diagonal.shape)}, not ({columns},)"
             )
         if not bool(torch.isfinite(diagonal).all()):
-            raise NumericalError("the diagonal holds NaN or Inf: the layer's inputs are not finite")
+            raise NumericalError(f"the sums of squares hold NaN or Inf: {_TOO_LARGE}")
         if bool((diagonal < 0).any()):
             raise NumericalError("the diagonal is negative somewhere: not a sum of squares")
 
@@ -179,6 +183,17 @@ def diagonal_of(statistics: Statistics | None) -> Tensor:
             "this solve needs the diagonal of the Hessian, which the statistics do not have"
         )
     return statistics.diagonal
+
+
+def dead_inputs(statistics: Statistics) -> int:
+    """How many of the C inputs are 0 in all tokens, or too small to be squared in fp32.
+
+    0 where there is no statistic.
+    """
+    diagonal = statistics.diagonal
+    if diagonal is None and statistics.full:
+        diagonal = diagonal_of(statistics)
+    return 0 if diagonal is None else int((diagonal == 0).sum())
 
 
 def joined(first: Statistics, second: Statistics) -> Statistics:
@@ -248,7 +263,9 @@ def raise_damping(problem: ScaledHessian) -> ScaledHessian:
             note = f"damping raised from {problem.damping:g} to {damping:g}: not positive definite"
             return replace(raised, deviations=(*problem.deviations, note))
     raise NumericalError(
-        f"the Hessian is not positive definite even at damping {problem.damping:g}"
+        f"the Hessian is not positive definite even at damping {problem.damping:g}; use a "
+        "--shrinkage of 0.5 or more, or wanda for this layer, which needs the diagonal alone "
+        "(--override LAYER=wanda)"
     )
 
 

@@ -70,8 +70,11 @@ def statistic_name(statistics: Statistics | None) -> str:
     return "diagonal" if statistics is not None and statistics.diagonal is not None else "none"
 
 
-def relative_error(weight: Tensor, original: Tensor, statistics: Statistics | None) -> float:
-    """100 * L(W) / L(0) over all rows, in percent. Raises ValueError where shapes differ."""
+def relative_error(weight: Tensor, original: Tensor, statistics: Statistics | None) -> float | None:
+    """100 * L(W) / L(0) over all rows, in percent; None where it is undefined (see `percentage`).
+
+    Raises ValueError where shapes differ.
+    """
     lost = float(objective(weight, original, statistics).sum())
     zero = float(objective(torch.zeros_like(weight), original, statistics).sum())
     return percentage(lost, zero)

@@ -6,7 +6,6 @@ mean is used.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -42,11 +41,13 @@ class SolveReport:
 
     Objectives are L = tr(dW H dW^T) with the undamped mean Hessian H, summed over `rows` rows:
     `objective_zero` at W = 0, `objective_before` before refinement, `objective` at the end.
-    `relative_error` is 100 * objective / objective_zero, in percent (0 where both are 0).
+    `relative_error` is 100 * objective / objective_zero, in percent: see `percentage`.
     `statistic` is what was used as H: "full", "diagonal", or "none" (the identity). `tokens`: the
     calibration tokens that reached the layer; for an expert, those routed to it.
     `support_change`: share of the support that the last step (the last iteration, or the final
-    projection) changed. `deviations`: sentences on where the solve departed from its settings.
+    projection) changed. `dead_inputs`: how many of the C inputs are 0 in all calibration tokens, so
+    that nothing is known of their weights. `deviations`: sentences on where the solve departed from
+    its settings.
     """
 
     method: str
@@ -55,7 +56,7 @@ class SolveReport:
     objective_zero: float
     objective_before: float
     objective: float
-    relative_error: float
+    relative_error: float | None
     statistic: str
     tokens: int
     iterations: int
@@ -66,6 +67,7 @@ class SolveReport:
     damping: float
     shrinkage: float
     blocksize: int | None = None
+    dead_inputs: int = 0
     deviations: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
@@ -86,11 +88,15 @@ class Solution:
     report: SolveReport
 
 
-def percentage(objective: float, objective_zero: float) -> float:
-    """100 * objective / objective_zero. For objective_zero = 0: 0, or inf if objective > 0."""
+def percentage(objective: float, objective_zero: float) -> float | None:
+    """100 * objective / objective_zero. For objective_zero = 0: 0 where both are 0, or else None.
+
+    It is undefined where the outputs are 0 (or cancel) on the calibration text, and pruning changes
+    them.
+    """
     if objective_zero > 0:
         return 100 * objective / objective_zero
-    return 0.0 if objective <= 0 else math.inf
+    return 0.0 if objective <= 0 else None
 
 
 def merge_reports(reports: Sequence[SolveReport]) -> SolveReport:

@@ -14,7 +14,7 @@ Shapes: T tokens of a batch, S sequences, C columns (input features).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,6 +81,19 @@ class Sums:
         """The kept inputs, (tokens, C) fp32."""
         parts = [x_TC.float() for x_TC in self.inputs or ()]
         return torch.cat([self.diagonal.new_empty(0, self.columns, dtype=torch.float32), *parts])
+
+    def squares(self) -> Tensor:
+        """The sums of squares (C,) in fp32, as solvers get them.
+
+        If they are finite, so are all sums: |H_ij| is at most the mean of H_ii and H_jj.
+        """
+        if self.inputs is not None:
+            zero = self.diagonal.new_zeros(self.columns, dtype=torch.float32)
+            return sum((x_TC.float().square().sum(dim=0) for x_TC in self.inputs), zero)
+        if not self.matrix.numel():
+            return self.diagonal.float()
+        parts = panels_of(self.matrix, self.columns)
+        return torch.cat([panel[start:].diagonal() for (start, _), panel in parts]).float()
 
     def _multiply(self, x_TC: Tensor) -> None:
         exact = x_TC.dtype in _EXACT_IN_TF32
@@ -253,6 +266,16 @@ class GroupAccumulator:
     def sums(self) -> HalvedSums:
         """The sums so far."""
         return tuple(half.sums for half in self.halves)
+
+
+def not_finite_sums(sums: Mapping[str, HalvedSums]) -> list[str]:
+    """The groups whose sums are not finite in fp32, of the sums by group."""
+    finite = [
+        torch.stack([torch.isfinite(half.squares()).all() for half in halves]).all()
+        for halves in sums.values()
+    ]
+    known = torch.stack(finite).tolist() if finite else []  # one wait for the device
+    return [name for name, good in zip(sums, known, strict=True) if not good]
 
 
 def merged(halves: HalvedStatistics) -> Statistics | None:

@@ -60,7 +60,7 @@ class BlockObserver:
         counted: (nsamples, seqlen) bool, of all sequences of the calibration the tokens whose
         inputs are summed; None for all tokens.
         """
-        self._module, self._sums, self._call, self._watch = module, sums, call, watch
+        self.module, self._sums, self._call, self._watch = module, sums, call, watch
         self._counted = counted
         self._left = 0  # groups not yet observed in this forward
         # Where a layer is called several times in a forward, its last call is not known.
@@ -88,7 +88,7 @@ class BlockObserver:
         self._watch.count("tokens", size * length)
         with self._watch("forward"):
             try:
-                self._call(hidden_states).run(self._module, hidden_states)
+                self._call(hidden_states).run(self.module, hidden_states)
             except _AllObserved:
                 return
 

@@ -7,22 +7,19 @@ statistics between `calibrate` and `solve`. So a lost rank costs one block at mo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from pipeline.config.solver import AUTO, SolverSettings
 from pipeline.loop.rank import Call, Rank
-from pipeline.messages import Advanced, Job, Observed, Outcome, SolvedSlices
+from pipeline.messages import Advanced, Job, Observed, Outcome
 from pipeline.models.experts import send_every_token
 from pipeline.models.forward_capture import LayerGroup, ModelEnds
-from pipeline.models.linears import linear_layers
-from pipeline.models.selection import settings_of
 from pipeline.models.skeleton import Skeleton, open_skeleton
 from pipeline.output.replacements import Replacements
 from pipeline.records.manifest import expect_source
@@ -34,27 +31,28 @@ from pipeline.runtime.device import (
     statistics_room,
 )
 from pipeline.runtime.out_of_memory import explaining
-from pipeline.runtime.split import deal, in_passes
+from pipeline.runtime.split import in_passes
 from pipeline.runtime.stopwatch import Stopwatch, peak_memory
-from pipeline.solvers.auto_shrinkage import choose_regularization
 from pipeline.solvers.registry import solver_for
-from pipeline.statistics.accumulate import HalvedStatistics, HalvedSums, merged, statistics_bytes
+from pipeline.statistics.accumulate import (
+    HalvedSums,
+    not_finite_sums,
+    statistics_bytes,
+)
 from pipeline.statistics.all_reduce import Collective
 from pipeline.statistics.observer import BlockObserver, accumulators
 from pipeline.worker.block_loader import BlockLoader
-from pipeline.worker.few_tokens import least_tokens
 from pipeline.worker.forward import Forward
 from pipeline.worker.groups import Groups
-from pipeline.worker.saved_layers import save_layer, saved_layers
+from pipeline.worker.saved_layers import saved_layers
 from pipeline.worker.scoring import Scoring
 from pipeline.worker.scratch_phases import ScratchPhases
-from pipeline.worker.solve import TOO_FEW_TOKENS, deal_rows, solve_group
-from storage.errors import ModelError, NumericalError
+from pipeline.worker.solve_phases import PassState, SolvePhases
 from storage.files.hashing import StoredFile
 from storage.model.files import WeightFileFingerprint, fingerprint_weight_file
 from storage.object_store import place
 from storage.output.weight_files import Sending, write_files
-from storage.run.checkpoints import BlockRecord, RowSlice, write_row_slices
+from storage.run.checkpoints import BlockRecord
 from storage.run.directory import RunDirectory
 from storage.run.lock import require_owner
 
@@ -75,21 +73,7 @@ _WITHOUT_SOURCE = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class PassState:
-    """What a rank keeps between the phases of a pass over a block's inputs; all else is dropped.
-
-    groups: the pass's groups of layers. sums: group → sums over this rank's sequences, from
-    `calibrate` until `reduce`. statistics: group → statistics over all ranks' sequences, from
-    `reduce` until `solve`.
-    """
-
-    groups: tuple[LayerGroup, ...] = ()
-    sums: dict[str, HalvedSums] = field(default_factory=dict)
-    statistics: dict[str, HalvedStatistics] = field(default_factory=dict)
-
-
-class BlockWorker(Scoring, ScratchPhases):
+class BlockWorker(SolvePhases, Scoring, ScratchPhases):
     """One rank, as `pipeline.loop.rank.Rank` describes it."""
 
     def __init__(self, job: Job, rank: int, world: int) -> None:
@@ -156,7 +140,8 @@ class BlockWorker(Scoring, ScratchPhases):
         observer, observed, groups = self._observer(block, first, limit, number)
         for _, start, hidden_states in self.forward.rank_batches(block, shards):
             observer.add(start, hidden_states)
-        self.state = PassState(groups, observer.sums())
+        again = (batch for _, _, batch in self.forward.rank_batches(block, shards))
+        self.state = PassState(groups, self._sums(block, observer, groups, again))
         return observed
 
     def reduce(self) -> None:
@@ -175,77 +160,6 @@ class BlockWorker(Scoring, ScratchPhases):
     def groups_held(self) -> tuple[LayerGroup, ...]:
         """The groups whose statistics are in memory: the same on every rank."""
         return self.state.groups
-
-    def choose(self, block: int) -> dict[str, dict[str, Any]]:
-        """Chooses the regularization of this rank's share of groups: group → settings as JSON.
-
-        The entry is empty for a group whose method (`--override`) leaves nothing to choose.
-        """
-        cost = {group.name: float(group.columns) ** 3 for group in self.state.groups}
-        owners = deal(list(cost), cost, self.world)
-        choices: dict[str, dict[str, Any]] = {}
-        layer_settings = self._settings(block)
-        module = self.skeleton.blocks[block]
-        for group in (group for group in self.state.groups if owners[group.name] == self.rank):
-            settings = layer_settings[group.name]
-            if settings.shrinkage != AUTO or solver_for(settings).needs != "full":
-                choices[group.name] = {}
-                continue
-            first, second = self.state.statistics[group.name]
-            least = least_tokens(module, group.layers, self.job.expert_tokens)
-            if min(first.tokens, second.tokens) < least:
-                choices[group.name] = TOO_FEW_TOKENS
-                continue
-            weights = {layer: self._read_weight(block, layer) for layer in group.layers}
-            with self.watch("choose"):
-                choice = choose_regularization(weights, (first, second), settings)
-            choices[group.name] = choice.to_json()
-        return choices
-
-    def solve(
-        self, block: int, stamp: str, choices: dict[str, dict[str, Any]] | None
-    ) -> SolvedSlices:
-        """Solves this rank's rows of the pass's layers and writes them to one file.
-
-        choices: what `choose` returned, for all groups; None if nothing is chosen.
-        Raises `NumericalError`, naming block and layer, for NaN or Inf.
-        """
-        settings = self._settings(block)
-        if self.state.statistics and block + 1 < len(self.skeleton.blocks):
-            self.loader.ahead(block + 1)
-        shapes = linear_layers(self.skeleton.blocks[block])
-        # Without statistics (magnitude) nothing was observed: each layer is a group.
-        groups = self.state.groups or tuple(LayerGroup((n,), shapes[n][1]) for n in settings)
-        ranges = deal_rows(settings, groups, shapes, self.world)[self.rank]
-        slices: dict[str, RowSlice] = {}
-        reports: dict[str, dict[str, Any]] = {}
-        costs: dict[str, dict[str, float]] = {}
-        for group in groups:
-            self._save_layers(block, group)
-            rows = {layer: ranges[layer] for layer in group.layers if layer in ranges}
-            halves = self.state.statistics.pop(group.name, ())
-            if not rows:
-                continue
-            choice = choices.get(group.name) if choices is not None else None
-            began = time.perf_counter()
-            solved = self._solve_group(block, settings[group.name], rows, halves, choice)
-            costs[group.name] = {
-                "seconds": time.perf_counter() - began,
-                **peak_memory(self.device),
-            }
-            for layer, (stored, report) in solved.items():
-                slices[layer] = RowSlice(rows[layer][0], stored)
-                self.watch.count("solved_weights", stored.numel())
-                reports[layer] = report
-        self.forget()
-        if not slices:
-            return SolvedSlices(None, ranges, reports, costs)
-        path = self.run.checkpoints(block) / f"rank-{self.rank}.{stamp}.safetensors"
-        require_owner(self.job.lock_file)
-        with self.watch("io"):
-            file = write_row_slices(path, slices)
-        self.watch.count("slices_written_bytes", file.bytes)
-        return SolvedSlices(file, ranges, reports, costs)
 
     def propagate(
         self,
@@ -291,7 +205,11 @@ class BlockWorker(Scoring, ScratchPhases):
                 observer.add(start, output)
 
         written = self.forward.write(block + 1, stamp, outputs())
-        self.state = PassState(groups, observer.sums())
+        again = (
+            self.forward.output(block, module, batch)
+            for _, _, batch in self.forward.rank_batches(block, shards)
+        )
+        self.state = PassState(groups, self._sums(block + 1, observer, groups, again))
         return Advanced(written, observed)
 
     def write_output(
@@ -303,22 +221,12 @@ class BlockWorker(Scoring, ScratchPhases):
         with self.watch("io"):
             return write_files(self.skeleton.files, files, place(folder), replacement, sending)
 
-    def forget(self) -> None:
-        """Drops the statistics of an abandoned attempt or of a solved block."""
-        self.state = PassState()
-
     # -- parts of these ---------------------------------------------------------------------
 
     def _expect_source(self) -> None:
         """Has every source tensor compared with its hash in `run.json` when it is read."""
         if self.job.rules is not None and not self.skeleton.files.expected:
             expect_source(self.run, self.skeleton.files)
-
-    def _settings(self, block: int) -> dict[str, SolverSettings]:
-        """Layer, by its path in the block → its settings, for the block's pruned layers."""
-        if self.job.rules is None:
-            raise ModelError("this job evaluates; it has no solver")
-        return settings_of(self.skeleton, block, self.job.rules)
 
     def _observer(
         self, block: int, first: Callable[[], Tensor], limit: float | None, number: int
@@ -341,42 +249,22 @@ class BlockWorker(Scoring, ScratchPhases):
         observer = BlockObserver(module, sums, call, self.watch, self.forward.counted())
         return observer, Observed(groups, len(passes)), pass_groups
 
+    def _sums(
+        self,
+        block: int,
+        observer: BlockObserver,
+        groups: Iterable[LayerGroup],
+        again: Iterable[Tensor],
+    ) -> dict[str, HalvedSums]:
+        """The sums of a pass. again: its batches, for the error where a sum is not finite."""
+        sums = observer.sums()
+        if beyond := not_finite_sums(sums):
+            layers = [layer for group in groups if group.name in beyond for layer in group.layers]
+            raise self.forward.statistics_error(block, observer.module, layers, again)
+        return sums
+
     def _needs(self, block: int, group: LayerGroup, settings: dict[str, SolverSettings]) -> str:
         """The statistic that a group needs: "none", "diagonal" or "full"."""
         prefix = self.skeleton.block_prefix(block)
         saved = saved_layers(self.job.save_layers, prefix, group.layers)
         return "full" if saved else solver_for(settings[group.name]).needs
-
-    def _solve_group(
-        self,
-        block: int,
-        settings: SolverSettings,
-        rows: dict[str, tuple[int, int]],
-        halves: HalvedStatistics,
-        choice: dict[str, Any] | None,
-    ) -> dict[str, tuple[Tensor, dict[str, Any]]]:
-        """Layer → its solved rows and their report; see `pipeline.worker.solve.solve_group`."""
-        weights = {layer: self._read_weight(block, layer, part) for layer, part in rows.items()}
-        with self.watch("solve"):
-            try:
-                least = least_tokens(self.skeleton.blocks[block], rows, self.job.expert_tokens)
-                return solve_group(weights, merged(halves), settings, choice, least)
-            except NumericalError as error:
-                raise NumericalError(f"block {block}: {error}") from error
-
-    def _read_weight(self, block: int, layer: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """A layer's weight (R, C), or its rows start:stop, in the stored dtype on the device."""
-        with self.watch("load"):
-            weight = self.skeleton.read_weight(block, layer, rows).to(self.device)
-        self.watch.count("weights_read_bytes", weight.nbytes)
-        return weight
-
-    def _save_layers(self, block: int, group: LayerGroup) -> None:
-        """On rank 0, writes the group's layers that `--save-layers` names."""
-        if self.rank or group.name not in self.state.statistics:
-            return
-        prefix, halves = self.skeleton.block_prefix(block), self.state.statistics[group.name]
-        for layer in saved_layers(self.job.save_layers, prefix, group.layers):
-            with self.watch("io"):
-                weight = self._read_weight(block, layer)
-                save_layer(self.job, self.run, prefix + layer, weight, halves)

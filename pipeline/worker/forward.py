@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,12 @@ from pipeline.messages import Job
 from pipeline.models.forward_capture import BlockCall, ModelEnds
 from pipeline.models.skeleton import Skeleton
 from pipeline.runtime.background import Background, Behind
+from pipeline.runtime.not_finite import (
+    first_not_finite,
+    largest_inputs,
+    name_of,
+    wider_dtype,
+)
 from pipeline.runtime.split import batch_ranges, even_range, second_half, shard_ranges
 from pipeline.runtime.stopwatch import Stopwatch
 from pipeline.worker.scratch import Scratch
@@ -86,18 +92,66 @@ class Forward:
         for index, (start, stop) in self.rank_shards(only):
             for first, last in batch_ranges(stop - start, self.job.batch_size):
                 with self.watch("forward"):
-                    hidden_states = ends.embed(self.tokens()[start + first : start + last])
-                yield index, _finite(hidden_states, "the embeddings")
+                    tokens = self.tokens()[start + first : start + last]
+                    hidden_states = ends.embed(tokens)
+                if not _finite(hidden_states):
+                    raise around_blocks(ends, partial(ends.embed, tokens), "the embeddings")
+                yield index, hidden_states
 
     def output(self, block: int, module: nn.Module, hidden_states: Tensor) -> Tensor:
         """The block's output, (n, seqlen, hidden), for a batch of its inputs of that shape.
 
-        Raises `NumericalError` for NaN or Inf.
+        Raises `NumericalError` for NaN or Inf, naming the module that gave it.
         """
         self.watch.count("tokens", hidden_states.shape[0] * hidden_states.shape[1])
         with self.watch("forward"):
             output = self.call(block, hidden_states).run(module, hidden_states)
-        return _finite(output, f"block {block}")
+        if not _finite(output):
+            if (error := self.not_finite(block, module, hidden_states)) is not None:
+                raise error
+            raise NumericalError(
+                f"block {block}: its output held NaN or Inf, but not when it was computed again; "
+                "look at the hardware of this worker"
+            )
+        return output
+
+    def not_finite(
+        self, block: int, module: nn.Module, hidden_states: Tensor
+    ) -> NumericalError | None:
+        """The error that names the first module of the block whose values are not finite.
+
+        hidden_states: (n, seqlen, hidden), inputs of the block. The block is run on them again;
+        None if all is finite.
+        """
+        path = self.skeleton.block_prefix(block).rstrip(".")
+        # A model may add to its inputs in place.
+        run = partial(self.call(block, hidden_states).run, module, hidden_states.clone())
+        found = first_not_finite(module, path, run)
+        if found is None:
+            return None
+        return NumericalError(f"block {block}: {found}; {wider_dtype(self.skeleton.dtype)}")
+
+    def statistics_error(
+        self, block: int, module: nn.Module, layers: Sequence[str], batches: Iterable[Tensor]
+    ) -> NumericalError:
+        """Why the sums of squares of the inputs of `layers`, paths in the block, are not finite.
+
+        batches: this rank's inputs of the block `module`, (n, seqlen, hidden), as they were summed.
+        """
+        largest = dict.fromkeys(layers, 0.0)
+        for batch in batches:
+            if (error := self.not_finite(block, module, batch)) is not None:
+                return error
+            run = partial(self.call(block, batch).run, module, batch)
+            for layer, value in largest_inputs(module, layers, run).items():
+                largest[layer] = max(largest[layer], value)
+        names = [self.skeleton.block_prefix(block) + layer for layer in layers]
+        more = f" (and {len(names) - 1} more layers)" if len(names) > 1 else ""
+        return NumericalError(
+            f"block {block}: the inputs of {names[0]}{more} reach {max(largest.values()):.1e}, and "
+            "their squares, which its Hessian sums, overflow float32; leave such layers dense "
+            f"(--override '{names[0]}=dense'), or use --method magnitude, which needs no inputs"
+        )
 
     def rank_batches(
         self,
@@ -186,10 +240,15 @@ class Forward:
         return self._calls[size][block]
 
 
-def _finite(hidden_states: Tensor, where: str) -> Tensor:
-    if not bool(torch.isfinite(hidden_states).all()):
-        dtype = str(hidden_states.dtype).removeprefix("torch.")
-        raise NumericalError(
-            f"the output of {where} is not finite in {dtype}; try --dtype float32 or bfloat16"
-        )
-    return hidden_states
+def around_blocks(ends: ModelEnds, run: Callable[[], object], what: str) -> NumericalError:
+    """The error for `what` that is not finite, computed by `run` with the model around its blocks.
+
+    It names the first module whose values are not finite.
+    """
+    found = first_not_finite(ends.model, "", run)
+    dtype = name_of(ends.dtype)
+    return NumericalError(f"{what}: {found or f'not finite in {dtype}'}; {wider_dtype(ends.dtype)}")
+
+
+def _finite(hidden_states: Tensor) -> bool:
+    return bool(torch.isfinite(hidden_states).all())

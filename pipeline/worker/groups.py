@@ -39,13 +39,12 @@ class Groups:
         if structure not in self._found:
             batch = first()
             call = self._forward.call(block, batch)
-            groups = find_groups(module, call, batch, tuple(settings))
+            prefix = self._forward.skeleton.block_prefix(block)
+            groups = find_groups(module, call, batch, tuple(settings), prefix)
             if self._forward.counted() is not None:
                 try:
                     check_rows(module, call, batch, groups)
                 except ModelError as error:
-                    raise ModelError(
-                        f"{self._forward.skeleton.block_prefix(block)}{error}"
-                    ) from error
+                    raise ModelError(f"{prefix}{error}") from error
             self._found[structure] = split_groups(groups, settings)
         return self._found[structure]

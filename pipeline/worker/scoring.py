@@ -3,7 +3,9 @@ model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from pipeline.messages import Job, Reference, SequenceDistance, Target
 from pipeline.models.forward_capture import ModelEnds
 from pipeline.models.skeleton import open_skeleton
 from pipeline.worker.divergence import divergences
-from pipeline.worker.forward import Forward
+from pipeline.worker.forward import Forward, around_blocks
 from storage.files.hashing import StoredFile
 from storage.object_store import place
 from storage.run.activations import open_activation_shard
@@ -53,7 +55,7 @@ def sequence_likelihoods(
 ) -> list[list[tuple[float, bool]]]:
     """Per sequence of this rank, and per target: (log-likelihood in nats, all tokens most likely).
 
-    targets: of all sequences, in order.
+    targets: of all sequences, in order. Raises `NumericalError`, naming the module, for NaN or Inf.
     """
     with forward.watch("load"):
         ends = ModelEnds(forward.skeleton, forward.device, head=True)
@@ -71,6 +73,9 @@ def sequence_likelihoods(
                 wanted = torch.tensor(target.tokens, device=forward.device)
                 likely = logarithms.gather(1, wanted[:, None]).double().sum()
                 scores.append((float(likely), bool((logarithms.argmax(dim=-1) == wanted).all())))
+        if not all(math.isfinite(likelihood) for likelihood, _ in scores):
+            run = partial(ends.logits, tokens, hidden_states)
+            raise around_blocks(ends, run, f"the likelihoods of sequence {start}")
         likelihoods.append(scores)
     return likelihoods
 
@@ -80,7 +85,8 @@ def sequence_losses(
 ) -> list[float]:
     """Summed next-token loss (nats) of each of this rank's sequences, in order.
 
-    shards: the outputs of the last block, stored as the inputs of `block`.
+    shards: the outputs of the last block, stored as the inputs of `block`. Raises
+    `NumericalError`, naming the module, for NaN or Inf.
     """
     with forward.watch("load"):
         ends = ModelEnds(forward.skeleton, forward.device, head=True)
@@ -93,6 +99,9 @@ def sequence_losses(
                 logits[0, :-1].float(), tokens[0, 1:], reduction="none"
             )
             sums.append(float(loss.double().sum()))
+        if not math.isfinite(sums[-1]):
+            run = partial(ends.logits, tokens, hidden_states)
+            raise around_blocks(ends, run, f"the loss of sequence {start}")
     return sums
 
 

@@ -15,11 +15,15 @@ from pipeline.config.pattern import Pattern
 from pipeline.config.solver import ESTIMATE, SolverSettings
 from pipeline.models.forward_capture import LayerGroup
 from pipeline.runtime.split import GroupRows, row_ranges, whole_layers
+from pipeline.solvers.auto_shrinkage import NOT_COMPARED, choose_regularization
+from pipeline.solvers.base import naming
 from pipeline.solvers.hessian import diagonal_of
 from pipeline.solvers.mask_counts import mask_counts
 from pipeline.solvers.objective import objective, total_of_rows
-from pipeline.solvers.registry import solve_cost, solver_for
-from pipeline.solvers.types import Solution, Statistics, percentage
+from pipeline.solvers.registry import solve_cost, solver_class, solver_for
+from pipeline.solvers.stored import as_stored
+from pipeline.solvers.types import Solution, SolveReport, Statistics, percentage
+from pipeline.statistics.accumulate import HalvedStatistics
 from pipeline.worker.few_tokens import fallback
 
 # Rows solved at once, in multiples of C. All experts of a block may share their input; the groups
@@ -86,6 +90,22 @@ def deal_rows(
     return pieces
 
 
+def choose_settings(
+    weights: Mapping[str, Tensor], halves: HalvedStatistics, settings: SolverSettings
+) -> dict[str, Any]:
+    """The settings that --shrinkage auto chooses for layers that share an input, as JSON.
+
+    weights: layer → (R, C), all rows. halves: statistics of the two halves of the calibration.
+    Raises `NumericalError`, naming the layers, as a solve does.
+    """
+    first, second = halves
+    with naming(weights):
+        choice = choose_regularization(weights, (first, second), settings)
+    if choice is None:
+        return {"shrinkage": ESTIMATE, "note": NOT_COMPARED}
+    return choice.to_json()
+
+
 def solve_group(
     weights: Mapping[str, Tensor],
     statistics: Statistics | None,
@@ -100,7 +120,8 @@ def solve_group(
     least_tokens: with fewer tokens another method is used (see `pipeline.worker.few_tokens`).
 
     Returns per layer the pruned rows (rows, C), in the weight's dtype on the CPU, and their report
-    as JSON, with `mask_counts` under `mask`. Raises `NumericalError` for NaN or Inf.
+    as JSON, with `mask_counts` under `mask`. Raises `NumericalError`, naming the layer, for NaN or
+    Inf, also where a pruned weight is beyond the weight's dtype.
     """
     tokens = statistics.tokens if statistics is not None else 0
     notes: tuple[str, ...] = ()
@@ -113,10 +134,16 @@ def solve_group(
     solver = solver_for(settings)
     solved: dict[str, Solution] = {}
     for part in in_parts(weights):
-        solved |= solver.solve_group(part, solver.prepare(statistics))
+        with naming(part):
+            prepared = solver.prepare(statistics)
+        solved |= solver.solve_group(part, prepared)
     return {
         layer: _as_stored(
-            _annotated(solution, tokens, notes), weights[layer], statistics, settings.parsed_pattern
+            layer,
+            _annotated(solution, tokens, notes),
+            weights[layer],
+            statistics,
+            settings.parsed_pattern,
         )
         for layer, solution in solved.items()
     }
@@ -147,11 +174,17 @@ def _annotated(solution: Solution, tokens: int, notes: tuple[str, ...]) -> Solut
 
 
 def _as_stored(
-    solution: Solution, weight: Tensor, statistics: Statistics | None, pattern: Pattern
+    layer: str,
+    solution: Solution,
+    weight: Tensor,
+    statistics: Statistics | None,
+    pattern: Pattern,
 ) -> tuple[Tensor, dict[str, Any]]:
     """The rows in the weight's dtype, on the CPU, and their report as JSON."""
-    stored = solution.weight.to(weight.dtype)
+    with naming([layer]):
+        stored, notes = as_stored(solution.weight, weight.dtype, _remedy(layer, solution.report))
     report = solution.report
+    report = dataclasses.replace(report, deviations=(*report.deviations, *notes))
     if stored.dtype != solution.weight.dtype and statistics is not None:
         # The reported error includes the rounding to the stored dtype.
         rounded = total_of_rows(objective(stored, weight, statistics))
@@ -161,3 +194,12 @@ def _as_stored(
     moments = None if statistics is None else diagonal_of(statistics)
     mask = mask_counts(stored, weight, pattern, moments)
     return stored.cpu(), {**report.to_json(), "mask": mask}
+
+
+def _remedy(layer: str, report: SolveReport) -> str:
+    """What to do about solved weights that are too large to be stored."""
+    if solver_class(report.method).by_score:
+        kept = "--refine none, which keeps weights as they are"
+    else:
+        kept = f"--override '{layer}=wanda', which keeps weights as they are if it is not refined"
+    return f"use a larger --damping, or {kept}, or leave it dense (--override '{layer}=dense')"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,14 +21,27 @@ CHECKSUM_KEY = "checksum"
 def encode_json(payload: Mapping[str, Any], path: Path) -> bytes:
     """JSON text of `payload` with its checksum; `path` is for messages.
 
-    Raises NumericalError for NaN or Inf, which JSON cannot represent.
+    Raises NumericalError, naming its keys, for NaN or Inf, which JSON cannot represent.
     """
     try:
         body = json.loads(json.dumps(dict(payload), allow_nan=False))
     except ValueError as error:
-        raise NumericalError(f"{path}: not written, a number in it is NaN or Inf") from error
+        where, value = next(_not_finite(payload), ("a number in it", "NaN or Inf"))
+        raise NumericalError(f"{path}: not written, {where} is {value}") from error
     body[CHECKSUM_KEY] = _checksum(body)
     return (json.dumps(body, indent=1) + "\n").encode("ascii")
+
+
+def _not_finite(value: object, keys: str = "") -> Iterator[tuple[str, str]]:
+    """The keys, joined by dots, and the value of each number that is NaN or Inf."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield keys, str(value)
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _not_finite(part, f"{keys}.{key}" if keys else str(key))
+    elif isinstance(value, (list, tuple)):
+        for number, part in enumerate(value):
+            yield from _not_finite(part, f"{keys}[{number}]")
 
 
 def decode_json(raw: bytes, path: Path, schema: int) -> dict[str, Any]:

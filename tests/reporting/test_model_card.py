@@ -46,7 +46,7 @@ REPORT = SolveReport(
 )
 
 
-def layer(block: int, kind: str, error: float, **changes: Any) -> dict[str, Any]:
+def layer(block: int, kind: str, error: float | None, **changes: Any) -> dict[str, Any]:
     report = dataclasses.replace(REPORT, relative_error=error, **changes)
     name = f"model.layers.{block}.{kind}"
     facts = {"name": name, "block": block, "layer": kind, "shape": [8, 16]}
@@ -187,12 +187,24 @@ def test_perplexity_if_it_was_measured() -> None:
 def test_deviations_are_confessed() -> None:
     assert "other than asked" not in card()
     changed = [layer(n, "fc1", 1.0, deviations=("damping raised",)) for n in range(3)]
-    assert "- damping raised (3 layers)" in card(results=changed)
+    names = [f"`model.layers.{n}.fc1`" for n in range(6)]
+    assert f"- damping raised (3 layers: {', '.join(names[:3])})\n" in card(results=changed)
+    assert f"- damping raised ({names[0]})\n" in card(results=changed[:1])
+    changed = [layer(n, "fc1", 1.0, deviations=("damping raised",)) for n in range(6)]
+    assert f"- damping raised (6 layers: {', '.join(names[:4])}, ...)\n" in card(results=changed)
 
 
-def test_an_infinite_error_does_not_break_the_card() -> None:
-    text = card(results=[layer(0, "fc1", float("inf")), layer(1, "fc1", 1.0)])
-    assert rows(text)["model.layers.0.fc1"] == ["infinite"]
+def test_inputs_that_were_always_0_are_counted() -> None:
+    assert "were 0" not in card()
+    results = [layer(n, "fc1", 1.0, dead_inputs=4 * n) for n in range(3)]
+    sentence = "12 of all 48 inputs of these layers, in 2 of them, were 0 on all of the calibration"
+    assert sentence in card(results=results)
+
+
+@pytest.mark.parametrize("error", [None, float("inf")])
+def test_an_undefined_error_is_called_so(error: float | None) -> None:
+    text = card(results=[layer(0, "fc1", error), layer(1, "fc1", 1.0)])
+    assert rows(text)["model.layers.0.fc1"] == ["undefined"]
 
 
 def test_the_card_depends_on_its_arguments_alone() -> None:

@@ -110,7 +110,7 @@ def test_the_page_tells_everything(whole: Path, page: Page) -> None:
         "Nothing failed on the way.",
         "other phases: reading text",
         "What to try next",
-        "kind of layer inputs never kept rarely often with their norm",
+        "kind of layer inputs always 0 never kept rarely often with their norm",
         "prox24 eval MODEL OUTPUT",  # its perplexity was not measured
         "prox_admm",
         results["environment"]["torch"],

@@ -35,6 +35,7 @@ def layer(block: int, kind: str = "mlp.up_proj", error: float = 2.0, **more: Any
         "kept": 2048,
         "magnitude_too": 1024,
         "groups": {"1100": 512, "0011": 512},
+        "dead_inputs": 0,
         "inputs_never": 0,
         "inputs_rarely": 1,
         "inputs_often": 2,
@@ -142,14 +143,17 @@ def test_layers_of_a_kind_together() -> None:
 
 
 def test_inputs_of_a_kind_together() -> None:
-    layers = [layer(0), layer(1, norm_correlation=0.9), layer(2, norm_correlation=None)]
+    layers = [layer(0, dead_inputs=3), layer(1, norm_correlation=0.9, dead_inputs=1)]
+    layers.append(layer(2, norm_correlation=None))
     old = layer(0, "self_attn.k_proj", inputs_never=None)
     assert input_table([*layers, old]) == [
         {
             "kind": "mlp.up_proj", "inputs": 192, "never": 0, "rarely": 3, "often": 6,
-            "correlation": 0.7,
+            "dead": 4, "correlation": 0.7,
         }
     ]  # fmt: skip
+    (row,) = input_table([*layers, layer(3, dead_inputs=None)])  # of an older version
+    assert row["dead"] is None
     (row,) = input_table([layer(0, norm_correlation=None)])
     assert row["correlation"] is None
 

@@ -365,16 +365,12 @@ class TestSplitting:
 @pytest.mark.cuda
 class TestOnGpu:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    @pytest.mark.parametrize("kernel", [True, False])
-    def test_minimizer(
-        self, dtype: torch.dtype, kernel: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        if not kernel:
-            monkeypatch.setattr(prox, "_triton_kernels", lambda: None)
+    @pytest.mark.parametrize("kernels", ["triton", "torch"])
+    def test_minimizer(self, dtype: torch.dtype, kernels: str) -> None:
         z, lam = adversarial(120_000, seed=7)
         z, lam = z.to(dtype), lam.to(dtype)
         best = objective(prox_operator(z.double(), lam.double()), z, lam)
-        w = prox_operator(z.cuda(), lam.cuda()).cpu()
+        w = prox_operator(z.cuda(), lam.cuda(), kernels=kernels).cpu()
         assert excess(w, z, lam, best) <= 1
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

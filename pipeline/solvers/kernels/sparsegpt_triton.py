@@ -6,7 +6,7 @@ divisions are rounded correctly, and products and differences are not fused. Row
 each other, so the result does not depend on how they are divided among programs, calls or workers.
 
 A column of a tile in registers cannot be addressed. It is extracted by a sum along the row in which
-all other terms are zero, which is exact. Up to 512 columns a row lies in
+all other terms are zero, which is exact. A row of up to 512 columns lies in
 one warp, so that the sum is five shuffles and no barrier.
 
 This module imports Triton; `on_gpu` imports this module only where it is used.

@@ -44,7 +44,7 @@ _LAUNCHES_OF_A_COLUMNS_WAIT = 0.05
 # the products: on a CPU measured, on a GPU from data sheets and `planning.rates`' efficiencies.
 _FACTOR_ON_CPU, _FACTOR_ON_GPU = 4.0, 1.4
 # Columns in a call of the Triton kernel: wider lazy blocks are cut, because registers end.
-_WIDEST_CALL, _CALL = 512, 128
+_WIDEST_CALL, _CALL = 256, 128
 
 
 def auto_blocksize(columns: int, device_type: str) -> int:

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.solver import GpuKernels, SolverSettings
 from pipeline.solvers.kernels.cholesky import factor_launches, narrow_, upper_factor_
 from pipeline.solvers.registry import solve_cost, solver_for
+from tests.support.launches import Launches
 
 LAUNCH = 5e-6  # seconds
 PRODUCTS = 50e12  # operations per second
 WIDE = 28_672
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operations that would start a kernel on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counted: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if not function.is_view and "empty" not in function.name():
-            self.counted[function.name()] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def settings(pattern: str, kernels: GpuKernels) -> SolverSettings:
@@ -51,8 +33,8 @@ def test_the_loop_starts_as_many_kernels_as_the_model_says(pattern: str) -> None
             block = slice(left, left + columns // blocks)
             errors = solver._solve_block(weight, mask, upper, block)  # type: ignore[attr-defined]
             weight[:, block.stop :].addmm_(errors, upper[block, block.stop :], alpha=-1)
-    counted = sum(started.counted.values())
-    assert solver.method_counts(16, columns, "cuda").operators == pytest.approx(counted, rel=0.1)
+    modelled = solver.method_counts(16, columns, "cuda").operators
+    assert modelled == pytest.approx(started.total, rel=0.1)
 
 
 def test_the_factor_starts_as_many_kernels_as_the_model_says() -> None:
@@ -61,8 +43,7 @@ def test_the_factor_starts_as_many_kernels_as_the_model_says() -> None:
         with Launches() as started:
             upper_factor_(matrix)
             narrow_(matrix)
-        counted = sum(started.counted.values())
-        assert factor_launches(columns) == pytest.approx(counted, rel=0.1)
+        assert factor_launches(columns) == pytest.approx(started.total, rel=0.1)
 
 
 def test_a_gpus_fixed_cost_is_the_time_of_its_launches() -> None:

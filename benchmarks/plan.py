@@ -129,8 +129,8 @@ class _SharedInverse(phases.PhaseModel):
     def __init__(self, job: PlannedJob) -> None:
         super().__init__(job)
 
-        def shared(settings: SolverSettings, columns: int) -> SolveCost:
-            cost = solve_cost(settings, columns)
+        def shared(settings: SolverSettings, columns: int, device: str) -> SolveCost:
+            cost = solve_cost(settings, columns, device)
             return replace(cost, fixed=cost.fixed / self.job.workers)
 
         solving.solve_cost = shared

@@ -93,9 +93,6 @@ def on_gpu(z: Tensor, repetitions: int, sweep: bool) -> None:
     settings = (prox.NEWTON_STEPS[compute], prox.NEWTON_TOLERANCE[compute])
     sizes = [(b, w) for b in (32, 64, 128, 256) for w in (1, 2, 4) if b >= 32 * w] if sweep else []
     kernels = prox._triton_kernels()
-    if kernels is None:
-        print("Triton is not installed: this is the plain torch path.")
-        sizes = []
     print("| λ | operator, GB/s | copy, GB/s | share |" + "".join(f" {b}/{w} |" for b, w in sizes))
     print("|---" * (4 + len(sizes)) + "|")
     target = torch.empty_like(z)

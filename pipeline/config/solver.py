@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from pipeline.config.fields import (
     Condition,
@@ -21,6 +21,9 @@ from storage.errors import ConfigError
 
 Refinement = Literal["auto", "none", "gradient", "cg"]
 REFINEMENTS: tuple[Refinement, ...] = ("auto", "none", "gradient", "cg")
+
+GpuKernels = Literal["triton", "torch"]
+"""triton: Triton's kernels, an error where they cannot run; torch: plain torch operations."""
 
 # Values of `shrinkage` that are not numbers. AUTO: chosen on two halves of the calibration
 # sequences. ESTIMATE: computed from H and the numbers of tokens and columns.
@@ -163,6 +166,8 @@ class SolverSettings:
     admm_lambda: float = internal(0.067)
     admm_lambda_growth: float = internal(1.0744)
     admm_relaxation: float = internal(1.7)
+    # The inner loops of a solve on a CUDA device; other devices do not read it.
+    kernels: GpuKernels = internal("triton")
 
     def __post_init__(self) -> None:
         method_facts(self.method)
@@ -170,6 +175,9 @@ class SolverSettings:
             raise ConfigError(
                 f"unknown refine {self.refine!r}: choose one of {', '.join(REFINEMENTS)}"
             )
+        if self.kernels not in get_args(GpuKernels):
+            choices = ", ".join(get_args(GpuKernels))
+            raise ConfigError(f"unknown kernels {self.kernels!r}: choose one of {choices}")
         Pattern.parse(self.pattern)
         self._check_regularization()
         self._check_counts()

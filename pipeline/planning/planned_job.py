@@ -191,12 +191,17 @@ class PlannedJob:
 
     def deal(self, block: BlockShape) -> list[list[tuple[GroupShape, int]]]:
         """For each worker, the groups of the block and how many rows of each it solves."""
-        return _deal(tuple(map(self.settings_of, block.groups)), block.groups, self.workers)
+        device = "cuda" if self.rates.on_gpu else "cpu"
+        settings = tuple(map(self.settings_of, block.groups))
+        return _deal(settings, block.groups, self.workers, device)
 
 
 @lru_cache(maxsize=256)
 def _deal(
-    settings: tuple[SolverSettings, ...], groups: tuple[GroupShape, ...], workers: int
+    settings: tuple[SolverSettings, ...],
+    groups: tuple[GroupShape, ...],
+    workers: int,
+    device: str,
 ) -> list[list[tuple[GroupShape, int]]]:
     shapes: dict[str, tuple[int, int]] = {}
     chosen: dict[str, SolverSettings] = {}
@@ -207,7 +212,7 @@ def _deal(
         chosen |= dict.fromkeys(layers, settings[number])
         parts.append(LayerGroup(tuple(layers), group.columns))
     workers_rows = []
-    for ranges in deal_rows(chosen, parts, shapes, workers):
+    for ranges in deal_rows(chosen, parts, shapes, workers, device):
         rows = [
             sum(stop - start for start, stop in (ranges.get(n, (0, 0)) for n in part.layers))
             for part in parts

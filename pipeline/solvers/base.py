@@ -216,7 +216,7 @@ class BaseSolver(ABC):
 
     # -- time and memory of a solve -------------------------------------------------------------
 
-    def method_cost(self, columns: int) -> MethodCost:
+    def method_cost(self, columns: int, device: str) -> MethodCost:
         """The part of `cost` that is due to the method: no refinement, no objectives."""
         return MethodCost()
 
@@ -228,9 +228,12 @@ class BaseSolver(ABC):
         """Bytes of what the method computes from a Hessian (C, C)."""
         return 0.0
 
-    def cost(self, columns: int) -> SolveCost:
-        """The cost of layers with `columns` inputs. Deterministic: all workers must agree on it."""
-        method, refined = self.method_cost(columns), self.settings.refine != "none"
+    def cost(self, columns: int, device: str) -> SolveCost:
+        """The cost of layers with `columns` inputs; `device`: a torch device type.
+
+        Deterministic: all workers must agree on it.
+        """
+        method, refined = self.method_cost(columns, device), self.settings.refine != "none"
         # Refinement: one product per step and one to start. Objectives: at zero, before, after.
         products = (self.settings.refine_steps or 0) + 1 if refined else 0
         products += method.products + (1 if self.by_score and not refined else 3)

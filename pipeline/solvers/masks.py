@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.config.pattern import Pattern
 
-_PAIRWISE_LIMIT = 16  # above this width, sorting beats the M(M-1)/2 comparisons
+PAIRWISE_LIMIT = 16  # above this width, sorting beats the M(M-1)/2 comparisons
 
 
 def keep_mask(pattern: Pattern, score: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def keep_mask(pattern: Pattern, score: Tensor) -> Tensor:
         return mask.scatter_(1, order[:, : pattern.pruned_per_row(columns)], False)
     grouped = score.reshape(rows, columns // pattern.group, pattern.group)
     pruned = pattern.group - pattern.keep
-    if pattern.group > _PAIRWISE_LIMIT:
+    if pattern.group > PAIRWISE_LIMIT:
         order = torch.argsort(grouped, dim=2, stable=True)
         kept = torch.ones_like(grouped, dtype=torch.bool).scatter_(2, order[..., :pruned], False)
     else:

@@ -23,6 +23,9 @@ def solver_for(settings: SolverSettings) -> BaseSolver:
     return solver_class(settings.method)(settings)
 
 
-def solve_cost(settings: SolverSettings, columns: int) -> SolveCost:
-    """The cost of layers with `columns` inputs. Deterministic: every worker must agree on it."""
-    return solver_for(settings).cost(columns)
+def solve_cost(settings: SolverSettings, columns: int, device: str) -> SolveCost:
+    """The cost of layers with `columns` inputs on `device`, a torch device type.
+
+    Deterministic: every worker must agree on it.
+    """
+    return solver_for(settings).cost(columns, device)

@@ -29,7 +29,7 @@ from storage.errors import ModelError
 # Dtypes that fit into the 10-bit mantissa of TF32, so that its products are exact.
 _EXACT_IN_TF32 = (torch.bfloat16, torch.float16)
 _SMALLEST_PANEL = 256  # columns
-_STRIP = 128  # rows that are added at a time
+_STRIP = 128  # rows that are added at a time on a CPU
 
 
 @dataclass
@@ -104,7 +104,7 @@ class Sums:
         with _tf32(exact and x_TC.is_cuda):
             for (start, stop), panel in panels_of(self.matrix, self.columns):
                 # Columns start:stop of the upper triangle; the lower one is never computed.
-                _add_in_strips(panel, x_TC[:, :stop].T @ x_TC[:, start:stop])
+                _add(panel, x_TC[:, :stop].T @ x_TC[:, start:stop])
 
     def statistics(self) -> Statistics:
         """The sums rounded to fp32, with the full symmetric matrix."""
@@ -159,10 +159,16 @@ class Accumulator:
         return self.sums.statistics()
 
 
-def _add_in_strips(total: Tensor, product: Tensor) -> None:
-    """total += product, without a float64 copy of the whole product."""
-    for start in range(0, total.shape[0], _STRIP):
-        total[start : start + _STRIP] += product[start : start + _STRIP]
+def _add(total: Tensor, product: Tensor) -> None:
+    """total += product, float64 and fp32, without a float64 copy of the whole product.
+
+    On a CPU torch makes such a copy of what is added, so strips are added there. On a GPU it
+    converts each entry as it is read, in one kernel (TensorIterator::compute_types).
+    """
+    rows = _STRIP if total.device.type == "cpu" else total.shape[0]
+    for start in range(0, total.shape[0], rows):
+        # Not `+=`: Python would then also assign the strip to itself, which is a copy.
+        total[start : start + rows].add_(product[start : start + rows])
 
 
 HalvedSums = tuple[Sums, ...]

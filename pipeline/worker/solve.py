@@ -69,17 +69,19 @@ def deal_rows(
     groups: Sequence[LayerGroup],
     shapes: Mapping[str, tuple[int, int]],
     world: int,
+    device: str,
 ) -> list[dict[str, tuple[int, int]]]:
     """By rank: layer → (start, stop), the rows that it solves. The same answer on every rank.
 
-    settings, shapes (R, C): by layer. The layers of a group have the same settings. Rows are
-    divided evenly by cost; for a method that compares a layer's rows, whole layers are.
+    settings, shapes (R, C): by layer. The layers of a group have the same settings. device: the
+    torch device type of the ranks. Rows are divided evenly by cost; for a method that compares a
+    layer's rows, whole layers are.
     """
     separable: list[GroupRows] = []
     whole: list[GroupRows] = []
     for group in groups:
         group_settings = settings[group.name]
-        cost = solve_cost(group_settings, group.columns)
+        cost = solve_cost(group_settings, group.columns, device)
         rows = {name: shapes[name][0] for name in group.layers}
         part = GroupRows(rows, cost.fixed, cost.per_row)
         (separable if solver_for(group_settings).separable else whole).append(part)

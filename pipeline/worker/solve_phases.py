@@ -97,7 +97,7 @@ class SolvePhases:
         shapes = linear_layers(self.skeleton.blocks[block])
         # Without statistics (magnitude) nothing was observed: each layer is a group.
         groups = self.state.groups or tuple(LayerGroup((n,), shapes[n][1]) for n in settings)
-        ranges = deal_rows(settings, groups, shapes, self.world)[self.rank]
+        ranges = deal_rows(settings, groups, shapes, self.world, self.device.type)[self.rank]
         slices: dict[str, RowSlice] = {}
         reports: dict[str, dict[str, Any]] = {}
         costs: dict[str, dict[str, float]] = {}

@@ -147,11 +147,12 @@ BLOCKS: dict[str, list[tuple[int, dict[str, int]]]] = {
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "prox_admm"])
 @pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_idle_time_is_small_with_layers_of_very_different_size(
-    block: str, method: str, world: int
+    block: str, method: str, world: int, device: str
 ) -> None:
     settings = SolverSettings(method=method)
-    costs = [(solve_cost(settings, columns), rows) for columns, rows in BLOCKS[block]]
+    costs = [(solve_cost(settings, columns, device), rows) for columns, rows in BLOCKS[block]]
     groups = [GroupRows(rows, cost.fixed, cost.per_row) for cost, rows in costs]
     even = [
         {n: even_range(c, rank, world) for g in groups for n, c in g.layers.items()}

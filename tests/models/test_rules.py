@@ -157,7 +157,7 @@ def test_rows_are_dealt_by_each_groups_own_settings() -> None:
     whole = SolverSettings(method="magnitude", pattern="unstructured:0.5")
     settings = {"a": SolverSettings(), "b": whole}
     groups = (LayerGroup(("a",), 64), LayerGroup(("b",), 64))
-    dealt = deal_rows(settings, groups, {"a": (64, 64), "b": (64, 64)}, 2)
+    dealt = deal_rows(settings, groups, {"a": (64, 64), "b": (64, 64)}, 2, "cpu")
     assert [own["a"] for own in dealt] == [(0, 32), (32, 64)]
     assert [own["b"] for own in dealt if "b" in own] == [(0, 64)]
 

@@ -16,22 +16,7 @@ from torch import Tensor
 
 from pipeline.solvers.kernels import prox_operator as prox
 from pipeline.solvers.kernels.prox_operator import prox_operator
-
-
-def regularizer(w: Tensor) -> Tensor:
-    a, b, c, d = w.abs().unbind(-1)
-    return a * b * c + b * c * d + c * d * a + d * a * b
-
-
-def objective(w: Tensor, z: Tensor, lam: Tensor) -> Tensor:
-    """½‖w − z‖² + λ r(w) in float64, per group."""
-    w, z, lam = w.double(), z.double(), lam.double()
-    return 0.5 * (w - z).square().sum(-1) + lam * regularizer(w)
-
-
-def allowance(best: Tensor, z: Tensor) -> Tensor:
-    """How far above the best objective a result may be."""
-    return 1e-6 * best + 1e-12 * z.double().square().sum(-1)
+from tests.support.prox_cases import adversarial, allowance, excess, objective
 
 
 def brute_force(z: Tensor, lam: Tensor, starts: int, sweeps: int) -> Tensor:
@@ -55,39 +40,6 @@ def brute_force(z: Tensor, lam: Tensor, starts: int, sweeps: int) -> Tensor:
                         w[:, i] = (z[:, i].abs() - threshold).clamp(min=0) * z[:, i].sign()
                 best = torch.minimum(best, objective(w, z, lam))
     return best
-
-
-def adversarial(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Groups with λ|z| around 1, ties, zeros and many magnitudes: (n, 4), (n,) in float64."""
-    g = torch.Generator().manual_seed(seed)
-    n = count // 6
-
-    def uniform(low: float, high: float, columns: int) -> Tensor:
-        return low + (high - low) * torch.rand((n, columns), generator=g, dtype=torch.float64)
-
-    def normal() -> Tensor:
-        return torch.randn((n, 4), generator=g, dtype=torch.float64)
-
-    ties = torch.randint(0, 4, (n, 4), generator=g)
-    u = torch.cat(
-        [
-            normal() * 10 ** uniform(-2, 0.5, 1),
-            uniform(0, 1, 4) * uniform(0.3, 2, 1),
-            uniform(0.3, 1.5, 1) * (1 + normal() * 10 ** uniform(-6, -0.3, 1)),
-            torch.where(normal() > 0, 1.0, 10 ** uniform(-4, 0, 4)) * uniform(0.3, 1.5, 1),
-            uniform(0, 1.5, 4).gather(1, ties),
-            torch.where(normal() > 1.5, 0.0, 10 ** uniform(-4, 0.3, 4)),
-        ]
-    )
-    lam = 10 ** (6 * torch.rand(len(u), generator=g, dtype=torch.float64) - 3)
-    signs = torch.where(torch.rand(u.shape, generator=g) < 0.5, -1.0, 1.0)
-    return u * signs / lam[:, None], lam
-
-
-def excess(w: Tensor, z: Tensor, lam: Tensor, best: Tensor) -> float:
-    """The largest excess over the best objective in units of the allowance."""
-    units = (objective(w, z, lam) - best) / (allowance(best, z) + 1e-300)
-    return float(units.max())
 
 
 @pytest.fixture(params=["kernel", "torch"])
@@ -365,16 +317,12 @@ class TestSplitting:
 @pytest.mark.cuda
 class TestOnGpu:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    @pytest.mark.parametrize("kernel", [True, False])
-    def test_minimizer(
-        self, dtype: torch.dtype, kernel: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        if not kernel:
-            monkeypatch.setattr(prox, "_triton_kernels", lambda: None)
+    @pytest.mark.parametrize("kernels", ["triton", "torch"])
+    def test_minimizer(self, dtype: torch.dtype, kernels: str) -> None:
         z, lam = adversarial(120_000, seed=7)
         z, lam = z.to(dtype), lam.to(dtype)
         best = objective(prox_operator(z.double(), lam.double()), z, lam)
-        w = prox_operator(z.cuda(), lam.cuda()).cpu()
+        w = prox_operator(z.cuda(), lam.cuda(), kernels=kernels).cpu()
         assert excess(w, z, lam, best) <= 1
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -18,6 +18,7 @@ from pipeline.statistics.accumulate import (
     panels,
     statistics_bytes,
 )
+from tests.support.launches import Launches
 
 CPU = torch.device("cpu")
 
@@ -104,6 +105,15 @@ print(peak() - before)
         check=True,
     )
     assert int(done.stdout) < 16384**2  # the matrix would take four times as many bytes
+
+
+def test_a_gpu_adds_a_panel_in_one_kernel() -> None:
+    """Elsewhere than on a CPU: at C = 28,672 a product and a sum for each of eight panels."""
+    total = Accumulator(28_672, "full", torch.device("meta"))
+    with Launches() as started:
+        total.add(torch.empty(8, 28_672, dtype=torch.bfloat16, device="meta"), 1)
+    assert started.counted["aten::mm"] == started.counted["aten::add_.Tensor"] == 8
+    assert started.total <= 20
 
 
 @pytest.mark.parametrize("columns", [1, 255, 256, 257, 600, 2048, 2049, 28672])

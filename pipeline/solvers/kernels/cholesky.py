@@ -93,6 +93,12 @@ def upper_factor_(matrix: Tensor) -> Tensor:
     return sound & torch.isfinite(matrix.diagonal()).all()
 
 
+def factor_launches(columns: int) -> int:
+    """Kernels that `upper_factor_` and `narrow_` start on a GPU for C columns, by counting."""
+    blocks = -(-columns // _BLOCK_FLOAT64)
+    return blocks * (blocks - 1) // 2 + 17 * blocks + 8
+
+
 def _invert_upper_(matrix: Tensor, bounds: list[slice]) -> None:
     """Replace upper triangular R by its inverse X, from the last row block to the first.
 

@@ -55,6 +55,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.solvers.kernels.on_gpu import triton_module
+
 # Newton's method stops for an entry after its first step below the tolerance (the remaining error
 # is about its square), or after this many steps. The latter happens only where two candidates, and
 # so their objectives, nearly coincide; `tests/solvers/test_prox_operator.py` measures the excess.
@@ -67,13 +69,14 @@ _PIECE = 1 << 14
 _CONVERTED = 1 << 18
 
 
-def prox_operator(z: Tensor, lambda_: float | Tensor) -> Tensor:
+def prox_operator(z: Tensor, lambda_: float | Tensor, *, kernels: str = "triton") -> Tensor:
     """The global minimizer of `½‖w − z‖² + λ r(w)` over every four consecutive entries.
 
     Args:
         z: (..., C), floating point, C divisible by 4. Not modified; may be non-contiguous.
         lambda_: λ ≥ 0, a number or a tensor of shape `z.shape[:-1]` (one value per row); infinity
             keeps the two largest.
+        kernels: on a CUDA device `triton`, or `torch` for plain torch operations.
 
     Returns:
         (..., C) in the dtype of `z`, a new tensor, with the signs and the order of `z`. Among equal
@@ -83,6 +86,7 @@ def prox_operator(z: Tensor, lambda_: float | Tensor) -> Tensor:
     Raises:
         ValueError: C is not divisible by 4, λ is negative or of another shape, or z is not
             floating point.
+        ResourceError: z is on a CUDA device, and Triton is not installed.
 
     Source: Kübler et al., the proximal operator and its three candidates. How each candidate is
     computed is derived at the top of this module.
@@ -99,7 +103,7 @@ def prox_operator(z: Tensor, lambda_: float | Tensor) -> Tensor:
     rows = z.reshape(-1, z.shape[-1])
     if z.device.type == "cpu" and _numba_kernels() is not None:
         result = _prox_cpu(rows, per_row, _numba_kernels())
-    elif z.device.type == "cuda" and _triton_kernels() is not None:
+    elif z.device.type == "cuda" and kernels == "triton":
         settings = (NEWTON_STEPS[compute], NEWTON_TOLERANCE[compute])
         result = _triton_kernels().prox_triton(rows.contiguous(), per_row, *settings)
     else:
@@ -115,12 +119,9 @@ def _numba_kernels() -> Any:
     return import_module("pipeline.solvers.kernels.prox_numba")
 
 
-@cache
 def _triton_kernels() -> Any:
-    """The module with the GPU kernel; None where Triton is not installed."""
-    if find_spec("triton") is None:
-        return None
-    return import_module("pipeline.solvers.kernels.prox_triton")
+    """The module with the GPU kernel. Raises `ResourceError` where Triton is not installed."""
+    return triton_module("prox_triton")
 
 
 def _prox_cpu(rows: Tensor, per_row: Tensor, kernels: Any) -> Tensor:
@@ -176,8 +177,8 @@ def prox_torch(rows: Tensor, per_row: Tensor) -> Tensor:
         rows: (R, C), C divisible by 4.
         per_row: (1,) or (R,), λ in the compute dtype (float32 or float64).
 
-    Used where neither numba nor Triton is installed. The arithmetic is that of the kernels, but it
-    makes many passes over temporaries.
+    Used on a CPU without numba, and on a GPU where the user chose it. The arithmetic is that of the
+    kernels, but it makes many passes over temporaries.
     """
     groups = rows.reshape(-1, 4)
     result = torch.empty_like(groups)

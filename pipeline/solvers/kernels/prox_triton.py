@@ -5,6 +5,9 @@ program keeps its groups in registers from the read to the write. It has one war
 Newton's method when all its groups have converged needs no barrier. A group that has converged no
 longer changes, so its result does not depend on its neighbours.
 
+The hardware's fp32 roots are approximate, and those of `h` are near 1: where all λ|z| are small, an
+ulp of such a root would be more than the x of the four kept. So no root is taken there.
+
 This module imports Triton; `prox_operator` imports this module only where Triton is installed.
 """
 
@@ -15,8 +18,13 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
+# Where all λ|z| are below this, two steps of the fixed-point equation suffice: the error of what is
+# subtracted is at most 108 u^4, with u the largest λ|z|, which is less than rounding u.
+SMALL = {torch.float32: 2.0**-11, torch.float64: 2.0**-20}
+
 # Groups in a program and its warps; `benchmarks/prox_operator.py --device cuda --sweep` compares.
-BLOCK = 128
+# In float64 four groups in a thread would need more registers than there are.
+BLOCKS = {torch.float32: 128, torch.float64: 32}
 WARPS = 1
 
 
@@ -132,7 +140,23 @@ def _three_kept(u1, u2, u3, u4, active, STEPS: tl.constexpr, TOLERANCE: tl.const
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _shrinkage(a, b, c, d, STEPS: tl.constexpr, TOLERANCE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _pairs(a, b, c):  # type: ignore[no-untyped-def]
+    return a * (b + c) + b * c
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _small(a, b, c, d):  # type: ignore[no-untyped-def]
+    """What is subtracted where λ|z| is small: x = max(0, u - e2(the other x)), from x = u.
+
+    There the Hessian is diagonally dominant on all of 0 ≤ x ≤ u: the solution is the minimum.
+    """
+    x1, x2 = _positive(a - _pairs(b, c, d)), _positive(b - _pairs(a, c, d))
+    x3, x4 = _positive(c - _pairs(a, b, d)), _positive(d - _pairs(a, b, c))
+    return _pairs(x2, x3, x4), _pairs(x1, x3, x4), _pairs(x1, x2, x4), _pairs(x1, x2, x3)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _shrinkage(a, b, c, d, STEPS: tl.constexpr, TOLERANCE: tl.constexpr, SMALL: tl.constexpr):  # type: ignore[no-untyped-def]
     """What the best candidate subtracts from each sorted λ|z|; infinity where it prunes."""
     zero = tl.zeros_like(a)
     gone = zero + float("inf")
@@ -141,8 +165,11 @@ def _shrinkage(a, b, c, d, STEPS: tl.constexpr, TOLERANCE: tl.constexpr):  # typ
     below = tl.where(area < slack, area, 4 * slack * area)
     above = tl.where(area < slack, c, side * side)
     # False for NaN, which is restored at the end.
-    open_ = ((below <= above) & (a < 2)).to(tl.int32)
-    s1, s2, s3, s4 = zero, zero, gone, gone
+    small = (below <= above) & (a < SMALL)
+    open_ = ((below <= above) & (a < 2) & (a >= SMALL)).to(tl.int32)
+    f1, f2, f3, f4 = _small(a, b, c, d)
+    s1, s2 = tl.where(small, f1, zero), tl.where(small, f2, zero)
+    s3, s4 = tl.where(small, f3, gone), tl.where(small, f4, gone)
     if tl.max(open_, 0) > 0:
         solve = open_ > 0
         a, b = tl.where(solve, a, 0.0), tl.where(solve, b, 0.0)
@@ -188,6 +215,7 @@ def _operator(  # type: ignore[no-untyped-def]
     TOLERANCE: tl.constexpr,
     LARGEST: tl.constexpr,
     TINY: tl.constexpr,
+    SMALL: tl.constexpr,
 ):
     """One program: BLOCK groups of one row of `groups`, which has one λ."""
     row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -216,6 +244,7 @@ def _operator(  # type: ignore[no-untyped-def]
         _scale(d, lam, LARGEST),
         STEPS,
         TOLERANCE,
+        SMALL,
     )
     s2, s3 = _swap(s2, s3, swap_bc)
     s3, s4 = _swap(s3, s4, swap_cd)
@@ -237,7 +266,7 @@ def prox_triton(
     steps: int,
     tolerance: float,
     *,
-    block: int = BLOCK,
+    block: int | None = None,
     warps: int = WARPS,
 ) -> Tensor:
     """The proximal operator of `rows`.
@@ -252,6 +281,7 @@ def prox_triton(
         (R, C) in the dtype of `rows`.
     """
     result = torch.empty_like(rows)
+    block = block or BLOCKS[per_row.dtype]
     groups = rows.numel() // 4 // len(per_row)
     blocks = triton.cdiv(groups, block)
     limits = torch.finfo(per_row.dtype)
@@ -267,6 +297,8 @@ def prox_triton(
             TOLERANCE=tolerance,
             LARGEST=limits.max,
             TINY=limits.tiny,
+            SMALL=SMALL[per_row.dtype],
             num_warps=warps,
+            enable_fp_fusion=True,  # the default differs between versions of Triton
         )
     return result

@@ -85,7 +85,8 @@ class ProxSolver(BaseSolver):
             change = rows - target
             gradient = problem.multiply(change) if matrix is None else change @ matrix
             descended = rows - gradient.mul_(rate)
-            rows = torch.where(done, rows, prox_operator(descended, strength))
+            pruned = prox_operator(descended, strength, kernels=self.settings.kernels)
+            rows = torch.where(done, rows, pruned)
             done |= _two_of_four(rows)
             strength *= growth
             if iterations % _CHECK_EVERY == 0 and bool(done.all()):
@@ -100,7 +101,7 @@ class ProxSolver(BaseSolver):
         start, growth = self.settings.prox_lambda, self.settings.prox_growth
         return math.log(_LAMBDA_END / start) / math.log(growth)
 
-    def method_cost(self, columns: int) -> MethodCost:
+    def method_cost(self, columns: int, device: str) -> MethodCost:
         """One product and one application of the operator per iteration."""
         elementwise = _TYPICAL_ITERATIONS * OPERATIONS_PER_ENTRY * columns
         return MethodCost(_TYPICAL_ITERATIONS, per_row=elementwise)

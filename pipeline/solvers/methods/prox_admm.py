@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.pattern import Pattern
+from pipeline.config.solver import GpuKernels
 from pipeline.solvers.base import (
     BaseSolver,
     GroupData,
@@ -107,7 +108,7 @@ class ProxAdmmSolver(BaseSolver):
             return None
         settled = settings.admm_rho_factor * settled_penalty(inverse, problem, rho)
         right = torch.add(linear, sparse, alpha=rho)
-        step = stepper(dual, sparse, linear, self.pattern)
+        step = stepper(dual, sparse, linear, self.pattern, settings.kernels)
         for iteration in range(1, settings.admm_iterations + 1):
             inverse.multiply(right, out=product)
             right, product = product, right
@@ -126,7 +127,7 @@ class ProxAdmmSolver(BaseSolver):
         weight = problem.unscale_rows(sparse * mask, sizes)
         return MethodResult(weight, mask, settings.admm_iterations, changed, problem=problem)
 
-    def method_cost(self, columns: int) -> MethodCost:
+    def method_cost(self, columns: int, device: str) -> MethodCost:
         """One product and one application of the operator per iteration, and two inverses."""
         iterations = self.settings.admm_iterations
         return MethodCost(
@@ -181,12 +182,13 @@ def settled_penalty(inverse: Inverse, problem: ScaledHessian, rho: float) -> flo
 
 
 def stepper(
-    dual: Tensor, sparse: Tensor, linear: Tensor, pattern: Pattern
+    dual: Tensor, sparse: Tensor, linear: Tensor, pattern: Pattern, gpu_kernels: GpuKernels
 ) -> Callable[[Tensor, Numbers], None]:
     """An iteration without its matrix product, as a function of V and `Numbers`; works in place.
 
     All are (R, C) fp32. dual: U, scaled by the given factor on return. sparse: Z. linear: W~0 H~.
     V is the product; on return it is the next right-hand side, linear + rho (Z - U).
+    gpu_kernels: see `prox_operator`.
     On a CPU with numba the 2:4 step is one pass over memory. There the operator takes
     _OPERATOR_STEPS steps of Newton's method: the error is far below the change of an iteration.
     """
@@ -200,7 +202,9 @@ def stepper(
         )
         return step
     projected = None if proximal else pattern
-    return lambda product, numbers: advance_torch(product, dual, sparse, linear, numbers, projected)
+    return lambda product, numbers: advance_torch(
+        product, dual, sparse, linear, numbers, projected, gpu_kernels
+    )
 
 
 def advance_torch(
@@ -210,12 +214,13 @@ def advance_torch(
     linear: Tensor,
     numbers: Numbers,
     pattern: Pattern | None = None,
+    gpu_kernels: GpuKernels = "triton",
 ) -> None:
-    """`stepper` in plain torch operations. pattern: to project on; None for the operator of 2:4."""
+    """`stepper` without numba. pattern: to project on; None for the operator of 2:4."""
     strength, relaxation, shrink, rho = numbers
     dual.add_(product.mul_(relaxation).add_(sparse, alpha=1 - relaxation))
     if pattern is None:
-        sparse.copy_(prox_operator(dual, strength))
+        sparse.copy_(prox_operator(dual, strength, kernels=gpu_kernels))
     else:
         torch.mul(dual, keep_mask(pattern, dual.abs()), out=sparse)
     dual.sub_(sparse).mul_(shrink)

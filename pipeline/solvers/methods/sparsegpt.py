@@ -2,6 +2,9 @@
 One-Shot"): prunes columns from left to right and compensates each error in the columns to its
 right.
 
+On a CUDA device a lazy block is one Triton kernel. Elsewhere, and with `kernels` `torch`, it is a
+loop over columns in plain torch operations, 15 for each column of a 2:4 pattern.
+
 U is the upper Cholesky factor of the inverse Hessian, U^T U = H^-1, computed in float64. With fp32
 factors some choices between close scores differ from those of the reference, and each changes the
 rest of its row (one row in 64 on a layer with fewer tokens than columns).
@@ -11,23 +14,37 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.solvers.base import BaseSolver, GroupData, MethodResult
-from pipeline.solvers.cost import MethodCost, SolveCounts
+from pipeline.solvers.cost import OPERATIONS_PER_LAUNCH, MethodCost, SolveCounts
 from pipeline.solvers.hessian import raise_damping, require_hessian
-from pipeline.solvers.kernels.cholesky import narrow_, upper_factor_
-from pipeline.solvers.masks import keep_mask
+from pipeline.solvers.kernels.cholesky import factor_launches, narrow_, upper_factor_
+from pipeline.solvers.kernels.on_gpu import triton_module
+from pipeline.solvers.masks import PAIRWISE_LIMIT, keep_mask
 from pipeline.solvers.types import Statistics
 
 HELP = "column by column, each error moved to the columns on the right"
 DEFAULTS = {"damping": 0.01, "shrinkage": 0.0}
 
-# Time per column that does not depend on the rows, mostly to start small operations; in
-# floating-point operations at the speed of a matrix product.
+# On a CPU: time per column that does not depend on the rows, mostly to start small operations; in
+# floating-point operations at the speed of a matrix product (benchmarks/scaling.py).
 _OPERATIONS_PER_COLUMN = 8e6
+# On a GPU: kernels started for a lazy block, whatever the number of its columns: the Triton kernel
+# and the errors' update of the columns on the right, or the threshold and the loop's copies.
+_LAUNCHES_PER_BLOCK = 4
+# Inside the Triton kernel a column waits for two sums over a row of five shuffles each, a division
+# and a product: some 400 cycles at 1.7 GHz (estimated from the instructions' latencies, not
+# measured), a twentieth of the time that a launch takes.
+_LAUNCHES_OF_A_COLUMNS_WAIT = 0.05
+# The factor: C^3 float64 operations. The float64 rate over the fp32 rate, and small steps between
+# the products: on a CPU measured, on a GPU from data sheets and `planning.rates`' efficiencies.
+_FACTOR_ON_CPU, _FACTOR_ON_GPU = 4.0, 1.4
+# Columns in a call of the Triton kernel: wider lazy blocks are cut, because registers end.
+_WIDEST_CALL, _CALL = 256, 128
 
 
 def auto_blocksize(columns: int, device_type: str) -> int:
@@ -80,21 +97,35 @@ class SparseGptSolver(BaseSolver):
         weight *= prepared.problem.live
         mask = torch.empty_like(weight, dtype=torch.bool)
         columns = weight.shape[1]
-        width = self._block_width(original)
+        width = self._block_width(columns, weight.device.type)
+        solve = self._solve_block
+        if weight.device.type == "cuda" and self.settings.kernels == "triton":
+            solve = self._solve_block_by_kernel
         for left in range(0, columns, width):
             block = slice(left, min(left + width, columns))
-            errors = self._solve_block(weight, mask, prepared.matrix, block)
+            if not self.pattern.structured and len(weight):
+                pivots = prepared.matrix.diagonal()[block]
+                mask[:, block] = self._above_threshold(weight[:, block], pivots)
+            errors = solve(weight, mask, prepared.matrix, block)
             weight[:, block.stop :].addmm_(errors, prepared.matrix[block, block.stop :], alpha=-1)
         no_change = torch.zeros(len(original), device=original.device)
         return MethodResult(torch.ldexp(weight, exponent), mask, columns, no_change, width)
 
-    def _block_width(self, weight: Tensor) -> int:
+    def _block_width(self, columns: int, device_type: str) -> int:
         """The lazy block size, rounded up to whole groups: no group may span two blocks."""
         asked = self.settings.blocksize
-        columns, kind = weight.shape[1], weight.device.type
-        width = asked if isinstance(asked, int) else auto_blocksize(columns, kind)
+        width = asked if isinstance(asked, int) else auto_blocksize(columns, device_type)
+        return self._whole_groups(width)
+
+    def _whole_groups(self, width: int) -> int:
         group = max(self.pattern.group, 1)
         return -(-width // group) * group
+
+    def _above_threshold(self, local: Tensor, pivots: Tensor) -> Tensor:
+        """The mask (R, B) of an unstructured pattern: one threshold for all weights (R, B)."""
+        score = (local / pivots).square()
+        threshold = score.flatten().sort().values[int(score.numel() * self.pattern.sparsity)]
+        return score > threshold
 
     def _solve_block(self, weight: Tensor, mask: Tensor, upper: Tensor, block: slice) -> Tensor:
         """Prune the columns `block` of `weight` (R, C) in place; returns errors (R, B)."""
@@ -103,10 +134,6 @@ class SparseGptSolver(BaseSolver):
         pivots = inner.diagonal()
         keep = mask[:, block]
         group = self.pattern.group
-        if not group and len(local):
-            score = (local / pivots).square()
-            threshold = score.flatten().sort().values[int(score.numel() * self.pattern.sparsity)]
-            keep.copy_(score > threshold)
         errors = torch.empty_like(local)
         for column in range(local.shape[1]):
             if group and column % group == 0:
@@ -119,21 +146,73 @@ class SparseGptSolver(BaseSolver):
         weight[:, block] = local * keep
         return errors
 
-    def method_cost(self, columns: int) -> MethodCost:
+    def _solve_block_by_kernel(
+        self, weight: Tensor, mask: Tensor, upper: Tensor, block: slice
+    ) -> Tensor:
+        """`_solve_block` on a GPU: one kernel, or one for each 128 columns of a wide block."""
+        width = self._call_width(block.stop - block.start)
+        pruned = self.pattern.group - self.pattern.keep
+        parts = []
+        for left in range(block.start, block.stop, width):
+            part = slice(left, min(left + width, block.stop))
+            errors = _triton_kernels().prune_block(
+                weight[:, part],
+                mask[:, part],
+                upper[part, part],
+                pruned=pruned,
+                group=self.pattern.group,
+            )
+            rest = slice(part.stop, block.stop)
+            if rest.start < rest.stop:
+                weight[:, rest].addmm_(errors, upper[part, rest], alpha=-1)
+            parts.append(errors)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _call_width(self, width: int) -> int:
+        """Columns in a call of the kernel, for a lazy block of `width` columns."""
+        return width if width <= _WIDEST_CALL else self._whole_groups(_CALL)
+
+    def _launches(self, columns: int) -> float:
+        """The time on a GPU that does not depend on the rows, in kernels started."""
+        width = self._block_width(columns, "cuda")
+        blocks = -(-columns // width)
+        each = self._launches_per_column()
+        if self.settings.kernels == "triton":
+            blocks = max(blocks, -(-columns // self._call_width(width)))
+            each = _LAUNCHES_OF_A_COLUMNS_WAIT
+        return factor_launches(columns) + _LAUNCHES_PER_BLOCK * blocks + each * columns
+
+    def _launches_per_column(self) -> float:
+        """Of `_solve_block`, by counting: 15 for 2:4, 24 for 4:8."""
+        group = self.pattern.group
+        if not group:
+            return 5.0
+        # `keep_mask` compares the entries of a group in pairs, or sorts a wide one.
+        choice = 6 + group + 2.5 * group * (group - 1) if group <= PAIRWISE_LIMIT else 16
+        return 5 + choice / group
+
+    def method_cost(self, columns: int, device: str) -> MethodCost:
         """The factor, updates that cost as much as one product, and a fixed time per column."""
-        return MethodCost(1, 4.0 * columns**3 + _OPERATIONS_PER_COLUMN * columns)
+        if device == "cpu":
+            fixed = _FACTOR_ON_CPU * columns**3 + _OPERATIONS_PER_COLUMN * columns
+        else:
+            fixed = _FACTOR_ON_GPU * columns**3 + OPERATIONS_PER_LAUNCH * self._launches(columns)
+        return MethodCost(1, fixed)
 
     def method_counts(self, rows: int, columns: int, device: str) -> SolveCounts:
         """The factor, and the updates: column by column inside a lazy block, then all at once."""
-        asked = self.settings.blocksize
-        width = asked if isinstance(asked, int) else auto_blocksize(columns, device)
+        width = self._block_width(columns, device)
+        # Inside a block every column makes a rank-one update of the remaining columns: passes over
+        # memory, except in the Triton kernel, which reads and writes a block once.
+        passes = width / 2 + 8
+        if device != "cpu" and self.settings.kernels == "triton":
+            passes = 3
         return SolveCounts(
             # The errors of a block update all columns to its right: R C^2 operations in all.
             other=float(rows) * columns * columns,
-            # Inside a block every column makes a rank-one update of the remaining columns.
-            moved=8.0 * rows * columns * (width / 2 + 8) + 32.0 * columns * columns,
+            moved=8.0 * rows * columns * passes + 32.0 * columns * columns,
             factor=float(columns) ** 3,
-            operators=10 * columns,
+            operators=10 * columns if device == "cpu" else math.ceil(self._launches(columns)),
         )
 
     def matrix_bytes(self, columns: float) -> float:
@@ -159,3 +238,8 @@ def _reference_hessian(statistics: Statistics, damping: float, shrinkage: float)
     hessian.mul_(scale * (1 - shrinkage))
     hessian.diagonal().copy_(diagonal + damping * diagonal.mean())
     return hessian
+
+
+def _triton_kernels() -> Any:
+    """The module with the GPU kernel. Raises `ResourceError` where Triton is not installed."""
+    return triton_module("sparsegpt_triton")

@@ -175,6 +175,17 @@ def _patches(record: Record) -> dict[str, Any]:
     }
 
 
+def _joining(record: Record) -> Any:
+    """`init_process_group`, with gloo in NCCL's place."""
+    join = torch.distributed.init_process_group
+
+    def init_process_group(backend: str | None = None, **options: Any) -> None:
+        record.collective = backend
+        join("gloo" if backend == "nccl" else backend, **options)
+
+    return init_process_group
+
+
 @contextlib.contextmanager
 def _device_guard() -> Iterator[None]:
     """A device guard for CUDA: indexing and `.item()` look for one before they do anything.
@@ -217,6 +228,8 @@ def fake_gpu(**settings: Any) -> Iterator[Record]:
         for name, value in _patches(record).items():
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(threading.Thread, "run", with_modes))
+        joining = patch.object(torch.distributed, "init_process_group", _joining(record))
+        stack.enter_context(joining)
         # `torch.tensor(..., device="cuda")` is made on the CPU, then copied.
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, only_cpu)

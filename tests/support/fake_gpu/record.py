@@ -35,6 +35,7 @@ class Record:
     name. copied: bytes to the GPU ("up") and from it ("down"). products: operations (2 m n k) of
     matrix products. launches: Triton kernels, by name. live, peak: bytes of all tensors on the GPU
     now, and at most. total: bytes of the GPU; more of them raise `torch.OutOfMemoryError`.
+    collective: backend of torch.distributed that the process has joined with.
     """
 
     total: int = _TOTAL
@@ -43,6 +44,7 @@ class Record:
     copied: Counter[str] = field(default_factory=Counter)
     products: Counter[Product] = field(default_factory=Counter)
     launches: Counter[str] = field(default_factory=Counter)
+    collective: str | None = None
     live: int = 0
     peak: int = 0
     _storages: set[int] = field(default_factory=set)

@@ -156,6 +156,8 @@ def is_cuda(device: Any) -> bool:
 def dispatch(record: Record, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Runs an operator of torch as the fake GPU would."""
     on_gpu = [value for _, value in tensors_in(args, kwargs) if isinstance(value, GpuTensor)]
+    if func.namespace == "c10d":
+        _check_collective(record, func, args, kwargs)
     target = kwargs.get("device")
     if not on_gpu and not is_cuda(target):
         return func(*args, **kwargs)
@@ -228,6 +230,18 @@ def _same_device(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, 
                 "Expected all tensors to be on the same device, but found at least two devices, "
                 f"cuda:0 and {value.device}! ({operator.name}, {tuple(value.shape)})"
             )
+
+
+def _check_collective(
+    record: Record, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Raises where NCCL is given what is not contiguous on the GPU, or gloo what is."""
+    for _, value in tensors_in(args, kwargs):
+        on_gpu = isinstance(value, GpuTensor)
+        if on_gpu != (record.collective == "nccl"):
+            raise WrongDevice(f"{func}: no backend for {value.device} in {record.collective}")
+        if not value.is_contiguous():
+            raise ValueError(f"{func}: Tensors must be contiguous")
 
 
 def _copy(

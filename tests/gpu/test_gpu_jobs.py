@@ -10,19 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config.evaluate import EvalConfig
-from pipeline.evaluation.perplexity import evaluate
-from pipeline.runtime.progress import Silent
-from tests.support.fake_gpu import fake_gpu
 from tests.support.fake_gpu.jobs import (
     TINY,
-    Checked,
-    check_products,
     prune_on_gpu,
     relative_errors,
     same_masks,
 )
-from tests.support.jobs import contents, prune_here, tensors, write_text
+from tests.support.jobs import contents, prune_here, tensors
 from tests.support.moe_models import save_moe
 
 TinyModel = Callable[..., Path]
@@ -118,20 +112,6 @@ def test_saved_layers(tiny_model: TinyModel, tmp_path: Path) -> None:
     one, other = load_file(gpu), load_file(cpu)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_perplexity(tiny_model: TinyModel, tmp_path: Path) -> None:
-    model = small(tiny_model)
-    text = str(write_text(tmp_path / "text.txt", 256))
-    found = {}
-    for device in ("cpu", "cuda"):
-        with fake_gpu() as gpu:
-            config = EvalConfig(dataset=text, seqlen=32, batch_size=2, threads=1, device=device)
-            found[device] = evaluate(model, config, lambda gpu=gpu: Checked(1, gpu), Silent())
-            if device == "cuda":
-                check_products(gpu, "bfloat16")
-        assert gpu.live == 0
-    assert found["cuda"]["perplexity"] == found["cpu"]["perplexity"]
 
 
 def test_a_float32_forward_uses_no_tf32(tiny_model: TinyModel, tmp_path: Path) -> None:

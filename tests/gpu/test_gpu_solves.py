@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.config.solve import SolveConfig
 from pipeline.solve_layer import solve_layer
 from tests.support.fake_gpu import Record, fake_gpu
-from tests.support.fake_gpu.jobs import check_products
+from tests.support.fake_gpu.jobs import check_no_cpu, check_products
 from tests.support.solver_cases import layer
 
 _PROX_CHECKS = 50  # iterations of `prox` between two waits
@@ -38,10 +38,11 @@ def solve(path: Path, method: str, device: str, output: Path, **options: Any) ->
 
 
 def solve_on_gpu(path: Path, method: str, output: Path, **options: Any) -> tuple[Any, Record]:
-    """The method's result and what happened; every product has the precision that is meant."""
+    """The method's result and what happened. Checks products, and that nothing is left behind."""
     with fake_gpu() as gpu:
         result = solve(path, method, "cuda", output, **options)
         check_products(gpu, None)
+        check_no_cpu(gpu)
     assert gpu.live == 0
     return result, gpu
 

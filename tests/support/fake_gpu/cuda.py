@@ -76,6 +76,13 @@ class _Functions(TorchFunctionMode):
         return _pinned(made) if pinned else made
 
 
+class _Generator(torch.Generator):
+    """Random numbers of the GPU: the CPU's."""
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        return super().__new__(cls, "cpu" if is_cuda(device) else device)
+
+
 def _pinned(tensor: Tensor) -> Tensor:
     tensor.fake_pinned = True  # type: ignore[attr-defined]
     return tensor
@@ -228,15 +235,16 @@ def fake_gpu(**settings: Any) -> Iterator[Record]:
         for name, value in _patches(record).items():
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(threading.Thread, "run", with_modes))
+        stack.enter_context(patch.object(torch, "Generator", _Generator))
         joining = patch.object(torch.distributed, "init_process_group", _joining(record))
         stack.enter_context(joining)
         # `torch.tensor(..., device="cuda")` is made on the CPU, then copied.
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, only_cpu)
-        # `Module.to` replaces parameters: one that was on the GPU cannot become a CPU tensor.
-        replacing = torch.__future__.get_overwrite_module_params_on_conversion()
-        torch.__future__.set_overwrite_module_params_on_conversion(True)
-        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, replacing)
+        # `Module.to` changes parameters in place, as it does between a CPU and a GPU.
+        swapping = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        stack.callback(torch.__future__.set_swap_module_params_on_conversion, swapping)
         stack.enter_context(triton_stub(record))
         stack.enter_context(_modes(record))
         yield record

@@ -29,6 +29,8 @@ FLOAT64 = (
     "pipeline/solvers/hessian.py",
     "pipeline/solvers/kernels/cholesky.py",
 )
+# Solvers compute on the GPU; the host counts masks.
+ON_CPU = ("pipeline/solvers/mask_counts.py",)
 # Where fp32 products may be those of TF32: of inputs that it represents exactly.
 TF32 = ("pipeline/statistics/accumulate.py",)
 
@@ -74,13 +76,15 @@ def relative_errors(output: Path) -> list[float]:
 def prune_on_gpu(model: Path, output: Path, **options: Any) -> OnGpu:
     """A job on the fake GPU; `options` are those of `PruneConfig`.
 
-    Checks what holds for every job: every product has the precision that is meant, blocks leave no
-    more on the GPU than the first one did, and in the end nothing is left.
+    Checks what holds for every job: every product has the precision that is meant, solvers compute
+    nothing on the CPU, blocks leave no more on the GPU than the first one did, and in the end
+    nothing is left.
     """
     with fake_gpu() as gpu:
         executor = Checked(options.get("workers", 1), gpu)
         prune_here(model, output, executor=executor, device="cuda", **(TINY | options))
         check_products(gpu, options.get("dtype"))
+        check_no_cpu(gpu)
         assert gpu.copied["up"]
         assert gpu.copied["down"]
     assert gpu.live == 0, f"{gpu.live} bytes are left on the GPU"
@@ -96,6 +100,12 @@ def check_products(gpu: Record, dtype: str | None) -> None:
     """
     bad = [each for each in gpu.products if not _is_meant(each, dtype)]
     assert not bad, "\n".join(map(str, bad))
+
+
+def check_no_cpu(gpu: Record) -> None:
+    """No solver made or used a CPU tensor, even one that it then only reads a number from."""
+    places = [place for place in gpu.on_cpu if place.startswith("pipeline/solvers/")]
+    assert not [place for place in places if not place.startswith(ON_CPU)]
 
 
 def _is_meant(product: Product, dtype: str | None) -> bool:

@@ -33,7 +33,8 @@ class Record:
 
     waits: the host waited for the device, by (kind, place). kernels: operators that launch one, by
     name. copied: bytes to the GPU ("up") and from it ("down"). products: operations (2 m n k) of
-    matrix products. launches: Triton kernels, by name. live, peak: bytes of all tensors on the GPU
+    matrix products. launches: Triton kernels, by name. on_cpu: operators that no tensor on the GPU
+    had a part in, by place. live, peak: bytes of all tensors on the GPU
     now, and at most. total: bytes of the GPU; more of them raise `torch.OutOfMemoryError`.
     collective: backend of torch.distributed that the process has joined with.
     """
@@ -44,6 +45,7 @@ class Record:
     copied: Counter[str] = field(default_factory=Counter)
     products: Counter[Product] = field(default_factory=Counter)
     launches: Counter[str] = field(default_factory=Counter)
+    on_cpu: Counter[str] = field(default_factory=Counter)
     collective: str | None = None
     live: int = 0
     peak: int = 0
@@ -51,8 +53,9 @@ class Record:
 
     def clear(self) -> None:
         """Starts all counts again; tensors that are alive stay counted."""
-        for counts in (self.waits, self.kernels, self.copied, self.products, self.launches):
-            counts.clear()
+        for counts in vars(self).values():
+            if isinstance(counts, Counter):
+                counts.clear()
         self.peak = self.live
 
     def wait(self, kind: str, times: int = 1) -> None:

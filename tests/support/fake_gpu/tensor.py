@@ -159,9 +159,11 @@ def dispatch(record: Record, func: Any, args: tuple[Any, ...], kwargs: Mapping[s
     if func.namespace == "c10d":
         _check_collective(record, func, args, kwargs)
     target = kwargs.get("device")
-    if not on_gpu and not is_cuda(target):
-        return func(*args, **kwargs)
     operator = _operator(func)
+    if not on_gpu and not is_cuda(target):
+        if not operator.view:
+            record.on_cpu[place()] += 1
+        return func(*args, **kwargs)
     if operator.name in _COPIES:
         return _copy(record, operator.name, func, args, kwargs)
     if on_gpu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shlex
@@ -9,8 +10,10 @@ import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from storage.files.commit import read_json, verify_file
 from storage.files.hashing import StoredFile
@@ -35,13 +38,14 @@ class Matrix:
     """The job, what it leaves when nothing disturbs it, and the points that it passes.
 
     more: options beyond, or instead of, OPTIONS. old: files of a folder where the output goes.
-    save: makes the model, of two blocks in two weight files.
+    save: makes the model, of two blocks in two weight files. within: see `Driver`.
     """
 
     folder: Path
     more: Sequence[str] = ("--executor=local", "--no-report")
     old: dict[str, bytes] = field(default_factory=dict)
     save: Callable[[Path], Path] = save_dense
+    within: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
@@ -86,6 +90,7 @@ class Case:
                 log,
                 injection=injection,
                 lock_options=lock_options,
+                within=self.matrix.within,
             )
         )
         return self.drivers[-1]

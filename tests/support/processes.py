@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def _run(
     environment: dict[str, str],
     injection: Injection | None,
     lock_options: dict[str, float],
+    within: Callable[[], AbstractContextManager[Any]],
 ) -> None:
     from cluster.command_line import run
     from pipeline.records import live_status
@@ -67,13 +69,16 @@ def _run(
         live_status.RunLock = shorter  # type: ignore[misc]
     if injection is not None:
         arm(injection)
-    os._exit(run(arguments) & 0xFF)
+    with within():
+        status = run(arguments)
+    os._exit(status & 0xFF)
 
 
 class Driver:
     """`prox24 ARGUMENTS` in a process of its own, a session leader.
 
-    lock_options: of its `RunLock`, where tests cannot wait for the usual ones.
+    lock_options: of its `RunLock`, where tests cannot wait for the usual ones. within: what the
+    command runs in, such as `fake_gpu`.
     """
 
     def __init__(
@@ -84,12 +89,13 @@ class Driver:
         *,
         injection: Injection | None = None,
         lock_options: dict[str, float] | None = None,
+        within: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.log = log
         strings = [str(argument) for argument in arguments]
         self.process: Any = CONTEXT.Process(
             target=_run,
-            args=(strings, str(log), environment or {}, injection, lock_options or {}),
+            args=(strings, str(log), environment or {}, injection, lock_options or {}, within),
         )
         with _TABLE:
             self.process.start()

@@ -1,0 +1,102 @@
+"""What happened on the fake GPU: waits, kernels, copies, matrix products, bytes."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+# Folders whose code is named as the place where something happened, the innermost call first.
+_OURS = ("/storage/", "/pipeline/", "/actors/", "/cluster/", "/transformers/")
+_TOTAL = 80 * 2**30
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product. place: `pipeline/x/y.py:12`. dtype: of the operands. tf32: whether TF32 was
+    allowed and the operands were fp32. exact: whether TF32 represents all operands exactly."""
+
+    place: str
+    dtype: torch.dtype
+    tf32: bool = False
+    exact: bool = True
+
+
+@dataclass
+class Record:
+    """Counts since the start, or since `clear`.
+
+    waits: the host waited for the device, by (kind, place). kernels: operators that launch one, by
+    name. copied: bytes to the GPU ("up") and from it ("down"). products: operations (2 m n k) of
+    matrix products. launches: Triton kernels, by name. on_cpu: operators that no tensor on the GPU
+    had a part in, by place. live, peak: bytes of all tensors on the GPU
+    now, and at most. total: bytes of the GPU; more of them raise `torch.OutOfMemoryError`.
+    collective: backend of torch.distributed that the process has joined with.
+    """
+
+    total: int = _TOTAL
+    waits: Counter[tuple[str, str]] = field(default_factory=Counter)
+    kernels: Counter[str] = field(default_factory=Counter)
+    copied: Counter[str] = field(default_factory=Counter)
+    products: Counter[Product] = field(default_factory=Counter)
+    launches: Counter[str] = field(default_factory=Counter)
+    on_cpu: Counter[str] = field(default_factory=Counter)
+    collective: str | None = None
+    live: int = 0
+    peak: int = 0
+    _storages: set[int] = field(default_factory=set)
+
+    def clear(self) -> None:
+        """Starts all counts again; tensors that are alive stay counted."""
+        for counts in vars(self).values():
+            if isinstance(counts, Counter):
+                counts.clear()
+        self.peak = self.live
+
+    def wait(self, kind: str, times: int = 1) -> None:
+        """The host waits for the device."""
+        self.waits[kind, place()] += times
+
+    def waits_of(self, *kinds: str) -> int:
+        """Number of waits of these kinds; of all if none is named."""
+        return sum(n for (kind, _), n in self.waits.items() if not kinds or kind in kinds)
+
+    def hold(self, inner: Tensor) -> None:
+        """Counts the memory of a tensor until it is freed; views share it."""
+        storage = inner.untyped_storage()
+        number, size = storage._cdata, storage.nbytes()
+        if not size or number in self._storages:
+            return
+        if self.live + size > self.total:
+            raise torch.OutOfMemoryError(
+                f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB. GPU 0 has a total "
+                f"capacity of {self.total / 2**30:.2f} GiB of which "
+                f"{(self.total - self.live) / 2**20:.2f} MiB is free."
+            )
+        self._storages.add(number)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, number, size)
+
+    def _free(self, number: int, size: int) -> None:
+        self._storages.discard(number)
+        self.live -= size
+
+
+def place() -> str:
+    """`file:line` of the innermost frame of this repository's or transformers' code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "/tests/" not in file:
+            for folder in _OURS:
+                _, found, rest = file.rpartition(folder)
+                if found and ("site-packages" not in file or folder == "/transformers/"):
+                    return f"{folder[1:]}{rest}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "elsewhere"

@@ -1,0 +1,133 @@
+"""Triton without Triton: kernels are "launched" on the fake GPU, and stand-ins compute for them.
+
+Modules of the product that hold kernels are imported with this in Triton's place, so that all of
+their code but the kernels' own is run. A launch is compared with what the hardware needs: a grid
+that is not empty, and tensors on the GPU that are contiguous.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from pipeline.solvers import kernels
+from pipeline.solvers.kernels import prox_operator
+from tests.support.fake_gpu.record import Record
+from tests.support.fake_gpu.tensor import GpuTensor, WrongDevice
+
+_LARGEST_GRID = 2**31 - 1
+
+
+def _prox_operator(grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """`prox_triton._operator`: by the CPU's kernel."""
+    source, lambdas, target, groups, blocks = args
+    assert grid[0] == len(lambdas) * blocks
+    assert groups * len(lambdas) * 4 == source.numel()
+    assert blocks * options["BLOCK"] >= groups > (blocks - 1) * options["BLOCK"]
+    rows = source.reshape(len(lambdas), -1) if len(lambdas) > 1 else source
+    result = prox_operator.prox_operator(rows, lambdas[0] if len(lambdas) == 1 else lambdas)
+    target.copy_(result.reshape(target.shape))
+
+
+# By name of the kernel. The arguments are the kernel's, tensors by their CPU tensors.
+STAND_INS: dict[str, Callable[..., None]] = {"_operator": _prox_operator}
+
+
+class _Kernel:
+    """A function under `triton.jit`."""
+
+    def __init__(self, function: Callable[..., Any], record: Record) -> None:
+        self.name, self.record = function.__name__, record
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            sizes = grid(options) if callable(grid) else grid
+            assert all(0 < size <= _LARGEST_GRID for size in sizes), f"{self.name}: grid {sizes}"
+            for value in (*args, *options.values()):
+                if isinstance(value, Tensor) and not isinstance(value, GpuTensor):
+                    raise WrongDevice(f"{self.name}: Pointer argument cannot be accessed: cpu")
+            if self.name not in STAND_INS:
+                raise NotImplementedError(
+                    f"{__name__} has no stand-in for the kernel {self.name}: add one to STAND_INS"
+                )
+            self.record.launches[self.name] += 1
+            inner = [value.inner if isinstance(value, GpuTensor) else value for value in args]
+            with _disable_current_modes():  # what the stand-in computes is no work of the CPU
+                STAND_INS[self.name](sizes, *inner, **options)
+
+        return launch
+
+
+class _Language(ModuleType):
+    """`triton.language`: its names are looked up while kernels are declared, and not used."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return object()
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Triton is found, as the product asks, but who imports it now is told that it is not there."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name == "triton" else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        raise ImportError("the fake GPU has no Triton but for the kernels of the product")
+
+
+def _stub(record: Record) -> dict[str, ModuleType]:
+    """Modules by name."""
+    triton, language = ModuleType("triton"), _Language("triton.language")
+    vars(triton).update(
+        language=language,
+        jit=lambda function: _Kernel(function, record),
+        cdiv=lambda number, divisor: -(-number // divisor),
+        next_power_of_2=lambda number: 1 << (number - 1).bit_length(),
+    )
+    return {"triton": triton, "triton.language": language}
+
+
+@contextlib.contextmanager
+def triton_stub(record: Record) -> Iterator[None]:
+    """Kernels of the product are imported with the stub at the start, and dropped at the end."""
+    names = [name for name in sys.modules if name.split(".")[0] == "triton"]
+    before = {name: sys.modules.pop(name) for name in names}
+    _forget_kernels()
+    stub, finder = _stub(record), _Finder()
+    sys.modules.update(stub)
+    for module in pkgutil.iter_modules(kernels.__path__):
+        if module.name.endswith("_triton"):
+            importlib.import_module(f"{kernels.__name__}.{module.name}")
+    for name in stub:
+        del sys.modules[name]
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        sys.modules.update(before)
+        _forget_kernels()
+
+
+def _forget_kernels() -> None:
+    """Drops kernels that were imported, and what the product has kept of them."""
+    for name in list(sys.modules):
+        if name.startswith(f"{kernels.__name__}.") and name.endswith("_triton"):
+            vars(kernels).pop(name.rpartition(".")[2], None)
+            del sys.modules[name]
+    for module in [m for name, m in sys.modules.items() if name.startswith("pipeline.solvers")]:
+        for name, value in list(vars(module).items()):
+            if "triton" in name and hasattr(value, "cache_clear"):
+                value.cache_clear()

@@ -65,6 +65,7 @@ def _perplexity(
 ) -> tuple[dict[str, Any], str]:
     """One model's perplexity, or the comparison of several: as JSON, and as text."""
     from pipeline.evaluation.perplexity import compare, evaluate
+    from pipeline.records.evaluation import finite
 
     if len(sources) == 1:
         result = {
@@ -76,7 +77,8 @@ def _perplexity(
     named = [
         {"model": source.name, **result} for source, result in zip(sources, results, strict=True)
     ]
-    return {"models": named}, comparison_table(named)
+    # A divergence may be infinite, which JSON has no number for.
+    return {"models": [finite(model) for model in named]}, comparison_table(named)
 
 
 def _tasks(

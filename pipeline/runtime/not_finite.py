@@ -79,6 +79,8 @@ def _first(root: nn.Module, path: str, run: Run) -> _Found | None:
     """The first value that is not finite in a forward of `root`."""
     handles = []
     for name, module in root.named_modules():
+        if next(module.parameters(), None) is None:
+            continue  # an activation, perhaps of many layers: the input of the next layer tells
         full = ".".join(part for part in (path, name) if part)
         if module is not root:
             before = partial(_before, full)

@@ -149,7 +149,7 @@ class Forward:
         more = f" (and {len(names) - 1} more layers)" if len(names) > 1 else ""
         return NumericalError(
             f"block {block}: the inputs of {names[0]}{more} reach {max(largest.values()):.1e}, and "
-            "their squares, which its Hessian sums, overflow float32; leave such layers dense "
+            "their squares, which are summed, overflow float32; leave such layers dense "
             f"(--override '{names[0]}=dense'), or use --method magnitude, which needs no inputs"
         )
 

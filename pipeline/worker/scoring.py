@@ -55,7 +55,7 @@ def sequence_likelihoods(
 ) -> list[list[tuple[float, bool]]]:
     """Per sequence of this rank, and per target: (log-likelihood in nats, all tokens most likely).
 
-    targets: of all sequences, in order. Raises `NumericalError`, naming the module, for NaN or Inf.
+    targets: of all sequences, in order. Raises `NumericalError`, naming the module, for NaN.
     """
     with forward.watch("load"):
         ends = ModelEnds(forward.skeleton, forward.device, head=True)
@@ -73,7 +73,7 @@ def sequence_likelihoods(
                 wanted = torch.tensor(target.tokens, device=forward.device)
                 likely = logarithms.gather(1, wanted[:, None]).double().sum()
                 scores.append((float(likely), bool((logarithms.argmax(dim=-1) == wanted).all())))
-        if not all(math.isfinite(likelihood) for likelihood, _ in scores):
+        if any(math.isnan(likelihood) for likelihood, _ in scores):
             run = partial(ends.logits, tokens, hidden_states)
             raise around_blocks(ends, run, f"the likelihoods of sequence {start}")
         likelihoods.append(scores)

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from cluster import command_line
 from cluster.dispatch import ray_executor
 from tests.support.faults import Fault, Plan, faulty
 from tests.support.jobs import contents, write_text
 from tests.support.ray_jobs import OPTIONS, ray_cluster, undisturbed
-from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_models import change_weights, largest, save_tiny_model
 
 BLOCKS = 2
 # What may be taken on top of what this machine's processes have when the cluster starts.
@@ -153,4 +154,15 @@ def test_a_nan_is_not_tried_again(bench: Bench) -> None:
     code, line = bench.command(fault)
     assert code == 1
     assert len(bench.plan.struck(fault)) == 1
-    assert "the output of block 0 is not finite" in line
+    assert "block 0: its output held NaN or Inf, but not when it was computed again" in line
+
+
+def test_an_overflow_is_told_as_in_process(bench: Bench, tmp_path: Path) -> None:
+    """The module that overflows is found by the worker; its message and exit code arrive as is."""
+    big = {f"model.layers.1.mlp.{name}_proj.weight": largest(600) for name in ("gate", "up")}
+    bench.model = change_weights(save_tiny_model(tmp_path / "half", dtype=torch.float16), big)
+    assert bench.command() == (
+        1,
+        "prox24: block 1: the input of model.layers.1.mlp.down_proj is not finite in float16 "
+        "(which ends at 65504); use --dtype bfloat16 or float32",
+    )

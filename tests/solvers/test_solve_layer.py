@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cluster.command_line import run
 from pipeline.config.prune import PruneConfig
 from pipeline.config.solve import SolveConfig
 from pipeline.prune import prune
@@ -67,6 +68,34 @@ def test_all_methods_on_the_command_line_print_one_json_object(tmp_path: Path) -
     assert list(results) == ["magnitude", "wanda", "sparsegpt", "prox", "prox_admm"]
     for figures in results.values():
         assert {"relative_error", "seconds", "peak_memory_bytes", "report"} <= figures.keys()
+
+
+def test_a_layer_without_inputs_keeps_its_largest_weights(tmp_path: Path) -> None:
+    path = save_layer(tmp_path / "layer.safetensors")
+    layer = load_file(path) | {"inputs": torch.zeros(4, 48, 32)}
+    save_file(layer, path)
+    command = [sys.executable, "-m", "cluster", "solve", str(path), "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for method in ("wanda", "sparsegpt", "prox", "prox_admm"):
+        assert f"{method}: largest weights kept: its inputs are 0 on all of" in done.stdout
+        same = load_file(tmp_path / f"{method}.safetensors")["weight"]
+        assert torch.equal(same, load_file(tmp_path / "magnitude.safetensors")["weight"])
+        assert int((same != 0).sum()) == 24 * 16
+
+
+def test_solved_weights_that_the_layers_dtype_does_not_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_layer(tmp_path / "layer.safetensors")
+    layer = load_file(path)
+    layer["weight"] = (layer["weight"].sign() * 65000).half()
+    save_file(layer, path)
+    assert run(["solve", str(path), "--methods", "wanda,prox_admm"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("prox24: layer layer by prox_admm: ")
+    assert "solved weights are beyond float16, in which the layer is stored" in said
+    assert "leave the method out of --methods" in said
+    assert run(["solve", str(path), "--methods", "wanda"]) == 0
 
 
 def test_all_leaves_out_prox_where_the_pattern_is_not_the_papers(tmp_path: Path) -> None:

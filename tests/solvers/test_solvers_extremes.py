@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from pipeline.config.solver import SolverSettings
+from pipeline.solvers.base import NO_INPUT
 from pipeline.solvers.masks import holds
 from pipeline.solvers.objective import relative_error
 from pipeline.solvers.registry import solver_for
-from pipeline.solvers.types import SolveReport, Statistics
+from pipeline.solvers.stored import as_stored
+from pipeline.solvers.types import SolveReport, Statistics, percentage
+from pipeline.worker.solve import solve_group
 from storage.errors import ConfigError, NumericalError
 from tests.support.solver_cases import layer, statistics_of
 
@@ -50,6 +53,64 @@ def test_a_matrix_that_is_no_hessian_is_refused() -> None:
         solver = solver_for(SolverSettings(method=method))
         with pytest.raises(NumericalError, match="not positive definite"):
             solver.solve(torch.randn(4, 8), solver.prepare(statistics))
+        weights = {"model.layers.3.q_proj": torch.randn(4, 8), "k": torch.randn(4, 8)}
+        said = (
+            r"^layer model\.layers\.3\.q_proj and 1 with the same input: the Hessian is not "
+            r"positive definite even at damping 1; use a --shrinkage .*--override LAYER=wanda"
+        )
+        with pytest.raises(NumericalError, match=said):
+            solve_group(weights, statistics, SolverSettings(method=method).resolved(), None)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_statistics_that_are_not_finite_name_the_layers(value: float) -> None:
+    weight, inputs = layer()
+    statistics = statistics_of(inputs)
+    statistics.hessian[3, 3] = value
+    settings = SolverSettings().resolved()
+    said = r"^layer mlp\.up and 1 with the same input: the Hessian holds NaN or Inf: .*=dense"
+    with pytest.raises(NumericalError, match=said):
+        solve_group({"mlp.up": weight, "mlp.gate": weight}, statistics, settings, None)
+
+
+def test_what_a_stored_dtype_does_not_hold() -> None:
+    """Too large is an error, with the count and the largest; too small is noted. Never clamped."""
+    weight = torch.tensor([[1.0, 0.0, 0.0, 2e-8], [65504.0, 0.0, 0.0, -3.0]])
+    stored, notes = as_stored(weight, torch.float16, "do this")
+    assert torch.equal(stored, weight.half())
+    assert stored[0, 3] == 0
+    assert notes == ("kept weights that are too small for float16 are stored as 0",)
+    for dtype in (torch.float32, torch.bfloat16):
+        stored, notes = as_stored(weight, dtype, "do this")
+        assert torch.equal(stored, weight.to(dtype))
+        assert notes == ()
+    weight[0, 0], weight[1, 3] = -1e5, 7e4
+    with pytest.raises(NumericalError) as raised:
+        as_stored(weight, torch.float16, "do this")
+    assert str(raised.value) == (
+        "2 of 8 solved weights are beyond float16, in which the layer is stored: the largest is "
+        "1e+05, and float16 ends at 65504; do this"
+    )
+    weight[0, 0] = torch.nan
+    with pytest.raises(NumericalError, match="1 of 8 solved weights are NaN or Inf; do this"):
+        as_stored(weight, torch.float32, "do this")
+    assert as_stored(weight[:0], torch.float16, "")[0].shape == (0, 4)
+
+
+@pytest.mark.parametrize(("refine", "remedy"), [("none", "=wanda'"), ("cg", "--refine none")])
+def test_the_remedy_for_weights_too_large_to_be_stored(refine: str, remedy: str) -> None:
+    """Weights near the end of float16, and a method that moves some of them further."""
+    weight, inputs = layer(rows=64, columns=32)
+    weight = (weight.sign() * (60000 + 5000 * weight.sigmoid())).half()
+    method = "sparsegpt" if refine == "none" else "wanda"
+    settings = SolverSettings(method=method, refine=refine).resolved()
+    with pytest.raises(NumericalError, match="are beyond float16") as raised:
+        solve_group({"mlp.up": weight}, statistics_of(inputs), settings, None)
+    assert str(raised.value).startswith("layer mlp.up: ")
+    assert remedy in str(raised.value)
+    plain = SolverSettings(method="wanda").resolved()
+    stored, _ = solve_group({"mlp.up": weight}, statistics_of(inputs), plain, None)["mlp.up"]
+    assert bool(stored.isfinite().all())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -58,6 +119,71 @@ def test_a_zero_hessian_costs_nothing(method: str) -> None:
     zero = torch.zeros(1, 4, 8)
     report = solve(method, weight, statistics_of(zero)).report
     assert report.objective == report.objective_zero == report.relative_error == 0
+
+
+@pytest.mark.parametrize("kept_inputs", [False, True])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "unstructured:0.5"])
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_without_inputs_the_largest_weights_are_kept(
+    method: str, pattern: str, kept_inputs: bool
+) -> None:
+    """Not none at all, which would cost nothing, nor the last ones of equal scores."""
+    if method == "prox" and pattern != "2:4":
+        return
+    weight, _ = layer(rows=5, columns=16)
+    statistics = statistics_of(torch.zeros(1, 6, 16))
+    if kept_inputs:
+        statistics = dataclasses.replace(statistics, hessian=None, inputs=torch.zeros(6, 16))
+    solution = solve(method, weight, statistics, pattern=pattern, refine="cg")
+    group = int(pattern[2:]) if pattern[1] == ":" else 16
+    keep = int(pattern[0]) if pattern[1] == ":" else 8
+    for row, pruned in zip(weight.view(-1, group), solution.weight.view(-1, group), strict=True):
+        expected = torch.zeros(group)
+        largest = sorted(range(group), key=lambda j: -abs(float(row[j])))[:keep]
+        expected[largest] = row[largest]
+        assert torch.equal(pruned, expected)
+    report = solution.report
+    assert report.deviations == (NO_INPUT,)
+    assert (report.dead_inputs, report.objective, report.relative_error) == (16, 0, 0)
+
+
+def test_magnitude_needs_no_inputs_and_so_departs_from_nothing() -> None:
+    weight, _ = layer(rows=5, columns=8)
+    report = solve("magnitude", weight, statistics_of(torch.zeros(1, 4, 8))).report
+    assert report.deviations == ()
+
+
+def test_inputs_too_small_to_be_squared_count_as_none() -> None:
+    weight, inputs = layer(rows=5, columns=16)
+    report = solve("prox_admm", weight, statistics_of(inputs * 1e-30)).report
+    assert (report.dead_inputs, report.deviations) == (16, (NO_INPUT,))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dead_columns_are_counted(method: str) -> None:
+    weight, inputs = layer(dead=(0, 1, 2, 3, 17))
+    report = solve(method, weight, statistics_of(inputs)).report
+    assert (report.dead_inputs, report.deviations) == (5, ())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_input_that_all_tokens_share(method: str) -> None:
+    """A constant input: H has rank 1."""
+    weight, inputs = layer(rows=8, columns=32)
+    constant = inputs[:, :1].expand(2, 50, 32)[:1]
+    solution = solve(method, weight, statistics_of(constant), refine="cg")
+    assert solution.weight.any(dim=1).all()
+    assert solution.report.relative_error < 1
+
+
+def test_an_error_is_undefined_where_the_dense_outputs_are_0() -> None:
+    assert percentage(1.0, 4.0) == 25
+    assert percentage(0.0, 0.0) == 0
+    assert percentage(1.0, 0.0) is None
+    weight = torch.tensor([[3.0, -1.0, -1.0, -1.0]])
+    report = solve("magnitude", weight, statistics_of(torch.ones(1, 2, 4))).report
+    assert (report.objective_zero, report.relative_error) == (0, None)
+    assert report.objective > 0
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "prox", "prox_admm"])

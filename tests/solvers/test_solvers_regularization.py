@@ -14,6 +14,7 @@ from pipeline.solvers.auto_shrinkage import choose_regularization
 from pipeline.solvers.hessian import estimate
 from pipeline.solvers.objective import relative_error
 from pipeline.solvers.registry import solver_for
+from pipeline.worker.solve import choose_settings
 from storage.errors import NumericalError
 from tests.support.solver_cases import golden, layer, statistics_of
 
@@ -101,6 +102,25 @@ def test_the_choice_is_never_worse_than_wanda_on_the_other_half(seed: int) -> No
     assert min(trial.relative_error for trial in choice.trials) <= wanda.relative_error
     again = choose_regularization({"layer": weight}, halves, SolverSettings(shrinkage="auto"))
     assert json.dumps(again.to_json()) == json.dumps(choice.to_json())
+
+
+@pytest.mark.parametrize("degenerate", ["the first half", "the second half", "the weight"])
+def test_nothing_is_chosen_where_nothing_can_be_compared(degenerate: str) -> None:
+    weight, inputs = layer(rows=32, columns=48)
+    nothing = torch.zeros_like(inputs[0])
+    first, second = inputs
+    if degenerate == "the weight":
+        weight = torch.zeros_like(weight)
+    elif degenerate == "the first half":
+        first = nothing
+    else:
+        second = nothing
+    halves = (statistics_of(first), statistics_of(second))
+    settings = SolverSettings(shrinkage="auto")
+    assert choose_regularization({"layer": weight}, halves, settings) is None
+    choice = choose_settings({"layer": weight}, halves, settings)
+    assert choice["shrinkage"] == "estimate"
+    assert "instead of auto" in choice["note"]
 
 
 def test_what_is_given_decides_what_is_estimated() -> None:

@@ -15,6 +15,7 @@ from pipeline.statistics.accumulate import (
     Accumulator,
     Sums,
     add_in_rank_order,
+    not_finite_sums,
     panels,
     statistics_bytes,
 )
@@ -188,6 +189,30 @@ def test_an_experts_inputs_stand_for_the_matrix_while_they_are_few(batches: list
         found = kept.statistics()
     assert found.inputs is None
     assert torch.equal(found.hessian, expected.hessian)
+
+
+@pytest.mark.parametrize("columns", [32, 600])
+@pytest.mark.parametrize(("needs", "keep"), [("full", False), ("full", True), ("diagonal", False)])
+@pytest.mark.parametrize("value", [None, torch.inf, torch.nan, 1e30])
+def test_groups_whose_sums_are_not_finite_are_found(
+    columns: int, needs: str, keep: bool, value: float | None
+) -> None:
+    """By sums of squares alone: one entry of one token is enough, and finite ones may be too."""
+    generator = torch.Generator().manual_seed(0)
+    good, bad = (Accumulator(columns, needs, CPU, keep) for _ in range(2))
+    for number in range(2):
+        x = torch.randn(8, columns, generator=generator).to(torch.bfloat16)
+        good.add(x, 1)
+        if number and value is not None:
+            x[3, columns - 5] = value
+        bad.add(x, 1)
+    for accumulator in (good, bad):
+        expected = accumulator.statistics().diagonal
+        assert torch.equal(accumulator.sums.squares().isfinite(), expected.isfinite())
+    assert torch.allclose(good.sums.squares(), good.statistics().diagonal)
+    sums = {"first": (good.sums,), "second": (good.sums, bad.sums)}
+    assert not_finite_sums(sums) == ([] if value is None else ["second"])
+    assert not_finite_sums({}) == []
 
 
 @pytest.mark.parametrize("sizes", [(3, 4, 5), (10, 0, 21), (10, 12, 10), (40, 1, 2), (0, 0, 0)])

@@ -220,8 +220,10 @@ def test_another_schema_version_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("figure", [float("nan"), float("inf")])
 def test_a_figure_that_is_not_finite_is_not_recorded(tmp_path: Path, figure: float) -> None:
-    with pytest.raises(NumericalError, match=r"record\.json"):
-        commit.publish_json(tmp_path / "record.json", {"schema_version": 1, "error": figure})
+    record = {"schema_version": 1, "layers": {"mlp.up_proj": [{"rows": 8}, {"error": figure}]}}
+    said = rf"record\.json: not written, layers\.mlp\.up_proj\[1\]\.error is {figure}"
+    with pytest.raises(NumericalError, match=said):
+        commit.publish_json(tmp_path / "record.json", record)
     assert list(tmp_path.iterdir()) == []
 
 

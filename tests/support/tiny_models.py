@@ -6,6 +6,7 @@ They prove plumbing, never quality. One byte of text is one token, which makes c
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -100,6 +101,22 @@ def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
                 if parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def change_weights(folder: Path, changes: Mapping[str, Callable[[torch.Tensor], object]]) -> Path:
+    """Replaces tensors of `model.safetensors`: name -> function of the fp32 values; dtypes stay."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name, change in changes.items():
+        value = torch.as_tensor(change(tensors[name].float()))
+        tensors[name] = value.to(tensors[name].dtype).contiguous()
+    save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+def largest(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """For `change_weights`: scales a tensor so that its largest magnitude is `value`."""
+    return lambda tensor: tensor / tensor.abs().max() * value
 
 
 def split_weight_file(folder: Path, count: int) -> None:

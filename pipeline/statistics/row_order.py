@@ -8,7 +8,7 @@ other tokens without a word. All classes of transformers that prox24 prunes call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from pipeline.models.forward_capture import BlockCall, LayerGroup
 from storage.errors import ModelError
 
 _COLUMNS = 256  # of a row that are compared
-# A row has changed if it did by more than this share of what the changed rows do.
+# A row has changed if it did by more than this share of what rows that should change do.
 _CHANGED = 0.1
-# Of the rows of a sequence that was changed at least so many have, of another's at most the rest.
+# Of a sequence's rows that should change so many must, and of the others at most the rest may.
 _MOST = 0.75
 
 
@@ -33,21 +33,33 @@ def check_rows(
 
     module: the block. hidden_states: a batch of its inputs, (n, seqlen, hidden). An expert's layers
     have the tokens that are routed to it; of those, what all of its block's experts are called with
-    is checked. Runs the block twice: the second time every other sequence has its sign changed, and
-    exactly its rows must change.
+    is checked. Runs the block a few times with the signs of some tokens changed: exactly the rows
+    that depend on them must change.
     """
     names = dict.fromkeys(_checked(module, group.name) for group in groups)
-    changed = torch.arange(hidden_states.shape[0]) % 2 == 1
-    signs = torch.where(changed, -1, 1).to(hidden_states)[:, None, None]
     before = _inputs(module, call, hidden_states.clone(), names)
-    after = _inputs(module, call, hidden_states * signs, names)
-    for name in names:
-        for first, second in zip(before[name], after[name], strict=True):
-            if problem := _problem(first, second, changed, hidden_states.shape[1]):
-                raise ModelError(
-                    f"{name}: {problem}, so which of them are the responses' is not known; leave "
-                    "it dense with --exclude, or use --calibrate-on all"
-                )
+    for changed in _changes(*hidden_states.shape[:2]):
+        signs = torch.where(changed, -1, 1).to(hidden_states)[:, :, None]
+        after = _inputs(module, call, hidden_states * signs, names)
+        for name in names:
+            for first, second in zip(before[name], after[name], strict=True):
+                if problem := _problem(first, second, changed):
+                    raise ModelError(
+                        f"{name}: {problem}, so which of them are the responses' is not known; "
+                        "leave it dense with --exclude, or use --calibrate-on all"
+                    )
+
+
+def _changes(sequences: int, length: int) -> Iterator[Tensor]:
+    """Which tokens are changed together, (n, seqlen) bool.
+
+    Sequences with a bit of their number set, one bit after another, which tells them all apart; and
+    the second half of each: in a causal model no row of the first half depends on it.
+    """
+    numbers = torch.arange(sequences)
+    for bit in range((sequences - 1).bit_length()):
+        yield (numbers >> bit & 1).bool()[:, None].expand(-1, length)
+    yield (torch.arange(length) >= length // 2).expand(sequences, -1)
 
 
 def _checked(module: nn.Module, layer: str) -> str:
@@ -90,21 +102,21 @@ def _inputs(
     return seen
 
 
-def _problem(before: Tensor, after: Tensor, changed: Tensor, length: int) -> str | None:
-    """What is wrong with inputs (rows, columns) of `length` tokens a sequence; None if nothing.
+def _problem(before: Tensor, after: Tensor, changed: Tensor) -> str | None:
+    """What is wrong with inputs (rows, columns) of a batch's tokens; None if nothing.
 
-    changed: (n,) bool, the sequences of which `after` has others than `before`.
+    changed: (n, seqlen) bool, the tokens that should have others in `after` than in `before`.
     """
-    tokens = len(changed) * length
+    tokens = changed.numel()
     if len(before) != tokens or len(after) != tokens:
         return f"it is called with {len(before)} inputs for {tokens} tokens"
-    if not bool(changed.any()):
-        return None  # one sequence
     sizes = (before.norm(dim=1) + after.norm(dim=1)).clamp(min=torch.finfo(torch.float32).tiny)
-    moved = ((after - before).norm(dim=1) / sizes).view(len(changed), length).cpu()
+    moved = ((after - before).norm(dim=1) / sizes).view(changed.shape).cpu()
     usual = moved[changed].median()
-    shares = (moved > _CHANGED * usual).float().mean(dim=1)
-    right = torch.where(changed, shares >= _MOST, shares <= 1 - _MOST)
-    if not bool(usual > 0) or not bool(right.all()):
-        return "its inputs are not in the order of the sequences"
+    found = moved > _CHANGED * usual
+    rightly, wrongly = (found & changed).sum(dim=1), (found & ~changed).sum(dim=1)
+    enough = rightly >= _MOST * changed.sum(dim=1)
+    few = wrongly <= (1 - _MOST) * (~changed).sum(dim=1)
+    if not bool(usual > 0) or not bool((enough & few).all()):
+        return "its inputs are not in the order of the tokens"
     return None

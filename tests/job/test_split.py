@@ -17,6 +17,7 @@ from pipeline.runtime.split import (
     even_range,
     in_passes,
     row_ranges,
+    second_half,
     sequences_per_shard,
     shard_ranges,
     whole_layers,
@@ -63,6 +64,24 @@ def test_batches_cover_a_shard(rows: int, batch_size: int) -> None:
     batches = batch_ranges(rows, batch_size)
     assert covers(batches, rows)
     assert all(0 < stop - start <= batch_size for start, stop in batches)
+
+
+@given(counts=st.lists(st.integers(0, 9), max_size=12))
+@example(counts=[0, 5, 0, 0])
+@example(counts=[1, 9, 1])
+def test_halves_have_as_equal_counts_as_whole_sequences_can(counts: list[int]) -> None:
+    cuts = {n: (sum(counts[:n]), sum(counts[n:])) for n in range(len(counts) + 1)}
+    possible = {n: abs(a - b) for n, (a, b) in cuts.items() if a and b}
+    half = second_half(counts)
+    if half is None:
+        assert not possible
+    else:
+        assert possible[half] == min(possible.values())
+
+
+@given(nsamples=COUNTS, length=st.integers(1, 9))
+def test_halves_of_equal_sequences_are_half_of_them(nsamples: int, length: int) -> None:
+    assert second_half([length] * nsamples) == (nsamples // 2 or None)
 
 
 @given(count=st.integers(0, 500), world=WORLDS)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.counted import ON_RESPONSES, cut_turns
 from tests.support.faults import Fault
 from tests.support.jobs import contents, write_text
 from tests.support.ray_jobs import OPTIONS, RayJob, ray_cluster, undisturbed, wait_until_gone
@@ -87,6 +88,20 @@ def test_workers_lost_in_phase_after_phase(
     (told,) = [note for note in broken.retries() if f"process {stopped} on" in note]
     assert "--phase-timeout" in told
     assert wait_until_gone(stopped)
+
+
+def test_workers_count_the_tokens_that_count_though_one_is_lost(
+    source: tuple[Path, Path, dict[str, bytes]], address: str, tmp_path: Path
+) -> None:
+    model, text, _ = source
+    options = ON_RESPONSES | {"shrinkage": "auto"}
+    fault = Fault("advance", "accumulate", call=3, block=1)
+    done = RayJob(tmp_path, model, text, address, [fault], cut=cut_turns, **options)
+    done.run()
+    assert len(done.plan.struck(fault)) == 1
+    whole = undisturbed(model, text, tmp_path / "whole", cut=cut_turns, **options)
+    assert contents(done.output) == whole
+    assert whole != undisturbed(model, text, tmp_path / "all", shrinkage="auto")
 
 
 MATRIX = [

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from cluster.command_line import run
 from tests.support.chat_models import CHATML, chat_tokenizer
 from tests.support.jobs import contents
 
@@ -30,9 +32,35 @@ SHAREGPT = [
 ]
 
 
-def prox24(*arguments: object) -> subprocess.CompletedProcess[str]:
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Command = Callable[..., Done]
+
+
+def as_process(*arguments: object) -> Done:
+    """Runs `prox24` as a process of its own."""
     command = [sys.executable, "-m", "cluster", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def prox24(capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs `prox24` in this process, which has imported torch already."""
+
+    def call(*arguments: object) -> Done:
+        capfd.readouterr()
+        status = run([str(argument) for argument in arguments])
+        return Done(status, *capfd.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +80,16 @@ def lines(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def prune(model: Path, output: Path, dataset: object, *more: object) -> Any:
+def prune(command: Command, model: Path, output: Path, dataset: object, *more: object) -> Done:
     small = ("--nsamples", 4, "--seqlen", 48, "--executor", "local")
-    return prox24("prune", model, output, "--dataset", dataset, *small, *more)
+    return command("prune", model, output, "--dataset", dataset, *small, *more)
 
 
-def test_chats_are_calibrated_on_and_said_so(chat_model: Path, tmp_path: Path) -> None:
+def test_chats_are_calibrated_on_and_said_so(
+    prox24: Command, chat_model: Path, tmp_path: Path
+) -> None:
     data = lines(tmp_path / "sharegpt.jsonl", SHAREGPT)
-    done = prune(chat_model, tmp_path / "all", data)
+    done = prune(as_process, chat_model, tmp_path / "all", data)
     assert done.returncode == 0, done.stderr
     assert "calibration text: conversations in `conversations`" in done.stderr
     record = json.loads((tmp_path / "all.run" / "run.json").read_text())["text"]
@@ -71,7 +101,7 @@ def test_chats_are_calibrated_on_and_said_so(chat_model: Path, tmp_path: Path) -
     assert "conversations in conversations" in card
     assert all("counted_tokens" not in each for each in (record, result["text"]))
 
-    done = prune(chat_model, tmp_path / "some", data, "--calibrate-on", "responses")
+    done = prune(prox24, chat_model, tmp_path / "some", data, "--calibrate-on", "responses")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "some.run" / "run.json").read_text())["text"]
     assert 0 < record["counted_tokens"] < 4 * 47
@@ -81,7 +111,7 @@ def test_chats_are_calibrated_on_and_said_so(chat_model: Path, tmp_path: Path) -
     layers = json.loads((tmp_path / "some" / "prox24.json").read_text())["layers"]
     assert {layer["tokens"] for layer in layers} == {record["counted_tokens"]}
 
-    again = prune(chat_model, tmp_path / "some", data, "--overwrite")
+    again = prune(prox24, chat_model, tmp_path / "some", data, "--overwrite")
     assert again.returncode == 2
     assert "calibrate_on" in again.stderr
 
@@ -97,10 +127,15 @@ def test_chats_are_calibrated_on_and_said_so(chat_model: Path, tmp_path: Path) -
     ],
 )
 def test_what_is_refused_is_refused_before_compute(
-    chat_model: Path, tmp_path: Path, rows: list[Any], more: tuple[str, ...], message: str
+    prox24: Command,
+    chat_model: Path,
+    tmp_path: Path,
+    rows: list[Any],
+    more: tuple[str, ...],
+    message: str,
 ) -> None:
     data = lines(tmp_path / "data.jsonl", rows)
-    done = prune(chat_model, tmp_path / "out", data, *more)
+    done = prune(prox24, chat_model, tmp_path / "out", data, *more)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -108,7 +143,7 @@ def test_what_is_refused_is_refused_before_compute(
 
 
 def test_c4_as_it_is_published_a_folder_and_a_saved_data_set(
-    chat_model: Path, tmp_path: Path
+    prox24: Command, chat_model: Path, tmp_path: Path
 ) -> None:
     """The same rows in three kinds of files are the same text."""
     rows = [{"text": f"{n} {WORDS * 3}", "timestamp": "2019", "url": f"u{n}"} for n in range(40)]
@@ -122,16 +157,18 @@ def test_c4_as_it_is_published_a_folder_and_a_saved_data_set(
     outputs = []
     for number, data in enumerate((folder / name, folder.parent, "saved", "list.json")):
         output = tmp_path / f"out{number}"
-        done = prune(chat_model, output, tmp_path / data, "--method", "wanda")
+        done = prune(prox24, chat_model, output, tmp_path / data, "--method", "wanda")
         assert done.returncode == 0, done.stderr
         files = contents(output)
         outputs.append({name: files[name] for name in files if name.endswith(".safetensors")})
     assert all(output == outputs[0] for output in outputs)
 
 
-def test_ids_are_noted_and_bos_is_in_the_result(chat_model: Path, tmp_path: Path) -> None:
+def test_ids_are_noted_and_bos_is_in_the_result(
+    prox24: Command, chat_model: Path, tmp_path: Path
+) -> None:
     data = lines(tmp_path / "ids.jsonl", [{"text": f"{n:09d} {n * n:012d}"} for n in range(200)])
-    done = prune(chat_model, tmp_path / "out", data, "--method", "wanda")
+    done = prune(prox24, chat_model, tmp_path / "out", data, "--method", "wanda", "--nsamples", 12)
     assert done.returncode == 0, done.stderr
     assert "% of the text's characters are digits" in done.stderr
     figures = {}
@@ -145,7 +182,9 @@ def test_ids_are_noted_and_bos_is_in_the_result(chat_model: Path, tmp_path: Path
     assert figures["auto"] != figures["never"]
 
 
-def test_perplexity_with_bos_is_transformers_own(chat_model: Path, tmp_path: Path) -> None:
+def test_perplexity_with_bos_is_transformers_own(
+    prox24: Command, chat_model: Path, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = tmp_path / "text.txt"
@@ -163,15 +202,19 @@ def test_perplexity_with_bos_is_transformers_own(chat_model: Path, tmp_path: Pat
     assert result["predicted_tokens"] == 47 * len(pieces)
 
 
-def test_a_template_given_as_a_file(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+def test_a_template_given_as_a_file(
+    prox24: Command, tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
     model = tiny_model("llama")
     data = lines(tmp_path / "chat.jsonl", SHAREGPT)
-    done = prune(model, tmp_path / "out", data, "--method", "wanda")
+    done = prune(prox24, model, tmp_path / "out", data, "--method", "wanda")
     assert done.returncode == 2
     assert "no chat template" in done.stderr
     template = tmp_path / "my template.jinja"
     template.write_text(CHATML)
-    done = prune(model, tmp_path / "out", data, "--method", "wanda", "--chat-template", template)
+    done = prune(
+        prox24, model, tmp_path / "out", data, "--method", "wanda", "--chat-template", template
+    )
     assert done.returncode == 0, done.stderr
     settings = json.loads((tmp_path / "out" / "prox24.json").read_text())["job"]["settings"]
     assert len(settings["chat_template"]) == 64

@@ -5,27 +5,38 @@
     python -m tests.gpu.mutate solvers/hessian  # places in modules whose path has that in it
 
 A place is a `device=` argument, a `.to(...)` that names a device, or a `.cpu()`. Each is removed in
-a copy of the tree, in which the tests are run until one fails. Prints one line a place, and exits
-with 1 if a module has places of which none is noticed.
+a process of its own, in which the tests are run until one fails. Prints one line a place, and exits
+with 1 if a module has places of which none is noticed, with 2 if the tests fail as they are.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import gc
+import multiprocessing
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType, FunctionType
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-COPIED = ("storage", "pipeline", "actors", "cluster", "tests", "pyproject.toml")
-# Jobs first: most mutants die in their first one.
-TESTS = ("test_gpu_jobs.py", "test_gpu_solves.py", "test_gpu_collective.py", "test_gpu_resume.py")
+# Those that compute in this process; the quickest first.
+TESTS = [
+    str(ROOT / "tests" / "gpu" / f"test_gpu_{name}")
+    for name in (
+        "others.py",
+        "solves.py",
+        "collective.py::test_each_backend_is_given_tensors_that_it_can_send",
+        "jobs.py",
+    )
+]
 _MOST_SECONDS = 900
 
 
@@ -79,28 +90,53 @@ def places(root: Path) -> Iterator[Place]:
         yield from remover.places
 
 
-def without(place: Place, source: str) -> str:
-    """The module's source without the place; comments and layout are lost."""
-    tree = _Remover(place.module, place.number).visit(ast.parse(source))
-    return ast.unparse(ast.fix_missing_locations(tree))
+def remove(place: Place) -> None:
+    """Takes the place out of the functions that this process has imported."""
+    path = str(ROOT / place.module)
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    tree = ast.fix_missing_locations(_Remover(place.module, place.number).visit(tree))
+    changed = {code.co_qualname: code for code in _codes(compile(tree, path, "exec"))}
+    for each in gc.get_objects():
+        # Its own code: what wraps a function has the function's name, but the code of another file.
+        if isinstance(each, FunctionType) and each.__code__.co_filename == path:
+            each.__code__ = changed[each.__code__.co_qualname]
 
 
-def failing_test(folder: Path) -> str | None:
-    """The first test of TESTS that fails in the tree at `folder`; None if all pass."""
-    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    tests = [f"tests/gpu/{name}" for name in TESTS]
-    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "--tb=no", *tests]
-    try:
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True,
-            timeout=_MOST_SECONDS,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield from _codes(each)
+
+
+def run_tests(log: Path) -> int:
+    """Runs TESTS in this process until one fails; pytest's status."""
+    with log.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        return int(pytest.main(["-qx", "-p", "no:cacheprovider", "--tb=short", *TESTS]))
+
+
+def failing_test(place: Place, log: Path) -> str | None:
+    """The first test that fails without the place; None if all pass. In a fork of this process."""
+    process = multiprocessing.get_context("fork").Process(target=_without, args=(place, log))
+    process.start()
+    process.join(_MOST_SECONDS)
+    if process.is_alive():
+        process.kill()
         return "no end"
-    if done.returncode == 0:
-        return None
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return lines[0].split("::", 1)[-1].split(" - ")[0] if lines else "collection"
+    return first_failure(log) or f"status {process.exitcode}" if process.exitcode else None
+
+
+def _without(place: Place, log: Path) -> None:
+    remove(place)
+    os._exit(run_tests(log))
+
+
+def first_failure(log: Path) -> str | None:
+    """The first test that pytest's output names as failed."""
+    for line in log.read_text(encoding="utf-8").splitlines():
+        if line.startswith(("FAILED", "ERROR ")) and "::" in line:
+            return line.split("::", 1)[1].split(" - ")[0]
+    return None
 
 
 def main() -> int:
@@ -109,6 +145,7 @@ def main() -> int:
     parser.add_argument("paths", nargs="*", help="parts of the modules' paths; none: all")
     parser.add_argument("--each-module", action="store_true", help="one place in each module")
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads do not survive a fork
     chosen = [
         place
         for place in places(ROOT)
@@ -117,19 +154,14 @@ def main() -> int:
     if options.each_module:
         chosen = list({place.module: place for place in reversed(chosen)}.values())[::-1]
     noticed: dict[Path, bool] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for each in COPIED:
-            if (ROOT / each).is_dir():
-                shutil.copytree(ROOT / each, folder / each, ignore=shutil.ignore_patterns("__py*"))
-            else:
-                shutil.copy(ROOT / each, folder)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        # As it is. After that this process has imported and compiled what the tests need.
+        if run_tests(log):
+            print(f"{first_failure(log)} fails before anything is removed")
+            return 2
         for place in chosen:
-            path = folder / place.module
-            source = path.read_text(encoding="utf-8")
-            path.write_text(without(place, source), encoding="utf-8")
-            failed = failing_test(folder)
-            path.write_text(source, encoding="utf-8")
+            failed = failing_test(place, log)
             noticed[place.module] = noticed.get(place.module, False) or failed is not None
             outcome = f"noticed by {failed}" if failed else "SURVIVES"
             print(f"{place.module}:{place.line}: {place.text}: {outcome}", flush=True)

@@ -124,19 +124,6 @@ def test_a_strength_on_the_cpu(gpu: Record, lam: Any) -> None:
     assert torch.equal(found.cpu(), prox_operator(z, lam))
 
 
-def test_the_operator_without_triton(gpu: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In plain torch it takes the device of its input, and does not wait."""
-    z = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-    expected = prox_operator(z, 0.4)
-    monkeypatch.setattr("pipeline.solvers.kernels.prox_operator._triton_kernels", lambda: None)
-    on_gpu = z.to("cuda")
-    gpu.clear()
-    found = prox_operator(on_gpu, 0.4)
-    assert not gpu.waits
-    assert not gpu.launches
-    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-6)
-
-
 def test_masks_that_were_taken_before_the_model_went_to_the_gpu(gpu: Record) -> None:
     model = nn.Sequential(nn.Linear(8, 4, bias=False)).requires_grad_(False)
     weight = model[0].weight

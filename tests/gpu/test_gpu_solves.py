@@ -124,7 +124,7 @@ def test_prox_waits_once_in_fifty_iterations(tmp_path: Path) -> None:
     found, gpu = solve_on_gpu(path, "prox", tmp_path, prox_growth=1.06)
     iterations = found["report"]["iterations"]
     assert iterations >= 2 * _PROX_CHECKS
-    assert gpu.launches["_operator"] == iterations
+    assert gpu.launches["prox_triton._operator"] == iterations
     often = [n for (_, place), n in gpu.waits.items() if "methods/prox.py" in place]
     assert sum(often) <= iterations // _PROX_CHECKS
 

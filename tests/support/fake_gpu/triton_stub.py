@@ -12,16 +12,20 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from pipeline.config.pattern import Pattern
 from pipeline.solvers import kernels
 from pipeline.solvers.kernels import prox_operator
+from pipeline.solvers.masks import keep_mask
 from tests.support.fake_gpu.record import Record
 from tests.support.fake_gpu.tensor import GpuTensor, WrongDevice
 
@@ -39,15 +43,53 @@ def _prox_operator(grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     target.copy_(result.reshape(target.shape))
 
 
-# By name of the kernel. The arguments are the kernel's, tensors by their CPU tensors.
-STAND_INS: dict[str, Callable[..., None]] = {"_operator": _prox_operator}
+@cache
+def _compile_stand_ins() -> None:
+    """Once a process, before anything is on the GPU: a compiler keeps frames, and what is in them,
+    until the garbage is collected."""
+    for strength in (1.0, torch.ones(2)):
+        prox_operator.prox_operator(torch.zeros(2, 4), strength)
+
+
+def _sparsegpt_block(
+    grid: tuple[int, ...],
+    weight: Tensor,
+    mask: Tensor,
+    errors: Tensor,
+    upper: Tensor,
+    rows: int,
+    width: int,
+    *strides: int,
+    **options: Any,
+) -> None:
+    """`sparsegpt_triton._block`: column by column, products rounded before they are subtracted."""
+    assert grid[0] * options["ROWS"] >= rows == len(weight)
+    assert strides == tuple(each.stride(0) for each in (weight, mask, upper))
+    assert weight.stride(1) == mask.stride(1) == upper.stride(1) == 1
+    group, pivots = options["GROUP"], upper.diagonal()
+    for at in range(width):
+        if group and at % group == 0:
+            here = slice(at, at + group)
+            score = weight[:, here].square() / pivots[here].square()
+            mask[:, here] = keep_mask(Pattern(group - options["PRUNED"], group), score)
+        errors[:, at] = weight[:, at].masked_fill(mask[:, at], 0) / pivots[at]
+        weight[:, at].masked_fill_(~mask[:, at], 0)
+        weight[:, at + 1 :].sub_(errors[:, at, None] * upper[at, at + 1 :])
+
+
+# By module and name of the kernel. The arguments are the kernel's, tensors by their CPU tensors.
+STAND_INS: dict[str, Callable[..., None]] = {
+    "prox_triton._operator": _prox_operator,
+    "sparsegpt_triton._block": _sparsegpt_block,
+}
 
 
 class _Kernel:
     """A function under `triton.jit`."""
 
     def __init__(self, function: Callable[..., Any], record: Record) -> None:
-        self.name, self.record = function.__name__, record
+        module = function.__module__.rpartition(".")[2]
+        self.name, self.record = f"{module}.{function.__name__}", record
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
@@ -102,6 +144,7 @@ def _stub(record: Record) -> dict[str, ModuleType]:
 @contextlib.contextmanager
 def triton_stub(record: Record) -> Iterator[None]:
     """Kernels of the product are imported with the stub at the start, and dropped at the end."""
+    _compile_stand_ins()
     names = [name for name in sys.modules if name.split(".")[0] == "triton"]
     before = {name: sys.modules.pop(name) for name in names}
     _forget_kernels()

@@ -16,6 +16,8 @@ INVERSE_SLOWDOWN = 1.2
 # On a GPU: the time to start a kernel, about 5 us (measured by many on A100 and H100, with the
 # host's part in torch), at an H100's rate of fp32 products, 50 TFLOP/s (measured at 8,192^3).
 OPERATIONS_PER_LAUNCH = 5e-6 * 50e12
+# The same for a byte read or written, at 70 % of an H100's 3.35 TB/s.
+OPERATIONS_PER_BYTE = 50e12 / 2.3e12
 INVERSE_PANEL = 512
 """Columns of a panel of the blocked inverse."""
 _ENTRY_PANEL = 256

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.solvers.kernels import prox_operator as prox
 from pipeline.solvers.kernels.prox_operator import prox_operator
+from pipeline.solvers.kernels.prox_torch import prox_torch
 from tests.support.prox_cases import adversarial, allowance, excess, objective
 
 
@@ -110,11 +111,15 @@ class TestMinimizer:
         """Where the two largest are decided without Newton's method, nothing is better."""
         z, lam = adversarial(120_000, seed=6)
         u = (z.abs() * lam[:, None]).sort(dim=1, descending=True).values
-        decided = prox.two_largest_decided(*u.unbind(1))
+        u1, u2, u3, _ = u.unbind(1)
+        slack, area = 0.5 + 0.5 * (u1 - u2), 0.5 * (u1 + u2) * u2
+        near = torch.where(area < slack, area >= u3, 4 * slack * area >= (slack + u3).square())
+        decided = near | (u1 >= 2)
         two = 0.5 * u[:, 2:].square().sum(1)
         ones = torch.ones(len(u), dtype=torch.float64)
-        shrunk = torch.stack(prox._shrinkage(*u.unbind(1)), 1)
-        best = objective((u - shrunk).clamp(min=0), u, ones)
+        # The plain torch path decides nothing in this way.
+        exact = prox_torch(u, ones, 20, 0.0)
+        best = objective(exact, u, ones)
         assert (two[decided] <= best[decided] * (1 + 1e-12)).all()
         assert 0.2 < decided.double().mean() < 0.8
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 from pipeline.config.solver import GpuKernels, SolverSettings
 from pipeline.solvers.kernels.cholesky import factor_launches, narrow_, upper_factor_
+from pipeline.solvers.kernels.prox_operator import operator_work, prox_operator
 from pipeline.solvers.registry import solve_cost, solver_for
 from tests.support.launches import Launches
 
@@ -66,3 +69,31 @@ def test_wider_lazy_blocks_start_no_fewer_kernels(blocksize: int | str) -> None:
     counts = solver.method_counts(16, 4096, "cuda")
     least = factor_launches(4096) + 4096 / 256 * 2
     assert least < counts.operators < factor_launches(4096) + 4096 / 100 * 4 + 4096 * 0.05 + 8
+
+
+@pytest.mark.parametrize("steps", [2, 10])
+def test_the_operator_starts_as_many_kernels_as_the_model_says(steps: int) -> None:
+    """In plain torch operations: a number for each 2^20 groups, whatever their values."""
+    for rows, pieces in ((16, 1), (2048, 4)):
+        weight = torch.empty(rows, 8192, device="meta")
+        with Launches() as started:
+            prox_operator(weight, 0.1, kernels="torch", steps=steps)
+        launches, _ = operator_work("torch", rows, 8192, "cuda", steps)
+        assert launches == pytest.approx(started.total, rel=0.05)
+        assert started.total < pieces * 450
+    assert operator_work("triton", 16, 8192, "cuda") == (0, 0)
+
+
+@pytest.mark.parametrize("method", ["prox", "prox_admm"])
+def test_plain_torch_operations_are_counted(method: str) -> None:
+    """Where the user chose them: more kernels and more bytes, on a GPU only."""
+    triton, plain = (
+        solver_for(SolverSettings(method=method, kernels=kernels))
+        for kernels in get_args(GpuKernels)
+    )
+    before, after = (each.method_counts(1024, 4096, "cuda") for each in (triton, plain))
+    assert after.operators > 10 * before.operators
+    assert after.moved > before.moved
+    assert plain.cost(4096, "cuda").per_row > triton.cost(4096, "cuda").per_row
+    assert triton.method_counts(64, 64, "cpu") == plain.method_counts(64, 64, "cpu")
+    assert triton.cost(64, "cpu") == plain.cost(64, "cpu")

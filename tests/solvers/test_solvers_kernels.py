@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from pipeline.config.pattern import Pattern
+from pipeline.config.solver import SolverSettings
 from pipeline.solvers.kernels import cholesky as factor
-from pipeline.solvers.methods import prox_admm
+from pipeline.solvers.kernels import on_gpu, prox_operator
+from pipeline.solvers.methods import prox_admm, sparsegpt
+from pipeline.solvers.registry import solver_for
+from storage.errors import ConfigError, ResourceError
+from tests.support.solver_cases import layer, statistics_of
 
 PATTERN = Pattern.parse("2:4")
 
@@ -55,6 +60,36 @@ def test_one_pass_does_not_depend_on_threads_or_rows() -> None:
     kernels.stepper_numba(*(m.numpy() for m in held), steps=2, threads=3)(product, numbers)
     for got, wanted in zip(split, state, strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("method", ["prox", "prox_admm"])
+def test_plain_torch_operations_give_the_same_solution(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU computes with kernels `torch`, here on a CPU without numba."""
+    weight, inputs = layer(rows=32, columns=128, tokens=400)
+    statistics = statistics_of(inputs)
+    settings = SolverSettings(method=method, kernels="torch", prox_growth=1.05)
+    solver = solver_for(settings)
+    usual = solver.solve(weight, solver.prepare(statistics))
+    for module in (prox_admm, prox_operator):
+        monkeypatch.setattr(module, "_numba_kernels", lambda: None)
+    plain = solver.solve(weight, solver.prepare(statistics))
+    assert ((usual.weight != 0) == (plain.weight != 0)).double().mean() > 0.98
+    assert plain.report.objective == pytest.approx(usual.report.objective, rel=0.01)
+
+
+def test_a_missing_triton_is_an_error_not_another_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu.triton_module.cache_clear()
+    monkeypatch.setattr(on_gpu, "find_spec", lambda name: None)
+    for kernels in (prox_operator._triton_kernels, sparsegpt._triton_kernels):
+        with pytest.raises(ResourceError, match="Triton is not installed.*or choose kernels"):
+            kernels()
+
+
+def test_kernels_that_are_not_known_are_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown kernels 'cuda': choose one of triton, torch"):
+        SolverSettings(kernels="cuda")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("columns", [1, 64, 700])

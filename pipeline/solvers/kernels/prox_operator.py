@@ -34,7 +34,7 @@ at 0), a feasible point that cannot win wrongly: the candidates are compared by 
 Few groups need this when `λ|z|` is large: with `α = (u1+u2)/2`, `β = (u1−u2)/2`, `g = ½+β`,
 `a = α u2`, the two largest are optimal if `u1 ≥ 2` (no positive semidefinite Hessian) or
 `a ≥ u3` where `a ≤ g`, `4 g a ≥ (g + u3)²` elsewhere (a lower bound of the change of
-`F` per unit of `x3`). See `two_largest_decided`; the bound is proved for three kept, and that
+`F` per unit of `x3`). The kernels use it first; the bound is proved for three kept, and that
 four kept is best only where three kept also beats two is an observation, without exception on
 7·10⁶ groups.
 
@@ -56,6 +56,7 @@ import torch
 from torch import Tensor
 
 from pipeline.solvers.kernels.on_gpu import triton_module
+from pipeline.solvers.kernels.prox_torch import prox_torch, work
 
 # Newton's method stops for an entry after its first step below the tolerance (the remaining error
 # is about its square), or after this many steps. The latter happens only where two candidates, and
@@ -63,13 +64,13 @@ from pipeline.solvers.kernels.on_gpu import triton_module
 NEWTON_STEPS = {torch.float32: 10, torch.float64: 14}
 NEWTON_TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-7}
 
-# Groups in one piece of the plain torch path, so that its temporaries stay in a cache.
-_PIECE = 1 << 14
 # Elements per thread that are converted at a time where the kernel cannot read z directly.
 _CONVERTED = 1 << 18
 
 
-def prox_operator(z: Tensor, lambda_: float | Tensor, *, kernels: str = "triton") -> Tensor:
+def prox_operator(
+    z: Tensor, lambda_: float | Tensor, *, kernels: str = "triton", steps: int | None = None
+) -> Tensor:
     """The global minimizer of `½‖w − z‖² + λ r(w)` over every four consecutive entries.
 
     Args:
@@ -77,6 +78,8 @@ def prox_operator(z: Tensor, lambda_: float | Tensor, *, kernels: str = "triton"
         lambda_: λ ≥ 0, a number or a tensor of shape `z.shape[:-1]` (one value per row); infinity
             keeps the two largest.
         kernels: on a CUDA device `triton`, or `torch` for plain torch operations.
+        steps: with plain torch operations the steps of Newton's method, for a result that need not
+            be exact; None for all that exactness needs.
 
     Returns:
         (..., C) in the dtype of `z`, a new tensor, with the signs and the order of `z`. Among equal
@@ -107,7 +110,8 @@ def prox_operator(z: Tensor, lambda_: float | Tensor, *, kernels: str = "triton"
         settings = (NEWTON_STEPS[compute], NEWTON_TOLERANCE[compute])
         result = _triton_kernels().prox_triton(rows.contiguous(), per_row, *settings)
     else:
-        result = prox_torch(rows, per_row)
+        settings = (steps or NEWTON_STEPS[compute], 0.0 if steps else NEWTON_TOLERANCE[compute])
+        result = prox_torch(rows, per_row, *settings)
     return result.reshape(z.shape)
 
 
@@ -170,167 +174,14 @@ def _lambda_per_row(z: Tensor, lambda_: float | Tensor, compute: torch.dtype) ->
     return values
 
 
-def prox_torch(rows: Tensor, per_row: Tensor) -> Tensor:
-    """`prox_operator` in plain torch operations, on any device.
+def operator_work(
+    kernels: str, rows: int, columns: int, device: str, steps: int | None = None
+) -> tuple[float, float]:
+    """What an operator on (R, C) fp32 takes beside one kernel: kernels started and bytes moved.
 
-    Args:
-        rows: (R, C), C divisible by 4.
-        per_row: (1,) or (R,), λ in the compute dtype (float32 or float64).
-
-    Used on a CPU without numba, and on a GPU where the user chose it. The arithmetic is that of the
-    kernels, but it makes many passes over temporaries.
+    device: a torch device type. kernels, steps: as for `prox_operator`. 0 of both except for plain
+    torch operations on a GPU.
     """
-    groups = rows.reshape(-1, 4)
-    result = torch.empty_like(groups)
-    lam = per_row
-    if len(per_row) > 1:
-        lam = per_row.repeat_interleave(rows.shape[1] // 4)
-    for start in range(0, len(groups), _PIECE):
-        piece = slice(start, start + _PIECE)
-        here = lam if len(lam) == 1 else lam[piece]
-        result[piece] = _prox_groups(groups[piece].to(per_row.dtype), here).to(rows.dtype)
-    return result.reshape(rows.shape)
-
-
-# The comparators of a sorting network for four, largest first.
-_NETWORK = ((0, 2), (1, 3), (0, 1), (2, 3), (1, 2))
-
-
-def _prox_groups(z: Tensor, lam: Tensor) -> Tensor:
-    """(n, 4) groups and (n,) or (1,) λ of one dtype -> (n, 4)."""
-    magnitude = z.abs()
-    # Sorted before scaling: λ may round two magnitudes, or two infinities, to the same value.
-    sizes, swaps = list(magnitude.unbind(1)), []
-    for i, j in _NETWORK:
-        swap = sizes[i] < sizes[j]
-        sizes[i], sizes[j] = (
-            torch.where(swap, sizes[j], sizes[i]),
-            torch.where(swap, sizes[i], sizes[j]),
-        )
-        swaps.append(swap)
-    # 0·inf would be NaN: an infinite λ does not change zeros, λ = 0 does not change infinities.
-    largest = torch.finfo(z.dtype).max
-    scaled = (lam * torch.where(size > largest, largest, size) for size in sizes)
-    u = [torch.where(m > 0, v, m) for m, v in zip(sizes, scaled, strict=True)]
-    decided = two_largest_decided(*u)
-    # A decided group may contain infinities: solve zeros in its place.
-    v = [torch.where(decided, 0.0, value) for value in u]
-    shrink = list(_shrinkage(*v))
-    divisor = lam.clamp(min=torch.finfo(lam.dtype).tiny)
-    shrink = [torch.where(decided, 0.0, value / divisor) for value in shrink]
-    shrink[2] = shrink[2].masked_fill(decided, torch.inf)
-    shrink[3] = shrink[3].masked_fill(decided, torch.inf)
-    for (i, j), swap in zip(reversed(_NETWORK), reversed(swaps), strict=True):
-        shrink[i], shrink[j] = (
-            torch.where(swap, shrink[j], shrink[i]),
-            torch.where(swap, shrink[i], shrink[j]),
-        )
-    left = (magnitude - torch.stack(shrink, 1)).clamp(min=0)
-    # z itself where nothing is subtracted, so that -0.0 stays; +0.0 for every pruned entry.
-    result = torch.where(left == magnitude, z, torch.where(z < 0, 0 - left, left))
-    poison = magnitude.sum(1) + lam
-    return torch.where(poison.isnan()[:, None], torch.nan, result)
-
-
-def two_largest_decided(u1: Tensor, u2: Tensor, u3: Tensor, u4: Tensor) -> Tensor:
-    """(n,) bool: True where keeping the two largest is proved optimal; False means "not known"."""
-    slack = 0.5 + 0.5 * (u1 - u2)
-    area = 0.5 * (u1 + u2) * u2
-    side = slack + u3
-    gain = torch.where(area < slack, area <= u3, 4 * slack * area < side * side)
-    # NaN compares false, so it counts as decided; it is restored at the end.
-    return ~(gain & (u1 < 2))
-
-
-def _shrinkage(u1: Tensor, u2: Tensor, u3: Tensor, u4: Tensor) -> tuple[Tensor, ...]:
-    """What the best candidate subtracts from each sorted `u`; infinity where it prunes."""
-    two = 0.5 * (u3 * u3 + u4 * u4)
-    b1, b2, b3 = _three_kept(u1, u2, u3)
-    t1, t2, t3 = b2 * b3, b1 * b3, b1 * b2
-    b1, b2, b3 = u1 - t1, u2 - t2, (u3 - t3).clamp(min=0)
-    three = 0.5 * (t1 * t1 + t2 * t2 + (b3 - u3).square() + u4 * u4) + b1 * b2 * b3
-    c1, c2, c3, c4 = _four_kept(u1, u2, u3, u4)
-    f1, f2 = _pairs(c2, c3, c4), _pairs(c1, c3, c4)
-    f3, f4 = _pairs(c1, c2, c4), _pairs(c1, c2, c3)
-    c1, c2 = (u1 - f1).clamp(min=0), (u2 - f2).clamp(min=0)
-    c3, c4 = (u3 - f3).clamp(min=0), (u4 - f4).clamp(min=0)
-    four = (c1 - u1).square() + (c2 - u2).square() + (c3 - u3).square() + (c4 - u4).square()
-    four = 0.5 * four + c1 * c2 * (c3 + c4) + c3 * c4 * (c1 + c2)
-    take_four = (four <= three) & (four <= two)
-    take_three = ~take_four & (three <= two)
-    zero, gone = torch.zeros_like(u1), torch.full_like(u1, torch.inf)
-    return (
-        torch.where(take_four, f1, torch.where(take_three, t1, zero)),
-        torch.where(take_four, f2, torch.where(take_three, t2, zero)),
-        torch.where(take_four, f3, torch.where(take_three, t3, gone)),
-        torch.where(take_four, f4, gone),
-    )
-
-
-def _pairs(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    return a * (b + c) + b * c
-
-
-def _newton_step(
-    at: Tensor, value: Tensor, slope: Tensor, low: Tensor, active: Tensor, tolerance: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One step of Newton's method to the left, not beyond `low`.
-
-    Entries that are not `active` do not change, so that the result of a group does not depend on
-    the groups computed with it. Returns the new values and which entries are still active.
-    """
-    # Without an upward slope there is no root: the lower bound is the candidate.
-    following = torch.where(slope > 0, at - value / slope, low)
-    following = torch.maximum(torch.minimum(following, at), low)
-    following = torch.where(active, following, at)
-    return following, active & (at - following > tolerance)
-
-
-def _three_kept(u1: Tensor, u2: Tensor, u3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    k1, k2 = (u1 - u3) * (u1 + u3), (u2 - u3) * (u2 + u3)
-    tiny = torch.finfo(u1.dtype).tiny
-    tolerance = NEWTON_TOLERANCE[u1.dtype] * u3
-    low, active = -u3, torch.ones_like(u3, dtype=torch.bool)
-    # The first step, from q = u3, where the roots are u1 and u2.
-    area = u1 * u2
-    slope = (area + u3 * (u1 * u1 + u2 * u2)).clamp(min=tiny)
-    q = torch.maximum(u3 - 2 * area * (area / slope), low)
-    for _ in range(NEWTON_STEPS[u1.dtype]):
-        root1, root2 = (q * q + k1).sqrt(), (q * q + k2).sqrt()
-        x1, x2 = u1 + root1, u2 + root2
-        value = 0.5 * x1 * x2 + q - u3
-        slope = 1 + 0.5 * q * (x1 / root2.clamp(min=tiny) + x2 / root1.clamp(min=tiny))
-        q, active = _newton_step(q, value, slope, low, active, tolerance)
-    root1, root2 = (q * q + k1).sqrt(), (q * q + k2).sqrt()
-    return 0.5 * (u1 + root1), 0.5 * (u2 + root2), 0.5 * (u3 + q)
-
-
-def _four_kept(u1: Tensor, u2: Tensor, u3: Tensor, u4: Tensor) -> tuple[Tensor, ...]:
-    total = u1 + u2 + u3 + u4
-    least = u1 + u2 + u3 - u4
-    on_q = 2 * least >= 1
-    k0 = (2 * least - 1).abs()
-    lift = torch.where(on_q, torch.zeros_like(k0), k0)
-    k1, k2, k3 = 4 * (u1 - u4) + lift, 4 * (u2 - u4) + lift, 4 * (u3 - u4) + lift
-    outer = torch.where(on_q, 1.0, 0.5).to(u1.dtype)
-    inner = 1.5 - outer
-    low = torch.where(on_q, 1 - least, least)
-    t = torch.where(on_q, ((1 - total).square() + 4 * u4).sqrt(), total)
-    tiny = torch.finfo(u1.dtype).tiny
-    tolerance = torch.full_like(t, NEWTON_TOLERANCE[u1.dtype])
-    active = torch.ones_like(on_q)
-    for _ in range(NEWTON_STEPS[u1.dtype]):
-        square = t * t
-        r0, r1 = (square + k0).sqrt(), (square + k1).sqrt()
-        r2, r3 = (square + k2).sqrt(), (square + k3).sqrt()
-        value = outer * r0 + 0.5 * (r1 + r2 + r3) + inner * t - 2
-        slope = inner + t * (
-            outer / r0.clamp(min=tiny)
-            + 0.5 * (1 / r1.clamp(min=tiny) + 1 / r2.clamp(min=tiny) + 1 / r3.clamp(min=tiny))
-        )
-        t, active = _newton_step(t, value, slope, low, active, tolerance)
-    square = t * t
-    r0, r1 = (square + k0).sqrt(), (square + k1).sqrt()
-    r2, r3 = (square + k2).sqrt(), (square + k3).sqrt()
-    total, q = torch.where(on_q, r0, t), torch.where(on_q, t, r0)
-    return tuple(0.5 * (total - 1 + root).clamp(min=0) for root in (r1, r2, r3, q))
+    if device == "cpu" or kernels == "triton":
+        return 0.0, 0.0
+    return work(rows * columns / 4, steps or NEWTON_STEPS[torch.float32])

@@ -17,9 +17,9 @@ from pipeline.solvers.base import (
     solve_diagonal,
     support_change,
 )
-from pipeline.solvers.cost import OPERATIONS_PER_ENTRY, MethodCost, SolveCounts
+from pipeline.solvers.cost import OPERATIONS_PER_BYTE, OPERATIONS_PER_ENTRY, MethodCost, SolveCounts
 from pipeline.solvers.hessian import largest_eigenvalue
-from pipeline.solvers.kernels.prox_operator import prox_operator
+from pipeline.solvers.kernels.prox_operator import operator_work, prox_operator
 from pipeline.solvers.masks import keep_mask
 from storage.errors import ConfigError
 
@@ -103,17 +103,19 @@ class ProxSolver(BaseSolver):
 
     def method_cost(self, columns: int, device: str) -> MethodCost:
         """One product and one application of the operator per iteration."""
-        elementwise = _TYPICAL_ITERATIONS * OPERATIONS_PER_ENTRY * columns
-        return MethodCost(_TYPICAL_ITERATIONS, per_row=elementwise)
+        _, moved = operator_work(self.settings.kernels, 1, columns, device)
+        elementwise = OPERATIONS_PER_ENTRY * columns + OPERATIONS_PER_BYTE * moved
+        return MethodCost(_TYPICAL_ITERATIONS, per_row=_TYPICAL_ITERATIONS * elementwise)
 
     def method_counts(self, rows: int, columns: int, device: str) -> SolveCounts:
         """The iterations, and the power method for the step size."""
         iterations = math.ceil(_TYPICAL_SHARE * self._schedule())
+        launches, moved = operator_work(self.settings.kernels, rows, columns, device)
         return SolveCounts(
             products=iterations,
             steps=iterations,
-            moved=(24.0 + 4.0 * _POWER_STEPS) * columns * columns,
-            operators=12 * iterations,
+            moved=(24.0 + 4.0 * _POWER_STEPS) * columns * columns + iterations * moved,
+            operators=math.ceil(iterations * (12 + launches)),
         )
 
     def counts_of_inputs(self, whole: SolveCounts, columns: int, inputs: float) -> SolveCounts:

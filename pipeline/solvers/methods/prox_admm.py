@@ -14,6 +14,7 @@ all rows of all layers of the group.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -36,6 +37,7 @@ from pipeline.solvers.base import (
 from pipeline.solvers.cost import (
     INVERSE_PANEL,
     INVERSE_SLOWDOWN,
+    OPERATIONS_PER_BYTE,
     OPERATIONS_PER_ENTRY,
     MethodCost,
     SolveCounts,
@@ -43,7 +45,7 @@ from pipeline.solvers.cost import (
 )
 from pipeline.solvers.hessian import ScaledHessian, raise_damping
 from pipeline.solvers.inverse import Inverse, inverse_of
-from pipeline.solvers.kernels.prox_operator import prox_operator
+from pipeline.solvers.kernels.prox_operator import operator_work, prox_operator
 from pipeline.solvers.masks import keep_mask
 
 HELP = "the proximal operator inside ADMM, which solves the quadratic exactly"
@@ -130,22 +132,32 @@ class ProxAdmmSolver(BaseSolver):
     def method_cost(self, columns: int, device: str) -> MethodCost:
         """One product and one application of the operator per iteration, and two inverses."""
         iterations = self.settings.admm_iterations
+        _, moved = self._operator_work(1, columns, device)
+        elementwise = OPERATIONS_PER_ENTRY * columns + OPERATIONS_PER_BYTE * moved
         return MethodCost(
             products=iterations + 1,
             fixed=4.0 * columns**3 * INVERSE_SLOWDOWN,
-            per_row=iterations * OPERATIONS_PER_ENTRY * columns,
+            per_row=iterations * elementwise,
         )
 
     def method_counts(self, rows: int, columns: int, device: str) -> SolveCounts:
         """The iterations, and the inverses, which are computed in panels."""
         iterations, inverses = self.settings.admm_iterations, self._inverses
+        launches, moved = self._operator_work(rows, columns, device)
+        panels = -(-columns // INVERSE_PANEL)
         return SolveCounts(
             products=1 + iterations,
             steps=1 + iterations,
             inverse=2.0 * inverses * float(columns) ** 3,
-            moved=24.0 * inverses * columns * columns,
-            operators=12 * iterations + inverses * 12 * -(-columns // INVERSE_PANEL),
+            moved=24.0 * inverses * columns * columns + iterations * moved,
+            operators=math.ceil(iterations * (12 + launches)) + inverses * 12 * panels,
         )
+
+    def _operator_work(self, rows: int, columns: int, device: str) -> tuple[float, float]:
+        """See `operator_work`; nothing for patterns that are projected on."""
+        if not _proximal(self.pattern):
+            return 0.0, 0.0
+        return operator_work(self.settings.kernels, rows, columns, device, _OPERATOR_STEPS)
 
     def counts_of_inputs(self, whole: SolveCounts, columns: int, inputs: float) -> SolveCounts:
         """As for all methods; each inverse is that of an (n, n) matrix."""
@@ -182,17 +194,22 @@ def settled_penalty(inverse: Inverse, problem: ScaledHessian, rho: float) -> flo
 
 
 def stepper(
-    dual: Tensor, sparse: Tensor, linear: Tensor, pattern: Pattern, gpu_kernels: GpuKernels
+    dual: Tensor,
+    sparse: Tensor,
+    linear: Tensor,
+    pattern: Pattern,
+    gpu_kernels: GpuKernels = "triton",
 ) -> Callable[[Tensor, Numbers], None]:
     """An iteration without its matrix product, as a function of V and `Numbers`; works in place.
 
     All are (R, C) fp32. dual: U, scaled by the given factor on return. sparse: Z. linear: W~0 H~.
     V is the product; on return it is the next right-hand side, linear + rho (Z - U).
     gpu_kernels: see `prox_operator`.
-    On a CPU with numba the 2:4 step is one pass over memory. There the operator takes
-    _OPERATOR_STEPS steps of Newton's method: the error is far below the change of an iteration.
+    On a CPU with numba the 2:4 step is one pass over memory. There, and with kernels `torch`, the
+    operator takes _OPERATOR_STEPS steps of Newton's method: the error is far below the change of an
+    iteration.
     """
-    proximal = (pattern.keep, pattern.group) == (2, 4)
+    proximal = _proximal(pattern)
     kernels = _numba_kernels() if proximal and dual.device.type == "cpu" else None
     if kernels is not None and dual.numel():
         step: Callable[[Tensor, Numbers], None] = kernels.stepper_numba(
@@ -205,6 +222,11 @@ def stepper(
     return lambda product, numbers: advance_torch(
         product, dual, sparse, linear, numbers, projected, gpu_kernels
     )
+
+
+def _proximal(pattern: Pattern) -> bool:
+    """Whether the operator is for this pattern; all others are projected on."""
+    return (pattern.keep, pattern.group) == (2, 4)
 
 
 def advance_torch(
@@ -220,7 +242,8 @@ def advance_torch(
     strength, relaxation, shrink, rho = numbers
     dual.add_(product.mul_(relaxation).add_(sparse, alpha=1 - relaxation))
     if pattern is None:
-        sparse.copy_(prox_operator(dual, strength, kernels=gpu_kernels))
+        steps = _OPERATOR_STEPS if gpu_kernels == "torch" else None
+        sparse.copy_(prox_operator(dual, strength, kernels=gpu_kernels, steps=steps))
     else:
         torch.mul(dual, keep_mask(pattern, dual.abs()), out=sparse)
     dual.sub_(sparse).mul_(shrink)

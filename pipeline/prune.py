@@ -28,6 +28,7 @@ from pipeline.output.write import (
     check_apart,
     check_output,
     describe_output,
+    files_of_ranks,
     finished_output,
     forget_uploads,
     output_target,
@@ -52,7 +53,6 @@ from pipeline.records.summary import read_summary, summarize, write_summary
 from pipeline.records.tokens import CutTokens, committed_tokens, cut_tokens, mend_tokens
 from pipeline.reporting.write import leave_report
 from pipeline.runtime.progress import Progress
-from pipeline.runtime.split import deal
 from pipeline.solvers.registry import solver_for
 from storage.errors import ConfigError, CorruptFileError, ResourceError
 from storage.files.hashing import StoredFile
@@ -209,7 +209,7 @@ def _start(
     progress.phase("start workers")
     loop.start(_message(job, executor.threads, tokens))
     with _forced(job):
-        _check_room(job, loop)
+        _check_room(job, loop, committed.counted_share(config))
     progress.phase("check weights")
     hashes = _hash_source(job, loop)
     if manifest is None:
@@ -290,21 +290,14 @@ def _message(job: PruneJob, threads: int, tokens: StoredFile) -> Job:
     )
 
 
-def _check_room(job: PruneJob, loop: BlockLoop) -> None:
+def _check_room(job: PruneJob, loop: BlockLoop, counted_share: float) -> None:
     """Raises `ResourceError` if the job does not fit in the workers' memory or a node's scratch."""
     skeleton, config, steps = job.skeleton, job.config, loop.steps
     free = [outcome.value for outcome in loop.on_all(call(Rank.free_memory))]
-    check_memory(skeleton, config, free, steps.progress)
+    check_memory(skeleton, config, free, steps.progress, counted_share)
     if steps.scratch and steps.calibrates:
         scratch = [outcome.value for outcome in loop.on_all(call(Rank.free_scratch))]
         check_scratch_space(scratch, activation_bytes(skeleton, config.nsamples, config.seqlen))
-
-
-def _files_of_ranks(skeleton: Skeleton, world: int) -> list[list[str]]:
-    """By rank: the source's weight files that it reads and rewrites, divided evenly by size."""
-    sizes = {file: float(skeleton.files.size(file)) for file in skeleton.files.files}
-    owners = deal(list(sizes), sizes, world)
-    return [[file for file in sizes if owners[file] == rank] for rank in range(world)]
 
 
 def _hash_source(job: PruneJob, loop: BlockLoop) -> list[WeightFileFingerprint]:
@@ -312,7 +305,7 @@ def _hash_source(job: PruneJob, loop: BlockLoop) -> list[WeightFileFingerprint]:
 
     def work(_: Failures) -> list[Outcome[list[WeightFileFingerprint]]]:
         executor = loop.steps.executor
-        dealt = _files_of_ranks(job.skeleton, executor.world)
+        dealt = files_of_ranks(job.skeleton, executor.world)
         return executor.run([call(Rank.fingerprint, files) for files in dealt])
 
     outcomes = loop.persist("phase fingerprint", work)
@@ -350,7 +343,7 @@ def _write_weight_files(
         steps.progress.phase("write")
         summary = summarize(steps.run, records, steps.progress.note)
         write_summary(steps.run, summary, steps.lock.assert_held)
-        dealt = _files_of_ranks(job.skeleton, steps.executor.world)
+        dealt = files_of_ranks(job.skeleton, steps.executor.world)
         calls = [call(Rank.write_output, files, records, location(place)) for files in dealt]
         outcomes = steps.executor.run(calls)
         if steps.scratch:

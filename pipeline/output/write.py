@@ -26,6 +26,7 @@ from pipeline.models.skeleton import Skeleton
 from pipeline.output.few_tokens import few_tokens
 from pipeline.output.model_card import model_card
 from pipeline.records.block import block_error
+from pipeline.runtime.split import deal
 from pipeline.text.sequences import text_in_words
 from pipeline.version import VERSION
 from storage.errors import OutputError
@@ -153,6 +154,13 @@ def describe_output(
         stored_as=stored_as,
     )
     return card, json.dumps(results, indent=1) + "\n"
+
+
+def files_of_ranks(skeleton: Skeleton, world: int) -> list[list[str]]:
+    """By rank: the source's weight files that it reads and rewrites, divided evenly by size."""
+    sizes = {file: float(skeleton.files.size(file)) for file in skeleton.files.files}
+    owners = deal(list(sizes), sizes, world)
+    return [[file for file in sizes if owners[file] == rank] for rank in range(world)]
 
 
 class Target(Protocol):

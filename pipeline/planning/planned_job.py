@@ -27,8 +27,9 @@ class PlannedJob:
     of free disk, None where unknown. device_memory: bytes of each worker's GPU, 0 on CPUs.
     in_process: the local executor, whose one process runs the workers one after another.
     hessian_memory: bytes of statistics that a worker may hold at once; None: half of a GPU's
-    memory, no limit on a CPU. expert_tokens: as for `prune`. uneven: whether to plan for the most
-    memory that any routing to experts can take, instead of for even shares of the tokens.
+    memory, no limit on a CPU. expert_tokens: as for `prune`. counted_share: of the calibration
+    tokens, how many statistics are taken of. uneven: whether to plan for the most memory that any
+    routing to experts can take, instead of for even shares of the tokens.
     """
 
     shape: ModelShape
@@ -45,6 +46,7 @@ class PlannedJob:
     in_process: bool = False
     hessian_memory: float | None = None
     expert_tokens: int = 0
+    counted_share: float = 1.0
     uneven: bool = False
 
     @property
@@ -100,9 +102,10 @@ class PlannedJob:
         return simpler_settings(asked, self.tokens(group), least) or asked
 
     def tokens(self, group: GroupShape) -> float:
-        """Calibration tokens of a group, over all workers; with uneven routing, the maximum."""
+        """Tokens that a group's statistics are taken of, over all workers; with uneven routing, the
+        maximum."""
         share = 1.0 if self.uneven else group.share
-        return share * self.nsamples * self.seqlen
+        return share * self.counted_share * self.nsamples * self.seqlen
 
     def busiest_tokens(self, group: GroupShape) -> float:
         """The share of `tokens` on the busiest worker."""
@@ -115,11 +118,12 @@ class PlannedJob:
 
     def statistics(self, groups: Iterable[GroupShape]) -> float:
         """Bytes of the statistics of groups on one worker."""
-        return self._group_bytes(groups, self.nsamples * self.seqlen, statistic_bytes, 4)
+        tokens = self.counted_share * self.nsamples * self.seqlen
+        return self._group_bytes(groups, tokens, statistic_bytes, 4)
 
     def sums(self, groups: Iterable[GroupShape]) -> float:
         """Bytes of the running sums of groups on one worker."""
-        tokens = self.busiest[0] * self.seqlen / self.halves
+        tokens = self.counted_share * self.busiest[0] * self.seqlen / self.halves
         return self._group_bytes(groups, tokens, summed_bytes, self.shape.forward_itemsize)
 
     def _group_bytes(

@@ -22,11 +22,16 @@ from storage.errors import ModelError, ResourceError
 
 
 def check_memory(
-    skeleton: Skeleton, config: PruneConfig, workers: Sequence[FreeMemory], progress: Progress
+    skeleton: Skeleton,
+    config: PruneConfig,
+    workers: Sequence[FreeMemory],
+    progress: Progress,
+    counted_share: float = 1.0,
 ) -> None:
     """Compares the memory that the workers will need with what they have free.
 
-    workers: the free memory of each worker. Only tensors that are certainly held at once count: not
+    workers: the free memory of each worker. counted_share: of the calibration tokens, how many
+    statistics are taken of. Only tensors that are certainly held at once count: not
     what a process takes by itself, which is taken already, and not what an allocator wastes. So a
     refused job cannot succeed; one that is not refused may still run out of memory. Experts, whose
     tokens are not known yet, are counted with even shares.
@@ -35,7 +40,7 @@ def check_memory(
     if _surely_fits(skeleton, config, workers):
         return
     try:
-        job = _planned(skeleton, config, workers)
+        job = replace(_planned(skeleton, config, workers), counted_share=counted_share)
     except ModelError as error:
         progress.note(f"memory is not checked before the start: {error}")
         return

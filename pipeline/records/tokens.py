@@ -38,6 +38,11 @@ class CommittedTokens:
     file: StoredFile
     text: dict[str, Any]
 
+    def counted_share(self, config: PruneConfig) -> float:
+        """Share of the calibration tokens that the statistics are taken of."""
+        tokens = config.nsamples * config.seqlen
+        return float(self.text.get("counted_tokens", tokens)) / tokens
+
 
 def committed_tokens(
     run: RunDirectory,

@@ -29,6 +29,7 @@ from pipeline.solvers.registry import solver_for
 from pipeline.statistics.accumulate import Accumulator
 from pipeline.worker.local_executor import LocalExecutor
 from tests.planning.test_plan_counts import counting
+from tests.support.counted import ON_RESPONSES, cut_turns
 from tests.support.jobs import SMALL, prune_here
 from tests.support.moe_models import save_moe
 
@@ -103,6 +104,12 @@ def test_inputs_that_are_kept_are_counted_whatever_the_routing(
     job = planned(mixture, method="sparsegpt", **few)
     groups = job.shape.kind(0).groups
     assert executor.summed == job.sums(groups) == replace(job, uneven=True).sums(groups)
+    # Where only some of them count, the others are not kept.
+    some: dict[str, Any] = {"executor": executor, "cut": cut_turns, **ON_RESPONSES}
+    result = prune_here(mixture, tmp_path / "some", method="sparsegpt", **few, **some)
+    count = result.summary["blocks"][0]["layers"]["self_attn.q_proj"]["tokens"]
+    assert 0 < count < 8
+    assert executor.summed == replace(job, counted_share=count / 8).sums(groups)
 
 
 @given(

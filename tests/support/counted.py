@@ -28,7 +28,7 @@ def turns(nsamples: int, seqlen: int) -> Tensor:
     ends = torch.rand(nsamples, seqlen, generator=generator) < 0.2
     counted = ends.cumsum(dim=1) % 2 == 1
     counted[0] = False
-    for few in (1, -2):
+    for few in {1, nsamples - 2} - {0}:
         counted[few] = False
         counted[few, seqlen // 2] = True
     return counted

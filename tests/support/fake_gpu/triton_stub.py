@@ -39,8 +39,14 @@ def _prox_operator(grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     target.copy_(result.reshape(target.shape))
 
 
+def _double(grid: tuple[int, ...], source: Tensor, target: Tensor, **options: Any) -> None:
+    """`trial_triton._double`."""
+    assert grid[0] * options["BLOCK"] == source.numel()
+    target.copy_(2 * source)
+
+
 # By name of the kernel. The arguments are the kernel's, tensors by their CPU tensors.
-STAND_INS: dict[str, Callable[..., None]] = {"_operator": _prox_operator}
+STAND_INS: dict[str, Callable[..., None]] = {"_operator": _prox_operator, "_double": _double}
 
 
 class _Kernel:

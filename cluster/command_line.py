@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cluster.commands.command import Command
+from cluster.command import Command
 from cluster.options import (
     Parser,
     add_options,
@@ -43,6 +43,7 @@ COMMANDS = {
     "sweep": "cluster.commands.sweep",
     "plan": "cluster.commands.plan",
     "bench": "cluster.commands.bench",
+    "doctor": "cluster.commands.doctor",
     "demo": "cluster.commands.demo",
 }
 """Name → module, in the order of the help. A command's module is imported when it is named."""

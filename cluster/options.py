@@ -11,7 +11,7 @@ import dataclasses
 import os
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -64,12 +64,13 @@ def _argument(
     argument: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if kinds == [bool]:
         return argument | {"action": "store_true"}
+    if declared.repeated is not None:
+        argument |= {"action": _Joined, "const": declared.repeated}
+        return argument | {"type": _path_texts(declared.repeated) if declared.path else str}
     if declared.path:
         return argument | {"type": path_text}
     if field.name == "workers":
         return argument | {"type": number_or_auto}
-    if field.name == "override":
-        return argument | {"action": _Joined}
     if declared.choices is not None:
         return argument | {"choices": declared.choices()}
     if get_origin(kinds[0]) is Literal:
@@ -84,13 +85,13 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 class _Joined(argparse.Action):
-    """An option that may be given again: all values, with `;` between."""
+    """An option that may be given again: all values, with `const` between."""
 
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
         before = getattr(namespace, self.dest, None)
-        setattr(namespace, self.dest, values if before is None else f"{before};{values}")
+        setattr(namespace, self.dest, values if before is None else f"{before}{self.const}{values}")
 
 
 def number_or_auto(text: str) -> int | None:
@@ -115,6 +116,11 @@ def path_text(text: str) -> str:
             f"{text}: there is no home of {user}; write ./{text} for a name that begins with ~"
         )
     return expanded
+
+
+def _path_texts(separator: str) -> Callable[[str], str]:
+    """`path_text` for each of several paths with `separator` between."""
+    return lambda text: separator.join(path_text(part) for part in text.split(separator))
 
 
 class _WordLoader(yaml.SafeLoader):

@@ -16,6 +16,7 @@ A folder may import only folders above it in this list; `tests/test_imports.py` 
 `worker`      one rank: what it does in each phase; the executor without Ray
 `planning`    what a job will take
 `preflight`   what is checked before compute
+`doctor`      what is right and wrong with the nodes: `prox24 doctor`
 `evaluation`  perplexity, likelihoods, tasks
 `reporting`   the report and comparisons of finished jobs
 `speed`       2:4 products on a GPU

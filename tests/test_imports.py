@@ -29,6 +29,7 @@ FLOORS = (
     "worker",
     "planning",
     "preflight",
+    "doctor",
     "evaluation",
     "reporting",
     "speed",

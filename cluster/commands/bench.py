@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from cluster.commands.command import Command
+from cluster.command import Command
 from cluster.options import config_from, path_text
 from cluster.source import CONFIG_HELP, config_source
 from cluster.terminal import as_text, bar, plain_table, shows_bars, terminal

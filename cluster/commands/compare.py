@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.commands.command import Command
+from cluster.command import Command
 from cluster.options import path_text
 from cluster.terminal import WIDTH, as_text, plain_table
 from pipeline.records.status import find_run_directory

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.commands.command import Command
+from cluster.command import Command
 from cluster.console import Console
 from cluster.options import path_text
 from cluster.terminal import as_text, plain_table

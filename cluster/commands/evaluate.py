@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import rich.box
 from rich.table import Table
 
-from cluster.commands.command import Command
+from cluster.command import Command
 from cluster.console import Console
 from cluster.dispatch.executors import connected_early, make_executor
 from cluster.options import config_from, path_text

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import rich.box
 from rich.table import Table
 
-from cluster.commands.command import Command
+from cluster.command import Command
 from cluster.options import config_from, path_text
 from cluster.source import CONFIG_HELP, config_source
 from cluster.terminal import as_text

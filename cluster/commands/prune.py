@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.commands.command import Command
+from cluster.command import Command
 from cluster.console import Console
 from cluster.dispatch.executors import connected_early, seen_by_prometheus
 from cluster.options import config_from, path_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cluster.commands.command import Command
+from cluster.command import Command
 from cluster.options import path_text
 from pipeline.records.status import find_run_directory
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cluster.commands.command import Command
+from cluster.command import Command
 from cluster.options import config_from, path_text
 from cluster.terminal import as_text, plain_table
 from pipeline.config.solve import SolveConfig

@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.commands.command import Command
+from cluster.command import Command
 from cluster.options import path_text
 from cluster.terminal import print_labelled, terminal
 from pipeline.records.status import find_run_directory, read_status

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cluster.commands.command import Command
+from cluster.command import Command
 from cluster.commands.compare import table_text
 from cluster.console import Console
 from cluster.dispatch.executors import make_executor

@@ -9,7 +9,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from cluster.commands.command import Command
+from cluster.command import Command
 from cluster.options import path_text
 from cluster.source import resolve_model
 from cluster.terminal import as_text, bar, plain_table, shows_bars, terminal

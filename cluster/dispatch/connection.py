@@ -43,6 +43,32 @@ def connect(config: RuntimeConfig) -> bool:
     Raises `ResourceError` for an address that does not answer, a cluster that wants a token which
     this process lacks, and one whose dashboard others can use without.
     """
+    context = connect_unguarded(config)
+    if context is None:
+        return True
+    try:
+        require_guarded(context, accept_open=config.open_dashboard)
+    except ResourceError:
+        ray.shutdown()
+        raise
+    return False
+
+
+def require_guarded(context: Any, *, accept_open: bool) -> None:
+    """Raises `ResourceError` if others can use the dashboard of a cluster without a token.
+
+    context: from `connect_unguarded`. accept_open: only warns.
+    """
+    gcs = ray.get_runtime_context().gcs_address
+    require_guarded_dashboard(context.dashboard_url, gcs, accept_open=accept_open)
+
+
+def connect_unguarded(config: RuntimeConfig) -> Any | None:
+    """`connect`, whatever the dashboard; Ray's context of the cluster, None for a Ray of our own.
+
+    Raises `ResourceError` for an address that does not answer, and for a cluster that wants a token
+    which this process lacks.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = cluster_address(config)
@@ -54,12 +80,12 @@ def connect(config: RuntimeConfig) -> bool:
         # More workers than cores may be asked for: the placement says no, not Ray's scheduler.
         with _own_signals():
             ray.init(address="local", include_dashboard=False, **options)
-        return True
+        return None
     listens = False
     try:
         listens = _knock(address)
         with _own_signals():
-            context = ray.init(address=address, runtime_env=code_to_send(os.environ), **options)
+            return ray.init(address=address, runtime_env=code_to_send(os.environ), **options)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         if not listens:
             raise ResourceError(
@@ -73,16 +99,6 @@ def connect(config: RuntimeConfig) -> bool:
             "or $RAY_AUTH_TOKEN), or have another version of Ray or Python; or --ray-address is "
             "not the cluster's"
         ) from error
-    try:
-        require_guarded_dashboard(
-            context.dashboard_url,
-            ray.get_runtime_context().gcs_address,
-            accept_open=config.open_dashboard,
-        )
-    except ResourceError:
-        ray.shutdown()
-        raise
-    return False
 
 
 def code_to_send(environment: Mapping[str, str]) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ class Declaration:
     placement: the option decides where or how a job runs, not what it computes. It is not part of
     the job's identity, and a resumed job may change it. path: the value is a path on this machine
     (or a hub id or URI, where one may stand for it), in which the command line expands `~`.
+    repeated: the option may be given again; its values are joined by this character.
     unused, noted, of_model: see `pipeline.config.effect`.
     """
 
@@ -34,6 +35,7 @@ class Declaration:
     placement: bool = False
     choices: Callable[[], Sequence[str]] | None = None
     path: bool = False
+    repeated: str | None = None
     unused: Condition | None = None
     noted: bool | Callable[[Any], bool] = False
     of_model: str | None = None

@@ -47,6 +47,7 @@ class LayerOptions:
         "`GLOB=METHOD`, `GLOB=PATTERN`, `GLOB=METHOD,PATTERN` or `GLOB=dense`, for layers whose "
         "whole name matches (`*.down_proj=wanda`); several with `;` between or by giving the "
         "option again; the last that matches counts",
+        repeated=";",
     )
     skip_unsupported: bool = option(
         False, "leave linears whose width the pattern does not divide dense, and list them"

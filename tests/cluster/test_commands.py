@@ -12,7 +12,7 @@ from cluster.command_line import COMMANDS, command_named, make_parser, run
 TOY = """
 from dataclasses import dataclass
 
-from cluster.commands.command import Command
+from cluster.command import Command
 from cluster.options import config_from
 from pipeline.config.fields import option, require
 

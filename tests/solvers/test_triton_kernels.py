@@ -22,6 +22,7 @@ GPUS = ("A100", "H100", "B200")
 SPARSEGPT = ("2:4, 128", "4:8, 128", "unstructured:0.5, 128", "1:3, 129", "2:4, 256")
 KERNELS = (
     *(f"proximal operator, {dtype}" for dtype in ("fp32", "bf16", "fp64")),
+    "trial launch",
     *(f"SparseGPT's block, {block} columns" for block in SPARSEGPT),
 )
 Processes = dict[str, subprocess.Popen[str]]

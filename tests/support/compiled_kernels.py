@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pipeline.config.pattern import Pattern
-from pipeline.solvers.kernels import prox_triton, sparsegpt_triton
+from pipeline.solvers.kernels import prox_triton, sparsegpt_triton, trial_triton
 from pipeline.solvers.kernels.prox_operator import NEWTON_STEPS, NEWTON_TOLERANCE
 
 GPUS = {"A100": 80, "H100": 90, "B200": 100}
@@ -48,6 +48,8 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
         types |= dict.fromkeys(("groups", "blocks"), "i32")
         options = {"num_warps": prox_triton.WARPS, "enable_fp_fusion": True}
         yield f"proximal operator, {source}", prox_triton._operator, types, constants, options
+    types = {"source": "*fp32", "target": "*fp32"}
+    yield "trial launch", trial_triton._double, types, {"BLOCK": 64}, {}
     for text, columns in BLOCKS:
         pattern = Pattern.parse(text)
         rows, padded, warps = sparsegpt_triton.tile_of(columns)

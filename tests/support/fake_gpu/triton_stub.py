@@ -77,10 +77,17 @@ def _sparsegpt_block(
         weight[:, at + 1 :].sub_(errors[:, at, None] * upper[at, at + 1 :])
 
 
+def _double(grid: tuple[int, ...], source: Tensor, target: Tensor, **options: Any) -> None:
+    """`trial_triton._double`."""
+    assert grid[0] * options["BLOCK"] == source.numel()
+    target.copy_(2 * source)
+
+
 # By module and name of the kernel. The arguments are the kernel's, tensors by their CPU tensors.
 STAND_INS: dict[str, Callable[..., None]] = {
     "prox_triton._operator": _prox_operator,
     "sparsegpt_triton._block": _sparsegpt_block,
+    "trial_triton._double": _double,
 }
 
 

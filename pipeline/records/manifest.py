@@ -14,6 +14,7 @@ from pipeline.version import VERSION
 from storage.errors import CorruptFileError, DataError, RunDirectoryError
 from storage.files.commit import publish_json, read_json, sha256_file
 from storage.files.hashing import StoredFile
+from storage.files.names import printable
 from storage.model.files import ModelFiles, WeightFileFingerprint
 from storage.output.weight_files import hash_side_files
 from storage.run.directory import RunDirectory, differences
@@ -40,10 +41,10 @@ def data_identity(dataset: str) -> dict[str, Any]:
     """
     if not is_local(dataset):
         return {"name": dataset, "sha256": None}
-    path = Path(dataset).expanduser()
+    path = Path(dataset)
     if not path.is_file():
         raise DataError(f"{dataset} is not a file; name a .txt, .jsonl, .parquet or .arrow file")
-    return {"name": path.name, "sha256": sha256_file(path)}
+    return {"name": printable(path.name), "sha256": sha256_file(path)}
 
 
 def describe_job(

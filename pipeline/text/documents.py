@@ -29,7 +29,7 @@ _ROWS_AT_ONCE = 64  # few, as a row may have megabytes of text
 
 def is_local(dataset: str) -> bool:
     """Whether `dataset` names a local file, which need not exist, rather than a hub data set."""
-    path = Path(dataset).expanduser()
+    path = Path(dataset)
     identifier = dataset.partition(":")[0]
     return (
         path.suffix.lower() in LOCAL_SUFFIXES
@@ -45,7 +45,7 @@ def check_dataset(dataset: str) -> None:
     Opens no file and asks no hub.
     """
     if is_local(dataset):
-        _require_readable(Path(dataset).expanduser())
+        _require_readable(Path(dataset))
 
 
 def _require_readable(path: Path) -> None:
@@ -78,7 +78,7 @@ def read_documents(
     kind, cannot be decoded, has no text column, or has no text at all.
     """
     documents = (
-        _local_documents(Path(dataset).expanduser(), text_column)
+        _local_documents(Path(dataset), text_column)
         if is_local(dataset)
         else _hub_documents(dataset, text_column, splits, revision)
     )

@@ -33,6 +33,7 @@ from transformers import AutoTokenizer
 
 from pipeline.text.documents import read_documents
 from storage.errors import DataError, ModelError
+from storage.files.names import by_utf8_name
 
 # Documents are drawn at random from a window of the stream. A larger window takes more memory.
 WINDOW_DOCUMENTS = 10_000
@@ -78,9 +79,10 @@ class Tokenizer(Protocol):
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer saved in a model folder. ModelError if there is none or it does not load."""
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        with by_utf8_name(folder) as readable:
+            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+                readable, trust_remote_code=trust_remote_code, local_files_only=True
+            )
         usable = bool(tokenizer("a b").input_ids)
     except Exception as error:  # transformers raises nearly anything on a damaged file
         raise ModelError(_why_no_tokenizer(folder, error)) from error

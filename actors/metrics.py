@@ -1,9 +1,9 @@
 """The Prometheus metrics of a job.
 
-Every metric has the label `run`, the name of the run directory. Ray exports metrics from a port of
-each node, with the prefix `ray_`, and counters with the suffix `_total`. Units are the base units
-of Prometheus: seconds, bytes, ratios from 0 to 1. There is no metric for throughput: tokens per
-second are `rate(tokens) / rate(work_seconds{kind="forward"})`.
+Every metric has the label `run`, the name of the run directory (`run_label`). Ray exports metrics
+from a port of each node, with the prefix `ray_`, and counters with the suffix `_total`. Units are
+the base units of Prometheus: seconds, bytes, ratios from 0 to 1. There is no metric for throughput:
+tokens per second are `rate(tokens) / rate(work_seconds{kind="forward"})`.
 
 Workers record their own work, the driver records the state of the job. Without Ray's metrics agent
 (`ray` installed without its `default` extra) nothing is exported, and nothing fails.
@@ -11,11 +11,14 @@ Workers record their own work, the driver records the state of the job. Without 
 
 from __future__ import annotations
 
+import os
+import string
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import quote_from_bytes
 
 import ray
 from ray.util.metrics import Counter, Gauge
@@ -23,6 +26,7 @@ from ray.util.metrics import Counter, Gauge
 from pipeline.messages import Outcome
 
 _BYTES = "_bytes"
+_IN_LABELS = "".join(set(string.punctuation) - set('%"\\')) + " "
 # Ray's agents drop a gauge that was not set during two reports, which are 10 s apart.
 _REFRESH_SECONDS = 5.0
 
@@ -65,11 +69,20 @@ def exported_name(name: str) -> str:
     return f"ray_{name}" + ("_total" if METRICS[name].kind == "counter" else "")
 
 
+def run_label(name: str) -> str:
+    """The label of a run directory's name: Ray takes ASCII only.
+
+    Other characters, and those that Prometheus would have to escape, are written as in a URL, so
+    that different names keep different labels: `modèle.run` is `mod%C3%A8le.run`.
+    """
+    return quote_from_bytes(os.fsencode(name), safe=_IN_LABELS)
+
+
 class Meter:
     """Records the metrics of one run, in a process that is connected to Ray."""
 
     def __init__(self, run: str, refresh_seconds: float = _REFRESH_SECONDS) -> None:
-        self._run, self._refresh_seconds = run, refresh_seconds
+        self._run, self._refresh_seconds = run_label(run), refresh_seconds
         self._made: dict[str, Counter | Gauge] = {}
         # The last value of each gauge, by name and labels.
         self._last: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}

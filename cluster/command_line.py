@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import logging
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +31,7 @@ from cluster.options import (
 from cluster.terminal import terminal
 from pipeline.config.effect import changes_nothing, refuse_unused, unused_options
 from storage.errors import Prox24Error, RunInterrupted
+from storage.files.names import shell_line
 
 COMMANDS = {
     "prune": "cluster.commands.prune",
@@ -92,6 +93,7 @@ def _add(commands: Any, command: Command) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Runs one command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     options: argparse.Namespace | None = None
+    _print_anything()
     try:
         options = parse(arguments)
         _set_up_logging(getattr(options, "verbose", False))
@@ -145,6 +147,13 @@ def _with_file(arguments: Sequence[str]) -> Sequence[str]:
     return [arguments[0], *as_arguments(read_yaml(path), f"--config {path}"), *arguments[1:]]
 
 
+def _print_anything() -> None:
+    """What the terminal's encoding lacks is printed as an escape; it is no reason to fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _set_up_logging(verbose: bool) -> None:
     # Ray leaves out lines that differ only in numbers, such as the rank. Read when it is imported.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
@@ -191,7 +200,7 @@ def _interrupted(error: RunInterrupted, arguments: Sequence[str]) -> int:
     print(f"prox24: stopped by {error}", file=sys.stderr)
     if arguments and arguments[0] in COMMANDS and (kept := command_named(arguments[0]).resumes):
         print(
-            f"prox24: {kept} are kept; go on with: prox24 {shlex.join(arguments)}",
+            f"prox24: {kept} are kept; go on with: prox24 {shell_line(arguments)}",
             file=sys.stderr,
         )
     return error.exit_code

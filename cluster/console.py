@@ -10,6 +10,7 @@ from rich.progress import Progress
 from cluster.terminal import bar, print_labelled, shows_bars, terminal
 from pipeline.config.prune import PruneConfig
 from pipeline.runtime.units import duration, size
+from storage.files.names import printable
 
 if TYPE_CHECKING:
     from pipeline.prune import PruneResult
@@ -61,7 +62,7 @@ class Console:
 
     def print(self, message: str) -> None:
         """One line, unwrapped: a path or a command in it can be copied."""
-        self.console.print(message, soft_wrap=True, markup=False)
+        self.console.print(printable(message), soft_wrap=True, markup=False)
 
     def begin(self, title: str, blocks: int, done: int) -> None:
         """Starts the bar, or starts it over."""

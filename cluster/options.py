@@ -19,6 +19,7 @@ import yaml
 
 from pipeline.config.fields import Declaration, Given, declaration
 from storage.errors import ConfigError
+from storage.files.names import printable
 
 # What a plain YAML scalar may be besides a string.
 _YAML_WORDS = ("bool", "null", "merge")
@@ -181,5 +182,4 @@ def config_from(options: argparse.Namespace, kind: type[Any]) -> Any:
 def one_line(error: BaseException) -> str:
     """Names in a message may come from a file: nothing of them reaches the terminal as control."""
     words = " ".join([str(error), *getattr(error, "__notes__", ())])
-    text = " ".join(words.split()) or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return printable(" ".join(words.split()) or type(error).__name__)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cluster.terminal import shows_bars, terminal
 from storage.errors import ModelError
+from storage.files.names import printable
 from storage.model.folder import Source
 from storage.model.other_formats import refuse_other_formats
 from storage.object_store import is_uri, place
@@ -35,7 +36,7 @@ def resolve_model(model: str) -> Source:
         return Source(folder, str(folder))
     path = Path(model)
     if path.is_dir():
-        return Source(path.absolute(), path.absolute().name)
+        return Source(path.absolute(), printable(path.absolute().name))
     if path.suffix == ".gguf":
         refuse_other_formats(path.parent, path.parent)
     if path.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
@@ -78,7 +79,8 @@ def config_source(model: str) -> Source:
     path = Path(model)
     if path.is_file() and path.suffix == ".json":
         path = path.absolute()
-        return Source(path, path.parent.name if path.name == "config.json" else path.stem)
+        name = path.parent.name if path.name == "config.json" else path.stem
+        return Source(path, printable(name))
     if path.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
         return resolve_model(model)
     from huggingface_hub import hf_hub_download

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
+from storage.files.names import printable
+
 WIDTH = 80
 _BAR = 20
 
@@ -54,7 +56,7 @@ def print_labelled(console: rich.console.Console, rows: Iterable[tuple[str, Any]
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, Text(value) if isinstance(value, str) else value)
+        table.add_row(name, Text(printable(value)) if isinstance(value, str) else value)
     if console.is_terminal:
         console.print(table)
     else:  # in a file no line should end in blanks, with which rich fills its tables

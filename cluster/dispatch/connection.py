@@ -23,6 +23,7 @@ import storage
 from cluster.dispatch.security import require_guarded_dashboard
 from pipeline.config.runtime import RuntimeConfig
 from storage.errors import ResourceError, first_line
+from storage.files.names import printable
 
 # How long a cluster may take to accept a connection.
 _KNOCK_SECONDS = 10.0
@@ -78,13 +79,13 @@ def connect_unguarded(config: RuntimeConfig) -> Any | None:
         logging.getLogger("ray").setLevel(logging.ERROR)
     if address is None:
         # More workers than cores may be asked for: the placement says no, not Ray's scheduler.
-        with _own_signals():
+        with _own_signals(), _command_line_in_utf8():
             ray.init(address="local", include_dashboard=False, **options)
         return None
     listens = False
     try:
         listens = _knock(address)
-        with _own_signals():
+        with _own_signals(), _command_line_in_utf8():
             return ray.init(address=address, runtime_env=code_to_send(os.environ), **options)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         if not listens:
@@ -126,6 +127,18 @@ def _own_signals() -> Iterator[None]:
     yield
     if before is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _command_line_in_utf8() -> Iterator[None]:
+    """Ray records the command line of its driver, and fails where a path in it is not UTF-8."""
+    utils: Any = ray._private.utils
+    told = utils.get_entrypoint_name
+    utils.get_entrypoint_name = lambda: printable(told())
+    try:
+        yield
+    finally:
+        utils.get_entrypoint_name = told
 
 
 def _knock(address: str) -> bool:

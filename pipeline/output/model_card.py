@@ -144,7 +144,7 @@ def _introduction(
     name = source_name.rsplit("/", 1)[-1]
     weights = sum(math.prod(result["shape"]) for result in results)
     return (
-        f"# {name}, pruned to {settings['pattern']}\n\n"
+        f"# {_escape(name)}, pruned to {settings['pattern']}\n\n"
         f"{_code(source_name)}, pruned to {_pattern_in_words(str(settings['pattern']))} by "
         f"prox24 with the method `{settings['method']}`. "
         f"{len(results)} linear layers with {weights:,} weights were pruned; every other tensor is "

@@ -33,6 +33,7 @@ from storage.errors import OutputError
 from storage.files.checked_json import MAX_JSON_BYTES
 from storage.files.commit import make_directory, sha256_bytes, write_new_file
 from storage.files.hashing import StoredFile
+from storage.files.names import stem_of
 from storage.object_store import ObjectFolder, Place, lies_in, resolved
 from storage.output.uploads import PROBE, Guard, Uploads, require_writable
 from storage.output.weight_files import (
@@ -284,7 +285,7 @@ def _discard_partials(output: Path, run: RunDirectory, lock: RunLock) -> None:
 
 def partial_prefix(output: Path, run: RunDirectory) -> str:
     """Begins the names of this run's temporary folders beside `output`; see `recover`."""
-    return f".{output.name}.partial-{run.path.name}-"
+    return f".{stem_of(output.name)}.partial-{stem_of(run.path.name)}-"
 
 
 def layer_results(records: Sequence[BlockRecord], blocks_path: str) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.reporting.run_summary import RunSummary, Scalar, read_run_summary
 from pipeline.reporting.tables import Column, Table
 from storage.errors import ConfigError
+from storage.files.names import printable
 
 SETTINGS = "Settings that differ, and the models"
 ERRORS = "Relative error by kind of layer, %"
@@ -35,9 +36,9 @@ def read_runs(paths: Sequence[Path]) -> list[RunSummary]:
 
     Raises `ConfigError` where a path is given twice, and errors as `read_run_summary` does.
     """
-    names = [path.absolute().name.removesuffix(".run") for path in paths]
+    names = [printable(path.absolute().name.removesuffix(".run")) for path in paths]
     if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
+        names = [printable(str(path)) for path in paths]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"{twice} is given twice; name each run once")

@@ -19,6 +19,7 @@ from pipeline.reporting.layer_table import Facts, layer_rows
 from pipeline.runtime.progress import Progress
 from storage.errors import CorruptFileError, RunDirectoryError
 from storage.files.commit import read_json, replace_file, replace_json
+from storage.files.names import printable
 from storage.object_store import Place, place
 from storage.run.directory import RunDirectory
 from storage.run.lock import RunLock
@@ -83,7 +84,7 @@ def make_report(
             f"{run.report()}: its records are damaged or of another version of prox24 "
             f"({type(error).__name__}: {error}); use the version that ran the job"
         ) from error
-    for name, raw in ((TABLE_NAME, table), (PAGE_NAME, page.encode("utf-8"))):
+    for name, raw in ((TABLE_NAME, table), (PAGE_NAME, page.encode("utf-8", "backslashreplace"))):
         with replace_file(run.report() / name, guard) as writer:
             writer.write(raw)
     return run.report() / PAGE_NAME
@@ -132,7 +133,7 @@ def _facts(run: RunDirectory, results: Mapping[str, Any]) -> Facts:
         raise CorruptFileError(f"{run.manifest}: missing")
     summary = read_summary(run)
     return Facts(
-        run_directory=str(run.path),
+        run_directory=printable(str(run.path)),
         results=results,
         summary=summary,
         manifest=manifest,

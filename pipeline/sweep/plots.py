@@ -77,7 +77,7 @@ def _draw(axes: Any, axis: str, panel: Panel) -> None:
                 marker=_MARKERS[number % len(_MARKERS)],
                 markersize=4,
                 linewidth=1.2,
-                label=line.name or None,
+                label=line.name.replace("$", r"\$") or None,
             )
     if panel.level is not None:
         axes.axhline(panel.level, color="0.4", linestyle="--", linewidth=1, label="dense")

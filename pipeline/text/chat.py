@@ -32,7 +32,7 @@ class Refused(Exception):
 
 def read_template(path: str) -> str:
     """The chat template in a file. Raises ConfigError, naming the file, if it cannot be read."""
-    file = Path(path).expanduser()
+    file = Path(path)
     try:
         if file.stat().st_size > _MAX_TEMPLATE_BYTES:
             raise ConfigError(f"--chat-template {file} is larger than 1 MiB: name a Jinja template")

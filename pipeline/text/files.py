@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import DataError
+from storage.files.names import printable
 
 PLAIN_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 ARROW_SUFFIXES = (".parquet", ".arrow")
@@ -55,11 +56,6 @@ class TextPath:
     compression: str | None
 
 
-def local_path(dataset: str) -> Path:
-    """The path that a local data set's name stands for."""
-    return Path(dataset).expanduser()
-
-
 def kind_of(path: Path) -> TextPath | None:
     """The kind of a file by the end of its name; None if it is none of a text data set."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -73,7 +69,7 @@ def kind_of(path: Path) -> TextPath | None:
 
 def is_local(dataset: str) -> bool:
     """Whether `dataset` names a local file or folder, which need not exist, not a hub data set."""
-    path = local_path(dataset)
+    path = Path(dataset)
     identifier = dataset.partition(":")[0]
     return (
         kind_of(path) is not None
@@ -101,7 +97,7 @@ def text_files(dataset: str, splits: Sequence[str]) -> list[TextPath]:
 
     Raises DataError for one that is missing, cannot be listed, or has no file of a known kind.
     """
-    path = local_path(dataset)
+    path = Path(dataset)
     try:
         if not path.exists():
             link = " (a link to nothing)" if path.is_symlink() else ""
@@ -222,11 +218,11 @@ def local_identity(
     file's name, size, and the hash of its content, of which files above 1 GiB give 64 pieces of
     1 MiB at equal distances; `hashed` says so.
     """
-    path = local_path(dataset)
+    path = Path(dataset)
     files = text_files(dataset, splits)
     sampled = any(_size(file.path) > _HASHED_WHOLE for file in files)
     if path.is_file() and not sampled:
-        return {"name": path.name, "sha256": _sha256(files[0].path)}
+        return {"name": printable(path.name), "sha256": _sha256(files[0].path)}
     listing = hashlib.sha256()
     for file in files:
         name = file.path.relative_to(path).as_posix() if path.is_dir() else path.name
@@ -235,7 +231,7 @@ def local_identity(
         )
     how = "64 pieces of 1 MiB of each file above 1 GiB" if sampled else "every file"
     return {
-        "name": path.resolve().name,
+        "name": printable(path.resolve().name),
         "sha256": listing.hexdigest(),
         "hashed": f"{len(files)} files: {how}",
     }

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from pipeline.text.files import TextPath, unreadable
 from storage.errors import DataError, first_line
+from storage.files.names import by_utf8_name
 
 Row = tuple[str, dict[str, Any]]
 """A row's place, for messages, and its values by column."""
@@ -243,7 +244,7 @@ def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with by_utf8_name(path) as readable, pq.ParquetFile(readable) as file:
             names = _wanted(file.schema_arrow.names, columns)
             number = 0
             # pyarrow also returns `a{b}` for the column `a.b`: columns are taken by name below.
@@ -262,7 +263,7 @@ def _arrow_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
     import pyarrow as pa
 
     try:
-        with pa.memory_map(str(path)) as source:
+        with by_utf8_name(path) as readable, pa.memory_map(str(readable)) as source:
             number = 0
             for batch in _arrow_batches(source):
                 names = _wanted(batch.schema.names, columns)
@@ -325,10 +326,10 @@ def schema_names(file: TextPath) -> list[str] | None:
 
     try:
         if file.kind == ".parquet":
-            with pq.ParquetFile(file.path) as opened:
+            with by_utf8_name(file.path) as readable, pq.ParquetFile(readable) as opened:
                 return list(opened.schema_arrow.names)
         if file.kind == ".arrow":
-            with pa.memory_map(str(file.path)) as source:
+            with by_utf8_name(file.path) as name, pa.memory_map(str(name)) as source:
                 try:
                     return list(pa.ipc.open_file(source).schema.names)
                 except pa.ArrowInvalid:

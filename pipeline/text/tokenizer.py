@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from transformers import AutoTokenizer
 
 from storage.errors import ConfigError, ModelError
+from storage.files.names import by_utf8_name
 
 # What transformers reads sentencepiece models with: module -> package.
 _OF_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
@@ -26,9 +27,10 @@ class Tokenizer(Protocol):
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer saved in a model folder. ModelError if there is none or it does not load."""
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        with by_utf8_name(folder) as readable:
+            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+                readable, trust_remote_code=trust_remote_code, local_files_only=True
+            )
         usable = bool(tokenizer("a b").input_ids)
     except Exception as error:  # transformers raises nearly anything on a damaged file
         raise ModelError(_why_no_tokenizer(folder, error)) from error

@@ -33,6 +33,7 @@ from typing import Any, BinaryIO
 from storage.errors import CorruptFileError, ResourceError, RunDirectoryError
 from storage.files.checked_json import MAX_JSON_BYTES, decode_json, encode_json
 from storage.files.hashing import HashingStream
+from storage.files.names import stem_of
 
 logger = logging.getLogger(__name__)
 
@@ -300,7 +301,8 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
 
 def temporary_name(path: Path) -> Path:
     """A unique hidden name beside `path`, which `is_temporary` recognizes."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+    stamp = f"{os.getpid()}-{secrets.token_hex(8)}"
+    return path.with_name(f".{stem_of(path.name)}.{stamp}{TEMPORARY_SUFFIX}")
 
 
 def is_temporary(path: Path) -> bool:

@@ -33,6 +33,7 @@ from storage.files.commit import (
     sha256_file,
 )
 from storage.files.hashing import HashingStream, StoredFile
+from storage.files.names import stem_of
 from storage.model.adapter import ADAPTER_CONFIG
 from storage.model.files import ModelFiles, size_of, torch_dtype
 from storage.model.folder import NOT_COPIED, SIDE_FOLDERS, inside
@@ -270,7 +271,7 @@ def recover_output(output: Path, guard: Callable[[], None] | None = None) -> Non
 
 
 def _aside(output: Path) -> Path:
-    return output.with_name(f".{output.name}.prox24-replaced")
+    return output.with_name(f".{stem_of(output.name)}.prox24-replaced")
 
 
 def _discard(aside: Path) -> None:

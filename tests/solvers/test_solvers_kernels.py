@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.config.pattern import Pattern
-from pipeline.config.solver import SolverSettings
+from pipeline.config.solver import GpuKernels, SolverSettings
 from pipeline.solvers.kernels import cholesky as factor
 from pipeline.solvers.kernels import on_gpu, prox_operator
 from pipeline.solvers.methods import prox_admm, sparsegpt
@@ -113,3 +113,21 @@ def test_both_ways_to_invert_agree(columns: int) -> None:
 def test_an_indefinite_matrix_is_told(invert) -> None:  # type: ignore[no-untyped-def]
     matrix = torch.diag(torch.tensor([1.0, -1.0, 2.0, 3.0]))
     assert not invert(matrix)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:3", "unstructured:0.5"])
+def test_sparsegpt_on_a_gpu(pattern: str, kernels: GpuKernels) -> None:
+    """That of the CPU, and the same bytes however rows are split."""
+    weight, inputs = layer(rows=48, columns=384, tokens=800, dead=(3,))
+    solver = solver_for(SolverSettings(method="sparsegpt", pattern=pattern, kernels=kernels))
+    expected = solver.solve(weight, solver.prepare(statistics_of(inputs))).weight
+    prepared = solver.prepare(statistics_of(inputs.cuda()))
+    found = solver.solve(weight.cuda(), prepared).weight
+    same = ((expected != 0) == (found.cpu() != 0)).all(dim=1)
+    assert same.double().mean() > 0.9
+    torch.testing.assert_close(found.cpu()[same], expected[same], rtol=1e-3, atol=1e-3)
+    if solver.separable and kernels == "triton":
+        parts = [solver.solve(part.cuda(), prepared).weight for part in weight.split(16)]
+        assert torch.equal(torch.cat(parts) != 0, found != 0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from storage.errors import ResourceError
+from storage.errors import ConfigError, ResourceError
 
 # Variables that gloo and NCCL read. By default they use the interface of the address that the host
 # name resolves to, which is often 127.0.0.1.
@@ -66,13 +66,23 @@ def require_reachable(addresses: Sequence[str]) -> None:
         )
 
 
-def choose_backend(devices: Sequence[str], gpus: float) -> str:
+def choose_backend(devices: Sequence[str], gpus: float, wanted: str = "auto") -> str:
     """`nccl` where every worker has a GPU of its own, else `gloo`.
 
     devices: device type of each worker. gpus: GPUs per worker, a fraction where workers share one,
-    which NCCL does not support.
+    which NCCL does not support. wanted: `--collective`; for parts of a GPU (MIG) that Ray counts
+    as GPUs, between which NCCL does not work either, the user says `gloo`.
+
+    Raises `ConfigError` for `nccl` where it cannot work.
     """
-    return "nccl" if gpus >= 1 and len(devices) > 1 and set(devices) == {"cuda"} else "gloo"
+    possible = gpus >= 1 and set(devices) == {"cuda"}
+    if wanted == "nccl" and not possible:
+        raise ConfigError(
+            f"--collective nccl needs a GPU of its own for every worker; here {gpus:g} GPUs a "
+            f"worker, on {', '.join(sorted(set(devices)))}: leave it out"
+        )
+    # One worker sends nothing.
+    return "nccl" if possible and len(devices) > 1 and wanted != "gloo" else "gloo"
 
 
 def local_interfaces() -> dict[str, list[str]]:

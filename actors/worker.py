@@ -88,10 +88,15 @@ class RankActor:
     def build(self) -> str:
         """Creates the `BlockWorker`; returns the type of its device.
 
+        Raises `ResourceError` where Ray gave this worker a GPU that torch cannot use.
+
         Not in the constructor, since Ray reports errors there as a dead actor.
         """
+        from pipeline.runtime.device import check_given_gpus
         from pipeline.worker.block_worker import BlockWorker
 
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        check_given_gpus(gpus, self.job.device, self._endpoint.address)
         self.worker = BlockWorker(self.job, self.rank, self.world)
         return self.worker.device.type
 

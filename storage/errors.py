@@ -12,6 +12,7 @@
     │   └── CorruptFileError    a file is not what was written: truncated, altered, not its format
     ├── NumericalError          a computation produced NaN or Inf; never retried
     ├── WorkerLostError         a worker or its node is gone; the driver retries the block
+    │   └── DeviceFaultError    a worker's GPU failed, and its process cannot use it any more
     └── RunInterrupted          exit code 130: SIGINT or SIGTERM, everything committed is kept
 
 A message is one line that names the subject (file, tensor, block, layer, rows) and the remedy.
@@ -73,6 +74,10 @@ class NumericalError(Prox24Error):
 
 class WorkerLostError(Prox24Error):
     """A worker process or its node is gone. The driver replaces it and retries the block."""
+
+
+class DeviceFaultError(WorkerLostError):
+    """A worker's GPU failed. Its process lives, but cannot use the GPU: it is replaced."""
 
 
 class RunInterrupted(Prox24Error):

@@ -30,7 +30,7 @@ from cluster.dispatch.visibility import require_shared_view
 from pipeline.config.runtime import RuntimeConfig
 from pipeline.loop.rank import Call, Rank, call
 from pipeline.messages import Job, Outcome
-from storage.errors import Prox24Error, ResourceError, WorkerLostError
+from storage.errors import DeviceFaultError, Prox24Error, ResourceError, WorkerLostError
 from storage.run.shared_folders import marked
 
 logger = logging.getLogger(__name__)
@@ -240,7 +240,7 @@ class RayExecutor:
         for rank, device in self._collect(built, "start", timeout, watch=True).items():
             self._known(rank).device = device
         devices = [self._known(rank).device for rank in range(self.world)]
-        backend = choose_backend(devices, self.placement.gpus)
+        backend = choose_backend(devices, self.placement.gpus, self._config.collective)
         host, port = self._collect({0: self._actor(0).host.remote()}, "start", timeout)[0]
         joining = {}
         for rank in range(self.world):
@@ -368,7 +368,7 @@ class RayExecutor:
                     translated.add_note(f"(phase {phase}, {self._name(rank)})")
                 # A peer's death is seen by all who speak with it: the dead one's error tells more.
                 errors.append((2 * isinstance(translated, WorkerLostError) + of_worker, translated))
-                if not of_worker:
+                if not of_worker or isinstance(translated, DeviceFaultError):
                     lost.add(rank)
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
         busy = {ranks[call] for call in pending}

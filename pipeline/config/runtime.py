@@ -116,6 +116,13 @@ class RuntimeConfig:
         placement=True,
         unused=unless_ray,
     )
+    collective: Literal["auto", "nccl", "gloo"] = option(
+        "auto",
+        "how workers sum statistics: nccl between GPUs, gloo through host memory; auto: nccl where "
+        "every worker has a GPU of its own. For parts of a GPU (MIG): gloo",
+        placement=True,
+        unused=unless_ray,
+    )
     trust_remote_code: bool = option(
         False,
         "run Python code that is in the model folder",

@@ -166,8 +166,12 @@ class SolverSettings:
     admm_lambda: float = internal(0.067)
     admm_lambda_growth: float = internal(1.0744)
     admm_relaxation: float = internal(1.7)
-    # The inner loops of a solve on a CUDA device; other devices do not read it.
-    kernels: GpuKernels = internal("triton")
+    kernels: GpuKernels = option(
+        "triton",
+        "inner loops of a solve on a GPU (a CPU has others): triton, an error where Triton cannot "
+        "run; torch: plain torch operations, slower, with the same results to rounding",
+        unused=unless_read("kernels"),
+    )
 
     def __post_init__(self) -> None:
         method_facts(self.method)

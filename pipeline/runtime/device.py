@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from pipeline.runtime.free_memory import available_memory
-from storage.errors import ConfigError, first_line
+from storage.errors import ConfigError, ResourceError, first_line
+
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -23,6 +28,34 @@ def choose_device(name: str | None) -> torch.device:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"--device {name} cannot be used here: {first_line(error)}") from error
+
+
+def check_given_gpus(gpus: Sequence[str], device: str | None, node: str) -> None:
+    """Raises `ResourceError` where a worker was given GPUs that torch cannot use.
+
+    gpus: ids of those that Ray gave to the worker. device: `--device`; `cpu` wants none. node: for
+    the message. Without the error the job would run on one CPU thread of such a node.
+    """
+    if not gpus or device is not None or torch.cuda.is_available():
+        return
+    build = torch.version.cuda
+    built = f"a build for CUDA {build}" if build else "a build without CUDA"
+    raise ResourceError(
+        f"node {node}: Ray gave this worker GPU {', '.join(gpus)}, but torch {torch.__version__} "
+        f"({built}) finds none with {_driver()}: install a driver for that CUDA, or the build of "
+        "torch for CUDA that the driver runs (`prox24 doctor` shows each node); --device cpu "
+        "computes on the CPUs"
+    )
+
+
+def _driver() -> str:
+    """The NVIDIA driver of this machine, for people."""
+    try:
+        text = _DRIVER_FILE.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return f"no NVIDIA driver ({_DRIVER_FILE} is not there)"
+    version = re.search(r"Kernel Module[^\d]*([\d.]+)", text)
+    return f"NVIDIA driver {version[1]}" if version else "an NVIDIA driver of unknown version"
 
 
 @dataclass(frozen=True)
@@ -64,6 +97,11 @@ def make_deterministic(threads: int) -> None:
     """Fixes the number of threads and the choice of kernels: equal inputs then give equal bytes."""
     # cuBLAS reads it when its first handle is created.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Blocks of a model differ in size: segments that can grow are not left in pieces. Read when the
+    # first tensor is made on a GPU; torch before 2.12 knows the second name only.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        name = "PYTORCH_ALLOC_CONF" if torch.__version__ >= "2.12" else "PYTORCH_CUDA_ALLOC_CONF"
+        os.environ[name] = "expandable_segments:True"
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

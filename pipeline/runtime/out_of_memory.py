@@ -1,46 +1,87 @@
-"""Out-of-memory errors: how they are recognised, and what the user can lower."""
+"""Failed allocations and failed GPUs: how a phase's error is explained, and what can be lowered."""
 
 from __future__ import annotations
 
+import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from storage.errors import ResourceError
+from pipeline.runtime.faults import fault_of
+from storage.errors import DeviceFaultError, ResourceError
+
+_SHOWN = 300  # characters of a library's message
+_ADVICE = re.compile(r"\s(?:If reserved but|See documentation|Compile with|For debugging)")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is a failed allocation, on a GPU or in host memory."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    # torch has no error class for a failed allocation on the host.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return fault_of(error) == "memory"
 
 
 @contextmanager
-def explaining(phase: str, block: int | None) -> Iterator[None]:
-    """Raises `ResourceError` for an out-of-memory error inside; other errors pass unchanged."""
+def explaining(phase: str, block: int | None, device: torch.device) -> Iterator[None]:
+    """Raises prox24's own error for a failed allocation or a failed GPU; others pass unchanged.
+
+    Raises `ResourceError` for memory, and `DeviceFaultError` for a GPU that this process cannot use
+    any more.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise explained(error, phase, block) from error
+        fault = fault_of(error)
+        if fault == "memory":
+            raise explained(error, phase, block, device.type) from error
+        if fault == "device":
+            raise DeviceFaultError(
+                f"{_of(block)}phase {phase}: the GPU of node {platform.node()} failed "
+                f"({in_short(error)}); if it comes again, look at `nvidia-smi -q -d ECC` and dmesg"
+            ) from error
         raise
 
 
-def explained(error: Exception, phase: str, block: int | None) -> ResourceError:
-    """The error for users, with block, phase and what to lower."""
-    of_block = "" if block is None else f"block {block}, "
-    first = " ".join(str(error).split(".")[0].split()) or type(error).__name__
-    return ResourceError(f"{of_block}phase {phase}: out of memory ({first}); {remedy(phase)}")
+def explained(
+    error: BaseException, phase: str, block: int | None, device: str = "cpu"
+) -> ResourceError:
+    """The error for users, with block, phase, sizes, and what to lower. device: its type."""
+    return ResourceError(
+        f"{_of(block)}phase {phase}: out of memory ({in_short(error)}); {remedy(phase, device)}"
+    )
 
 
-def remedy(phase: str) -> str:
-    """What the user can lower or add, depending on the phase."""
+def in_short(error: BaseException) -> str:
+    """The first sentences of a library's message, on one line: with its sizes, without its advice.
+
+    The point of a number (`20.00 GiB`) ends no sentence.
+    """
+    text = " ".join(str(error).split())
+    text = _ADVICE.split(text)[0]
+    return text[:_SHOWN].rstrip(". ") or type(error).__name__
+
+
+def _of(block: int | None) -> str:
+    return "" if block is None else f"block {block}, "
+
+
+def remedy(phase: str, device: str = "cpu") -> str:
+    """What the user can lower or add, depending on the phase and the type of device."""
+    if device == "cuda":
+        return _of_gpu(phase)
     nodes = "fewer workers on a node (--workers), or nodes with more memory"
     if phase in ("embed", "calibrate", "advance", "propagate"):
         return f"lower --batch-size (of a new job), or use {nodes}"
     if phase in ("solve", "choose", "reduce"):
         return f"use {nodes}: a solve holds some matrices as large as a layer's Hessian"
     return f"use {nodes}"
+
+
+def _of_gpu(phase: str) -> str:
+    """The same for a GPU, which has one worker: fewer workers would leave each more to hold."""
+    others = "see with nvidia-smi that no other program is on the GPU, or use GPUs with more memory"
+    if phase in ("embed", "calibrate", "advance", "propagate"):
+        return f"lower --batch-size (of a new job) or --hessian-memory; {others}"
+    if phase in ("solve", "choose", "reduce"):
+        return f"lower --hessian-memory, or use more workers, each with fewer rows; {others}"
+    return others

@@ -29,3 +29,8 @@ def solve_cost(settings: SolverSettings, columns: int, device: str) -> SolveCost
     Deterministic: every worker must agree on it.
     """
     return solver_for(settings).cost(columns, device)
+
+
+def uses_triton(settings: SolverSettings) -> bool:
+    """Whether a solve with these settings, resolved, starts Triton kernels on a GPU."""
+    return settings.kernels == "triton" and "kernels" in settings.reads()

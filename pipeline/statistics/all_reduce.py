@@ -15,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from pipeline.runtime.faults import fault_of
+from pipeline.runtime.out_of_memory import in_short
 from pipeline.statistics.accumulate import Sums, keeps_inputs
-from storage.errors import WorkerLostError
+from storage.errors import ResourceError, WorkerLostError
 
 # Bytes exchanged at once. The buffers take about three times as much.
 _CHUNK_BYTES = 1 << 28
@@ -54,6 +56,8 @@ class Collective:
                 timeout=timedelta(seconds=timeout),
             )
         except (RuntimeError, ValueError) as error:
+            if fault_of(error) == "collective":
+                raise self._explained(RuntimeError(str(error))) from error
             raise WorkerLostError(f"rank {rank} could not join the others: {error}") from error
 
     @classmethod
@@ -80,6 +84,8 @@ class Collective:
 
         Raises `WorkerLostError` when another worker is gone or does not answer in time.
         """
+        if self.world == 1:
+            return tensor
         flat = tensor.view(-1)
         step = _CHUNK_BYTES // flat.element_size()
         try:
@@ -87,8 +93,24 @@ class Collective:
                 part = flat[start : start + step]
                 part.copy_(self._sum_chunk(part))
         except RuntimeError as error:
-            raise WorkerLostError(f"rank {self.rank} lost a peer while summing: {error}") from error
+            raise self._explained(error) from error
         return tensor
+
+    def _explained(self, error: RuntimeError) -> Exception:
+        """What a failed collective means: a lost worker, unless it is the device's or NCCL's own.
+
+        A failed allocation and a failed GPU are returned as they are; the phase explains them.
+        """
+        fault = fault_of(error)
+        if fault in ("memory", "device"):
+            return error
+        if fault == "collective":
+            return ResourceError(
+                f"rank {self.rank}: {self.backend} cannot sum here ({in_short(error)}); "
+                "NCCL_DEBUG=INFO in the nodes' environment shows more; --collective gloo goes on "
+                "through host memory"
+            )
+        return WorkerLostError(f"rank {self.rank} lost a peer while summing: {error}")
 
     def _sum_chunk(self, part: Tensor) -> Tensor:
         """`part` (n,) summed over the workers. gloo sends from host memory only."""
@@ -113,6 +135,8 @@ class Collective:
 
         Raises `WorkerLostError` as `sum` does.
         """
+        if self.world == 1:
+            return sums
         # A row for each worker: tokens, sequences, and whether it has kept its inputs.
         counts = torch.zeros(self.world, 3, dtype=torch.int64)
         counts[self.rank] = torch.tensor([sums.tokens, sums.sequences, sums.inputs is not None])
@@ -121,7 +145,7 @@ class Collective:
         try:
             dist.all_reduce(counts)  # integers: exact in any order
         except RuntimeError as error:
-            raise WorkerLostError(f"rank {self.rank} lost a peer while summing: {error}") from error
+            raise self._explained(error) from error
         counts = counts.cpu()
         tokens, sequences, _ = counts.sum(dim=0).tolist()
         if keeps_inputs(sums.columns, tokens, counts[:, 2].bool().tolist()):

@@ -33,7 +33,8 @@ from pipeline.runtime.device import (
 from pipeline.runtime.out_of_memory import explaining
 from pipeline.runtime.split import in_passes
 from pipeline.runtime.stopwatch import Stopwatch, peak_memory
-from pipeline.solvers.registry import solver_for
+from pipeline.solvers.kernels.on_gpu import trial_launch
+from pipeline.solvers.registry import solver_for, uses_triton
 from pipeline.statistics.accumulate import (
     HalvedSums,
     not_finite_sums,
@@ -80,6 +81,10 @@ class BlockWorker(SolvePhases, Scoring, ScratchPhases):
         make_deterministic(job.threads)
         self.job, self.rank, self.world = job, rank, world
         self.device = choose_device(job.device)
+        if self.device.type == "cuda" and job.rules is not None:
+            needs_triton = any(map(uses_triton, job.rules.all_settings()))
+            if needs_triton:  # better now than in the first solve
+                trial_launch(self.device)
         self.run = RunDirectory(Path(job.run_directory))
         self.skeleton: Skeleton = open_skeleton(
             place(job.source), dtype=job.dtype, trust_remote_code=job.trust_remote_code
@@ -96,7 +101,7 @@ class BlockWorker(SolvePhases, Scoring, ScratchPhases):
         """Runs the phase; returns its result with times and peak memory."""
         start, began = time.time(), time.perf_counter()
         method: Callable[..., T] = getattr(self, phase.phase)
-        with explaining(phase.phase, phase.block), self.watch("other"):
+        with explaining(phase.phase, phase.block, self.device), self.watch("other"):
             if phase.phase not in _WITHOUT_SOURCE:
                 self._expect_source()
             value = method(*phase.arguments)

@@ -11,6 +11,7 @@ from pipeline.loop.rank import Call, Rank, call
 from pipeline.messages import Job, Outcome
 from pipeline.statistics.accumulate import add_in_rank_order
 from pipeline.worker.block_worker import BlockWorker
+from storage.errors import DeviceFaultError, Prox24Error
 
 T = TypeVar("T")
 
@@ -39,7 +40,7 @@ class LocalExecutor:
 
     def run(self, calls: Sequence[Call[T]]) -> list[Outcome[T]]:
         """Runs a phase rank by rank; an error of one ends it."""
-        return [worker.perform(each) for worker, each in zip(self._workers, calls, strict=True)]
+        return [_perform(worker, each) for worker, each in zip(self._workers, calls, strict=True)]
 
     def reduce(self) -> list[Outcome[None]]:
         """Adds the ranks' sums in rank order; all ranks then share the same statistics."""
@@ -48,10 +49,10 @@ class LocalExecutor:
         for name in list(sums) if others else ():
             parts = zip(*(worker.state.sums.pop(name) for worker in self._workers), strict=True)
             sums[name] = tuple(add_in_rank_order(halves) for halves in parts)
-        outcomes = [first.perform(call(Rank.reduce))]
+        outcomes = [_perform(first, call(Rank.reduce))]
         for worker in others:
             worker.state.statistics.update(first.state.statistics)
-            outcomes.append(worker.perform(call(Rank.reduce)))
+            outcomes.append(_perform(worker, call(Rank.reduce)))
         return outcomes
 
     def recover(self) -> None:
@@ -66,3 +67,14 @@ class LocalExecutor:
     def close(self) -> None:
         """Drops the ranks and their memory."""
         self._workers = []
+
+
+def _perform(worker: BlockWorker, phase: Call[T]) -> Outcome[T]:
+    """Runs a phase. A failed GPU ends the job: this process, which is all there is, has lost it."""
+    try:
+        return worker.perform(phase)
+    except DeviceFaultError as error:
+        raise Prox24Error(
+            f"{error}; this process cannot use the GPU any more: run the same command again, and "
+            "it goes on from the committed blocks"
+        ) from error

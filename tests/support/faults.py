@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from actors.worker import RankActor, Whereabouts
 from pipeline.loop.rank import Call
 from storage.run.shared_folders import Marked
@@ -39,12 +41,35 @@ POINTS = {
 }
 
 
+# As torch words them.
+DEVICE_ERRORS: dict[str, Exception] = {
+    "GPU": torch.AcceleratorError(
+        "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be "
+        "asynchronously reported at some other API call, so the stacktrace below might be "
+        "incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1"
+    ),
+    "GPU memory": torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB "
+        "of which 3.52 GiB is free. If reserved but unallocated memory is large try setting "
+        "PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
+    ),
+    "NCCL": torch.distributed.DistBackendError(
+        "NCCL error in: ProcessGroupNCCL.cpp:3356, unhandled cuda error (run with NCCL_DEBUG=INFO "
+        "for details), NCCL version 2.27.5\nncclUnhandledCudaError: Call to CUDA function failed."
+    ),
+    "NCCL peer": torch.distributed.DistBackendError(
+        "NCCL error in: NCCLUtils.cpp:77, remote process exited or there was a network error, "
+        "NCCL version 2.27.5\nncclRemoteError: A call failed possibly due to a network error"
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Fault:
     """At the `call`-th call of a point in a phase (of a block, or of any), on one rank.
 
     `what`: a signal's name, "memory" for an allocation without end, "NaN" in the point's first
-    argument, or an exception's name.
+    argument, a key of `DEVICE_ERRORS`, or an exception's name.
     """
 
     phase: str
@@ -189,5 +214,7 @@ def strike(what: str) -> None:
         while True:
             held.append(b"x" * (64 << 20))
             time.sleep(0.02)
+    elif what in DEVICE_ERRORS:
+        raise DEVICE_ERRORS[what]
     else:
         raise getattr(builtins, what)("planted")

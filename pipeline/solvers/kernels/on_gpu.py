@@ -49,7 +49,7 @@ def triton_module(name: str) -> Any:
     if find_spec("triton") is None:
         raise ResourceError(
             "Triton is not installed, and a solve on a CUDA device needs it: install the build of "
-            "torch for CUDA, which brings it, or `pip install triton`; or choose kernels `torch`, "
+            "torch for CUDA, which brings it, or `pip install triton`; or use --kernels torch, "
             "plain torch operations, which are slower"
         )
     return import_module(f"pipeline.solvers.kernels.{name}")
@@ -66,7 +66,8 @@ def trial_launch(device: torch.device) -> None:
     except Exception as error:  # Triton raises whatever its compilers and loaders raise
         message = " ".join(str(error).split()) or type(error).__name__
         raise ResourceError(
-            f"Triton cannot run a kernel on {device} ({message}); {launch_remedy(message)}"
+            f"Triton cannot run a kernel on {device} ({message}); {launch_remedy(message)}; "
+            "or use --kernels torch, plain torch operations, which are slower"
         ) from error
     if not right:
         raise ResourceError(

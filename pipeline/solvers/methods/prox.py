@@ -52,7 +52,7 @@ class ProxSolver(BaseSolver):
     joint = True
     compiles = True
     rows_held = 7
-    method_settings = ("prox_lambda", "prox_growth")
+    method_settings = ("prox_lambda", "prox_growth", "kernels")
     unsettled_advice = (
         "A --prox-growth closer to 1 lets the mask settle before it is fixed; it takes longer."
     )

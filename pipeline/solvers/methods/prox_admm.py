@@ -71,6 +71,7 @@ class ProxAdmmSolver(BaseSolver):
     compiles = True
     rows_held = 9
     method_settings = (
+        "kernels",
         "admm_iterations",
         "admm_first_iterations",
         "admm_rho",

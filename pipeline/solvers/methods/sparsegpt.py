@@ -69,7 +69,7 @@ class SparseGptSolver(BaseSolver):
 
     writes_hessian = True
     rows_held = 5
-    method_settings = ("blocksize",)
+    method_settings = ("blocksize", "kernels")
 
     @property
     def separable(self) -> bool:

@@ -42,7 +42,8 @@ class Groups:
             groups = find_groups(module, call, batch, tuple(settings))
             if self._forward.counted() is not None:
                 try:
-                    check_rows(module, call, batch, groups)
+                    with self._forward.watch("forward"):
+                        check_rows(module, call, batch, groups)
                 except ModelError as error:
                     raise ModelError(
                         f"{self._forward.skeleton.block_prefix(block)}{error}"

@@ -43,7 +43,8 @@ class Groups:
             groups = find_groups(module, call, batch, tuple(settings), prefix)
             if self._forward.counted() is not None:
                 try:
-                    check_rows(module, call, batch, groups)
+                    with self._forward.watch("forward"):
+                        check_rows(module, call, batch, groups)
                 except ModelError as error:
                     raise ModelError(f"{prefix}{error}") from error
             self._found[structure] = split_groups(groups, settings)

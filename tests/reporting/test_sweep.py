@@ -329,7 +329,9 @@ def test_a_run_that_leaves_the_numbers_is_named_and_the_others_are_done(
     assert len(rows(quick)) == 4
 
 
-@pytest.mark.parametrize("what", ["folder", "same", "option", "value", "text", "twice", "method"])
+@pytest.mark.parametrize(
+    "what", ["folder", "same", "option", "value", "text", "responses", "twice", "method"]
+)
 def test_bad_input_is_refused_before_any_run(
     wanted: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
@@ -339,6 +341,7 @@ def test_bad_input_is_refused_before_any_run(
         "option": "--nsample",
         "value": "--nsamples",
         "text": "fewer than",
+        "responses": "--calibrate-on responses needs chat data",
         "twice": "stands twice",
         "method": "wander",
     }[what]
@@ -354,6 +357,8 @@ def test_bad_input_is_refused_before_any_run(
         wanted["vary"] = {"nsamples": [3, "many"]}
     elif what == "text":
         wanted["vary"] = {"nsamples": [3, 1000]}
+    elif what == "responses":
+        wanted["vary"] = {"calibrate_on": ["all", "responses"]}
     elif what == "method":
         wanted["lines"]["wanda"]["method"] = "wander"
     file = tmp_path / "sweep.yaml"

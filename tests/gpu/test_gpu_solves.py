@@ -54,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prox": {"prox_growth": 1.2},
     "prox_admm": {"damping": 0.1},
     "prox_admm, auto": {"shrinkage": "auto"},
+    "prox_admm, diagonal": {"shrinkage": "1"},
     "prox_admm, estimate": {"shrinkage": "estimate", "refine": "gradient", "refine_steps": 5},
 }
 

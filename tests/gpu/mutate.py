@@ -98,7 +98,7 @@ def remove(place: Place) -> None:
     changed = {code.co_qualname: code for code in _codes(compile(tree, path, "exec"))}
     for each in gc.get_objects():
         # Its own code: what wraps a function has the function's name, but the code of another file.
-        if isinstance(each, FunctionType) and each.__code__.co_filename == path:
+        if type(each) is FunctionType and each.__code__.co_filename == path:
             each.__code__ = changed[each.__code__.co_qualname]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.models.skeleton import open_skeleton
 from tests.support.fake_gpu.jobs import (
     TINY,
     prune_on_gpu,
@@ -82,6 +83,8 @@ def test_the_error_of_the_cpu(tiny_model: TinyModel, tmp_path: Path, name: str) 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
 def test_a_mixture_of_experts(tmp_path: Path, family: str) -> None:
     model = save_moe(tmp_path / "model", family, dtype=torch.bfloat16)
+    skeleton = open_skeleton(model, dtype=None, trust_remote_code=False)
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     options: dict[str, Any] = {"nsamples": 8, "expert_tokens": 8, "method": "sparsegpt"}
     job = prune_on_gpu(model, tmp_path / "gpu", **options)
     cpu = on_cpu(model, tmp_path / "cpu", **options)

@@ -54,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prox": {"prox_growth": 1.2},
     "prox_admm": {"damping": 0.1},
     "prox_admm, auto": {"shrinkage": "auto"},
+    "prox_admm, diagonal": {"shrinkage": "1"},
     "prox_admm, estimate": {"shrinkage": "estimate", "refine": "gradient", "refine_steps": 5},
 }
 
@@ -134,7 +135,7 @@ def test_sparsegpt_waits_in_no_column(tmp_path: Path, pattern: str) -> None:
     options = {"pattern": pattern, "blocksize": 32}
     _, narrow = solve_on_gpu(saved(tmp_path, 64), "sparsegpt", tmp_path, **options)
     _, wide = solve_on_gpu(saved(tmp_path, 192), "sparsegpt", tmp_path, **options)
-    assert sum(wide.kernels.values()) > sum(narrow.kernels.values()) + 100
+    assert sum(wide.kernels.values()) > sum(narrow.kernels.values())
     assert where(wide, narrow) == {}
 
 

@@ -67,11 +67,12 @@ def _sparsegpt_block(
     assert strides == tuple(each.stride(0) for each in (weight, mask, upper))
     assert weight.stride(1) == mask.stride(1) == upper.stride(1) == 1
     group, pivots = options["GROUP"], upper.diagonal()
+    pattern = Pattern.parse(f"{group - options['PRUNED']}:{group}" if group else "unstructured:0.5")
     for at in range(width):
         if group and at % group == 0:
             here = slice(at, at + group)
             score = weight[:, here].square() / pivots[here].square()
-            mask[:, here] = keep_mask(Pattern(group - options["PRUNED"], group), score)
+            mask[:, here] = keep_mask(pattern, score)
         errors[:, at] = weight[:, at].masked_fill(mask[:, at], 0) / pivots[at]
         weight[:, at].masked_fill_(~mask[:, at], 0)
         weight[:, at + 1 :].sub_(errors[:, at, None] * upper[at, at + 1 :])

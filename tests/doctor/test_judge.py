@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.dispatch import node_doctors
-from cluster.dispatch.node_doctors import node_names
+from cluster.dispatch.node_doctors import node_names, reason_of
 from pipeline.doctor.environment import HIDDEN, shown_environment
 from pipeline.doctor.facts import Answer, Clock, Finding, NodeFacts, SumAnswer, Sums
 from pipeline.doctor.judge import clocks, exit_status, folders, judge, merged, space, versions
@@ -266,6 +266,12 @@ def test_names_of_nodes() -> None:
     assert list(names.values()) == [
         "vm (10.0.0.1, bbbbbb)", "vm (10.0.0.1, cccccc)", "vm (10.0.0.2)"
     ]  # fmt: skip
+
+
+def test_why_a_node_starts_no_process() -> None:
+    text = "It died\nTraceback:\nModuleNotFoundError: No module named 'psutil'\nSee the docs."
+    assert reason_of(RuntimeError(text)) == "ModuleNotFoundError: No module named 'psutil'"
+    assert reason_of(RuntimeError("The actor died.\nIts node is gone.")) == "Its node is gone."
 
 
 def test_a_probe_has_a_limit() -> None:

@@ -120,6 +120,10 @@ def test_tritons_trial_launch() -> None:
     error = "Triton cannot run a kernel on cuda:0 (Failed to find C compiler.); install gcc"
     found = triton(node(gpus=1, torch=build(1), kernel=Answer({"error": error})))
     assert (found.state, found.remedy) == ("wrong", "install gcc")
+    assert found.found.endswith("(Failed to find C compiler.)")
+    error = "Triton is not installed, and a solve on a CUDA device needs it: install it; or else"
+    found = triton(node(gpus=1, torch=build(1), kernel=Answer({"error": error})))
+    assert found.remedy == "install it; or else"
     assert triton(node(torch=build(1), kernel=Answer(problem="killed by SIGSEGV"))).state == "wrong"
     assert triton(node()).state == "skipped"
 

@@ -18,7 +18,7 @@ from cluster.command import Command
 from cluster.options import config_from
 from cluster.terminal import as_text, terminal
 from pipeline.config.runtime import RuntimeConfig
-from pipeline.doctor.facts import Finding, NodeFacts, Sums
+from pipeline.doctor.facts import Finding, NodeFacts, State, Sums
 from pipeline.doctor.options import DoctorConfig
 
 DOCTOR_SCHEMA = 1
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     from pipeline.doctor.judge import exit_status, judge
 
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
-    on_ray = config.executor == "ray" and address is not None
+    on_ray = config.executor == "ray" and bool(address)
     before: list[Finding] = []
     driver: NodeFacts | None = None
     if on_ray:
@@ -86,8 +86,8 @@ def _dashboard(context: Any, config: DoctorConfig) -> Finding:
         require_guarded(context, accept_open=False)
     except ResourceError as error:
         found, _, remedy = str(error).partition("; ")
-        state = "warning" if config.open_dashboard else "wrong"
-        return Finding(check="dashboard", state=state, found=found, remedy=remedy)  # type: ignore[arg-type]
+        state: State = "warning" if config.open_dashboard else "wrong"
+        return Finding(check="dashboard", state=state, found=found, remedy=remedy)
     where = "none" if not context.dashboard_url else f"{context.dashboard_url}, guarded"
     return Finding(check="dashboard", state="ok", found=where)
 

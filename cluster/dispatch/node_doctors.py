@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections import Counter
@@ -30,6 +31,7 @@ _CLOCK_SECONDS = 5.0
 # What is waited for beside the probes themselves.
 _SLACK_SECONDS = 10.0
 _ID_DIGITS = 6
+_ERROR_LINE = re.compile(r"^(?:\x1b\[\d+m)*(\w*(?:Error|Exception): .*)$", re.MULTILINE)
 _PREFIX = ".prox24-doctor-"
 
 
@@ -114,8 +116,14 @@ def _answers(calls: Mapping[int, Any], seconds: float, silent: str) -> dict[int,
         try:
             found[index] = ray.get(each)
         except (RayError, Prox24Error, OSError) as error:
-            found[index] = Answer(problem=last_line(error))
+            found[index] = Answer(problem=reason_of(error))
     return found
+
+
+def reason_of(error: BaseException) -> str:
+    """Of Ray's report on a failure, the line that names the error itself; else its last one."""
+    named = _ERROR_LINE.findall(str(error))
+    return named[-1] if named else last_line(error)
 
 
 def _driver(config: DoctorConfig, environment: Mapping[str, str]) -> NodeFacts:

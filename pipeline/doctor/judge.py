@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from pipeline.doctor.facts import Finding, NodeFacts, Sums
+from pipeline.doctor.facts import Finding, NodeFacts, State, Sums
 from pipeline.doctor.judge_gpu import driver, gpus, triton
 from pipeline.doctor.judge_sums import total
 from pipeline.runtime.units import size_text
@@ -130,6 +131,7 @@ def folders(nodes: Sequence[NodeFacts]) -> list[Finding]:
 
 
 def _folder_problem(node: NodeFacts, path: str, problem: str) -> Finding:
+    problem = problem.replace(f"the folder, {path}", "it")
     return Finding(
         check="folders",
         state="wrong",
@@ -169,33 +171,33 @@ def _amount(what: str, value: float) -> str:
     return f"{value:.0f} {what}" if what == _FILES else f"{size_text(value)} of {what}"
 
 
-def _amounts(
-    node: NodeFacts, facts: Mapping[str, object]
-) -> Iterable[tuple[str, float, float, str]]:
+def _amounts(node: NodeFacts, facts: Mapping[str, Any]) -> Iterable[tuple[str, float, float, str]]:
     """What, how much there is, how much there should be, and the remedy."""
-    number: Callable[[object], float] = lambda value: float(str(value))  # noqa: E731
     yield (
-        *("memory", number(facts["memory"]), _LEAST_MEMORY),
+        "memory",
+        facts["memory"],
+        _LEAST_MEMORY,
         "end other programs, or leave the node out; `prox24 plan` says what a job needs",
     )
-    temporary = facts["temporary"]
-    assert isinstance(temporary, (list, tuple))
+    folder, free = facts["temporary"]
     yield (
-        *(str(temporary[0]), number(temporary[1]), _LEAST_DISK),
+        folder,
+        free,
+        _LEAST_DISK,
         "make room: Ray writes its logs there; or start Ray with --temp-dir",
     )
     if facts["shared_memory"] is not None:
-        count = len(node.value("torch").get("devices", ()))
+        gpus = len(node.value("torch").get("devices", ()))
         yield (
-            *(
-                "/dev/shm",
-                number(facts["shared_memory"]),
-                _SHM_OF_A_GPU * (count if count > 1 else 0),
-            ),
+            "/dev/shm",
+            facts["shared_memory"],
+            _SHM_OF_A_GPU * gpus if gpus > 1 else 0.0,
             "give the container more: `docker run --shm-size`, or a memory volume in Kubernetes",
         )
     yield (
-        *(_FILES, number(facts["open_files"]), _LEAST_FILES),
+        _FILES,
+        facts["open_files"],
+        _LEAST_FILES,
         "raise it before Ray is started: `ulimit -n 65536`",
     )
 
@@ -211,7 +213,7 @@ def clocks(nodes: Sequence[NodeFacts]) -> list[Finding]:
         if difference > _CLOCK_WARNING:
             side = "ahead of" if node.clock.ahead > 0 else "behind"
             text = f"{abs(node.clock.ahead):.1f} s {side} the driver's clock"
-            state = "wrong" if difference > _CLOCK_WRONG else "warning"
+            state: State = "wrong" if difference > _CLOCK_WRONG else "warning"
             remedy = (
                 "set the clock (chrony or systemd-timesyncd): heartbeats of locks, `prox24 "
                 "status` and logs go by it"
@@ -236,12 +238,7 @@ def environment(nodes: Sequence[NodeFacts]) -> list[Finding]:
     )
 
 
-def _wrong(check: str, text: str, node: NodeFacts, remedy: str, *, state: str = "wrong") -> Finding:
-    kept = "warning" if state == "warning" else "wrong"
-    return Finding(
-        check=check,
-        state=kept,  # type: ignore[arg-type]
-        found=text,
-        where=(node.name,),
-        remedy=remedy,
-    )
+def _wrong(
+    check: str, text: str, node: NodeFacts, remedy: str, *, state: State = "wrong"
+) -> Finding:
+    return Finding(check=check, state=state, found=text, where=(node.name,), remedy=remedy)

@@ -70,7 +70,7 @@ def triton(node: NodeFacts) -> Finding:
     answer = node.answers.get("kernel", Answer(problem="it was not asked"))
     error = (answer.value or {}).get("error")
     if error:
-        text, _, remedy = str(error).rpartition("; ")
+        text, remedy = _parted(str(error))
         return _finding(node, "wrong", text, remedy, check="triton")
     if answer.problem:
         remedy = "look at the GPU (`nvidia-smi`, `dmesg`) and at Triton's cache (TRITON_CACHE_DIR)"
@@ -109,6 +109,16 @@ def _unseen_remedy(node: NodeFacts, build: Mapping[str, Any], system: Mapping[st
         "look at `nvidia-smi` on that node: a GPU may be lost or in use by a MIG layout; or start "
         f"Ray there with --num-gpus {len(build['devices'])}"
     )
+
+
+def _parted(error: str) -> tuple[str, str]:
+    """What is wrong, and the remedy, of an error of `trial_launch`: `what (why); remedy`, or
+    `what: remedy`."""
+    text, mark, remedy = error.partition("); ")
+    if mark:
+        return f"{text})", remedy
+    text, _, remedy = error.partition(": ")
+    return text, remedy
 
 
 def _import_remedy(answer: Answer) -> str:

@@ -180,7 +180,7 @@ def test_a_folder_that_a_host_does_not_share(repository: Path, tmp_path: Path) -
         hosts.start_ray(hosts.hosts[0])
         blind = hosts.hosts[1]
         hosts.start_ray(blind, before=f"mount -t tmpfs none {shared}")
-        arguments = ["-m", "cluster", "doctor", f"--ray-address={hosts.address}"]
+        arguments = ["-m", "cluster", "doctor", f"--ray-address={hosts.address}", "--json"]
         driver = HostedDriver(
             hosts, repository, [*arguments, f"--folder={shared}"], tmp_path / "log"
         )
@@ -189,7 +189,10 @@ def test_a_folder_that_a_host_does_not_share(repository: Path, tmp_path: Path) -
         finally:
             driver.end()
             print(driver.messages())
-        text = " ".join(driver.messages().split())
-        assert f"({blind.address}): {shared}: does not see what the driver writes" in text
-        assert text.count("WRONG") == 1
-        assert "gloo: 2 workers on 2 nodes, and each alone: the sums are right" in text
+        answer = json.loads(driver.messages().splitlines()[-1])
+        (wrong,) = [f for f in answer["findings"] if f["state"] == "wrong"]
+        assert wrong["found"] == f"{shared}: does not see what the driver writes to it"
+        assert len(wrong["where"]) == 1
+        assert blind.address in wrong["where"][0]
+        (together,) = by_check(answer, "sum")
+        assert "gloo: 2 workers on 2 nodes, and each alone" in together["found"]

@@ -128,6 +128,8 @@ def test_help(here: Path, command: str) -> None:
         ("plan model --gpus 8 --gpu X1", "--gpu X1 is not known"),
         ("plan model --workers 2 --nodes 4", "--nodes 4 is more than the 2 workers"),
         ("plan model --rates none.json", "--rates none.json cannot be read"),
+        ("doctor --timeout 0", "--timeout must be at least 1"),
+        ("doctor --executor local --open-dashboard", "--open-dashboard has no effect"),
         ("bench ./none", "./none is not a model folder"),
         ("bench model --batch-sizes some", "--batch-sizes must be numbers"),
     ],

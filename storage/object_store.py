@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 from collections import deque
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from storage.errors import ConfigError, ResourceError, first_line
 from storage.files.hashing import HashingStream
+from storage.files.names import absolute_path
 from storage.object_client import filesystem, never_freed, reaching, store_errors
 
 PART_BYTES = 8 * 2**20
@@ -192,24 +194,35 @@ Place = Path | ObjectFolder
 
 def place(text: str) -> Place:
     """The folder that the user named: on a disk (made absolute), or in an object store."""
-    return ObjectFolder.parse(text) if is_uri(text) else Path(text).absolute()
+    return ObjectFolder.parse(text) if is_uri(text) else absolute_path(text)
 
 
 def absolute(where: Place) -> Place:
     """The same place, whatever the working directory becomes."""
-    return where if isinstance(where, ObjectFolder) else where.absolute()
+    return where if isinstance(where, ObjectFolder) else absolute_path(where)
 
 
 def resolved(where: Place) -> Place:
     """The same place, links followed."""
-    return where if isinstance(where, ObjectFolder) else where.resolve()
+    return where if isinstance(where, ObjectFolder) else Path(os.path.realpath(where))
 
 
 def lies_in(inner: Place, outer: Place) -> bool:
     """Whether `inner`, as `resolved` gives it, is `outer` or lies in it."""
     if isinstance(inner, ObjectFolder):
         return isinstance(outer, ObjectFolder) and inner.is_relative_to(outer)
-    return isinstance(outer, Path) and inner.is_relative_to(outer)
+    if not isinstance(outer, Path):
+        return False
+    return inner.is_relative_to(outer) or any(
+        _same(path, outer) for path in (inner, *inner.parents)
+    )
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one folder, as by a mount or on a disk that ignores case."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(one, other)
+    return False
 
 
 def location(where: Place) -> str:

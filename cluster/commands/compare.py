@@ -12,7 +12,8 @@ from cluster.command import Command
 from cluster.options import path_text
 from cluster.terminal import WIDTH, as_text, plain_table
 from pipeline.records.status import find_run_directory
-from pipeline.reporting.tables import Column, Table, arrow, known_rows, write_table
+from pipeline.reporting.tables import KINDS, Column, Table, arrow, known_rows, write_table
+from storage.files.trial import require_folder
 
 _LONGEST_NAME = 30
 
@@ -35,6 +36,9 @@ def run(options: argparse.Namespace) -> int:
     paths = [Path(run) for run in options.runs]
     for path in paths:  # a wrong path is refused before torch is imported
         find_run_directory(path)
+    if options.output is not None:
+        names = [f"compare.{kind}" for kind in KINDS]
+        require_folder(Path(options.output), "--output", "name another folder", names)
     from pipeline.reporting.compare_runs import comparison, read_runs
 
     table = comparison(read_runs(paths))

@@ -16,6 +16,7 @@ from pipeline.config.evaluate import EvalConfig
 from pipeline.config.prune import PruneConfig
 from pipeline.config.runtime import RuntimeConfig
 from pipeline.runtime.units import duration
+from storage.files.trial import require_folder
 
 _WORKERS = 2
 _SEQLEN = 512
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prunes SmolLM2-135M-Instruct on a Ray started for it; prints a table. Returns 0."""
+    require_folder(Path(options.folder), "--folder", "name another folder")
     from cluster.dispatch.ray_executor import RayExecutor
     from pipeline.demo_model import demo_model, demo_texts
     from pipeline.evaluation.perplexity import evaluate

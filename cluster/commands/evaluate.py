@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from cluster.terminal import as_text, plain_table
 from pipeline.config.evaluate import EvalConfig
 from pipeline.text.files import check_dataset
 from storage.errors import ConfigError
+from storage.files.trial import require_folder
 from storage.model.folder import Source
 
 if TYPE_CHECKING:
@@ -45,6 +47,10 @@ def run(options: argparse.Namespace) -> int:
         check_dataset(config.dataset)
     elif config.tasks_folder is not None and not Path(config.tasks_folder).is_dir():
         raise ConfigError(f"--tasks-folder {config.tasks_folder} is not a folder")
+    scratch = Path(config.scratch_dir or tempfile.gettempdir())
+    if not scratch.is_dir():
+        raise ConfigError(f"--scratch-dir {scratch} is not a folder; make it, or name another one")
+    require_folder(scratch, "--scratch-dir", "name another folder")
     sources = [resolve_model(model) for model in options.models]
     console = Console()
     if config.tasks is not None:

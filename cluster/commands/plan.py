@@ -24,6 +24,7 @@ from pipeline.planning.options import (
 )
 from pipeline.planning.rates import save_rates
 from pipeline.runtime.units import duration, size_text
+from storage.files.trial import require_file, require_folder
 
 if TYPE_CHECKING:
     from pipeline.planning.plan import Plan
@@ -37,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Plans and prints; returns the exit status: 0, or 3 where the job would not fit."""
     config: PlanConfig = config_from(options, PlanConfig)
+    if config.calibrate and config.rates is not None:
+        require_file(Path(config.rates), "--rates", "name another file")
+        require_folder(Path.cwd(), "the current folder", "--calibrate measures its disk: change it")
     rates = None if config.calibrate else worker_rates(config)
     source = config_source(options.model)
     from pipeline.planning.plan import Plan

@@ -36,7 +36,8 @@ def run(options: argparse.Namespace) -> int:
     anywhere = config.scratch_dir is None
     early = connected_early(config, console, module="pipeline.prune", place=anywhere)
     with early as make_executor:
-        from pipeline.prune import prune, run_directory_of
+        from pipeline.output.places import run_directory_of
+        from pipeline.prune import prune
 
         result = prune(
             source.folder,

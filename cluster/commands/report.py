@@ -8,6 +8,7 @@ from pathlib import Path
 from cluster.command import Command
 from cluster.options import path_text
 from pipeline.records.status import find_run_directory
+from storage.files.trial import require_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Makes the report and prints its path. Raises `RunDirectoryError` without a finished job."""
     path = Path(options.run_dir)
-    find_run_directory(path)  # a wrong path is refused before pyarrow and matplotlib are imported
+    # A wrong path is refused before pyarrow and matplotlib are imported.
+    run = find_run_directory(path)
+    require_folder(run.report(), "the report's folder", "change who may write there")
     from pipeline.reporting.write import report_again
 
     print(f"wrote {report_again(path)}")

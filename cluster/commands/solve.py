@@ -12,6 +12,7 @@ from cluster.options import config_from, path_text
 from cluster.terminal import as_text, plain_table
 from pipeline.config.solve import SolveConfig
 from storage.errors import DataError
+from storage.files.trial import require_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,9 @@ def run(options: argparse.Namespace) -> int:
     layer = Path(options.layer)
     if not layer.is_file():  # as `read_layer_file` does, but before torch is imported
         raise DataError(f"{layer} is not a file; name a .safetensors file with a saved layer")
+    if config.output is not None:
+        names = [f"{method}.safetensors" for method in config.named_methods()]
+        require_folder(Path(config.output), "--output", "name another folder", names)
     from pipeline.solve_layer import solve_layer
 
     results = solve_layer(layer, config)

@@ -173,7 +173,7 @@ def evaluate_tasks(
         open_skeleton(source.folder, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
         for source in sources
     ]
-    executor = traced(make_executor(), config.trace)
+    executor = traced(make_executor, config.trace)
     try:
         metrics, fewshot = [], {}
         for skeleton in skeletons:

@@ -60,7 +60,7 @@ def evaluate(
     """
     prepared = prepare(source, config)
     check_evaluation_space(config, prepared.skeleton, len(prepared.tokens))
-    executor = traced(make_executor(), config.trace)
+    executor = traced(make_executor, config.trace)
     try:
         return measure_perplexity(prepared, config, executor, progress)
     finally:
@@ -96,7 +96,7 @@ def compare(
     for each in prepared:
         # Room for three activation stores: the first model's last one, and two of the running one.
         check_evaluation_space(config, each.skeleton, -(-3 * len(each.tokens) // 2))
-    executor = traced(make_executor(), config.trace)
+    executor = traced(make_executor, config.trace)
     try:
         with evaluated(prepared[0], config, executor, progress) as first:
             results = [first.metrics()]

@@ -33,9 +33,10 @@ class TraceFile:
         """Begins a new trace. Raises `OutputError` if the file cannot be written."""
         try:
             self._file = path.open("w", encoding="utf-8")
+            self._file.write("[\n")
+            self._file.flush()
         except OSError as error:
             raise OutputError(f"--trace {path}: {error.strerror}; name a file") from error
-        self._file.write("[\n")
         self._named: set[int] = set()
 
     def span(
@@ -141,6 +142,12 @@ class TracingExecutor:
             self._trace.flush()
 
 
-def traced(executor: Executor, path: str | None) -> Executor:
-    """The executor itself; with `--trace`, one that also writes a trace to `path`."""
-    return executor if path is None else TracingExecutor(executor, Path(path))
+def traced(make_executor: Callable[[], Executor], path: str | None) -> Executor:
+    """The executor that the function makes; with `--trace`, one that also writes a trace to `path`.
+
+    The file is tried first: where it cannot be written, nothing is started.
+    """
+    if path is None:
+        return make_executor()
+    TraceFile(Path(path)).close()
+    return TracingExecutor(make_executor(), Path(path))

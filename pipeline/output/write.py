@@ -29,13 +29,12 @@ from pipeline.records.block import block_error
 from pipeline.runtime.split import deal
 from pipeline.text.sequences import text_in_words
 from pipeline.version import VERSION
-from storage.errors import OutputError
 from storage.files.checked_json import MAX_JSON_BYTES
 from storage.files.commit import make_directory, sha256_bytes, write_new_file
 from storage.files.hashing import StoredFile
 from storage.files.names import stem_of
-from storage.object_store import ObjectFolder, Place, lies_in, resolved
-from storage.output.uploads import PROBE, Guard, Uploads, require_writable
+from storage.object_store import ObjectFolder, Place
+from storage.output.uploads import Guard, Uploads
 from storage.output.weight_files import (
     copy_side_files,
     publish_output,
@@ -64,37 +63,6 @@ def finished_output(output: Place, job: dict[str, Any]) -> dict[str, Any] | None
     if isinstance(results, dict) and results.get("job") == json.loads(json.dumps(job)):
         return results
     return None
-
-
-def check_apart(source: Place, output: Place, run: Path) -> None:
-    """Raises `OutputError` if one of the three folders lies in another that is written to."""
-    source, output, run = resolved(source), resolved(output), run.resolve()
-    if lies_in(source, output):
-        raise OutputError(f"{output} holds the source model; choose another OUTPUT")
-    if lies_in(run, output) or lies_in(output, run) or lies_in(source, run):
-        raise OutputError(
-            f"{run} cannot be the run directory of a job from {source} to {output}: one would lie "
-            "in the other; choose another --run-dir"
-        )
-
-
-def check_output(output: Place, run: RunDirectory, overwrite: bool) -> None:
-    """Raises `OutputError` if `output` has files already and `overwrite` is False.
-
-    Objects that this run has begun to write to an object store do not count. Raises `ResourceError`
-    if the store refuses a write.
-    """
-    if isinstance(output, ObjectFolder):
-        objects = output.files().keys() - {PROBE}
-        complete = RESULT_FILE in objects
-        if objects and not overwrite and (complete or not _uploads(run, output, None).begun()):
-            raise OutputError(f"{output} exists and is not empty; --overwrite replaces it")
-        require_writable(output)
-        return
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; name a folder that does not exist yet")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise OutputError(f"{output} exists and is not empty; --overwrite replaces it")
 
 
 def describe_output(
@@ -214,7 +182,7 @@ class _StoreTarget:
     def __init__(self, output: ObjectFolder, run: RunDirectory, lock: RunLock) -> None:
         self.place: Place = output
         self._output, self._lock = output, lock
-        self._uploads = _uploads(run, output, lock.assert_held)
+        self._uploads = uploads_of(run, output, lock.assert_held)
         self._sent: list[str] = []
         self._uploads.begin(RESULT_FILE)
 
@@ -235,14 +203,15 @@ class _StoreTarget:
         self._sent.append(name)
 
 
-def _uploads(run: RunDirectory, output: ObjectFolder, guard: Guard) -> Uploads:
+def uploads_of(run: RunDirectory, output: ObjectFolder, guard: Guard) -> Uploads:
+    """The objects of an output in an object store, and their records in the run directory."""
     return Uploads(run.uploads(), output, guard)
 
 
 @contextlib.contextmanager
 def _partial(output: Path, run: RunDirectory, lock: RunLock) -> Iterator[Path]:
     """A new folder beside `output` that only this owner of the run uses; deleted at the end."""
-    partial = output.with_name(partial_prefix(output, run) + lock.nonce[:STAMP_DIGITS])
+    partial = _beside(output, partial_prefix(output, run) + lock.nonce[:STAMP_DIGITS])
     make_directory(partial)
     try:
         yield partial
@@ -261,7 +230,7 @@ def recover(output: Place, run: RunDirectory, lock: RunLock) -> None:
 def forget_uploads(run: RunDirectory, output: Place, lock: RunLock) -> None:
     """Deletes the records of uploads to an object store, when the output is complete."""
     if isinstance(output, ObjectFolder):
-        _uploads(run, output, lock.assert_held).finish()
+        uploads_of(run, output, lock.assert_held).finish()
 
 
 def _discard_partials(output: Path, run: RunDirectory, lock: RunLock) -> None:
@@ -272,15 +241,21 @@ def _discard_partials(output: Path, run: RunDirectory, lock: RunLock) -> None:
     """
     prefix = partial_prefix(output, run)
     pattern = re.compile(re.escape(prefix) + f"[0-9a-f]{{{STAMP_DIGITS}}}")
-    if not output.parent.is_dir():
+    parent = _beside(output, prefix).parent
+    if not parent.is_dir():
         return
-    partials = [path for path in output.parent.iterdir() if pattern.fullmatch(path.name)]
+    partials = [path for path in parent.iterdir() if pattern.fullmatch(path.name)]
     lock.assert_held()  # so none of those listed is a later owner's
     for path in partials:
         doomed = path.with_name(prefix + secrets.token_hex(STAMP_DIGITS // 2))
         with contextlib.suppress(FileNotFoundError):
             os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _beside(output: Path, name: str) -> Path:
+    """A name beside the output itself, where `output` may be a link to it."""
+    return Path(os.path.realpath(output)).with_name(name)
 
 
 def partial_prefix(output: Path, run: RunDirectory) -> str:

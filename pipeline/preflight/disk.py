@@ -67,8 +67,8 @@ def activation_bytes(skeleton: Skeleton, sequences: int, seqlen: int) -> int:
 
 
 def existing(path: Path) -> Path:
-    """The nearest existing folder above `path`, on whose filesystem `path` will be."""
-    return next(parent for parent in path.absolute().parents if parent.is_dir())
+    """The nearest existing folder above `path`, links followed: `path` will be on its disk."""
+    return next(parent for parent in Path(os.path.realpath(path)).parents if parent.is_dir())
 
 
 def _checkpoint_bytes(skeleton: Skeleton, config: PruneConfig) -> int:

@@ -132,7 +132,8 @@ def locked(run: RunDirectory, progress: Progress) -> Iterator[RunLock]:
 
     If another process has taken the run over, every later error is reported as that one.
     """
-    existed = run.path.exists()
+    new = [path for path in (run.path, *run.path.parents) if not path.exists()]
+    existed = not new
 
     def wait(seconds: float, who: str) -> None:
         progress.note(
@@ -157,6 +158,6 @@ def locked(run: RunDirectory, progress: Progress) -> Iterator[RunLock]:
                     run.tokens().unlink(missing_ok=True)
                     run.scratch().unlink(missing_ok=True)
     finally:
-        if not existed:
-            with contextlib.suppress(OSError):
-                run.path.rmdir()
+        for path in new:
+            with contextlib.suppress(OSError):  # not empty: the job has begun
+                path.rmdir()

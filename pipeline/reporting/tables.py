@@ -59,6 +59,10 @@ class Table:
         return parts
 
 
+KINDS = ("md", "csv", "parquet")
+"""The files of a table, in the order in which they are written."""
+
+
 def known_rows(columns: Sequence[Column]) -> list[int]:
     """Indices of the rows in which at least one of the columns has a value."""
     rows = range(len(columns[0].values))
@@ -103,7 +107,7 @@ def write_table(
     import pyarrow.parquet
 
     data = arrow(table)
-    paths = [folder / f"{stem}.{kind}" for kind in ("md", "csv", "parquet")]
+    paths = [folder / f"{stem}.{kind}" for kind in KINDS]
     with replace_file(paths[0], guard) as file:
         file.write(markdown(table).encode("utf-8"))
     with replace_file(paths[1], guard) as file:

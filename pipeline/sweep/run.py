@@ -46,7 +46,8 @@ from pipeline.sweep.results import panels, with_dense
 from pipeline.text.sequences import TokenSequences
 from storage.errors import ConfigError, NumericalError, OutputError, RunDirectoryError
 from storage.files.commit import is_temporary, publish_json, read_json, replace_json
-from storage.object_store import Place
+from storage.files.trial import refusing, try_folder
+from storage.object_store import Place, lies_in, resolved
 from storage.run.directory import SCRATCH_PREFIX, RunDirectory, differences
 from storage.run.lock import RunLock
 
@@ -106,11 +107,12 @@ def sweep(wanted: Sweep, executors: Executors, progress: Progress) -> SweepResul
     skeletons = _Skeletons(wanted)
     prepared = prepare(wanted.source, wanted.evaluation)
     identity = _identity(wanted, skeletons, prepared)
-    _check_folder(wanted.folder)
+    _check_folder(wanted)
     with RunLock(wanted.folder) as lock:
         _claim_folder(wanted.folder, identity, lock)
-        for left in wanted.folder.glob(f"{SCRATCH_PREFIX}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for part in ("", "runs/", "models/"):
+            for left in wanted.folder.glob(f"{part}{SCRATCH_PREFIX}*"):
+                shutil.rmtree(left, ignore_errors=True)
         missing = [
             (point, config)
             for point, config in zip(wanted.points, wanted.configs, strict=True)
@@ -200,13 +202,27 @@ def _require_distinct(points: Sequence[Point], configs: Sequence[PruneConfig]) -
         seen[key] = point.name
 
 
-def _check_folder(folder: Path) -> None:
-    """Raises `OutputError` for a folder with files that do not belong to a sweep."""
+def _check_folder(wanted: Sweep) -> None:
+    """Raises `OutputError` for a folder with files that do not belong to a sweep, or one that
+    cannot be written."""
+    folder, source = wanted.folder, resolved(wanted.source)
+    if lies_in(resolved(folder), source) or lies_in(source, resolved(folder)):
+        raise OutputError(f"{folder} and the model lie in one another; name another folder")
+    with refusing("the folder", folder, "name another folder"):
+        _check_contents(folder)
+        longest = max((point.folder for point in wanted.points), key=len)
+        left = [part for part in (folder / "runs", folder / "models") if part.exists()]
+        for part in (folder, *left):
+            try_folder(part, SCRATCH_PREFIX, [f"{longest}/activations/block-000/{'x' * 80}"])
+
+
+def _check_contents(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; name a folder for the sweep")
     if folder.is_dir() and not (folder / "sweep.json").exists():
         for path in folder.iterdir():
-            if not path.name.startswith("lock-") and not is_temporary(path):
+            ours = path.name.startswith(("lock-", SCRATCH_PREFIX)) or is_temporary(path)
+            if not ours:
                 raise OutputError(
                     f"{folder} is not empty and not the folder of a sweep; name another folder"
                 )

@@ -28,6 +28,15 @@ def stem_of(name: str) -> str:
     return f"{raw[: _LONGEST - _DIGITS - 1].decode('utf-8', 'ignore')}~{digest}"
 
 
+def absolute_path(path: str | Path) -> Path:
+    """A path that does not depend on the current folder, with a name at its end.
+
+    Links are followed only where `..` is in it: what lies above a link depends on where it leads.
+    """
+    absolute = Path(path).absolute()
+    return Path(os.path.realpath(absolute)) if ".." in absolute.parts else absolute
+
+
 def printable(text: str) -> str:
     """`text` with control characters, and bytes that are not UTF-8, written as escapes.
 

@@ -224,7 +224,7 @@ def publish_output(
     recover_output(output, guard)
     _check_target(partial, output, overwrite)
     _make_durable(partial)
-    aside, moved = _aside(output), False
+    aside, moved = name_aside(output), False
     if guard is not None:
         guard()
     try:
@@ -257,7 +257,7 @@ def recover_output(output: Path, guard: Callable[[], None] | None = None) -> Non
     exist, the old one is deleted. `guard` as in `publish_output`.
     """
     output = Path(os.path.realpath(output))
-    aside = _aside(output)
+    aside = name_aside(output)
     if not aside.is_dir():
         return
     if guard is not None:
@@ -270,7 +270,8 @@ def recover_output(output: Path, guard: Callable[[], None] | None = None) -> Non
         fsync_directory(output.parent)
 
 
-def _aside(output: Path) -> Path:
+def name_aside(output: Path) -> Path:
+    """Where an output is moved while another takes its place; `recover_output` knows the name."""
     return output.with_name(f".{stem_of(output.name)}.prox24-replaced")
 
 

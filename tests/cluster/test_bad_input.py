@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,34 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cluster.command_line import run
-from tests.support.jobs import contents, write_text
+from tests.support.jobs import write_text
+from tests.support.refusals import LOCAL, refuse
 
 TinyModel = Callable[..., Path]
-LOCAL = ("--executor", "local", "--threads", "1", "--seqlen", "32", "--batch-size", "2")
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     return write_text(tmp_path / "text.txt")
-
-
-def refuse(
-    arguments: list[Any], folder: Path, capfd: pytest.CaptureFixture[str], *names: str
-) -> None:
-    """Exit code 2, one line that names the thing, and nothing created or changed below `folder`."""
-    before = contents(folder), sorted(folder.rglob("*"))
-    capfd.readouterr()
-    status = run([str(argument) for argument in arguments])
-    shown = capfd.readouterr()
-    assert status == 2, shown.err
-    assert shown.out == ""
-    assert "Traceback" not in shown.err
-    assert "unexpected" not in shown.err
-    (line,) = [line for line in shown.err.splitlines() if line.startswith("prox24")]
-    assert shown.err.splitlines()[-1] == line
-    for name in names:
-        assert name in line
-    assert (contents(folder), sorted(folder.rglob("*"))) == before
 
 
 def edit_config(folder: Path, **changes: object) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.messages import Job, Reference, SequenceDistance, Target
 from pipeline.models.forward_capture import ModelEnds
 from pipeline.models.skeleton import open_skeleton
-from pipeline.worker.divergence import divergences
+from pipeline.statistics.divergence import divergences
 from pipeline.worker.forward import Forward, around_blocks
 from storage.files.hashing import StoredFile
 from storage.object_store import place

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cluster.command_line import run
-from pipeline.worker.divergence import divergences
+from pipeline.statistics.divergence import divergences
 from tests.support.jobs import prune_here, write_text
 from tests.support.tiny_models import save_tiny_model
 

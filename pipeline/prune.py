@@ -152,7 +152,7 @@ def prune(
             if finished_output(output, job.identity) is not None:
                 # The job was killed after the output was renamed: only the cleanup is left.
                 return _conclude(job)
-        check_output(output, run, config.overwrite, skeleton.files)
+        check_output(output, run, lock, config.overwrite, skeleton.files)
         if note := adapter_note(skeleton.files.folder, source):
             progress.note(note)
         run.sweep_uncommitted(guard=lock.assert_held)

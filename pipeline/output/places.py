@@ -16,6 +16,7 @@ from storage.object_store import ObjectFolder, Place, lies_in, resolved
 from storage.output.uploads import PROBE, require_writable
 from storage.output.weight_files import name_aside, side_files
 from storage.run.directory import SCRATCH_PREFIX, RunDirectory
+from storage.run.lock import RunLock
 
 # As long as the longest names in a run directory: activations/block-000000000/shard-...
 _LONGEST_IN_RUN = f"{'x' * 11}/{'x' * 15}/{'x' * 100}"
@@ -79,7 +80,7 @@ def check_run_directory(run: RunDirectory, config: PruneConfig) -> None:
         what, remedy = "the run directory of OUTPUT,", "choose another OUTPUT, or a --run-dir"
     with refusing(what, run.path, remedy, RunDirectoryError):
         try:
-            try_folder(run.path, SCRATCH_PREFIX, [_LONGEST_IN_RUN], links=True)
+            try_folder(run.path, SCRATCH_PREFIX, [_LONGEST_IN_RUN])
             for folder in _folders_of(run):
                 temporary = temporary_name(folder / "x")
                 temporary.touch(exist_ok=False)
@@ -95,7 +96,9 @@ def _folders_of(run: RunDirectory) -> list[Path]:
     return [Path(folder) for folder, _, _ in os.walk(run.path)][1:]
 
 
-def check_output(output: Place, run: RunDirectory, overwrite: bool, source: ModelFiles) -> None:
+def check_output(
+    output: Place, run: RunDirectory, lock: RunLock, overwrite: bool, source: ModelFiles
+) -> None:
     """Raises `OutputError` if `output` has files already and `overwrite` is False, or where it
     could not be written: that is tried, beside it.
 
@@ -118,7 +121,7 @@ def check_output(output: Place, run: RunDirectory, overwrite: bool, source: Mode
         longest = "x" * max(map(_written_bytes, [*side_files(source), *source.files]))
         try_folder(real.parent, partial_prefix(output, run), [longest], final=real.name)
         if real.is_dir():
-            try_replacing(real, name_aside(real))
+            try_replacing(real, name_aside(real), lock.assert_held)
 
 
 def _written_bytes(name: str) -> int:

@@ -13,7 +13,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from storage.errors import InputError, OutputError
@@ -83,8 +83,13 @@ def made(folder: Path) -> Iterator[None]:
     new: list[Path] = []
     try:
         for path in reversed(_missing(folder)):
-            os.mkdir(path)
-            new.append(path)
+            new.append(path)  # first: a signal may come between the two
+            try:
+                os.mkdir(path)
+            except FileExistsError:
+                new.remove(path)  # another process was faster, or a link leads nowhere
+                if not path.is_dir():
+                    raise
         os.listdir(folder)  # raises where it is no folder, or not one that this user may look into
         yield
     finally:
@@ -109,44 +114,37 @@ def try_folder(
     folder: Path,
     prefix: str,
     files: Iterable[str],
-    *,
     final: str | None = None,
-    links: bool = False,
 ) -> None:
     """Makes a folder in `folder` with files in it, renames them, and removes all.
 
     prefix: begins the name of the folder; a former owner's are swept by it. files: names, relative
-    to it, as long as the real ones. final: the name that the real folder gets at the end. links:
-    whether files are linked too. Missing parents of `folder` are made, and removed.
-    Raises OSError.
+    to it, as long as the real ones. final: the name that the real folder gets at the end. Missing
+    parents of `folder` are made, and removed. Raises OSError.
     """
     with made(folder):
-        tried = folder / f"{prefix}{secrets.token_hex(6)}"
-        os.mkdir(tried)
+        tried, moved = (folder / f"{prefix}{secrets.token_hex(6)}" for _ in range(2))
         try:
+            os.mkdir(tried)
             for name in files:
-                _try_file(tried / name, links)
+                _try_file(tried / name)
             if final is not None:
                 # By descriptor: the real one's path is not longer by the name of this folder.
                 _try_name(tried, final)
             fsync_directory(tried)
-            moved = folder / f"{prefix}{secrets.token_hex(6)}"
             os.rename(tried, moved)
-            tried = moved
             fsync_directory(folder)
         finally:
-            shutil.rmtree(tried, ignore_errors=True)
+            for path in (tried, moved):
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def _try_file(path: Path, links: bool) -> None:
+def _try_file(path: Path) -> None:
     os.makedirs(path.parent, exist_ok=True)
     with open(path, "xb", buffering=0) as file:
         file.write(_BYTES)
         os.fsync(file.fileno())
     renamed = path.with_name("renamed")
-    if links:
-        os.link(path, renamed)
-        os.unlink(renamed)
     os.rename(path, renamed)
     os.unlink(renamed)
 
@@ -161,14 +159,16 @@ def _try_name(folder: Path, name: str) -> None:
         os.close(descriptor)
 
 
-def try_replacing(folder: Path, aside: Path) -> None:
+def try_replacing(folder: Path, aside: Path, guard: Callable[[], None]) -> None:
     """Tries whether an existing folder may be renamed and, with what it holds, removed.
 
     aside: the name that it would be renamed to; what restores it after a kill must know that name.
+    guard: runs before it is renamed, and may raise to prevent that.
     An empty folder is renamed there and back. One with files stays where it is: the system is asked
     to remove it as if it were empty, which it refuses for its files alone. Raises OSError.
     """
     if not os.listdir(folder):
+        guard()
         os.rename(folder, aside)
         os.rename(aside, folder)
         return

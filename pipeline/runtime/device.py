@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.runtime.free_memory import available_memory
+from pipeline.runtime.threads import set_threads
 from storage.errors import ConfigError, first_line
 
 
@@ -61,10 +62,13 @@ def statistics_room(device: torch.device) -> float | None:
 
 
 def make_deterministic(threads: int) -> None:
-    """Fixes the number of threads and the choice of kernels: equal inputs then give equal bytes."""
+    """Fixes the choice of kernels: equal inputs then give equal bytes, on any number of threads.
+
+    threads: how many pieces of work are computed at a time (see `pipeline.runtime.threads`).
+    """
     # cuBLAS reads it when its first handle is created.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(threads)
+    set_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False

@@ -55,6 +55,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.runtime.threads import threads
+
 # Newton's method stops for an entry after its first step below the tolerance (the remaining error
 # is about its square), or after this many steps. The latter happens only where two candidates, and
 # so their objectives, nearly coincide; `tests/solvers/test_prox_operator.py` measures the excess.
@@ -125,17 +127,15 @@ def _triton_kernels() -> Any:
 
 def _prox_cpu(rows: Tensor, per_row: Tensor, kernels: Any) -> Tensor:
     """The numba kernel on (R, C); a dtype or layout it cannot read is converted in pieces."""
-    threads = torch.get_num_threads()
     settings = {
         "steps": NEWTON_STEPS[per_row.dtype],
         "tolerance": NEWTON_TOLERANCE[per_row.dtype],
-        "threads": threads,
     }
     result = torch.empty(rows.shape, dtype=rows.dtype)
     if rows.dtype == per_row.dtype and rows.is_contiguous():
         kernels.prox_numba(rows.numpy(), per_row.numpy(), result.numpy(), **settings)
         return result
-    step = max(1, threads * _CONVERTED // rows.shape[1])
+    step = max(1, threads() * _CONVERTED // rows.shape[1])
     solved = torch.empty((min(step, len(rows)), rows.shape[1]), dtype=per_row.dtype)
     for start in range(0, len(rows), step):
         piece = rows[start : start + step].to(per_row.dtype).contiguous()

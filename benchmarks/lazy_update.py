@@ -27,6 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.config.solver import SolverSettings
+from pipeline.runtime.threads import set_threads, threads
 from pipeline.solvers.methods.sparsegpt import auto_blocksize
 from pipeline.solvers.registry import solver_for
 from pipeline.solvers.types import Statistics
@@ -48,7 +49,7 @@ def problem(width: int, rows: int, device: torch.device) -> tuple[torch.Tensor, 
 
 def clock(device: torch.device) -> float:
     """Seconds of processor time on one CPU thread, else of wall time."""
-    if device.type == "cpu" and torch.get_num_threads() == 1:
+    if device.type == "cpu" and threads() == 1:
         return time.process_time()
     return time.perf_counter()
 
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write the table there")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     print(f"{name or platform.machine()}, {options.threads} threads, torch {torch.__version__}")

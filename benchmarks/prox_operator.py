@@ -23,6 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pipeline.runtime.threads import set_threads, threads
 from pipeline.solvers.kernels import prox_operator as prox
 
 LAMBDAS = (0.0, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 2.0, 3.0, 10.0)
@@ -64,7 +65,7 @@ def hardware(device: str) -> str:
                 name = line.partition(":")[2].strip()
                 break
     widest = torch.backends.cpu.get_cpu_capability()
-    return f"{name} ({widest}), {torch.get_num_threads()} thread(s)"
+    return f"{name} ({widest}), {threads()} thread(s)"
 
 
 def on_cpu(z: Tensor, repetitions: int) -> None:
@@ -129,7 +130,7 @@ def main() -> None:
     gpu = arguments.device == "cuda"
     if gpu and not torch.cuda.is_available():
         parser.error("no CUDA device")
-    torch.set_num_threads(arguments.threads)
+    set_threads(arguments.threads)
     rows = arguments.rows or (8192 if gpu else 2048)
     columns = arguments.columns or (28672 if gpu else 4096)
     generator = torch.Generator(arguments.device).manual_seed(0)

@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.config.solver import SolverSettings
+from pipeline.runtime.threads import set_threads, threads
 from pipeline.solvers.kernels.cholesky import invert_
 from pipeline.solvers.registry import solver_for
 from pipeline.solvers.types import Statistics
@@ -33,7 +34,7 @@ from pipeline.solvers.types import Statistics
 
 def clock(device: torch.device) -> float:
     """Seconds of processor time on one CPU thread, else of wall time."""
-    if device.type == "cpu" and torch.get_num_threads() == 1:
+    if device.type == "cpu" and threads() == 1:
         return time.process_time()
     return time.perf_counter()
 
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write the table there")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     device = torch.device(options.device)
     measure(256, 16, options.methods, device)  # compile and start libraries
     print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}")

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.config.solver import SolverSettings
 from pipeline.runtime.stopwatch import device_peak, host_peak, reset_peaks
+from pipeline.runtime.threads import set_threads, threads
 from pipeline.solvers.auto_shrinkage import choose_regularization
 from pipeline.solvers.objective import relative_error
 from pipeline.solvers.registry import solver_for
@@ -64,7 +65,7 @@ SHAPES = ((256, 256), (768, 768), (2048, 512), (512, 2048))
 
 def clock(device: torch.device) -> float:
     """Seconds of processor time on one CPU thread, else of wall time."""
-    if device.type == "cpu" and torch.get_num_threads() == 1:
+    if device.type == "cpu" and threads() == 1:
         return time.process_time()
     return time.perf_counter()
 
@@ -140,7 +141,7 @@ def measure(name: str, weight: Tensor, inputs: Tensor, labels: list[str]) -> lis
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The rows as a table."""
     lines = [
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{platform.machine()}, {threads()} threads, torch {torch.__version__}, "
         f"{time.strftime('%Y-%m-%d')}\n",
         "| layer | method | error % | held out % | seconds | MiB |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
@@ -187,7 +188,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     layers = {}
     for file in sorted(options.golden.glob("*.safetensors")) if options.golden.is_dir() else []:
         tensors = load_file(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def solve_layer(path: Path, config: SolveConfig) -> dict[str, dict[str, Any]]:
 
     Raises an `InputError` for a bad file or option, `NumericalError` for NaN or Inf.
     """
-    make_deterministic(config.threads or torch.get_num_threads())
+    make_deterministic(config.threads or len(os.sched_getaffinity(0)))
     device = choose_device(config.device)
     layer = read_layer_file(path)
     Pattern.parse(config.pattern).check_columns(layer.weight.shape[1])

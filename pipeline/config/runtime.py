@@ -39,8 +39,8 @@ class RuntimeConfig:
     )
     threads: int | None = option(
         None,
-        "CPU threads of each worker; unset: the machine's cores divided by the workers, "
-        "1 for GPU workers",
+        "CPU threads of each worker, which change no byte of the result; unset: the machine's "
+        "cores divided by the workers, 1 for GPU workers",
         placement=True,
     )
     gpus_per_worker: float | None = option(
@@ -91,8 +91,8 @@ class RuntimeConfig:
     on_lost_node: Literal["wait", "shrink"] = option(
         "wait",
         "when a node is lost and the others have no room for its workers, after --node-wait: "
-        "`wait` stops, to be resumed when the node is back, because fewer workers round sums "
-        "differently; `shrink` continues with the workers that fit",
+        "`wait` stops, to be resumed when the node is back, because on GPUs fewer workers may "
+        "round differently; `shrink` continues with the workers that fit",
         placement=True,
         unused=unless_ray,
     )

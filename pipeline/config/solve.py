@@ -24,7 +24,9 @@ class SolveConfig(SolverSettings, Given):
     )
     output: str | None = option(None, "folder for each method's pruned weight", path=True)
     json: bool = option(False, "print one JSON object on standard output and nothing else there")
-    threads: int | None = option(None, "CPU threads; unset: torch's default")
+    threads: int | None = option(
+        None, "CPU threads, which change no byte of the result; unset: the cores"
+    )
     device: str | None = option(None, "torch device; unset: cuda where there is one")
     verbose: bool = option(False, "show debug messages")
     debug: bool = option(False, "show the traceback of an error")

@@ -28,6 +28,7 @@ from pipeline.models.text_forward import (
     text_forward,
 )
 from pipeline.runtime.out_of_memory import is_out_of_memory
+from pipeline.runtime.products import InPieces
 from storage.errors import ModelError, first_line
 
 
@@ -46,7 +47,8 @@ class BlockCall:
         """The block's output hidden states; both `(batch, seqlen, hidden)`, forward dtype."""
         if self.passed_by:
             return hidden_states
-        output: Any = block(hidden_states, *self.arguments, **self.keywords)
+        with InPieces():
+            output: Any = block(hidden_states, *self.arguments, **self.keywords)
         hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
         return hidden
 
@@ -137,7 +139,8 @@ class ModelEnds:
     def _run(self, tokens: Tensor, visit: Visit) -> Any:
         tokens, returns = tokens.to(self.device), self._form.returns
         try:
-            return run_replaced(self.model, self._blocks, tokens, returns, visit)
+            with InPieces():
+                return run_replaced(self.model, self._blocks, tokens, returns, visit)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise

@@ -32,6 +32,8 @@ from pipeline.planning.counts import hessian_flops, solve_counts
 from pipeline.planning.rates import Rates, cpu_rates, with_threads
 from pipeline.planning.shapes.model import BlockShape, ModelShape, read_shape
 from pipeline.planning.shapes.source import example_block
+from pipeline.runtime.products import product
+from pipeline.runtime.threads import in_pieces, row_pieces, set_threads
 from pipeline.solvers.cost import objective_share
 from pipeline.solvers.kernels.cholesky import invert_, upper_factor_
 from pipeline.solvers.objective import objective
@@ -105,7 +107,7 @@ def _combined(measured: list[dict[str, float]]) -> dict[str, float]:
 
 def measure(model: Place, shape: ModelShape, batch_size: int, workers: int, threads: int) -> Rates:
     """Compute rates of this process, which is one of `workers` measuring processes."""
-    torch.set_num_threads(threads)
+    set_threads(threads)
     base = with_threads(cpu_rates(), threads)
     reached = [block for block in range(len(shape.blocks)) if block not in shape.passed_by]
     kind = shape.kind(reached[len(reached) // 2])
@@ -156,7 +158,7 @@ def _forward(
         inputs = torch.randn(seen, group.columns).to(dtype)
         for _, rows, columns in group.layers:
             weight = torch.randn(rows, columns).to(dtype)
-            one = _seconds(lambda: nn.functional.linear(inputs, weight), clock)  # noqa: B023
+            one = _seconds(lambda: product(inputs, weight.T), clock)  # noqa: B023
             seconds += count * one
             flops += count * 2.0 * seen * rows * columns
         total = Accumulator(group.columns, "full", torch.device("cpu"))
@@ -167,8 +169,8 @@ def _forward(
     if length == shape.seqlen:
         block, call, hidden = example_block(model, shape.dtype, size, shape.seqlen)
         time_of = _seconds(lambda: call.run(block, hidden), clock)
-        product = measured[shape.dtype]
-        measured |= _attention_and_memory(block, call, time_of, size, kind, product, base)
+        rate = measured[shape.dtype]
+        measured |= _attention_and_memory(block, call, time_of, size, kind, rate, base)
     return measured
 
 
@@ -218,8 +220,12 @@ def _solve_pieces(rows: int, columns: int, clock: Clock) -> dict[str, tuple[floa
     if matrix is None:
         return {}
     one = 2.0 * rows * columns**2
-    product = _seconds(lambda: weight @ matrix, clock)
-    wide = _seconds(lambda: objective(weight * 0, weight, statistics), clock, 2)
+    single = _seconds(lambda: product(weight, matrix), clock)
+    pieces = row_pieces(weight)
+    wide = _seconds(
+        lambda: in_pieces(lambda p: objective(weight[p] * 0, weight[p], statistics), pieces),
+        *(clock, 2),
+    )
     damped = matrix / statistics.tokens + torch.eye(columns)
     inverse = _seconds(lambda: invert_(damped.clone()), clock, 2)
     double = damped.double()
@@ -228,9 +234,9 @@ def _solve_pieces(rows: int, columns: int, clock: Clock) -> dict[str, tuple[floa
         _seconds(_admm(weight, statistics, n), clock, 2)
         for n in (_ADMM_ITERATIONS, 2 * _ADMM_ITERATIONS)
     )
-    left = max(many - few - _ADMM_ITERATIONS * product, 0.02 * many)
+    left = max(many - few - _ADMM_ITERATIONS * single, 0.02 * many)
     return {
-        "float32": (one, product),
+        "float32": (one, single),
         "float64": (one * objective_share(columns), wide),
         "inverse": (2.0 * columns**3, inverse),
         "factor": (float(columns) ** 3, factor),

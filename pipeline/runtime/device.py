@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from pipeline.runtime.free_memory import available_memory
+from pipeline.runtime.threads import set_threads
 from storage.errors import ConfigError, ResourceError, first_line
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -94,7 +95,10 @@ def statistics_room(device: torch.device) -> float | None:
 
 
 def make_deterministic(threads: int) -> None:
-    """Fixes the number of threads and the choice of kernels: equal inputs then give equal bytes."""
+    """Fixes the choice of kernels: equal inputs then give equal bytes, on any number of threads.
+
+    threads: how many pieces of work are computed at a time (see `pipeline.runtime.threads`).
+    """
     # cuBLAS reads it when its first handle is created.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Blocks of a model differ in size: segments that can grow are not left in pieces. Read when the
@@ -102,7 +106,7 @@ def make_deterministic(threads: int) -> None:
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         name = "PYTORCH_ALLOC_CONF" if torch.__version__ >= "2.12" else "PYTORCH_CUDA_ALLOC_CONF"
         os.environ[name] = "expandable_segments:True"
-    torch.set_num_threads(threads)
+    set_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False

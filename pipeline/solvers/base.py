@@ -6,7 +6,7 @@ Shapes: R rows (output features), C columns (input features).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from pipeline.config.pattern import Pattern
 from pipeline.config.solver import ESTIMATE, SolverSettings
+from pipeline.runtime.split import ROW_TILE
+from pipeline.runtime.threads import LEAST_ROWS, in_pieces, row_pieces
 from pipeline.solvers.cost import (
     MethodCost,
     SolveCost,
@@ -36,7 +38,6 @@ from pipeline.solvers.refine import Refined, refine
 from pipeline.solvers.types import Solution, SolveReport, Statistics, percentage
 from storage.errors import NumericalError
 
-_ROW_TILE = 16
 NO_INPUT = "largest weights kept: its inputs are 0 on all of the calibration text"
 """The deviation of a layer about which the calibration says nothing."""
 
@@ -80,6 +81,51 @@ class MethodResult:
     blocksize: int | None = None
     problem: ScaledHessian | None = None
 
+    def of(self, rows: slice) -> MethodResult:
+        """The result of some of the rows."""
+        return replace(
+            self,
+            weight=self.weight[rows],
+            mask=self.mask[rows],
+            support_change=self.support_change[rows],
+        )
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """Solved and refined rows (R, C), and what a report says of them.
+
+    zero: the objective at W = 0, (R,) float64. Others: as in `MethodResult`.
+    """
+
+    refined: Refined
+    zero: Tensor
+    support_change: Tensor
+    iterations: int
+    blocksize: int | None
+    problem: ScaledHessian | None
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Solved]) -> _Solved:
+        """All rows, from pieces in their order."""
+
+        def rows(part: Callable[[_Solved], Tensor]) -> Tensor:
+            return torch.cat([part(each) for each in parts])
+
+        return cls(
+            Refined(
+                rows(lambda part: part.refined.weight),
+                rows(lambda part: part.refined.before),
+                rows(lambda part: part.refined.after),
+                rows(lambda part: part.refined.kept),
+            ),
+            rows(lambda part: part.zero),
+            rows(lambda part: part.support_change),
+            max(part.iterations for part in parts),
+            parts[0].blocksize,
+            parts[0].problem,
+        )
+
 
 class BaseSolver(ABC):
     """One method with its settings.
@@ -98,6 +144,9 @@ class BaseSolver(ABC):
     compiles: ClassVar[bool] = False
     # True: forms the C x C Hessian even where the statistics are inputs.
     writes_hessian: ClassVar[bool] = False
+    # Rows, about, of the pieces that the method finds apart, on several threads. None: it is given
+    # all rows at once, and itself uses threads.
+    least_rows: ClassVar[int | None] = LEAST_ROWS
     # The most (R, C) fp32 matrices that a solve holds at once, besides C x C matrices.
     rows_held: ClassVar[int] = 9
     # The fields of `SolverSettings` that only this method reads.
@@ -148,7 +197,14 @@ class BaseSolver(ABC):
 
     def weights(self, weight: Tensor, prepared: GroupData) -> Tensor:
         """The pruned weight (R, C) fp32 of the method, without refinement and report."""
-        return self._found(self._stack({"": weight}), prepared).weight[: len(weight)]
+        original = self._stack({"": weight})
+        found = torch.empty_like(original)
+
+        def keep(rows: slice, result: MethodResult) -> None:
+            found[rows] = result.weight
+
+        self._find_in_pieces(original, prepared, keep)
+        return found[: len(weight)]
 
     def solve_group(
         self, weights: Mapping[str, Tensor], prepared: GroupData
@@ -170,20 +226,49 @@ class BaseSolver(ABC):
         if not weights:
             return {}
         original = self._stack(weights)
+        parts: dict[int, _Solved] = {}
+
+        def finish(rows: slice, result: MethodResult) -> None:
+            part = original[rows]
+            problem = result.problem or prepared.problem
+            refined = self._refine(result, part, problem, prepared)
+            zero = objective(torch.zeros_like(part), part, prepared.statistics)
+            facts = (result.support_change, result.iterations, result.blocksize, problem)
+            parts[rows.start] = _Solved(refined, zero, *facts)
+
         with naming(weights):
-            result = self._found(original, prepared)
-        problem = result.problem or prepared.problem
-        refined = self._refine(result, original, problem, prepared)
-        zero = objective(torch.zeros_like(original), original, prepared.statistics)
+            self._find_in_pieces(original, prepared, finish)
+        solved = _Solved.joined([parts[start] for start in sorted(parts)])
         solutions: dict[str, Solution] = {}
         start = 0
         for name, weight in weights.items():
             rows = slice(start, start + weight.shape[0])
-            report = self._report(result, refined, zero, rows, problem, prepared)
             # -0.0 + 0.0 is 0.0: all pruned entries have the same bits.
-            solutions[name] = Solution(refined.weight[rows] + 0.0, report)
+            pruned = solved.refined.weight[rows] + 0.0
+            solutions[name] = Solution(pruned, self._report(solved, rows, prepared))
             start = rows.stop
         return solutions
+
+    def _find_in_pieces(
+        self,
+        original: Tensor,
+        prepared: GroupData,
+        use: Callable[[slice, MethodResult], None],
+    ) -> None:
+        """Calls `use` with each piece of the rows of `original` (R, C) and the method's result.
+
+        Pieces are found and used on several threads at once.
+        """
+        pieces = row_pieces(original, self.least_rows or LEAST_ROWS)
+        if not self.separable:
+            pieces = [slice(0, len(original))]
+        whole = self._found(original, prepared) if self.least_rows is None else None
+
+        def find(rows: slice) -> None:
+            found = self._found(original[rows], prepared) if whole is None else whole.of(rows)
+            use(rows, found)
+
+        in_pieces(find, pieces)
 
     def _stack(self, weights: Mapping[str, Tensor]) -> Tensor:
         """The rows of all layers, (R, C) fp32, padded with zero rows to a multiple of 16.
@@ -193,7 +278,7 @@ class BaseSolver(ABC):
         There is no padding where the method compares rows with each other.
         """
         parts = [weight.detach().float() for weight in weights.values()]
-        missing = -sum(len(part) for part in parts) % _ROW_TILE
+        missing = -sum(len(part) for part in parts) % ROW_TILE
         if missing and self.separable:
             parts.append(parts[0].new_zeros(missing, parts[0].shape[1]))
         return torch.cat(parts)
@@ -289,19 +374,12 @@ class BaseSolver(ABC):
             return Refined(result.weight, value, value, untouched)
         return refine(result.weight, original, problem, kind, steps, result.mask)
 
-    def _report(
-        self,
-        result: MethodResult,
-        refined: Refined,
-        zero: Tensor,
-        rows: slice,
-        problem: ScaledHessian | None,
-        prepared: GroupData,
-    ) -> SolveReport:
-        settings = self.settings
+    def _report(self, solved: _Solved, rows: slice, prepared: GroupData) -> SolveReport:
+        """The report of the layer that has these rows."""
+        settings, problem, refined = self.settings, solved.problem, solved.refined
         count = rows.stop - rows.start
         objectives: dict[str, Any] = {
-            "objective_zero": total_of_rows(zero[rows]),
+            "objective_zero": total_of_rows(solved.zero[rows]),
             "objective_before": total_of_rows(refined.before[rows]),
             "objective": total_of_rows(refined.after[rows]),
         }
@@ -314,14 +392,14 @@ class BaseSolver(ABC):
             relative_error=percentage(objectives["objective"], objectives["objective_zero"]),
             statistic=statistic_name(prepared.statistics),
             tokens=prepared.statistics.tokens if prepared.statistics else 0,
-            iterations=result.iterations,
-            support_change=float(result.support_change[rows].sum()) / max(count, 1),
+            iterations=solved.iterations,
+            support_change=float(solved.support_change[rows].sum()) / max(count, 1),
             refine=settings.refine,
             refine_steps=settings.refine_steps or 0,
             rows_kept_unrefined=int(refined.kept[rows].sum()),
             damping=problem.damping if problem else 0.0,
             shrinkage=problem.shrinkage if problem else 0.0,
-            blocksize=result.blocksize,
+            blocksize=solved.blocksize,
             dead_inputs=prepared.dead_inputs,
             deviations=notes,
         )

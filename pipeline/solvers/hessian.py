@@ -119,6 +119,23 @@ class ScaledHessian:
         top = scale.amax()
         return scale / torch.where(top > 0, top, torch.ones_like(top))
 
+    @cached_property
+    def largest_eigenvalue(self) -> float:
+        """The largest eigenvalue of H~, by 64 steps of the power method.
+
+        The power method converges from below, so 2 % are added. Gradient descent with step 1 / L
+        converges for every L above half the largest eigenvalue.
+        """
+        columns = self.statistics.columns
+        # A fixed, irregular start vector: ones can be orthogonal to the leading eigenvector.
+        index = torch.arange(columns, dtype=torch.float32, device=self.scale.device)
+        vector = 1 + 0.5 * torch.cos(index * 2.399963)
+        norm = vector.norm()
+        for _ in range(_POWER_STEPS):
+            vector = self.multiply(vector[None] / norm)[0]
+            norm = vector.norm()
+        return 1.02 * max(float(norm), 1.0)
+
     def objective(self, undamped: Tensor, change: Tensor) -> Tensor:
         """The objective with the regularized H per row, (R,) float64.
 
@@ -267,23 +284,6 @@ def raise_damping(problem: ScaledHessian) -> ScaledHessian:
         "--shrinkage of 0.5 or more, or wanda for this layer, which needs the diagonal alone "
         "(--override LAYER=wanda)"
     )
-
-
-def largest_eigenvalue(problem: ScaledHessian) -> float:
-    """The largest eigenvalue of H~, by 64 steps of the power method.
-
-    The power method converges from below, so 2 % are added. Gradient descent with step 1 / L
-    converges for every L above half the largest eigenvalue.
-    """
-    columns = problem.statistics.columns
-    # A fixed, irregular start vector: ones can be orthogonal to the leading eigenvector.
-    index = torch.arange(columns, dtype=torch.float32, device=problem.scale.device)
-    vector = 1 + 0.5 * torch.cos(index * 2.399963)
-    norm = vector.norm()
-    for _ in range(_POWER_STEPS):
-        vector = problem.multiply(vector[None] / norm)[0]
-        norm = vector.norm()
-    return 1.02 * max(float(norm), 1.0)
 
 
 def regularization_of(settings: SolverSettings, statistics: Statistics) -> tuple[float, float]:

@@ -12,6 +12,8 @@ from torch import Tensor
 from pipeline.solvers.types import Statistics, percentage
 
 _COLUMN_CHUNK = 256
+# Rows in float64 at once; on a CPU for each thread.
+_ROW_CHUNK_CPU = 512
 _ROW_CHUNK = 2048
 
 
@@ -32,8 +34,9 @@ def objective(weight: Tensor, original: Tensor, statistics: Statistics | None) -
         diagonal, hessian = statistics.diagonal, statistics.hessian
         inputs = statistics.inputs
         tokens = max(statistics.tokens, 1)
-    for top in range(0, rows, _ROW_CHUNK):
-        part = slice(top, min(top + _ROW_CHUNK, rows))
+    step = _ROW_CHUNK_CPU if weight.device.type == "cpu" else _ROW_CHUNK
+    for top in range(0, rows, step):
+        part = slice(top, min(top + step, rows))
         change = weight[part].double() - original[part].double()
         if inputs is not None:
             total[part] = (change @ inputs.double().T).square().sum(dim=1) / tokens

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.solvers.hessian import ScaledHessian, largest_eigenvalue
+from pipeline.solvers.hessian import ScaledHessian
 from pipeline.solvers.objective import objective
 
 # A row is done once its squared residual is this small compared with the first: fp32 rounding.
@@ -84,7 +84,7 @@ def _scale_rows_by(problem: ScaledHessian, weight: Tensor, sizes: Tensor) -> Ten
 def _gradient(
     rows: Tensor, target: Tensor, mask: Tensor, problem: ScaledHessian, steps: int
 ) -> Tensor:
-    rate = 1 / largest_eigenvalue(problem)
+    rate = 1 / problem.largest_eigenvalue
     for _ in range(steps):
         rows = rows - problem.multiply(rows - target).mul_(mask).mul_(rate)
     return rows

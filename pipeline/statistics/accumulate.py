@@ -22,6 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pipeline.runtime.products import product
 from pipeline.solvers.hessian import joined
 from pipeline.solvers.types import Statistics
 from storage.errors import ModelError
@@ -104,7 +105,7 @@ class Sums:
         with _tf32(exact and x_TC.is_cuda):
             for (start, stop), panel in panels_of(self.matrix, self.columns):
                 # Columns start:stop of the upper triangle; the lower one is never computed.
-                _add(panel, x_TC[:, :stop].T @ x_TC[:, start:stop])
+                _add(panel, product(x_TC[:, :stop].T, x_TC[:, start:stop]))
 
     def statistics(self) -> Statistics:
         """The sums rounded to fp32, with the full symmetric matrix."""

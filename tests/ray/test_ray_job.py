@@ -34,7 +34,8 @@ class Bench:
 
     def start(self, **options: object) -> Driver:
         options = {"dataset": self.text} | OPTIONS | options
-        arguments = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+        given = {key: value for key, value in options.items() if value is not None}
+        arguments = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
         log = self.folder / f"log-{len(self.drivers)}"
         self.drivers.append(Driver(["prune", self.model, self.output, *arguments], log))
         return self.drivers[-1]
@@ -114,6 +115,20 @@ def test_a_lost_driver_and_a_lost_worker(bench: Bench, cluster: str) -> None:
     assert driver.errors().count("trying again") == 1
     assert "Traceback" not in driver.errors()
     until(lambda: not ranks(), "the end of the workers")
+
+
+def test_another_number_of_workers_with_default_threads(bench: Bench, cluster: str) -> None:
+    """One worker of three threads begins, three workers of one thread go on."""
+    driver = bench.start(ray_address=cluster, workers=1, threads=None)
+    bench.reached(driver, 1)
+    (held,) = ranks()
+    driver.send(signal.SIGKILL)
+    assert driver.wait() == -signal.SIGKILL
+    until(lambda: not held.is_running(), "the end of the worker")
+    driver = bench.start(ray_address=cluster, workers=3, threads=None)
+    assert driver.wait() == 0, driver.errors()
+    bench.check()
+    assert f"of {BLOCKS} blocks are already done" in driver.errors()
 
 
 def test_more_workers_than_the_cluster_has(bench: Bench, cluster: str) -> None:

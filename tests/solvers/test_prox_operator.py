@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.runtime.threads import set_threads
 from pipeline.solvers.kernels import prox_operator as prox
 from pipeline.solvers.kernels.prox_operator import prox_operator
 from pipeline.solvers.kernels.prox_torch import prox_torch
@@ -273,14 +274,13 @@ class TestSplitting:
         for slices in (2, 3, 7):
             parts = zip(z.chunk(slices), lam.chunk(slices), strict=True)
             assert torch.equal(torch.cat([prox_operator(*part) for part in parts]), whole)
-        threads = torch.get_num_threads()
+        half = z.bfloat16()
         try:
-            torch.set_num_threads(3)
+            set_threads(3)
             assert torch.equal(prox_operator(z, lam), whole)
-            half = z.bfloat16()
             split = prox_operator(half, lam)
         finally:
-            torch.set_num_threads(threads)
+            set_threads(1)
         assert torch.equal(prox_operator(half, lam), split)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

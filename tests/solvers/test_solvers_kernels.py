@@ -7,8 +7,8 @@ import torch
 
 from pipeline.config.pattern import Pattern
 from pipeline.config.solver import GpuKernels, SolverSettings
-from pipeline.solvers.kernels import cholesky as factor
-from pipeline.solvers.kernels import on_gpu, prox_operator
+from pipeline.runtime.threads import set_threads
+from pipeline.solvers.kernels import cholesky, on_gpu, prox_operator
 from pipeline.solvers.methods import prox_admm, sparsegpt
 from pipeline.solvers.registry import solver_for
 from storage.errors import ConfigError, ResourceError
@@ -55,9 +55,13 @@ def test_one_pass_does_not_depend_on_threads_or_rows() -> None:
     split = [matrix.clone() for matrix in state]
     for part in torch.arange(rows).tensor_split(3):
         product, *held = (matrix[part[0] : part[-1] + 1] for matrix in split)
-        kernels.stepper_numba(*(m.numpy() for m in held), steps=2, threads=1)(product, numbers)
+        kernels.stepper_numba(*(m.numpy() for m in held), steps=2)(product, numbers)
     product, *held = state
-    kernels.stepper_numba(*(m.numpy() for m in held), steps=2, threads=3)(product, numbers)
+    try:
+        set_threads(3)
+        kernels.stepper_numba(*(m.numpy() for m in held), steps=2)(product, numbers)
+    finally:
+        set_threads(1)
     for got, wanted in zip(split, state, strict=True):
         assert torch.equal(got, wanted)
 
@@ -83,7 +87,7 @@ def test_a_missing_triton_is_an_error_not_another_path(monkeypatch: pytest.Monke
     on_gpu.triton_module.cache_clear()
     monkeypatch.setattr(on_gpu, "find_spec", lambda name: None)
     for kernels in (prox_operator._triton_kernels, sparsegpt._triton_kernels):
-        with pytest.raises(ResourceError, match="Triton is not installed.*or choose kernels"):
+        with pytest.raises(ResourceError, match="Triton is not installed.*or use --kernels"):
             kernels()
 
 
@@ -92,27 +96,26 @@ def test_kernels_that_are_not_known_are_refused() -> None:
         SolverSettings(kernels="cuda")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("columns", [1, 64, 700])
-def test_both_ways_to_invert_agree(columns: int) -> None:
+@pytest.mark.parametrize("columns", [1, 64, 128, 700])
+def test_the_inverse_is_exact_symmetric_and_in_place(columns: int) -> None:
     generator = torch.Generator().manual_seed(columns)
     inputs = torch.randn(2 * columns, columns, generator=generator)
     matrix = inputs.T @ inputs / len(inputs) + 0.1 * torch.eye(columns)
-    blocks, library, memory = matrix.clone(), matrix.clone(), matrix.clone()
-    assert factor.invert_blocks_(blocks)
-    assert factor.invert_(library)
     exact = torch.linalg.inv(matrix.double())
-    for inverse in (blocks, library):
-        torch.testing.assert_close(inverse.double(), exact, rtol=1e-4, atol=1e-4)
-    address = memory.data_ptr()
-    factor.invert_(memory)
-    assert memory.data_ptr() == address
-    assert torch.equal(memory, library)
+    address = matrix.data_ptr()
+    matrix += torch.triu(torch.full_like(matrix, torch.nan), 1)  # the lower triangle is enough
+    assert cholesky.invert_(matrix)
+    assert matrix.data_ptr() == address
+    assert torch.equal(matrix, matrix.T)
+    torch.testing.assert_close(matrix.double(), exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("invert", [factor.invert_, factor.invert_blocks_])
-def test_an_indefinite_matrix_is_told(invert) -> None:  # type: ignore[no-untyped-def]
-    matrix = torch.diag(torch.tensor([1.0, -1.0, 2.0, 3.0]))
-    assert not invert(matrix)
+@pytest.mark.parametrize("columns", [4, 300])
+def test_an_indefinite_matrix_is_told(columns: int) -> None:
+    entries = torch.linspace(1, 2, columns)
+    entries[columns // 2] = -1
+    assert not cholesky.invert_(torch.diag(entries))
+    assert not cholesky.upper_factor_(torch.diag(entries).double())
 
 
 @pytest.mark.cuda

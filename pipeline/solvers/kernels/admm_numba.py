@@ -11,8 +11,10 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
+from pipeline.runtime.threads import in_pieces, shares
 from pipeline.solvers.kernels.prox_numba import (
     BUFFER,
+    GROUPS_OF_A_THREAD,
     LAMBDA,
     PIECE,
     Array,
@@ -21,7 +23,6 @@ from pipeline.solvers.kernels.prox_numba import (
     solve,
     store,
 )
-from pipeline.solvers.kernels.threads import in_threads
 
 
 @compiled
@@ -54,21 +55,17 @@ def _advance(  # type: ignore[no-untyped-def]
 
 
 def stepper_numba(
-    dual: Array, sparse: Array, linear: Array, *, steps: int, threads: int
+    dual: Array, sparse: Array, linear: Array, *, steps: int
 ) -> Callable[[Tensor, tuple[float, float, float, float]], None]:
-    """`prox_admm.stepper` on (R, C) float32 arrays, C-contiguous.
-
-    steps: steps of Newton's method. threads: the most threads; the result does not depend on it.
-    """
+    """`prox_admm.stepper` on (R, C) float32 arrays, C-contiguous; steps: of Newton's method."""
     flat = tuple(matrix.reshape(-1) for matrix in (dual, sparse, linear))
     no_tolerance = np.float32(0)
 
     def step(product: Tensor, numbers: tuple[float, float, float, float]) -> None:
         dense, values = product.numpy().reshape(-1), np.array(numbers, np.float32)
-        in_threads(
-            lambda start, stop: _advance(dense, *flat, values, start, stop, steps, no_tolerance),
-            dense.size // 4,
-            threads,
+        in_pieces(
+            lambda part: _advance(dense, *flat, values, part.start, part.stop, steps, no_tolerance),
+            shares(dense.size // 4, GROUPS_OF_A_THREAD),
         )
 
     return step

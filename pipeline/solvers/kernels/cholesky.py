@@ -1,71 +1,78 @@
 """Inverse and inverse factor of a matrix in place, from matrix products and small Cholesky factors.
 
-Why not always the library functions: cuSOLVER copies the matrix and allocates workspace
-(`cholesky_inverse` on CUDA holds three C x C buffers), and at C = 28,672 each buffer is 3.3 GB.
-These functions use the given buffer and O(C * _BLOCK) more, and run at the speed of matrix
-products, on CPU and CUDA.
+Why not the library functions: LAPACK's bytes depend on the number of threads. cuSOLVER copies the
+matrix and allocates workspace (`cholesky_inverse` on CUDA holds three C x C buffers), and at
+C = 28,672 each buffer is 3.3 GB. These functions use the given buffer and O(C * block) more, and
+run at the speed of matrix products, on CPU and CUDA, on all threads.
 
-`invert_`, `invert_blocks_` and `upper_factor_` return a 0-d bool tensor on the device of the
-matrix: True where it was positive definite to working precision. The caller decides when to wait
-for it.
+`invert_` and `upper_factor_` return a 0-d bool tensor on the device of the matrix: True where it
+was positive definite to working precision. The caller decides when to wait for it.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from pipeline.runtime.threads import in_pieces, pieces_of
+
+# Columns of a block: on a CPU few, so that little is left to the small factors, which one thread
+# computes; elsewhere many, so that few operators are started.
+_BLOCK_CPU = 128
 _BLOCK = 512
 _BLOCK_FLOAT64 = 256
-# LAPACK's 32-bit integers count the entries of a column block.
-_LAPACK_LIMIT = 32_767
+_LEAST_ROWS = 128  # of a piece
 
 
-def _bounds(columns: int, width: int = _BLOCK) -> list[slice]:
+def _bounds(columns: int, width: int) -> list[slice]:
     return [slice(at, min(at + width, columns)) for at in range(0, columns, width)]
 
 
 def invert_(matrix: Tensor) -> Tensor:
     """Replace a symmetric positive definite (C, C) by its inverse; returns whether it was definite.
 
-    On a CPU by LAPACK, which works in place on a matrix in column order, in half to three quarters
-    of the time of `invert_blocks_`; elsewhere by `invert_blocks_`. 2 C^3 operations.
-    """
-    on_cpu = matrix.device.type == "cpu" and matrix.is_contiguous()
-    if not on_cpu or matrix.shape[0] > _LAPACK_LIMIT:
-        return invert_blocks_(matrix)
-    # The transpose of a symmetric matrix is the same matrix, in column order.
-    matrix, info = matrix.T, torch.empty((), dtype=torch.int32)
-    torch.linalg.cholesky_ex(matrix, out=(matrix, info))
-    if int(info):
-        return info == 0
-    torch.cholesky_inverse(matrix, out=matrix)
-    return torch.isfinite(matrix.diagonal()).all()
-
-
-def invert_blocks_(matrix: Tensor) -> Tensor:
-    """`invert_` by matrix products and small Cholesky factors, on any device.
-
     The block sweep (Gauss-Jordan) of a symmetric matrix. Sweeping block k, with P the inverse of
     its pivot block, replaces the pivot by -P, multiplies its row and column by P, and subtracts
     A_rk P A_kr from the rest. After all blocks the matrix is minus the inverse. Each pivot is a
     Schur complement of a positive definite matrix, so no rows have to be exchanged.
-    2 C^3 operations. Extra memory: two C x 512 panels.
+    Only the lower triangle is read and swept, in pieces of rows; the upper one is copied from it
+    at the end. C^3 operations, on a CPU about the time of LAPACK on one thread. Extra memory: two
+    C x block panels.
     """
+    columns = matrix.shape[0]
+    pieces = pieces_of(columns, _LEAST_ROWS)
     sound = torch.ones((), dtype=torch.bool, device=matrix.device)
-    for block in _bounds(matrix.shape[0]):
+    for block in _bounds(columns, _BLOCK_CPU if matrix.device.type == "cpu" else _BLOCK):
         factor, info = torch.linalg.cholesky_ex(matrix[block, block])
         sound &= info == 0
         pivot = torch.cholesky_inverse(factor)
-        column = matrix[:, block].clone()
-        column[block] = 0  # the rows of the pivot are overwritten below
-        scaled = column @ pivot
-        matrix.addmm_(scaled, column.T, alpha=-1)
-        matrix[:, block] = scaled
-        matrix[block, :] = scaled.T
+        # The column of the block, its rows above the pivot by symmetry. The rows of the pivot are
+        # 0: they are overwritten below.
+        left, below = matrix[block, : block.start], matrix[block.stop :, block]
+        column = torch.cat([left.T, torch.zeros_like(pivot), below])
+        scaled = torch.empty_like(column)
+        in_pieces(partial(_sweep, matrix, column, pivot, scaled), pieces)
+        below.copy_(scaled[block.stop :])
+        left.copy_(scaled[: block.start].T)
         matrix[block, block] = -pivot
-    matrix.neg_()
+    in_pieces(partial(_finish, matrix), pieces)
     return sound & torch.isfinite(matrix.diagonal()).all()
+
+
+def _sweep(matrix: Tensor, column: Tensor, pivot: Tensor, scaled: Tensor, rows: slice) -> None:
+    """One block of the sweep for some rows of the lower triangle; writes their `scaled`."""
+    torch.mm(column[rows], pivot, out=scaled[rows])
+    matrix[rows, : rows.stop].addmm_(scaled[rows], column[: rows.stop].T, alpha=-1)
+
+
+def _finish(matrix: Tensor, rows: slice) -> None:
+    """Some rows of the lower triangle with the other sign, and the columns that mirror them."""
+    matrix[rows, : rows.stop].neg_()
+    matrix[: rows.start, rows] = matrix[rows, : rows.start].T
+    tile = matrix[rows, rows]
+    tile.copy_(tile.tril() + tile.tril(-1).T)
 
 
 def upper_factor_(matrix: Tensor) -> Tensor:
@@ -84,11 +91,10 @@ def upper_factor_(matrix: Tensor) -> Tensor:
         matrix[block, block] = factor
         matrix[block, : block.start] = 0
         above = matrix[: block.start, block]
-        # X R_kk^T = A_above is R_kk X^T = A_above^T.
-        panel = torch.linalg.solve_triangular(factor, above.T, upper=True).T.contiguous()
-        matrix[: block.start, block] = panel
-        for left in bounds[:index]:  # only the upper triangle, one panel at a time
-            matrix[: left.stop, left].addmm_(panel[: left.stop], panel[left].T, alpha=-1)
+        panel = torch.empty_like(above, memory_format=torch.contiguous_format)
+        in_pieces(partial(_solve_panel, factor, above, panel), bounds[:index])
+        above.copy_(panel)
+        in_pieces(partial(_update, matrix, panel), bounds[:index])
     _invert_upper_(matrix, bounds)
     return sound & torch.isfinite(matrix.diagonal()).all()
 
@@ -99,18 +105,36 @@ def factor_launches(columns: int) -> int:
     return blocks * (blocks - 1) // 2 + 17 * blocks + 8
 
 
+def _solve_panel(factor: Tensor, above: Tensor, panel: Tensor, rows: slice) -> None:
+    """Some rows of the panel X with X R_kk^T = A_above, which is R_kk X^T = A_above^T."""
+    panel[rows] = torch.linalg.solve_triangular(factor, above[rows].T, upper=True).T
+
+
+def _update(matrix: Tensor, panel: Tensor, left: slice) -> None:
+    """Subtracts X X^T in some columns, of the upper triangle only."""
+    matrix[: left.stop, left].addmm_(panel[: left.stop], panel[left].T, alpha=-1)
+
+
 def _invert_upper_(matrix: Tensor, bounds: list[slice]) -> None:
     """Replace upper triangular R by its inverse X, from the last row block to the first.
 
     Row block i of X is X_ii = R_ii^-1 on the diagonal and -X_ii (R_i,>i X_>i) right of it. It
     needs row block i of R, and the rows of X below, which are computed already.
     """
-    for block in reversed(bounds):
+    for index, block in reversed(list(enumerate(bounds))):
         unit = torch.eye(block.stop - block.start, dtype=matrix.dtype, device=matrix.device)
         inverse = torch.linalg.solve_triangular(matrix[block, block], unit, upper=True)
-        right = matrix[block, block.stop :] @ matrix[block.stop :, block.stop :]
-        matrix[block, block.stop :] = inverse.neg() @ right
+        row, below = matrix[block, block.stop :].clone(), matrix[block.stop :]
+        target = matrix[block]
+        in_pieces(partial(_right, target, row, below, inverse.neg()), bounds[index + 1 :])
         matrix[block, block] = inverse
+
+
+def _right(target: Tensor, row: Tensor, below: Tensor, negative: Tensor, columns: slice) -> None:
+    """Some columns of a row block of X: -X_ii (R_i,>i X_>i), of which X_>i is 0 below them."""
+    first = target.shape[1] - row.shape[1]
+    known = columns.stop - first
+    target[:, columns] = negative @ (row[:, :known] @ below[:known, columns])
 
 
 def narrow_(matrix: Tensor) -> Tensor:

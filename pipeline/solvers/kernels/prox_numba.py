@@ -20,8 +20,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.solvers.kernels.threads import in_threads
+from pipeline.runtime.threads import in_pieces, shares
 
+GROUPS_OF_A_THREAD = 1 << 12  # below this another thread does not pay
 PIECE = 256  # groups in a buffer: 24 float32 arrays of this length are 24 KiB
 _LANES = 64  # lists are padded with zeros to a multiple of this, which any vector width divides
 
@@ -365,17 +366,17 @@ def _run(z, lam, groups, start, stop, result, steps, tolerance):  # type: ignore
             result[4 * first : 4 * stop] = tail_result[: 4 * here]
 
 
-def prox_numba(
-    z: Array, lam: Array, result: Array, *, steps: int, tolerance: float, threads: int
-) -> None:
+def prox_numba(z: Array, lam: Array, result: Array, *, steps: int, tolerance: float) -> None:
     """Write the proximal operator of `z` into `result`.
 
     Args:
         z, result: (R, C), float32 or float64, C-contiguous.
         lam: (1,) or (R,), of the same dtype.
         steps, tolerance: the most steps and the tolerance of Newton's method.
-        threads: the most threads; the result does not depend on it.
     """
     arguments = (z.reshape(-1), lam, max(z.shape[1] // 4, 1))
     rest = (result.reshape(-1), steps, z.dtype.type(tolerance))
-    in_threads(lambda start, stop: _run(*arguments, start, stop, *rest), z.size // 4, threads)
+    in_pieces(
+        lambda part: _run(*arguments, part.start, part.stop, *rest),
+        shares(z.size // 4, GROUPS_OF_A_THREAD),
+    )

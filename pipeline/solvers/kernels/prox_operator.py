@@ -55,6 +55,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.runtime.threads import threads
 from pipeline.solvers.kernels.on_gpu import triton_module
 from pipeline.solvers.kernels.prox_torch import prox_torch, work
 
@@ -130,17 +131,15 @@ def _triton_kernels() -> Any:
 
 def _prox_cpu(rows: Tensor, per_row: Tensor, kernels: Any) -> Tensor:
     """The numba kernel on (R, C); a dtype or layout it cannot read is converted in pieces."""
-    threads = torch.get_num_threads()
     settings = {
         "steps": NEWTON_STEPS[per_row.dtype],
         "tolerance": NEWTON_TOLERANCE[per_row.dtype],
-        "threads": threads,
     }
     result = torch.empty(rows.shape, dtype=rows.dtype)
     if rows.dtype == per_row.dtype and rows.is_contiguous():
         kernels.prox_numba(rows.numpy(), per_row.numpy(), result.numpy(), **settings)
         return result
-    step = max(1, threads * _CONVERTED // rows.shape[1])
+    step = max(1, threads() * _CONVERTED // rows.shape[1])
     solved = torch.empty((min(step, len(rows)), rows.shape[1]), dtype=per_row.dtype)
     for start in range(0, len(rows), step):
         piece = rows[start : start + step].to(per_row.dtype).contiguous()

@@ -18,7 +18,6 @@ from pipeline.solvers.base import (
     support_change,
 )
 from pipeline.solvers.cost import OPERATIONS_PER_BYTE, OPERATIONS_PER_ENTRY, MethodCost, SolveCounts
-from pipeline.solvers.hessian import largest_eigenvalue
 from pipeline.solvers.kernels.prox_operator import operator_work, prox_operator
 from pipeline.solvers.masks import keep_mask
 from storage.errors import ConfigError
@@ -68,7 +67,7 @@ class ProxSolver(BaseSolver):
         assert prepared.problem is not None
         few = prepared.problem.statistics.inputs is not None
         matrix = None if few else prepared.problem.write()
-        return replace(prepared, matrix=matrix, eigenvalue=largest_eigenvalue(prepared.problem))
+        return replace(prepared, matrix=matrix, eigenvalue=prepared.problem.largest_eigenvalue)
 
     def _find(self, original: Tensor, prepared: GroupData) -> MethodResult:
         problem, matrix = prepared.problem, prepared.matrix

@@ -15,7 +15,7 @@ all rows of all layers of the group.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pipeline.config.pattern import Pattern
 from pipeline.config.solver import GpuKernels
+from pipeline.runtime.threads import in_pieces, row_pieces
 from pipeline.solvers.base import (
     BaseSolver,
     GroupData,
@@ -69,6 +70,7 @@ class ProxAdmmSolver(BaseSolver):
 
     joint = True
     compiles = True
+    least_rows = None
     rows_held = 9
     method_settings = (
         "kernels",
@@ -99,36 +101,57 @@ class ProxAdmmSolver(BaseSolver):
     ) -> MethodResult | None:
         """All iterations; None where H~ + rho I was not positive definite.
 
+        The iterations with one inverse are run piece by piece of the rows, on several threads.
         original: (R, C) fp32. buffer: (C, C) fp32 for the inverse; None with inputs for a Hessian.
         """
         settings = self.settings
-        sparse, sizes = problem.scale_rows(original)
-        linear = problem.multiply(sparse)
-        dual, product = torch.zeros_like(sparse), torch.empty_like(sparse)
-        rho, strength = settings.admm_rho, settings.admm_lambda
-        inverse = inverse_of(problem, rho, buffer)
-        if inverse is None:
+        early = inverse_of(problem, settings.admm_rho, buffer)
+        if early is None:
             return None
-        settled = settings.admm_rho_factor * settled_penalty(inverse, problem, rho)
-        right = torch.add(linear, sparse, alpha=rho)
-        step = stepper(dual, sparse, linear, self.pattern, settings.kernels)
-        for iteration in range(1, settings.admm_iterations + 1):
-            inverse.multiply(right, out=product)
-            right, product = product, right
-            switch = iteration == settings.admm_first_iterations != settings.admm_iterations
-            shrink = rho / max(settled, rho) if switch else 1.0
-            rho /= shrink
-            numbers = (strength, settings.admm_relaxation, shrink, rho)
-            step(right, numbers)
-            strength *= settings.admm_lambda_growth
-            if shrink < 1:
-                inverse = inverse_of(problem, rho, buffer)
-                if inverse is None:
-                    return None
-        mask = keep_mask(self.pattern, sparse.abs())
-        changed = support_change(sparse != 0, (sparse != 0) & mask, mask)
-        weight = problem.unscale_rows(sparse * mask, sizes)
+        settled = settings.admm_rho_factor * settled_penalty(early, problem, settings.admm_rho)
+        schedule = self._schedule(settled)
+        pieces = row_pieces(original)
+        states: dict[int, _Rows] = {}
+
+        def first(rows: slice) -> None:
+            state = _Rows(
+                original[rows], problem, settings.admm_rho, self.pattern, settings.kernels
+            )
+            state.run(early, schedule[0])
+            states[rows.start] = state
+
+        in_pieces(first, pieces)
+        late = inverse_of(problem, schedule[0][-1][3], buffer) if schedule[1] else early
+        if late is None:
+            return None
+        weight, mask = torch.empty_like(original), torch.empty_like(original, dtype=torch.bool)
+        changed = original.new_empty(len(original))
+
+        def rest(rows: slice) -> None:
+            state = states.pop(rows.start)
+            state.run(late, schedule[1])
+            mask[rows], weight[rows], changed[rows] = state.result()
+
+        in_pieces(rest, pieces)
         return MethodResult(weight, mask, settings.admm_iterations, changed, problem=problem)
+
+    def _schedule(self, settled: float) -> tuple[list[Numbers], list[Numbers]]:
+        """`Numbers` of the iterations with the first inverse, and of those with the second.
+
+        settled: the late rho. Where it does not grow, all iterations are of the first kind.
+        """
+        settings = self.settings
+        rho, strength, switch = settings.admm_rho, settings.admm_lambda, settings.admm_iterations
+        numbers: list[Numbers] = []
+        for iteration in range(1, settings.admm_iterations + 1):
+            shrink = 1.0
+            if iteration == settings.admm_first_iterations < settings.admm_iterations:
+                shrink = rho / max(settled, rho)
+                rho /= shrink
+                switch = iteration if shrink < 1 else switch
+            numbers.append((strength, settings.admm_relaxation, shrink, rho))
+            strength *= settings.admm_lambda_growth
+        return numbers[:switch], numbers[switch:]
 
     def method_cost(self, columns: int, device: str) -> MethodCost:
         """One product and one application of the operator per iteration, and two inverses."""
@@ -180,6 +203,38 @@ class ProxAdmmSolver(BaseSolver):
         return 1 if self.settings.admm_first_iterations >= self.settings.admm_iterations else 2
 
 
+class _Rows:
+    """The state of the iteration for some rows (R, C), which depend on no others."""
+
+    def __init__(
+        self,
+        original: Tensor,
+        problem: ScaledHessian,
+        rho: float,
+        pattern: Pattern,
+        gpu_kernels: GpuKernels,
+    ) -> None:
+        self.problem, self.pattern = problem, pattern
+        self.sparse, self.sizes = problem.scale_rows(original)
+        linear, dual = problem.multiply(self.sparse), torch.zeros_like(self.sparse)
+        self.right = torch.add(linear, self.sparse, alpha=rho)
+        self.product = torch.empty_like(dual)
+        self.step = stepper(dual, self.sparse, linear, pattern, gpu_kernels)
+
+    def run(self, inverse: Inverse, schedule: Sequence[Numbers]) -> None:
+        """The iterations with one inverse."""
+        for numbers in schedule:
+            inverse.multiply(self.right, out=self.product)
+            self.right, self.product = self.product, self.right
+            self.step(self.right, numbers)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask (R, C), weight (R, C), and the last change of the support, (R,)."""
+        mask = keep_mask(self.pattern, self.sparse.abs())
+        changed = support_change(self.sparse != 0, (self.sparse != 0) & mask, mask)
+        return mask, self.problem.unscale_rows(self.sparse * mask, self.sizes), changed
+
+
 def settled_penalty(inverse: Inverse, problem: ScaledHessian, rho: float) -> float:
     """The rho for the late iterations, which hardly differ from a projection: sqrt(b).
 
@@ -216,7 +271,6 @@ def stepper(
         step: Callable[[Tensor, Numbers], None] = kernels.stepper_numba(
             *(matrix.numpy() for matrix in (dual, sparse, linear)),
             steps=_OPERATOR_STEPS,
-            threads=torch.get_num_threads(),
         )
         return step
     projected = None if proximal else pattern

@@ -68,6 +68,8 @@ class SparseGptSolver(BaseSolver):
     """
 
     writes_hessian = True
+    # Every column starts a few small operators, which do not take much longer for more rows.
+    least_rows = 1024
     rows_held = 5
     method_settings = ("blocksize", "kernels")
 

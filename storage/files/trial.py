@@ -13,7 +13,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from storage.errors import InputError, OutputError
@@ -93,9 +93,27 @@ def made(folder: Path) -> Iterator[None]:
         os.listdir(folder)  # raises where it is no folder, or not one that this user may look into
         yield
     finally:
-        for path in reversed(new):
-            with contextlib.suppress(OSError):  # not empty any more
-                os.rmdir(path)
+        _for_each(_remove_empty, new[::-1])
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not empty any more
+        os.rmdir(folder)
+
+
+def _remove_all(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _for_each(remove: Callable[[Path], None], paths: Sequence[Path]) -> None:
+    """Removes all paths; once more where a signal breaks it off, which further ones do not."""
+    try:
+        for path in paths:
+            remove(path)
+    except BaseException:
+        for path in paths:
+            remove(path)
+        raise
 
 
 def _missing(folder: Path) -> list[Path]:
@@ -135,8 +153,7 @@ def try_folder(
             os.rename(tried, moved)
             fsync_directory(folder)
         finally:
-            for path in (tried, moved):
-                shutil.rmtree(path, ignore_errors=True)
+            _for_each(_remove_all, (tried, moved))
 
 
 def _try_file(path: Path) -> None:

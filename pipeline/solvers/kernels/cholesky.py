@@ -30,6 +30,13 @@ def _bounds(columns: int, width: int) -> list[slice]:
     return [slice(at, min(at + width, columns)) for at in range(0, columns, width)]
 
 
+def _at_a_time(matrix: Tensor, blocks: list[slice]) -> list[slice]:
+    """The blocks, as pieces for threads; one piece on a device that divides its work itself."""
+    if matrix.device.type == "cpu" or not blocks:
+        return blocks
+    return [slice(blocks[0].start, blocks[-1].stop)]
+
+
 def invert_(matrix: Tensor) -> Tensor:
     """Replace a symmetric positive definite (C, C) by its inverse; returns whether it was definite.
 
@@ -92,7 +99,7 @@ def upper_factor_(matrix: Tensor) -> Tensor:
         matrix[block, : block.start] = 0
         above = matrix[: block.start, block]
         panel = torch.empty_like(above, memory_format=torch.contiguous_format)
-        in_pieces(partial(_solve_panel, factor, above, panel), bounds[:index])
+        in_pieces(partial(_solve_panel, factor, above, panel), _at_a_time(matrix, bounds[:index]))
         above.copy_(panel)
         in_pieces(partial(_update, matrix, panel), bounds[:index])
     _invert_upper_(matrix, bounds)
@@ -126,7 +133,8 @@ def _invert_upper_(matrix: Tensor, bounds: list[slice]) -> None:
         inverse = torch.linalg.solve_triangular(matrix[block, block], unit, upper=True)
         row, below = matrix[block, block.stop :].clone(), matrix[block.stop :]
         target = matrix[block]
-        in_pieces(partial(_right, target, row, below, inverse.neg()), bounds[index + 1 :])
+        right = partial(_right, target, row, below, inverse.neg())
+        in_pieces(right, _at_a_time(matrix, bounds[index + 1 :]))
         matrix[block, block] = inverse
 
 

@@ -91,8 +91,10 @@ class RankActor:
         Not in the constructor, since Ray reports errors there as a dead actor.
         """
         from pipeline.worker.block_worker import BlockWorker
+        from storage.files.os_errors import file_errors
 
-        self.worker = BlockWorker(self.job, self.rank, self.world)
+        with file_errors():
+            self.worker = BlockWorker(self.job, self.rank, self.world)
         return self.worker.device.type
 
     def host(self) -> tuple[str, int]:

@@ -20,7 +20,9 @@ from typing import Any, NoReturn
 
 from cluster.commands.command import Command
 from cluster.options import HelpFormatter, Parser, add_options, as_arguments, one_line, read_yaml
+from cluster.terminal import OutputClosed, checked_stdout
 from storage.errors import Prox24Error, RunInterrupted
+from storage.files.os_errors import file_error
 
 COMMANDS = {
     "prune": "cluster.commands.prune",
@@ -83,20 +85,32 @@ def run(arguments: Sequence[str]) -> int:
     try:
         options = parse(arguments)
         _set_up_logging(getattr(options, "verbose", False))
-        with _signals():
+        with _signals(), checked_stdout():
             return command_named(options.command).run(options)
     except SystemExit as exit:
         return int(exit.code or 0)
     except KeyboardInterrupt as signalled:
         return _interrupted(RunInterrupted(str(signalled) or "SIGINT"), arguments)
+    except OutputClosed:
+        return OutputClosed.exit_code
     except Exception as error:
         if options is not None and getattr(options, "debug", False):
             raise
-        expected = isinstance(error, Prox24Error)
-        name = "" if expected else f"unexpected {type(error).__name__}: "
-        hint = "" if expected else " (--debug shows where; please report it)"
-        print(f"prox24: {name}{one_line(error)}{hint}", file=sys.stderr)
-        return error.exit_code if isinstance(error, Prox24Error) else 1
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    """Prints an error on one line; returns the exit status."""
+    told = error if isinstance(error, Prox24Error) else file_error(error)
+    if told is not None:
+        print(f"prox24: {one_line(told)}", file=sys.stderr)
+        return told.exit_code
+    print(
+        f"prox24: unexpected {type(error).__name__}: {one_line(error)} (--debug shows where; "
+        "please report it)",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -31,6 +31,9 @@ from storage.errors import OutputError
 from storage.files.checked_json import MAX_JSON_BYTES
 from storage.files.commit import make_directory, sha256_bytes, write_new_file
 from storage.files.hashing import StoredFile
+from storage.files.listing import delete_folder
+from storage.files.os_errors import is_damage
+from storage.files.small_file import read_small
 from storage.object_store import ObjectFolder, Place, lies_in, resolved
 from storage.output.uploads import PROBE, Guard, Uploads, require_writable
 from storage.output.weight_files import (
@@ -53,10 +56,16 @@ def finished_output(output: Place, job: dict[str, Any]) -> dict[str, Any] | None
     try:
         if isinstance(output, ObjectFolder):
             raw = output.read(RESULT_FILE, MAX_JSON_BYTES) or b""
+        elif not (output / RESULT_FILE).is_file():
+            return None
         else:
             raw = (output / RESULT_FILE).read_bytes()
         results = json.loads(raw.decode("utf-8"))
-    except (OSError, ValueError):
+    except OSError as error:
+        if not is_damage(error):
+            raise
+        return None
+    except ValueError:
         return None
     if isinstance(results, dict) and results.get("job") == json.loads(json.dumps(job)):
         return results
@@ -267,7 +276,7 @@ def _discard_partials(output: Path, run: RunDirectory, lock: RunLock) -> None:
         doomed = path.with_name(prefix + secrets.token_hex(STAMP_DIGITS // 2))
         with contextlib.suppress(FileNotFoundError):
             os.rename(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        delete_folder(doomed)
 
 
 def partial_prefix(output: Path, run: RunDirectory) -> str:
@@ -298,9 +307,11 @@ def card_settings(job: dict[str, Any]) -> dict[str, Any]:
 
 def source_license(folder: Path) -> str | None:
     """The licence in the front matter of the source's model card, as written there; or None."""
+    if not (folder / "README.md").is_file():
+        return None
     try:
-        lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = read_small(folder / "README.md").decode("utf-8").splitlines()
+    except UnicodeDecodeError:
         return None
     if not lines or lines[0].strip() != "---":
         return None

@@ -13,9 +13,10 @@ from pipeline.models.skeleton import Skeleton, check_tokens
 from pipeline.runtime.progress import Progress
 from pipeline.text.tokens import calibration_tokens, load_tokenizer
 from storage.errors import CorruptFileError
-from storage.files.commit import replace_by, temporary_name
+from storage.files.commit import replace_by
 from storage.files.damage import damage
 from storage.files.hashing import StoredFile
+from storage.files.temporary import temporary_name
 from storage.run.activations import write_tokens
 from storage.run.directory import RunDirectory
 from storage.run.lock import RunLock

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -46,7 +45,9 @@ from pipeline.sweep.grid import Point
 from pipeline.sweep.plots import draw
 from pipeline.sweep.results import panels, with_dense
 from storage.errors import ConfigError, NumericalError, OutputError, RunDirectoryError
-from storage.files.commit import is_temporary, publish_json, read_json, replace_json
+from storage.files.commit import publish_json, read_json, replace_json
+from storage.files.listing import delete_folder, listed
+from storage.files.temporary import is_temporary
 from storage.object_store import Place
 from storage.run.directory import SCRATCH_PREFIX, RunDirectory, differences
 from storage.run.lock import RunLock
@@ -110,8 +111,8 @@ def sweep(wanted: Sweep, executors: Executors, progress: Progress) -> SweepResul
     _check_folder(wanted.folder)
     with RunLock(wanted.folder) as lock:
         _claim_folder(wanted.folder, identity, lock)
-        for left in wanted.folder.glob(f"{SCRATCH_PREFIX}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for left in listed(wanted.folder, f"{SCRATCH_PREFIX}*"):
+            delete_folder(left)
         missing = [
             (point, config)
             for point, config in zip(wanted.points, wanted.configs, strict=True)
@@ -320,7 +321,7 @@ def _evaluated(
 
 def _discard(wanted: Sweep, point: Point) -> None:
     if not wanted.keep_models:
-        shutil.rmtree(wanted.model(point), ignore_errors=True)
+        delete_folder(wanted.model(point))
 
 
 def _write_results(

@@ -52,6 +52,7 @@ def _run(
     environment: dict[str, str],
     injection: Injection | None,
     lock_options: dict[str, float],
+    first: Callable[[], object] | None,
 ) -> None:
     from cluster.command_line import run
     from pipeline.records import live_status
@@ -67,13 +68,16 @@ def _run(
         live_status.RunLock = shorter  # type: ignore[misc]
     if injection is not None:
         arm(injection)
+    if first is not None:
+        first()
     os._exit(run(arguments) & 0xFF)
 
 
 class Driver:
     """`prox24 ARGUMENTS` in a process of its own, a session leader.
 
-    lock_options: of its `RunLock`, where tests cannot wait for the usual ones.
+    lock_options: of its `RunLock`, where tests cannot wait for the usual ones. first: what the
+    process does before the command; pickled on the way there.
     """
 
     def __init__(
@@ -84,12 +88,13 @@ class Driver:
         *,
         injection: Injection | None = None,
         lock_options: dict[str, float] | None = None,
+        first: Callable[[], object] | None = None,
     ) -> None:
         self.log = log
         strings = [str(argument) for argument in arguments]
         self.process: Any = CONTEXT.Process(
             target=_run,
-            args=(strings, str(log), environment or {}, injection, lock_options or {}),
+            args=(strings, str(log), environment or {}, injection, lock_options or {}, first),
         )
         with _TABLE:
             self.process.start()

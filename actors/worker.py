@@ -94,10 +94,12 @@ class RankActor:
         """
         from pipeline.runtime.device import check_given_gpus
         from pipeline.worker.block_worker import BlockWorker
+        from storage.files.os_errors import file_errors
 
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         check_given_gpus(gpus, self.job.device, self._endpoint.address)
-        self.worker = BlockWorker(self.job, self.rank, self.world)
+        with file_errors():
+            self.worker = BlockWorker(self.job, self.rank, self.world)
         return self.worker.device.type
 
     def host(self) -> tuple[str, int]:

@@ -28,10 +28,11 @@ from cluster.options import (
     path_text,
     read_yaml,
 )
-from cluster.terminal import terminal
+from cluster.terminal import OutputClosed, checked_stdout, terminal
 from pipeline.config.effect import changes_nothing, refuse_unused, unused_options
 from storage.errors import Prox24Error, RunInterrupted
 from storage.files.names import shell_line
+from storage.files.os_errors import file_error
 
 COMMANDS = {
     "prune": "cluster.commands.prune",
@@ -97,7 +98,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         options = parse(arguments)
         _set_up_logging(getattr(options, "verbose", False))
-        with _signals():
+        with _signals(), checked_stdout():
             command = command_named(options.command)
             if command.config is not None:
                 _check_given(config_from(options, command.config))
@@ -106,14 +107,26 @@ def run(arguments: Sequence[str]) -> int:
         return int(exit.code or 0)
     except KeyboardInterrupt as signalled:
         return _interrupted(RunInterrupted(str(signalled) or "SIGINT"), arguments)
+    except OutputClosed:
+        return OutputClosed.exit_code
     except Exception as error:
         if options is not None and getattr(options, "debug", False):
             raise
-        expected = isinstance(error, Prox24Error)
-        name = "" if expected else f"unexpected {type(error).__name__}: "
-        hint = "" if expected else " (--debug shows where; please report it)"
-        print(f"prox24: {name}{one_line(error)}{hint}", file=sys.stderr)
-        return error.exit_code if isinstance(error, Prox24Error) else 1
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    """Prints an error on one line; returns the exit status."""
+    told = error if isinstance(error, Prox24Error) else file_error(error)
+    if told is not None:
+        print(f"prox24: {one_line(told)}", file=sys.stderr)
+        return told.exit_code
+    print(
+        f"prox24: unexpected {type(error).__name__}: {one_line(error)} (--debug shows where; "
+        "please report it)",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _check_given(config: Any) -> None:

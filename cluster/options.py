@@ -20,6 +20,8 @@ import yaml
 from pipeline.config.fields import Declaration, Given, declaration
 from storage.errors import ConfigError
 from storage.files.names import printable
+from storage.files.os_errors import file_errors
+from storage.files.small_file import read_small
 
 # What a plain YAML scalar may be besides a string.
 _YAML_WORDS = ("bool", "null", "merge")
@@ -145,13 +147,18 @@ _WordLoader.yaml_implicit_resolvers = {
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file: strings, booleans, None, lists and mappings of them.
 
-    Raises `ConfigError` where it cannot be read or holds something else.
+    Raises `ConfigError` where it holds something else, FileError where it cannot be read.
     """
+    with file_errors("--config"):
+        raw = read_small(path)
     try:
         # The loader makes nothing but strings, booleans, lists and mappings.
-        options = yaml.load(path.read_text(encoding="utf-8"), _WordLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {one_line(error)}") from error
+        options = yaml.load(raw.decode("utf-8"), _WordLoader)
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(
+            f"--config {path} is not a YAML file of options ({one_line(error)}); write it anew, "
+            "or name another"
+        ) from error
     if not isinstance(options, dict):
         raise ConfigError(f"--config {path} must hold one mapping of option names to values")
     return options

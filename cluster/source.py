@@ -10,6 +10,7 @@ from pathlib import Path
 from cluster.terminal import shows_bars, terminal
 from storage.errors import ModelError
 from storage.files.names import printable
+from storage.files.os_errors import raise_file_error
 from storage.model.folder import Source
 from storage.model.other_formats import refuse_other_formats
 from storage.object_store import is_uri, place
@@ -40,13 +41,16 @@ def resolve_model(model: str) -> Source:
     if path.suffix == ".gguf":
         refuse_other_formats(path.parent, path.parent)
     if path.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
-        raise ModelError(f"{model} is not a model folder (a folder with config.json)")
+        raise ModelError(
+            f"{model} is not a model folder; name a folder with config.json, or a hub id"
+        )
     from huggingface_hub import snapshot_download
 
     try:
         with _shown(model):
             downloaded = snapshot_download(model, allow_patterns=_WANTED)
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
+        raise_file_error(error)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"{model} is neither a local folder nor a model that the hub gives ({first})"
@@ -88,6 +92,7 @@ def config_source(model: str) -> Source:
     try:
         return Source(Path(hf_hub_download(model, "config.json")), model)
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
+        raise_file_error(error)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"{model} is neither a local folder, nor a config.json, nor a model that the hub gives "

@@ -5,9 +5,14 @@ Colours and bars are for terminals that can show them; rich honours NO_COLOR by 
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Iterable, Sequence
-from typing import Any
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TextIO, cast
 
 import rich.box
 import rich.console
@@ -16,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from storage.files.names import printable
+from storage.files.os_errors import explained
 
 WIDTH = 80
 _BAR = 20
@@ -89,3 +95,60 @@ def as_text(parts: Iterable[Any]) -> str:
         console.print(part)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+
+
+class OutputClosed(Exception):
+    """Who reads standard output has read enough, as `head` does: nothing is said of it."""
+
+    exit_code: ClassVar[int] = 128 + signal.SIGPIPE
+
+
+class _CheckedStdout:
+    """Standard output; its errors name it. failed: whether there was one."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self.failed = stream, False
+
+    def write(self, text: str) -> int:
+        """As of the stream."""
+        with self._checked():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        """As of the stream."""
+        with self._checked():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _checked(self) -> Iterator[None]:
+        try:
+            with explained(Path("standard output")):
+                yield
+        except Exception:
+            self.failed = True
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def checked_stdout() -> Iterator[None]:
+    """What is printed inside has arrived at the end.
+
+    Raises ResourceError where standard output is a file on a full disk, `OutputClosed` where it is
+    a pipe that no one reads any more. The rest of what was printed is then dropped: else Python
+    tries again at its own end, and complains in its own words.
+    """
+    stream = sys.stdout
+    checked = _CheckedStdout(stream)
+    try:
+        with contextlib.redirect_stdout(cast(TextIO, checked)):
+            yield
+            checked.flush()
+    except BaseException as error:
+        if checked.failed:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if isinstance(error, BrokenPipeError):
+                raise OutputClosed from error
+        raise

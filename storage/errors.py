@@ -9,6 +9,7 @@
     │   ├── RunDirectoryError   the run directory: another job's, in use, written by another version
     │   ├── ResourceError       workers, GPUs, memory, disk space, the Ray address
     │   │   └── WorkerMemoryError   a worker was stopped for its node's memory; retried once
+    │   ├── FileError           a file or folder that the system does not let prox24 use
     │   └── CorruptFileError    a file is not what was written: truncated, altered, not its format
     ├── NumericalError          a computation produced NaN or Inf; never retried
     ├── WorkerLostError         a worker or its node is gone; the driver retries the block
@@ -62,6 +63,13 @@ class ResourceError(InputError):
 
 class WorkerMemoryError(ResourceError):
     """A worker was stopped because its node ran out of memory, perhaps by another program's use."""
+
+
+class FileError(InputError):
+    """A file or folder cannot be used: its mode, its kind, a link, its filesystem.
+
+    What the file's own contents have wrong is a CorruptFileError; a full disk is a ResourceError.
+    """
 
 
 class CorruptFileError(InputError):

@@ -12,7 +12,13 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from storage.errors import Prox24Error, ResourceError, WorkerLostError, WorkerMemoryError
+from storage.errors import (
+    FileError,
+    Prox24Error,
+    ResourceError,
+    WorkerLostError,
+    WorkerMemoryError,
+)
 
 # Ray's own words on a death: why the process ended, in the line that says so.
 _EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)(?:\. Some common causes|$)", re.MULTILINE)
@@ -28,10 +34,10 @@ _CAUSE_CHARACTERS = 300
 def translate(error: Exception, phase: str, worker: str) -> Exception:
     """Ray's report of a failure of `worker` (for people) in `phase`, as prox24's own error.
 
-    What the worker raised itself comes out as it is; a worker over Ray's memory limit as
-    `WorkerMemoryError`; a process that is gone, and whatever else Ray reports, as
-    `WorkerLostError` with the cause. A node that cannot import prox24 or what it needs is a
-    `ResourceError`: that would only come again.
+    What the worker raised itself comes out as it is, a FileError with the worker's name; a worker
+    over Ray's memory limit as `WorkerMemoryError`; a process that is gone, and whatever else Ray
+    reports, as `WorkerLostError` with the cause. A node that cannot import prox24 or what it needs
+    is a `ResourceError`: that would only come again.
     """
     # It imports torch, which the driver has imported when a phase can fail.
     from pipeline.runtime.out_of_memory import remedy
@@ -44,6 +50,9 @@ def translate(error: Exception, phase: str, worker: str) -> Exception:
         )
     if isinstance(error, RayTaskError):
         cause = error.cause
+        if isinstance(cause, FileError):
+            # The same path may be in order on the other nodes.
+            return FileError(f"{worker}: {cause}")
         if isinstance(cause, Exception) and not isinstance(cause, RayError):
             return cause
         return Prox24Error(f"phase {phase}: {worker} failed: {last_line(error)}")

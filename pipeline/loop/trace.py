@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from pipeline.loop.executor import Executor
 from pipeline.loop.rank import Call
 from pipeline.messages import Job, Outcome
-from storage.errors import OutputError
+from storage.files.os_errors import explained, file_errors
 
 T = TypeVar("T")
 
@@ -30,13 +30,12 @@ class TraceFile:
     """An open trace. Process 0 is the driver, process r + 1 is rank r."""
 
     def __init__(self, path: Path) -> None:
-        """Begins a new trace. Raises `OutputError` if the file cannot be written."""
-        try:
+        """Begins a new trace. Raises FileError if the file cannot be written."""
+        self._path = path
+        with file_errors("--trace"):
             self._file = path.open("w", encoding="utf-8")
-            self._file.write("[\n")
-            self._file.flush()
-        except OSError as error:
-            raise OutputError(f"--trace {path}: {error.strerror}; name a file") from error
+        self._file.write("[\n")
+        self._file.flush()
         self._named: set[int] = set()
 
     def span(
@@ -58,8 +57,12 @@ class TraceFile:
         )
 
     def flush(self) -> None:
-        """Hands the events so far to the operating system, so that others can read them."""
-        self._file.flush()
+        """Hands the events so far to the operating system, so that others can read them.
+
+        Raises ResourceError if the disk is full.
+        """
+        with explained(self._path):
+            self._file.flush()
 
     def close(self) -> None:
         """Ends the trace."""

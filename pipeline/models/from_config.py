@@ -28,7 +28,9 @@ from pipeline.models.transformers_loading import (
     sees_later_tokens,
 )
 from storage.errors import ModelError
+from storage.files.small_file import read_small
 from storage.model.files import ModelFiles
+from storage.model.folder import raise_unreadable
 
 MAX_BUFFER_BYTES = 2**30
 """Of all buffers that a model's constructors compute; rotary tables and masks take megabytes."""
@@ -85,10 +87,14 @@ def load_config(files: ModelFiles, trust_remote_code: bool) -> PretrainedConfig:
 
 
 def load_config_alone(path: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """transformers' config object of a config.json without a model. Raises ModelError."""
+    """transformers' config object of a config.json without a model.
+
+    Raises ModelError, and errors as `read_small` does.
+    """
+    raw = read_small(path)
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        contents = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not a readable config.json: {reason(error)}") from error
     if not isinstance(contents, dict):
         raise ModelError(f"{path} holds no JSON object; give a model's config.json")
@@ -108,6 +114,7 @@ def _checked_config(
     except Exception as error:  # transformers raises nearly anything, and its validators too
         if needs_own_code(error):
             raise _own_code(path) from error
+        raise_unreadable(error, source)
         raise ModelError(
             f"{path} is not a config that transformers knows: {reason(error)}"
         ) from error
@@ -222,6 +229,7 @@ def _own_code(path: Path) -> ModelError:
 def _cannot_build(folder: Path, error: Exception) -> ModelError:
     if needs_own_code(error):
         return _own_code(folder / "config.json")
+    raise_unreadable(error, folder)
     return ModelError(
         f"{folder}: transformers cannot build a causal LM from its config.json: {reason(error)}"
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 from pipeline.config.prune import PruneConfig
 from pipeline.output.write import RESULT_FILE, partial_prefix, uploads_of
 from storage.errors import ConfigError, OutputError, RunDirectoryError
-from storage.files.commit import temporary_name
 from storage.files.names import absolute_path
+from storage.files.temporary import temporary_name
 from storage.files.trial import refusing, try_folder, try_replacing
 from storage.model.files import ModelFiles
 from storage.object_store import ObjectFolder, Place, lies_in, resolved

@@ -32,7 +32,10 @@ from pipeline.version import VERSION
 from storage.files.checked_json import MAX_JSON_BYTES
 from storage.files.commit import make_directory, sha256_bytes, write_new_file
 from storage.files.hashing import StoredFile
+from storage.files.listing import delete_folder
 from storage.files.names import stem_of
+from storage.files.os_errors import is_damage
+from storage.files.small_file import read_small
 from storage.object_store import ObjectFolder, Place
 from storage.output.uploads import Guard, Uploads
 from storage.output.weight_files import (
@@ -55,10 +58,16 @@ def finished_output(output: Place, job: dict[str, Any]) -> dict[str, Any] | None
     try:
         if isinstance(output, ObjectFolder):
             raw = output.read(RESULT_FILE, MAX_JSON_BYTES) or b""
+        elif not (output / RESULT_FILE).is_file():
+            return None
         else:
             raw = (output / RESULT_FILE).read_bytes()
         results = json.loads(raw.decode("utf-8"))
-    except (OSError, ValueError):
+    except OSError as error:
+        if not is_damage(error):
+            raise
+        return None
+    except ValueError:
         return None
     if isinstance(results, dict) and results.get("job") == json.loads(json.dumps(job)):
         return results
@@ -250,7 +259,7 @@ def _discard_partials(output: Path, run: RunDirectory, lock: RunLock) -> None:
         doomed = path.with_name(prefix + secrets.token_hex(STAMP_DIGITS // 2))
         with contextlib.suppress(FileNotFoundError):
             os.rename(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        delete_folder(doomed)
 
 
 def _beside(output: Path, name: str) -> Path:
@@ -295,9 +304,11 @@ def card_settings(job: dict[str, Any], text: Mapping[str, Any]) -> dict[str, Any
 
 def source_license(folder: Path) -> str | None:
     """The licence in the front matter of the source's model card, as written there; or None."""
+    if not (folder / "README.md").is_file():
+        return None
     try:
-        lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = read_small(folder / "README.md").decode("utf-8").splitlines()
+    except UnicodeDecodeError:
         return None
     if not lines or lines[0].strip() != "---":
         return None

@@ -15,6 +15,8 @@ from typing import Any
 
 from storage.errors import ConfigError
 from storage.files.commit import replace_file
+from storage.files.os_errors import file_errors
+from storage.files.small_file import read_small
 
 RATES_SCHEMA = 1
 
@@ -226,11 +228,18 @@ def save_rates(rates: Rates, path: Path) -> None:
 
 
 def load_rates(path: Path) -> Rates:
-    """Reads a file of rates, by `save_rates` or by a user. Raises `ConfigError` for a bad one."""
+    """Reads a file of rates, by `save_rates` or by a user.
+
+    Raises `ConfigError` for a bad one, FileError where it cannot be read.
+    """
+    with file_errors("--rates"):
+        raw = read_small(path)
     try:
-        payload = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--rates {path} cannot be read: {error}") from error
+        payload = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"--rates {path} is not JSON ({error}); --calibrate writes such a file"
+        ) from error
     if not isinstance(payload, dict) or payload.pop("schema_version", None) != RATES_SCHEMA:
         raise ConfigError(f"--rates {path} is not a file of rates; --calibrate writes one")
     known = {field.name for field in dataclasses.fields(Rates)}

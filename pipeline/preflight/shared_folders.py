@@ -10,6 +10,7 @@ from pipeline.messages import Job
 from pipeline.output.write import partial_prefix
 from pipeline.preflight.disk import existing
 from storage.errors import InputError
+from storage.files.os_errors import file_error
 from storage.object_store import Place, place
 from storage.run.directory import SCRATCH_PREFIX, RunDirectory
 from storage.run.shared_folders import Marked, SharedFolder, answer
@@ -44,5 +45,5 @@ def what_is_not_seen(job: Job, marks: Sequence[Marked], rank: int) -> list[str]:
     try:
         same = open_model(place(job.source)).identity() == job.source_identity
     except (InputError, OSError) as error:
-        return [f"does not see MODEL, {job.source} ({error})", *problems]
+        return [f"does not see MODEL, {job.source} ({file_error(error) or error})", *problems]
     return problems if same else [f"has another model at MODEL, {job.source}", *problems]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ def read_evaluation(run: RunDirectory) -> dict[str, Any] | None:
 
     Raises `CorruptFileError` if the file is damaged.
     """
-    if not run.evaluation().exists():
+    if not os.path.lexists(run.evaluation()):  # a broken link is damage
         return None
     metrics = read_json(run.evaluation(), EVALUATION_SCHEMA)
     del metrics["schema_version"]

@@ -19,6 +19,8 @@ from pipeline.records.schemas import MANIFEST_SCHEMA, SUMMARY_SCHEMA
 from storage.errors import CorruptFileError, RunDirectoryError
 from storage.files.checked_json import is_count
 from storage.files.commit import read_json
+from storage.files.listing import listed
+from storage.files.os_errors import file_error, is_damage
 from storage.run.directory import BLOCK_SCHEMA, RunDirectory
 from storage.run.lock import Owner, is_alive, read_owner
 from storage.run.status_file import STATUS_NAME, STATUS_SCHEMA
@@ -34,7 +36,7 @@ _LONGEST_TEXT = 500
 def find_run_directory(path: Path) -> RunDirectory:
     """The run directory at `path`, or at `path.run` if `path` is a job's OUTPUT.
 
-    Raises `RunDirectoryError` if neither is one.
+    Raises `RunDirectoryError` if neither is one, OSError where one cannot be looked into.
     """
     path = path.absolute()
     beside = path.with_name(path.name + ".run")
@@ -48,12 +50,15 @@ def find_run_directory(path: Path) -> RunDirectory:
 
 
 def _is_run_directory(path: Path) -> bool:
-    names = ("run.json", STATUS_NAME)
+    """Raises OSError where this process may not see it."""
+    patterns = ("run.json", STATUS_NAME, "lock-*.json")
     try:
-        return path.is_dir() and (
-            any((path / name).is_file() for name in names) or any(path.glob("lock-*.json"))
-        )
-    except (OSError, ValueError):
+        return path.is_dir() and any(listed(path, pattern) for pattern in patterns)
+    except ValueError:  # no path at all
+        return False
+    except OSError as error:
+        if not is_damage(error):
+            raise
         return False
 
 
@@ -64,7 +69,11 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     heartbeat of an owner on another host stopped); `dead`; `interrupted`; `failed`; `finished`; or
     `stopped` (no owner, and no record of how it ended). problems: one line per damaged file.
     """
-    problems: list[str] = []
+    problems = [
+        f"{folder}: is not a folder; restore it"
+        for folder in (run.report(), run.path / "checkpoints")
+        if os.path.lexists(folder) and not folder.is_dir()
+    ]
     owner = _owner(run, problems)
     status = _record(run, run.path / STATUS_NAME, problems, STATUS_SCHEMA)
     manifest = _record(run, run.manifest, problems, MANIFEST_SCHEMA)
@@ -96,10 +105,11 @@ def _record(run: RunDirectory, path: Path, problems: list[str], schema: int) -> 
     if not os.path.lexists(path):
         return {}
     try:
-        return read_json(run.contained(path), schema)
-    except (CorruptFileError, RunDirectoryError) as error:
+        run.contained(path)
+        return read_json(path, schema)
+    except (CorruptFileError, RunDirectoryError, OSError) as error:
         if os.path.lexists(path):  # a live job deletes what it no longer needs
-            problems.append(str(error))
+            problems.append(str(file_error(error) or error))
         return {}
 
 
@@ -108,7 +118,7 @@ def _owner(run: RunDirectory, problems: list[str]) -> dict[str, Any] | None:
     try:
         owner: Owner | None = read_owner(run.path)
     except OSError as error:
-        problems.append(f"{run.path}: the lock cannot be read ({error.strerror})")
+        problems.append(f"the lock cannot be read: {file_error(error) or error}")
         return None
     if owner is None:
         if any(run.path.glob("lock-*.json")):

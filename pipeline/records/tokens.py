@@ -16,9 +16,10 @@ from pipeline.text.sequences import TokenSequences, text_in_words
 from pipeline.text.tokenizer import load_tokenizer
 from pipeline.text.tokens import calibration_tokens
 from storage.errors import CorruptFileError, DataError
-from storage.files.commit import replace_by, temporary_name
+from storage.files.commit import replace_by
 from storage.files.damage import damage
 from storage.files.hashing import StoredFile
+from storage.files.temporary import temporary_name
 from storage.run.activations import write_tokens
 from storage.run.directory import RunDirectory
 from storage.run.lock import RunLock

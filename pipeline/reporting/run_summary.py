@@ -87,10 +87,13 @@ def read_run_summary(path: Path, name: str) -> RunSummary:
     `CorruptFileError` for a damaged file.
     """
     run = find_run_directory(path)
-    state = read_status(run)["state"]
-    if state != "finished":
+    status = read_status(run)
+    if status["state"] != "finished":
+        # What cannot be read may be why it does not seem so.
         raise RunDirectoryError(
-            f"{run.path}: its job has not finished ({state}); run its command again to finish it"
+            next(iter(status["problems"]), None)
+            or f"{run.path}: its job has not finished ({status['state']}); run its command again "
+            "to finish it"
         )
     manifest, summary = read_json(run.manifest, MANIFEST_SCHEMA), read_summary(run)
     try:

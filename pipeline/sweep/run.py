@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,7 +44,9 @@ from pipeline.sweep.plots import draw
 from pipeline.sweep.results import panels, with_dense
 from pipeline.text.sequences import TokenSequences
 from storage.errors import ConfigError, NumericalError, OutputError, RunDirectoryError
-from storage.files.commit import is_temporary, publish_json, read_json, replace_json
+from storage.files.commit import publish_json, read_json, replace_json
+from storage.files.listing import delete_folder, listed
+from storage.files.temporary import is_temporary
 from storage.files.trial import refusing, try_folder
 from storage.object_store import Place, lies_in, resolved
 from storage.run.directory import SCRATCH_PREFIX, RunDirectory, differences
@@ -110,9 +111,9 @@ def sweep(wanted: Sweep, executors: Executors, progress: Progress) -> SweepResul
     _check_folder(wanted)
     with RunLock(wanted.folder) as lock:
         _claim_folder(wanted.folder, identity, lock)
-        for part in ("", "runs/", "models/"):
-            for left in wanted.folder.glob(f"{part}{SCRATCH_PREFIX}*"):
-                shutil.rmtree(left, ignore_errors=True)
+        for part in (wanted.folder, wanted.folder / "runs", wanted.folder / "models"):
+            for left in listed(part, f"{SCRATCH_PREFIX}*"):
+                delete_folder(left)
         missing = [
             (point, config)
             for point, config in zip(wanted.points, wanted.configs, strict=True)
@@ -337,7 +338,7 @@ def _evaluated(
 
 def _discard(wanted: Sweep, point: Point) -> None:
     if not wanted.keep_models:
-        shutil.rmtree(wanted.model(point), ignore_errors=True)
+        delete_folder(wanted.model(point))
 
 
 def _write_results(

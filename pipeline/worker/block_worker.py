@@ -50,6 +50,7 @@ from pipeline.worker.scoring import Scoring
 from pipeline.worker.scratch_phases import ScratchPhases
 from pipeline.worker.solve_phases import PassState, SolvePhases
 from storage.files.hashing import StoredFile
+from storage.files.os_errors import file_errors
 from storage.model.files import WeightFileFingerprint, fingerprint_weight_file
 from storage.object_store import place
 from storage.output.weight_files import Sending, write_files
@@ -98,10 +99,14 @@ class BlockWorker(SolvePhases, Scoring, ScratchPhases):
 
     @torch.no_grad()
     def perform(self, phase: Call[T]) -> Outcome[T]:
-        """Runs the phase; returns its result with times and peak memory."""
+        """Runs the phase; returns its result with times and peak memory.
+
+        Raises a FileError, made here where the file is, for one that cannot be used.
+        """
         start, began = time.time(), time.perf_counter()
         method: Callable[..., T] = getattr(self, phase.phase)
-        with explaining(phase.phase, phase.block, self.device), self.watch("other"):
+        explained = explaining(phase.phase, phase.block, self.device)
+        with explained, file_errors(), self.watch("other"):
             if phase.phase not in _WITHOUT_SOURCE:
                 self._expect_source()
             value = method(*phase.arguments)

@@ -27,6 +27,7 @@ from storage.errors import InputError, ResourceError
 from storage.files.commit import make_directory, read_json, replace_json
 from storage.files.damage import damage
 from storage.files.hashing import StoredFile
+from storage.files.listing import delete_folder, listed
 from storage.run.directory import RunDirectory
 
 _PLACE = "place.json"
@@ -87,26 +88,28 @@ class Scratch:
         keep = {
             self.store.activations(block) / name for block, names in kept.items() for name in names
         }
-        for path in root.glob("block-*/*"):
-            if path not in keep:
-                path.unlink(missing_ok=True)
-        for folder in root.glob("block-*"):
+        for folder in listed(root, "block-*"):
+            for path in listed(folder):
+                if path not in keep:
+                    path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty, or another rank was faster
                 folder.rmdir()
 
     def clear(self) -> None:
         """Deletes the job's folder."""
-        shutil.rmtree(self.store.path, ignore_errors=True)
+        delete_folder(self.store.path)
 
 
 def _sweep_others(job_folder: Path) -> None:
     """Deletes the folders beside `job_folder` whose job no longer needs them."""
-    for path in job_folder.parent.glob(f"{FOLDER_PREFIX}*"):
+    for path in listed(job_folder.parent, f"{FOLDER_PREFIX}*"):
         if path == job_folder or path.is_symlink():
             continue
         try:
             run = RunDirectory(Path(str(read_json(path / _PLACE, SCRATCH_SCHEMA)["run_directory"])))
-        except (InputError, KeyError):
-            continue  # a folder that another job is just creating, or not one of prox24's
-        if path.name != f"{FOLDER_PREFIX}{read_token(run)}":
+            token = read_token(run)
+        except (InputError, KeyError, OSError):
+            # A folder that another job is just creating, not one of prox24's, or another user's.
+            continue
+        if path.name != f"{FOLDER_PREFIX}{token}":
             shutil.rmtree(path, ignore_errors=True)

@@ -24,30 +24,21 @@ import errno
 import hashlib
 import logging
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from storage.errors import CorruptFileError, ResourceError, RunDirectoryError
+from storage.errors import CorruptFileError, RunDirectoryError
 from storage.files.checked_json import MAX_JSON_BYTES, decode_json, encode_json
 from storage.files.hashing import HashingStream
-from storage.files.names import stem_of
+from storage.files.os_errors import explained, is_damage
+from storage.files.temporary import temporary_name
 
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 8 * 2**20
 """Bytes of a file that are in memory while it is hashed or copied."""
-
-_FULL = {  # error number of a write without room → remedy
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room within the quota",
-    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
-}
-
-TEMPORARY_SUFFIX = ".tmp"
-"""Ends the names of files that are not committed yet; no one reads them."""
 
 
 def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
@@ -79,11 +70,16 @@ def open_regular_file(path: Path) -> BinaryIO:
 
 
 def verify_file(path: Path, sha256: str) -> None:
-    """Raise CorruptFileError unless `path` is a readable regular file with this hash."""
+    """Raise CorruptFileError unless `path` is a regular file with this hash.
+
+    Raises OSError where this process may not read it, which is no damage.
+    """
     try:
         open_regular_file(path).close()
         actual = sha256_file(path)
     except OSError as error:
+        if not is_damage(error):
+            raise
         raise CorruptFileError(f"{path}: cannot be read ({error.strerror})") from error
     if actual != sha256:
         raise CorruptFileError(f"{path}: sha256 is {actual[:12]}…, was {sha256[:12]}… when written")
@@ -96,7 +92,8 @@ def fsync_directory(path: Path) -> None:
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        with explained(path):
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
@@ -285,7 +282,8 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
     """Read what `publish_json` or `replace_json` wrote; the checksum is verified and left out.
 
     Raises CorruptFileError, naming the path, if the file is missing, altered or not such a file,
-    and RunDirectoryError if its `schema_version` is not `schema`.
+    and RunDirectoryError if its `schema_version` is not `schema`. Raises OSError where this process
+    may not read it, which is no damage.
     """
     try:
         with open_regular_file(path) as file:
@@ -293,34 +291,9 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
             size = os.fstat(file.fileno()).st_size
             raw = file.read(min(size, MAX_JSON_BYTES) + 1)
     except OSError as error:
+        if not is_damage(error):
+            raise
         raise CorruptFileError(
             f"{path}: cannot be read ({error.strerror}); restore it or start a new run directory"
         ) from error
     return decode_json(raw, path, schema)
-
-
-def temporary_name(path: Path) -> Path:
-    """A unique hidden name beside `path`, which `is_temporary` recognizes."""
-    stamp = f"{os.getpid()}-{secrets.token_hex(8)}"
-    return path.with_name(f".{stem_of(path.name)}.{stamp}{TEMPORARY_SUFFIX}")
-
-
-def is_temporary(path: Path) -> bool:
-    """Whether `temporary_name` made this name."""
-    return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
-
-
-@contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Raise ResourceError, with a remedy, for a full disk or quota; pass other errors on."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            if is_temporary(path):
-                path = path.with_name(path.name[1:].rsplit(".", 2)[0])
-            raise ResourceError(
-                f"{path}: not written, {os.strerror(error.errno or 0)}; {_FULL[error.errno]} and "
-                "run the same command again"
-            ) from error
-        raise

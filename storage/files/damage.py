@@ -11,12 +11,14 @@ from pathlib import Path
 
 from storage.files.commit import sha256_file
 from storage.files.hashing import StoredFile
+from storage.files.os_errors import is_damage
 
 
 def damage(path: Path, stored: StoredFile, *, hashed: bool) -> str | None:
     """What is wrong with a committed file, in a few words; None if it agrees with its record.
 
-    hashed: compare the contents too, not only the size.
+    hashed: compare the contents too, not only the size. Raises OSError where this process may not
+    read it, which is no damage.
     """
     try:
         size = path.lstat().st_size
@@ -27,5 +29,7 @@ def damage(path: Path, stored: StoredFile, *, hashed: bool) -> str | None:
     except FileNotFoundError:
         return "missing"
     except OSError as error:
+        if not is_damage(error):
+            raise
         return f"cannot be read, {error.strerror}"
     return None

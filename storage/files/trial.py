@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from storage.errors import InputError, OutputError
-from storage.files.commit import explained, fsync_directory, temporary_name
+from storage.files.commit import fsync_directory
+from storage.files.os_errors import explained
+from storage.files.temporary import temporary_name
 
 _BYTES = b"prox24 can write here\n" * 200  # a page: less may be stored beside the file's name
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from storage.errors import ModelError
-from storage.files.commit import explained
+from storage.files.os_errors import explained
 from storage.model.files import INDEX_FILE, ModelFiles, stream_state
 from storage.model.folder import MAX_STAGED_BYTES, SIDE_FOLDERS, Staging, inside, is_small
 from storage.model.safetensors_format import (

@@ -19,7 +19,14 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from storage.errors import CorruptFileError, ModelError, ResourceError
-from storage.files.commit import CHUNK_BYTES, explained
+from storage.files.commit import CHUNK_BYTES
+from storage.files.listing import listed
+from storage.files.os_errors import (
+    explained,
+    is_damage,
+    raise_file_error,
+    require_readable,
+)
 from storage.object_store import ObjectFolder, Place, Readable
 
 SIDE_FOLDERS = ("additional_chat_templates",)
@@ -27,6 +34,9 @@ SIDE_FOLDERS = ("additional_chat_templates",)
 
 MAX_STAGED_BYTES = 2**30
 """Limit on all small files together; a tokenizer takes some ten megabytes."""
+
+# Of the small files of a model.
+_FILE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".md")
 
 STAGED_PREFIX = "prox24-source-"
 
@@ -146,12 +156,41 @@ class RemoteFolder:
 
 
 def model_folder(place: Place) -> ModelFolder:
-    """The files of the model at `place`. ModelError if there is no such folder."""
+    """The files of the model at `place`.
+
+    Raises ModelError if there is no such folder, or if in the place of a small file is a folder, a
+    broken link, or no regular file.
+    """
     if isinstance(place, ObjectFolder):
         return RemoteFolder(place)
     if not place.is_dir():
         raise ModelError(f"{place}: no such folder; give a Hugging Face model folder")
+    _require_whole(place)
     return LocalFolder(place)
+
+
+def _require_whole(folder: Path) -> None:
+    """Raises ModelError where something else is in the place of one of a model's small files.
+
+    transformers would take the file as missing, and go on without what it says.
+    """
+    for path in listed(folder):
+        if not is_small(path.name) or path.is_file():
+            continue
+        if path.suffix in _FILE_SUFFIXES or not path.exists():
+            inside(folder, path.name)
+
+
+def raise_unreadable(error: BaseException, folder: Path) -> None:
+    """For handlers of what libraries raise that read a model's small files: blame the file.
+
+    Raises FileError or OSError, with its path, for one that cannot be used: the libraries do not
+    always name it. Returns where all of them can be read.
+    """
+    raise_file_error(error)
+    for path in listed(folder) if folder.is_dir() else [folder]:
+        if is_small(path.name) and path.is_file():
+            require_readable(path)
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -166,6 +205,8 @@ def inside(folder: Path, name: str) -> Path:
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and not is_damage(error):
+            raise
         raise ModelError(f"{path}: missing; download the model again") from error
     roots = [folder.resolve()]
     if roots[0].parent.name == "snapshots" and roots[0].parent.parent.name.startswith("models--"):

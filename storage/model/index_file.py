@@ -11,24 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import CorruptFileError, ModelError
+from storage.files.small_file import read_small
 from storage.model.adapter import refuse_adapter_alone
 from storage.model.folder import WEIGHTS, ModelFolder, inside
 from storage.model.other_formats import refuse_other_formats
 from storage.model.safetensors_format import TensorEntry
-
-MAX_CONFIG_BYTES = 16 * 2**20
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the source model; CorruptFileError if it is not one."""
-    with open(path, "rb") as file:
-        raw = file.read(MAX_CONFIG_BYTES + 1)
+    """A JSON object from a file of the source model; CorruptFileError if it is not one.
+
+    Raises errors as `read_small` does.
+    """
+    raw = read_small(path)
     try:
-        if len(raw) > MAX_CONFIG_BYTES:
-            raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
         data = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path}: not JSON: {error}") from error

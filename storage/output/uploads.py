@@ -12,7 +12,6 @@ hashes in `prox24.json` reveal what remains.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from urllib.parse import quote
 from storage.errors import CorruptFileError, OutputError
 from storage.files.commit import fsync_directory, read_json, replace_json
 from storage.files.hashing import HashingStream, StoredFile
+from storage.files.listing import delete_folder
 from storage.object_store import ObjectFolder
 
 UPLOADS_SCHEMA = 1
@@ -55,7 +55,7 @@ class Uploads:
         self._check_guard()
         self.destination.delete(last)
         if not self.begun():
-            shutil.rmtree(self.folder, ignore_errors=True)
+            delete_folder(self.folder)
             payload = {"schema_version": UPLOADS_SCHEMA, "output": str(self.destination)}
             replace_json(self.folder / "begun", payload, guard=self._guard)
         for name in self.destination.files():
@@ -106,7 +106,7 @@ class Uploads:
         """Delete the records, when the output is complete."""
         if self.folder.is_dir():
             self._check_guard()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            delete_folder(self.folder)
             fsync_directory(self.folder.parent)
 
     def _unchanged(self, name: str) -> dict[str, Any] | None:

@@ -24,16 +24,17 @@ import torch
 from storage.errors import CorruptFileError, ModelError, OutputError
 from storage.files.commit import (
     CHUNK_BYTES,
-    explained,
     fsync_directory,
-    is_temporary,
     make_directory,
     replace_file,
     sha256_bytes,
     sha256_file,
 )
 from storage.files.hashing import HashingStream, StoredFile
+from storage.files.listing import files_below
 from storage.files.names import stem_of
+from storage.files.os_errors import explained, require_readable
+from storage.files.temporary import is_temporary
 from storage.model.adapter import ADAPTER_CONFIG
 from storage.model.files import ModelFiles, size_of, torch_dtype
 from storage.model.folder import NOT_COPIED, SIDE_FOLDERS, inside
@@ -149,6 +150,16 @@ def hash_side_files(source: ModelFiles) -> dict[str, str]:
     """Name → sha256 of the side files and of README.md, whose licence goes into the new card."""
     card = ["README.md"] if (source.folder / "README.md").is_file() else []
     return {name: sha256_file(inside(source.folder, name)) for name in side_files(source) + card}
+
+
+def require_side_files(source: ModelFiles) -> None:
+    """Raises OSError, with its path, for a side file that this process may not read.
+
+    They are copied at the end of a job, which is late to find that out.
+    """
+    for name in (*side_files(source), "README.md"):
+        if (source.folder / name).is_file():
+            require_readable(inside(source.folder, name))
 
 
 def copy_side_files(
@@ -297,23 +308,18 @@ def _check_target(partial: Path, output: Path, overwrite: bool) -> None:
 
 def _make_durable(folder: Path) -> None:
     """fsync `folder` and all files and folders in it; delete temporary files of dead writers."""
-    for path in _walk(folder):
+    for path in files_below(folder):
         if is_temporary(path):
             path.unlink(missing_ok=True)
             continue
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            with explained(path):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
     for directory, _, _ in os.walk(folder, topdown=False):
         fsync_directory(Path(directory))
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for directory, _, names in os.walk(folder):
-        for name in names:
-            yield Path(directory, name)
 
 
 @dataclass(frozen=True)

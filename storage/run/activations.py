@@ -29,6 +29,7 @@ from torch.utils.dlpack import from_dlpack
 from storage.errors import ConfigError, CorruptFileError, RunDirectoryError
 from storage.files.commit import open_regular_file, verify_file, write_new_file
 from storage.files.hashing import StoredFile
+from storage.files.os_errors import is_damage
 
 ARROW_SCHEMA = 1
 
@@ -274,6 +275,8 @@ def _open(
         TypeError,
         AttributeError,
     ) as error:
+        if isinstance(error, OSError) and not is_damage(error):
+            raise
         raise CorruptFileError(f"{path}: not a readable {kind} file ({error})") from error
     return columns, metadata
 

@@ -19,6 +19,7 @@ from storage.errors import CorruptFileError
 from storage.files.checked_json import is_count
 from storage.files.commit import read_json, verify_file, write_new_file
 from storage.files.hashing import StoredFile, is_plain_name
+from storage.files.os_errors import is_damage
 from storage.model.safetensors_format import (
     header_for,
     read_header,
@@ -204,6 +205,8 @@ def _sizes(directory: Path, names: Iterable[str]) -> int:
     try:
         return sum((directory / name).stat().st_size for name in names)
     except OSError as error:
+        if not is_damage(error):
+            raise
         raise CorruptFileError(f"{error.filename}: {error.strerror}; redo the block") from error
 
 
@@ -226,6 +229,8 @@ def _read_slice(path: Path, layer: str, rows: torch.Tensor) -> None:
             file.seek(entry.start)
             read_into(file, rows.view(-1).view(torch.uint8), f"{path}: {layer}")
     except OSError as error:
+        if not is_damage(error):
+            raise
         raise CorruptFileError(f"{path}: cannot be read ({error.strerror})") from error
 
 

@@ -19,18 +19,21 @@ others are left from attempts that were not committed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from storage.errors import CorruptFileError, RunDirectoryError
 from storage.files.checked_json import MAX_JSON_BYTES, decode_json
-from storage.files.commit import fsync_directory, is_temporary, open_regular_file
+from storage.files.commit import fsync_directory, open_regular_file
+from storage.files.listing import delete_folder, files_below, listed
+from storage.files.os_errors import is_damage
+from storage.files.temporary import is_temporary
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +103,9 @@ class RunDirectory:
         """`path`, resolved; RunDirectoryError if it lies or leads outside the directory."""
         resolved = (self.path / path).resolve()
         if not resolved.is_relative_to(self.path.resolve()):
-            raise RunDirectoryError(f"{path}: outside the run directory {self.path}")
+            raise RunDirectoryError(
+                f"{path}: outside the run directory {self.path}; put itself there, not a link"
+            )
         return resolved
 
     def committed_blocks(self) -> list[int]:
@@ -123,12 +128,9 @@ class RunDirectory:
     def size(self) -> int:
         """Bytes of all files in the directory; files that are deleted meanwhile do not count."""
         total = 0
-        for folder, _, names in os.walk(self.path):
-            for name in names:
-                try:
-                    total += os.lstat(os.path.join(folder, name)).st_size
-                except FileNotFoundError:
-                    continue
+        for path in files_below(self.path):
+            with contextlib.suppress(FileNotFoundError):
+                total += path.lstat().st_size
         return total
 
     def remove_activations(self, block: int, guard: Callable[[], None] | None = None) -> None:
@@ -154,7 +156,7 @@ class RunDirectory:
             if record.exists():
                 record.unlink()
                 fsync_directory(directory)
-            shutil.rmtree(directory, ignore_errors=True)
+            delete_folder(directory)
 
     def sweep_uncommitted(self, guard: Callable[[], None] | None = None) -> list[Path]:
         """Delete files that no record names, and return them; for the lock's owner only.
@@ -168,8 +170,8 @@ class RunDirectory:
         """
         for path in self.path.iterdir():
             self.contained(path)
-        doomed = [path for path in self._files() if is_temporary(path)]
-        doomed += self.path.glob(f"{SCRATCH_PREFIX}*")
+        doomed = [path for path in files_below(self.path) if is_temporary(path)]
+        doomed += listed(self.path, f"{SCRATCH_PREFIX}*")
         begun = self.blocks_begun()
         for area in ("activations", "checkpoints"):
             for directory in self._block_directories(area):
@@ -184,7 +186,7 @@ class RunDirectory:
         for path in doomed:
             logger.debug("deleting %s, which no record names", path)
             if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
+                delete_folder(path)
             else:
                 path.unlink(missing_ok=True)
         return doomed
@@ -202,9 +204,6 @@ class RunDirectory:
                 for path in attempts:
                     if names is not None and path.name not in names:
                         path.unlink(missing_ok=True)
-
-    def _files(self) -> list[Path]:
-        return [Path(folder, name) for folder, _, names in os.walk(self.path) for name in names]
 
     def _block_directories(self, area: str) -> list[Path]:
         root = self.path / area
@@ -232,9 +231,12 @@ def _named_files(record: Path) -> set[str] | None:
         data = decode_json(raw, record, json.loads(raw).get("schema_version"))
         entries = [*data.get("files", []), *data.get("shards", [])]
         return {RECORD_NAME, *(str(entry["name"]) for entry in entries)}
+    except OSError as error:
+        if not is_damage(error):
+            raise
+        return None
     except (
         CorruptFileError,
-        OSError,
         ValueError,
         RecursionError,
         LookupError,

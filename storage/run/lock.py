@@ -34,14 +34,10 @@ from typing import Any
 
 from storage.errors import CorruptFileError, RunDirectoryError
 from storage.files.checked_json import decode_json, encode_json, is_count
-from storage.files.commit import (
-    explained,
-    fsync_directory,
-    is_temporary,
-    make_directory,
-    open_regular_file,
-    temporary_name,
-)
+from storage.files.commit import fsync_directory, make_directory, open_regular_file
+from storage.files.listing import files_below, listed
+from storage.files.os_errors import explained
+from storage.files.temporary import is_temporary, temporary_name
 
 logger = logging.getLogger(__name__)
 
@@ -231,8 +227,8 @@ class RunLock:
             os.fsync(descriptor)
             os.rename(temporary, path)
             fsync_directory(self.directory)
-            listed = set(_lock_files(self.directory))
-            won = path in listed and listed <= dead | {path}
+            found = set(_lock_files(self.directory))
+            won = path in found and found <= dead | {path}
             if won:
                 for other in dead:
                     other.unlink(missing_ok=True)
@@ -271,7 +267,7 @@ def _lock_path(directory: Path, nonce: str) -> Path:
 
 
 def _lock_files(directory: Path) -> list[Path]:
-    return sorted(directory.glob("lock-*.json"))
+    return listed(directory, "lock-*.json")
 
 
 def require_owner(lock_file: str | None) -> None:
@@ -292,9 +288,9 @@ def _remove_temporaries(directory: Path, lock_file: Path) -> None:
     They are listed first. If this process still owns the lock after that, all of them are older
     than any later owner. As no name is used twice, they can be deleted safely however late.
     """
-    listed = [Path(folder, name) for folder, _, names in os.walk(directory) for name in names]
+    found = [path for path in files_below(directory) if is_temporary(path)]
     if lock_file.exists():
-        for path in filter(is_temporary, listed):
+        for path in found:
             path.unlink(missing_ok=True)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from storage.errors import InputError, NumericalError
 from storage.files.checked_json import encode_json
-from storage.files.commit import temporary_name
+from storage.files.temporary import temporary_name
 
 STATUS_SCHEMA = 1
 STATUS_NAME = "status.json"

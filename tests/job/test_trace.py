@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.loop.trace import TracingExecutor
 from pipeline.worker.local_executor import LocalExecutor
-from storage.errors import OutputError
+from storage.errors import FileError
 from tests.support.jobs import contents, prune_here
 
 TinyModel = Callable[..., Path]
@@ -66,7 +66,7 @@ def test_a_trace_that_broke_off_can_be_read(tmp_path: Path) -> None:
 
 
 def test_a_trace_that_cannot_be_written_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="--trace"):
+    with pytest.raises(FileError, match="--trace .*Is a directory; move"):
         prune_here(tiny_model(), tmp_path / "output", trace=str(tmp_path))
 
 

@@ -16,6 +16,7 @@ import pytest
 from storage.errors import CorruptFileError, NumericalError, ResourceError, RunDirectoryError
 from storage.files import commit
 from storage.files.hashing import StoredFile
+from storage.files.temporary import is_temporary
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
@@ -63,7 +64,7 @@ def killed(directory: Path, action: str, when: str, nth: int) -> bool:
 
 
 def leftovers(directory: Path) -> list[Path]:
-    return [path for path in directory.iterdir() if not commit.is_temporary(path)]
+    return [path for path in directory.iterdir() if not is_temporary(path)]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -163,7 +164,7 @@ def test_a_guard_that_raises_prevents_the_commit(tmp_path: Path) -> None:
 def test_who_was_swept_by_a_new_owner_cannot_commit_any_more(tmp_path: Path) -> None:
     def frozen_while_another_takes_over() -> None:
         for path in tmp_path.iterdir():
-            if commit.is_temporary(path):
+            if is_temporary(path):
                 path.unlink()
 
     record = {"schema_version": 1}

@@ -16,6 +16,7 @@ import pytest
 
 from storage.errors import RunDirectoryError
 from storage.files import commit
+from storage.files.temporary import temporary_name
 from storage.run import lock
 from storage.run.lock import RunLock
 
@@ -373,7 +374,7 @@ def test_an_unreadable_lock_is_waited_for(run: Path, content: bytes) -> None:
 def test_taking_the_lock_removes_what_was_not_committed(run: Path) -> None:
     record = run / "checkpoints" / "block-000" / "record.json"
     commit.publish_json(record, {"schema_version": 1})
-    temporary = commit.temporary_name(record)
+    temporary = temporary_name(record)
     temporary.write_bytes(b"{")
     with RunLock(run):
         assert not temporary.exists()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from storage.errors import RunDirectoryError
-from storage.files.commit import publish_json, temporary_name
+from storage.files.commit import publish_json
+from storage.files.temporary import temporary_name
 from storage.run.activations import write_activation_shard, write_tokens
 from storage.run.checkpoints import BlockRecord, RowSlice, write_row_slices
 from storage.run.directory import SCRATCH_PREFIX, RunDirectory, differences

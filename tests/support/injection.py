@@ -5,7 +5,7 @@ writing, writing, fsync, link, rename, unlink, mkdir, rmdir. Each has a point be
 a write also one in the middle, when half of the data is in the file. Points are numbered in the
 order in which they are passed. The same job passes the same ones, though where a thread writes
 behind the main one their order may differ a little. At the chosen point the process sends itself
-the signal.
+the signal, or the operation fails as the system makes it fail.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 from storage.files.commit import HashingWriter
 
+_BY_DESCRIPTOR = ("write", "fsync", "pwrite")
 _CALLS = ("link", "replace", "rename", "unlink", "mkdir", "rmdir", "fsync", "pwrite")
 
 
@@ -32,13 +33,16 @@ class Injection:
 
     within: folder whose files count; other files have no points. at: the point's number, from 0, or
     a pattern that is searched in the names of points, and the first one found; None: nowhere.
-    names: file to which the names of all points that were passed are written, one a line.
+    names: file to which the names of all points that were passed are written, one a line. error: an
+    error number that is raised there in place of the signal, with a path where the operation names
+    one.
     """
 
     within: Path
     at: int | str | None = None
     number: signal.Signals = signal.SIGKILL
     names: Path | None = None
+    error: int = 0
 
 
 def arm(injection: Injection) -> None:
@@ -99,7 +103,13 @@ class _Points:
             os.write(self.log, f"{name}\n".encode())
         if number == at if isinstance(at, int) else at and not self.done and re.search(at, name):
             self.done = True
-            os.kill(os.getpid(), self.injection.number)
+            error = self.injection.error
+            if not error:
+                os.kill(os.getpid(), self.injection.number)
+            elif what.split()[1] in _BY_DESCRIPTOR:
+                raise OSError(error, os.strerror(error))
+            else:
+                raise OSError(error, os.strerror(error), where)
 
     def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)

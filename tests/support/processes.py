@@ -54,6 +54,7 @@ def _run(
     injection: Injection | None,
     lock_options: dict[str, float],
     within: Callable[[], AbstractContextManager[Any]],
+    first: Callable[[], object] | None,
 ) -> None:
     from cluster.command_line import run
     from pipeline.records import live_status
@@ -69,6 +70,8 @@ def _run(
         live_status.RunLock = shorter  # type: ignore[misc]
     if injection is not None:
         arm(injection)
+    if first is not None:
+        first()
     with within():
         status = run(arguments)
     os._exit(status & 0xFF)
@@ -78,7 +81,8 @@ class Driver:
     """`prox24 ARGUMENTS` in a process of its own, a session leader.
 
     lock_options: of its `RunLock`, where tests cannot wait for the usual ones. within: what the
-    command runs in, such as `fake_gpu`.
+    command runs in, such as `fake_gpu`. first: what the process does before the command; pickled on
+    the way there.
     """
 
     def __init__(
@@ -90,12 +94,16 @@ class Driver:
         injection: Injection | None = None,
         lock_options: dict[str, float] | None = None,
         within: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+        first: Callable[[], object] | None = None,
     ) -> None:
         self.log = log
         strings = [str(argument) for argument in arguments]
         self.process: Any = CONTEXT.Process(
             target=_run,
-            args=(strings, str(log), environment or {}, injection, lock_options or {}, within),
+            args=(
+                *(strings, str(log), environment or {}, injection, lock_options or {}),
+                *(within, first),
+            ),
         )
         with _TABLE:
             self.process.start()

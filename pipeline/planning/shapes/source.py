@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ from pipeline.models.from_config import build, load_config_alone, rehearse
 from pipeline.models.skeleton import FORWARD_DTYPES, Skeleton, find_blocks, open_skeleton
 from pipeline.models.text_forward import HollowSkeleton, text_forward
 from pipeline.models.transformers_loading import Routes, tie, tied_names
-from storage.errors import ConfigError
+from storage.errors import ConfigError, ModelError
+from storage.files.listing import listed
 from storage.model.files import ModelFiles
 from storage.model.folder import LocalFolder
 from storage.model.safetensors_format import torch_dtype
@@ -39,13 +41,15 @@ def open_source(model: Place, dtype: str | None, trust_remote_code: bool) -> Pla
 
     Raises `ModelError` and `ConfigError` as `open_skeleton` does.
     """
-    if isinstance(model, ObjectFolder) or (model.is_dir() and any(model.glob("*.safetensors"))):
+    if isinstance(model, ObjectFolder) or (model.is_dir() and listed(model, "*.safetensors")):
         skeleton = open_skeleton(model, dtype=dtype, trust_remote_code=trust_remote_code)
         files = tuple(skeleton.files.size(file) for file in skeleton.files.files)
         stored = [torch_dtype(entry.dtype) for entry in skeleton.files.tensors.values()]
         itemsize = max((d.itemsize for d in stored if d.is_floating_point), default=2)
         return PlannedSource(skeleton, model.name, files, itemsize)
     path = model / "config.json" if model.is_dir() else model
+    if path != model and not os.path.lexists(path):
+        raise ModelError(f"{model}: no config.json; give a Hugging Face model folder")
     config = load_config_alone(path, trust_remote_code)
     declared = getattr(config.get_text_config(), "dtype", None)
     saved = declared if isinstance(declared, torch.dtype) else torch.bfloat16

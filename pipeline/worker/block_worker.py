@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.runtime import how_to_open
 from pipeline.config.solver import AUTO, SolverSettings
 from pipeline.loop.rank import Call, Rank
 from pipeline.messages import Advanced, Job, Observed, Outcome, SolvedSlices
@@ -96,9 +97,7 @@ class BlockWorker(Scoring, ScratchPhases):
         self.job, self.rank, self.world = job, rank, world
         self.device = choose_device(job.device)
         self.run = RunDirectory(Path(job.run_directory))
-        self.skeleton: Skeleton = open_skeleton(
-            place(job.source), dtype=job.dtype, trust_remote_code=job.trust_remote_code
-        )
+        self.skeleton: Skeleton = open_skeleton(place(job.source), **how_to_open(job))
         self.watch = Stopwatch(self.device, trace=job.trace)
         self.forward = Forward(job, rank, world, self.skeleton, self.watch)
         self.collective: Collective | None = None

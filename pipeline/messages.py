@@ -39,6 +39,7 @@ class Job:
     interface: network interface that workers talk through; None: that of the node's Ray address.
     expert_tokens: fewest tokens of an expert for its method (see `pipeline.worker.few_tokens`).
     all_experts: whether every expert's statistics cover every token, not just those routed to it.
+    attn_implementation: as for `open_skeleton`.
     """
 
     source: str
@@ -62,6 +63,7 @@ class Job:
     interface: str | None = None
     expert_tokens: int = 0
     all_experts: bool = False
+    attn_implementation: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.prune import PruneConfig
+from pipeline.config.runtime import how_to_open
 from pipeline.config.solver import AUTO
 from pipeline.evaluation.perplexity import measure_perplexity, prepare
 from pipeline.loop.block_loop import BlockLoop, Failures
@@ -126,7 +127,7 @@ def prune(
     finite, `RunDirectoryError` if the run directory belongs to another job or is in use.
     """
     source, output = absolute(source), absolute(output)
-    skeleton = open_skeleton(source, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    skeleton = open_skeleton(source, **how_to_open(config))
     selection = check_settings(skeleton, config)
     run = RunDirectory(run_directory_of(output, config))
     check_apart(source, output, run.path, config)
@@ -282,6 +283,7 @@ def _message(job: PruneJob, threads: int, tokens: StoredFile) -> Job:
         interface=config.network_interface,
         expert_tokens=config.expert_tokens,
         all_experts=config.calibrate_all_experts,
+        attn_implementation=config.attn_implementation,
     )
 
 

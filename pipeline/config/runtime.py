@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pipeline.config.fields import option, require
 
@@ -72,6 +72,13 @@ class RuntimeConfig:
         None,
         "dtype of the forward passes; unset: the source's. Statistics are float32 products "
         "added in float64, and stored weights keep the source's dtype",
+        unused=unless_forwards,
+        noted=True,
+    )
+    attn_implementation: str | None = option(
+        None,
+        "how transformers computes attention in forward passes: eager, sdpa, flash_attention_2 or "
+        "another name that it knows; unset: what it chooses for the model, which is recorded",
         unused=unless_forwards,
         noted=True,
     )
@@ -150,3 +157,31 @@ class RuntimeConfig:
         require(self, "phase_timeout", at_least=1)
         require(self, "node_wait", at_least=0)
         require(self, "placement_timeout", at_least=0)
+
+
+class Opened(Protocol):
+    """What says how to open a model: a job's options, or the message to its workers."""
+
+    @property
+    def dtype(self) -> str | None:
+        """As for `pipeline.models.skeleton.open_skeleton`."""
+        ...
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """As for `pipeline.models.skeleton.open_skeleton`."""
+        ...
+
+    @property
+    def attn_implementation(self) -> str | None:
+        """As for `pipeline.models.skeleton.open_skeleton`."""
+        ...
+
+
+def how_to_open(config: Opened) -> dict[str, Any]:
+    """The keywords of `pipeline.models.skeleton.open_skeleton`."""
+    return {
+        "dtype": config.dtype,
+        "trust_remote_code": config.trust_remote_code,
+        "attn_implementation": config.attn_implementation,
+    }

@@ -21,6 +21,7 @@ from lm_eval.evaluator import evaluate as run_tasks
 from lm_eval.tasks import TaskManager
 
 from pipeline.config.evaluate import EvalConfig
+from pipeline.config.runtime import how_to_open
 from pipeline.evaluation.likelihood import log_likelihoods
 from pipeline.evaluation.task_scores import Metric, task_metrics
 from pipeline.loop.executor import Executor
@@ -169,10 +170,7 @@ def evaluate_tasks(
         _quieten()
     manager, names = find_tasks(config)
     load_tasks(manager, names, config)
-    skeletons = [
-        open_skeleton(source.folder, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-        for source in sources
-    ]
+    skeletons = [open_skeleton(source.folder, **how_to_open(config)) for source in sources]
     executor = traced(make_executor, config.trace)
     try:
         metrics, fewshot = [], {}

@@ -22,12 +22,18 @@ import torch
 from torch import Tensor
 
 from pipeline.config.evaluate import EvalConfig
+from pipeline.config.runtime import how_to_open
 from pipeline.loop.block_loop import BlockLoop
 from pipeline.loop.block_steps import BlockSteps
 from pipeline.loop.executor import Executor
 from pipeline.loop.trace import traced
 from pipeline.messages import Job, Reference
-from pipeline.models.skeleton import Skeleton, check_seqlen, check_tokens, open_skeleton
+from pipeline.models.skeleton import (
+    Skeleton,
+    check_seqlen,
+    check_tokens,
+    open_skeleton,
+)
 from pipeline.models.text_forward import text_forward
 from pipeline.preflight.disk import check_evaluation_space
 from pipeline.preflight.shared_folders import scratch_of
@@ -128,9 +134,7 @@ class Prepared:
 
 def prepare(source: Place, config: EvalConfig) -> Prepared:
     """Opens the model and tokenizes the text. Raises an `InputError` for bad input."""
-    skeleton = open_skeleton(
-        absolute(source), dtype=config.dtype, trust_remote_code=config.trust_remote_code
-    )
+    skeleton = open_skeleton(absolute(source), **how_to_open(config))
     text_forward(skeleton)  # a model whose blocks cannot be run one at a time is refused now
     check_seqlen(skeleton, config.seqlen)
     identity = data_identity(config.dataset)
@@ -190,6 +194,7 @@ class Evaluated:
             "text": self.prepared.text,
             "tokens_sha256": hashlib.sha256(self.prepared.tokens.numpy().tobytes()).hexdigest(),
             "dtype": str(skeleton.dtype).removeprefix("torch."),
+            "attention": skeleton.attention,
         }
 
     def against(self, first: Evaluated) -> dict[str, float | None]:
@@ -235,7 +240,8 @@ def measure_perplexity(
     but the first of each sequence), `seqlen`, `nsamples`, `dataset`, `dataset_revision` (a commit
     of the hub, or `sha256:` and a file's hash), `tokenizer` (`class` and number of `tokens`),
     `text` (what was read as the text and how: see `text_in_words`),
-    `tokens_sha256` (of the tokens as int64, by which text and tokenizer are compared), `dtype`.
+    `tokens_sha256` (of the tokens as int64, by which text and tokenizer are compared), `dtype`,
+    `attention` (transformers' name of how it was computed).
 
     Raises `NumericalError` if the loss is not finite.
     """
@@ -294,4 +300,5 @@ def _job(
         source_identity=skeleton.files.identity(),
         shared=scratch_of(run),
         interface=config.network_interface,
+        attn_implementation=config.attn_implementation,
     )

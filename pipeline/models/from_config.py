@@ -8,6 +8,7 @@ where nothing takes memory, before it is built with the buffers that its constru
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import re
@@ -18,16 +19,18 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import is_kernels_available
 
 from pipeline.models.text_stack import auto_class
 from pipeline.models.transformers_loading import (
     WRAPPERS,
     compute_buffers,
+    has_flash_attention,
     is_base_class,
     is_causal_lm,
     sees_later_tokens,
 )
-from storage.errors import ModelError
+from storage.errors import ConfigError, ModelError
 from storage.files.small_file import read_small
 from storage.model.files import ModelFiles
 from storage.model.folder import raise_unreadable
@@ -58,6 +61,7 @@ _ROLE = ("architectures", "is_encoder_decoder", "model_type", "auto_map")
 # Numbers of modules, or of entries in a list that a config class makes.
 _COUNTS = re.compile(r"((num|n|max)_)?(\w+_)?(layers?|blocks?|heads?|experts?|labels)")
 _IMPLEMENTATION = re.compile(r"\w*")
+_ATTENTION = "attn_implementation"  # the keyword
 
 
 def reason(error: BaseException) -> str:
@@ -183,16 +187,58 @@ def _declares(kind: type, name: str) -> bool:
     )
 
 
-def build(config: PretrainedConfig, folder: Path, dtype: torch.dtype, trust: bool) -> Any:
+def require_attention(
+    config: PretrainedConfig, dtype: torch.dtype, trust: bool, wanted: str
+) -> None:
+    """Raises `ConfigError` unless transformers computes attention as `wanted` for this model.
+
+    The name of a kernel on the hub is refused, as is a name for which transformers would fetch one,
+    or take another implementation, and one whose masks cannot be used again.
+    """
+    named = f"--attn-implementation {wanted}"
+    if not wanted or not _IMPLEMENTATION.fullmatch(wanted):
+        raise ConfigError(f"{named} is no name of transformers' own; no kernel is fetched")
+    if wanted == "flex_attention":
+        raise ConfigError(
+            f"{named} makes masks of one call's own, and prox24 calls blocks for many batches with "
+            "the same; give eager, sdpa or flash_attention_2"
+        )
+    version = re.fullmatch(r"flash_attention_(\d)", wanted)
+    if version and is_kernels_available() and not has_flash_attention(int(version[1])):
+        raise ConfigError(f"{named}: its package is not installed, and no kernel is fetched")
+    try:
+        with torch.device("meta"):
+            model = auto_class(config).from_config(
+                copy.deepcopy(config),
+                dtype=dtype,
+                trust_remote_code=trust,
+                attn_implementation=wanted,
+            )
+    except Exception as error:  # ValueError, ImportError, and what a model's own code may raise
+        raise ConfigError(f"{named}: {reason(error)}") from error
+    chosen = model.config.get_text_config()._attn_implementation
+    if chosen != wanted:
+        raise ConfigError(f"{named}: for this model transformers takes {chosen} in its place")
+
+
+def build(
+    config: PretrainedConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    trust: bool,
+    attn_implementation: str | None = None,
+) -> Any:
     """The model on the meta device, but for the buffers that its constructors compute.
 
-    trust: whether the model's own code may be run. Raises ModelError if transformers cannot build
-    it, or if its buffers would take more than MAX_BUFFER_BYTES.
+    trust: whether the model's own code may be run. attn_implementation: one that
+    `require_attention` lets pass; None: transformers' choice. Raises ModelError if transformers
+    cannot build it, or if its buffers would take more than MAX_BUFFER_BYTES.
     """
     try:
         with init_empty_weights(include_buffers=False):
             factory = auto_class(config)
-            model = factory.from_config(config, dtype=dtype, trust_remote_code=trust)
+            named = {} if attn_implementation is None else {_ATTENTION: attn_implementation}
+            model = factory.from_config(config, dtype=dtype, trust_remote_code=trust, **named)
         compute_buffers(model)
     except Exception as error:  # whatever its constructors make of such a config
         raise _cannot_build(folder, error) from error

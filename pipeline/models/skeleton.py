@@ -17,7 +17,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.formats.open_model import open_model
 from pipeline.models.expert_part import ExpertPart
-from pipeline.models.from_config import build, load_config, longest_input, rehearse
+from pipeline.models.from_config import (
+    build,
+    load_config,
+    longest_input,
+    rehearse,
+    require_attention,
+)
 from pipeline.models.linears import as_held, is_linear, is_transposed
 from pipeline.models.load_plan import LoadPlan, plan_loading
 from pipeline.models.text_stack import decoder_path, outside_text
@@ -65,6 +71,11 @@ class Skeleton:
         if not isinstance(blocks, nn.ModuleList):
             raise ModelError(f"{self.blocks_path} is no list of blocks")
         return blocks
+
+    @property
+    def attention(self) -> str:
+        """transformers' name of how the model computes attention."""
+        return str(self.model.config.get_text_config()._attn_implementation)
 
     def tensor_name(self, name: str) -> str | None:
         """The name in the weight files of the model's parameter or persistent buffer `name`.
@@ -231,25 +242,34 @@ class Skeleton:
         return value.to(device=device, dtype=torch.float32 if wide else like.dtype)
 
 
-def open_skeleton(place: Place, *, dtype: str | None, trust_remote_code: bool) -> Skeleton:
+def open_skeleton(
+    place: Place,
+    *,
+    dtype: str | None,
+    trust_remote_code: bool,
+    attn_implementation: str | None = None,
+) -> Skeleton:
     """Reads config and headers of the model at `place` and checks them against each other.
 
     `dtype` is the forward passes' dtype by name; None takes the source's: what its config says, or
-    else the dtype of its first floating tensor. No weight is read, but
+    else the dtype of its first floating tensor. `attn_implementation` is transformers' name of how
+    attention is computed; None leaves it to transformers. No weight is read, but
     for two stored embeddings that ought to be tied: they are compared.
 
     Raises `ModelError` for a folder that is no decoder-only causal LM, and for tensors that are
-    missing or have the wrong shape; `CorruptFileError` for damaged files. What is stored and
-    becomes nothing in the model is no reason.
+    missing or have the wrong shape; `ConfigError` for an attention that transformers does not have
+    for this model; `CorruptFileError` for damaged files. What is stored and becomes nothing in the
+    model is no reason.
     """
     files = open_model(place)
     config = load_config(files, trust_remote_code)
     forward_dtype = _forward_dtype(config, files, dtype)
     if not trust_remote_code:  # a model's own code may not be fit for it
         _take_apart(rehearse(config, files.folder, forward_dtype), files, forward_dtype)
-    return _take_apart(
-        build(config, files.folder, forward_dtype, trust_remote_code), files, forward_dtype
-    )
+    if attn_implementation is not None:
+        require_attention(config, forward_dtype, trust_remote_code, attn_implementation)
+    built = build(config, files.folder, forward_dtype, trust_remote_code, attn_implementation)
+    return _take_apart(built, files, forward_dtype)
 
 
 def _take_apart(model: PreTrainedModel, files: ModelFiles, dtype: torch.dtype) -> Skeleton:

@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -199,6 +200,15 @@ def kept_wide(model: PreTrainedModel, dtype: torch.dtype) -> list[re.Pattern[str
     if dtype == torch.float16:
         wider |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
     return [re.compile(pattern.replace("*", ".*")) for pattern in sorted(wider)]
+
+
+def has_flash_attention(version: int) -> bool:
+    """Whether the package of FlashAttention `version` is installed.
+
+    Where it is not, transformers fetches a kernel from the hub, if the package `kernels` is.
+    """
+    known = FLASH_ATTENTION_COMPATIBILITY_MATRIX.get(version)
+    return known is None or bool(known["general_availability_check"]())
 
 
 def is_causal_lm(model_type: object) -> bool:

@@ -13,9 +13,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.config.methods import METHODS
+from pipeline.config.methods import METHODS, method_facts
 from pipeline.output.dense_weights import dense_in_words
-from pipeline.solvers.registry import solver_class
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BLOCK = re.compile(r"\.\d+\.")
@@ -48,6 +47,7 @@ _SETTINGS = {
     "text_read": "text, as it was read",
     "counted_tokens": "tokens that count in the statistics",
     "seed": "seed",
+    "attn_implementation": "attention",
     "damping": "damping",
     "shrinkage": "shrinkage",
     "blocksize": "blocksize",
@@ -172,7 +172,7 @@ def _pattern_in_words(pattern: str) -> str:
 
 def _settings_table(settings: Mapping[str, Any]) -> str:
     others = set(METHODS) - {settings["method"]}
-    unused = {name for other in others for name in solver_class(other).method_settings}
+    unused = {name for other in others for name in method_facts(other).method_settings}
     if settings.get("refine") == "none":
         unused.add("refine_steps")
     unused |= {key for key in ("dense_first", "dense_last") if not settings.get(key)}

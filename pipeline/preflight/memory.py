@@ -112,6 +112,7 @@ def _surely_fits(skeleton: Skeleton, config: PruneConfig, workers: Sequence[Free
     rules = config.layer_rules()
     full = any(solver_for(settings).needs == "full" for settings in rules.all_settings())
     most, size = 0.0, float(skeleton.dtype.itemsize)
+    heads = getattr(skeleton.model.config.get_text_config(), "num_attention_heads", None) or 1
     tokens = float(config.batch_size * config.seqlen)
     for block, module in enumerate(skeleton.blocks):
         layers = layers_to_prune(skeleton, block, rules)
@@ -121,6 +122,8 @@ def _surely_fits(skeleton: Skeleton, config: PruneConfig, workers: Sequence[Free
         needed = sum(p.numel() for p in module.parameters()) * 3 * size + rows
         if full:
             needed += squares + 16.0 * widest * widest
+        if skeleton.attention == "eager":
+            needed += 12.0 * tokens * config.seqlen * heads
         most = max(most, needed + 12.0 * tokens * sum(r + c for r, c in layers.values()))
     ends = 8.0 * sum(p.numel() for p in skeleton.model.get_input_embeddings().parameters())
     total = (most + ends) * len(workers)
@@ -137,6 +140,8 @@ def _planned(skeleton: Skeleton, config: PruneConfig, workers: Sequence[FreeMemo
         all_experts=config.calibrate_all_experts,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
+        # Other kernels store no scores, and may not run on the meta device.
+        attn_implementation="eager" if skeleton.attention == "eager" else None,
     )
     total = min(worker.total for worker in workers)
     rates = replace(gpu_rates("H100"), device_memory=total) if total else cpu_rates()

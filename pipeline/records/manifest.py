@@ -73,6 +73,7 @@ def describe_job(
         "dataset": dataset,
         "source": skeleton.files.identity(),
         "forward_dtype": str(skeleton.dtype).removeprefix("torch."),
+        "forward_attention": skeleton.attention,
     }
 
 

@@ -338,7 +338,7 @@ def _settings(facts: Facts) -> list[tuple[str, Any]]:
     """The options, those of the solver with defaults filled in; without those that are None."""
     options = {**facts.settings, **facts.solver}
     options |= {"dataset": facts.results["job"]["dataset"]["name"]}
-    options |= {"forward_dtype": facts.results["job"]["forward_dtype"]}
+    options |= {name: facts.results["job"][name] for name in ("forward_dtype", "forward_attention")}
     if (measured := facts.settings.get("eval_dataset")) is not None:
         options["eval_dataset"] = measured["name"]
     return [(key, value) for key, value in sorted(options.items()) if value is not None]

@@ -25,7 +25,7 @@ from typing import Any
 
 from pipeline.config.evaluate import EvalConfig
 from pipeline.config.prune import PruneConfig
-from pipeline.config.runtime import RuntimeConfig
+from pipeline.config.runtime import RuntimeConfig, how_to_open
 from pipeline.evaluation.perplexity import Evaluated, Prepared, evaluated, prepare
 from pipeline.loop.executor import Executor
 from pipeline.models.selection import check_settings
@@ -151,11 +151,9 @@ class _Skeletons:
 
     def of(self, config: PruneConfig) -> Skeleton:
         """The skeleton for a config, opened when first needed."""
-        key = (config.dtype, config.trust_remote_code)
+        key = tuple(how_to_open(config).values())
         if key not in self._open:
-            self._open[key] = open_skeleton(
-                self._source, dtype=config.dtype, trust_remote_code=config.trust_remote_code
-            )
+            self._open[key] = open_skeleton(self._source, **how_to_open(config))
         return self._open[key]
 
 
@@ -182,6 +180,7 @@ def _identity(wanted: Sweep, skeletons: _Skeletons, prepared: Prepared) -> dict[
             "seqlen": evaluation.seqlen,
             "nsamples": evaluation.nsamples,
             "dtype": evaluation.dtype,
+            "attention": prepared.skeleton.attention,
         },
     }
 
@@ -313,9 +312,7 @@ def _one(
         cut=shared,
     )
     # The tokenizer is the dense model's, and so are the tokens.
-    skeleton = open_skeleton(
-        output, dtype=evaluation.dtype, trust_remote_code=evaluation.trust_remote_code
-    )
+    skeleton = open_skeleton(output, **how_to_open(evaluation))
     pruned = replace(dense.prepared, skeleton=skeleton)
     with _evaluated(pruned, evaluation, executors, progress) as other:
         return finite(other.metrics() | {"against_dense": other.against(dense)})

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from pipeline.config.runtime import how_to_open
 from pipeline.config.solver import AUTO, SolverSettings
 from pipeline.loop.rank import Call, Rank
 from pipeline.messages import Advanced, Job, Observed, Outcome
@@ -87,9 +88,7 @@ class BlockWorker(SolvePhases, Scoring, ScratchPhases):
             if needs_triton:  # better now than in the first solve
                 trial_launch(self.device)
         self.run = RunDirectory(Path(job.run_directory))
-        self.skeleton: Skeleton = open_skeleton(
-            place(job.source), dtype=job.dtype, trust_remote_code=job.trust_remote_code
-        )
+        self.skeleton: Skeleton = open_skeleton(place(job.source), **how_to_open(job))
         self.watch = Stopwatch(self.device, trace=job.trace)
         self.forward = Forward(job, rank, world, self.skeleton, self.watch)
         self.collective: Collective | None = None

@@ -137,6 +137,7 @@ def read_shape(
     all_experts: bool = False,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
 ) -> ModelShape:
     """The shape of the model in a folder, or of a bare config.json.
 
@@ -145,7 +146,7 @@ def read_shape(
     Raises `ModelError` and `ConfigError` as `open_skeleton` does, and for blocks that do not run
     on the meta device.
     """
-    source = open_source(model, dtype, trust_remote_code)
+    source = open_source(model, dtype, trust_remote_code, attn_implementation)
     return shape_of(
         source.skeleton,
         name=source.name,

@@ -36,13 +36,23 @@ class PlannedSource:
     itemsize: int
 
 
-def open_source(model: Place, dtype: str | None, trust_remote_code: bool) -> PlannedSource:
-    """The model of a folder, or of a bare config.json; `dtype` as for `open_skeleton`.
+def open_source(
+    model: Place,
+    dtype: str | None,
+    trust_remote_code: bool,
+    attn_implementation: str | None = None,
+) -> PlannedSource:
+    """The model of a folder, or of a bare config.json; the rest as for `open_skeleton`.
 
     Raises `ModelError` and `ConfigError` as `open_skeleton` does.
     """
     if isinstance(model, ObjectFolder) or (model.is_dir() and listed(model, "*.safetensors")):
-        skeleton = open_skeleton(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        skeleton = open_skeleton(
+            model,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+        )
         files = tuple(skeleton.files.size(file) for file in skeleton.files.files)
         stored = [torch_dtype(entry.dtype) for entry in skeleton.files.tensors.values()]
         itemsize = max((d.itemsize for d in stored if d.is_floating_point), default=2)
@@ -58,7 +68,7 @@ def open_source(model: Place, dtype: str | None, trust_remote_code: bool) -> Pla
     forward = FORWARD_DTYPES[dtype] if dtype is not None else saved
     if not trust_remote_code:
         rehearse(config, path, forward)
-    built = build(config, path, forward, trust_remote_code)
+    built = build(config, path, forward, trust_remote_code, attn_implementation)
     tie(built, set(tied_names(built)))  # as a model of this config is published
     unstack_experts(built, stored_together(built, Routes(built, ()), None))
     nothing = ModelFiles(LocalFolder(path.parent), (), {}, {}, None)

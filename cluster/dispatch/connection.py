@@ -24,6 +24,7 @@ from cluster.dispatch.security import require_guarded_dashboard
 from pipeline.config.runtime import RuntimeConfig
 from storage.errors import ResourceError, first_line
 from storage.files.names import printable
+from storage.files.os_errors import raise_file_error
 
 # How long a cluster may take to accept a connection.
 _KNOCK_SECONDS = 10.0
@@ -42,7 +43,7 @@ def connect(config: RuntimeConfig) -> bool:
     """Connects to `--ray-address`, $RAY_ADDRESS, or a Ray of our own; whether it is our own.
 
     Raises `ResourceError` for an address that does not answer, a cluster that wants a token which
-    this process lacks, and one whose dashboard others can use without.
+    this process lacks, one whose dashboard others can use without, and a Ray that does not start.
     """
     context = connect_unguarded(config)
     if context is None:
@@ -79,8 +80,15 @@ def connect_unguarded(config: RuntimeConfig) -> Any | None:
         logging.getLogger("ray").setLevel(logging.ERROR)
     if address is None:
         # More workers than cores may be asked for: the placement says no, not Ray's scheduler.
-        with _own_signals(), _command_line_in_utf8():
-            ray.init(address="local", include_dashboard=False, **options)
+        try:
+            with _own_signals(), _command_line_in_utf8():
+                ray.init(address="local", include_dashboard=False, **options)
+        except (OSError, RuntimeError, ValueError, RayError) as error:
+            raise_file_error(error)
+            raise ResourceError(
+                f"Ray does not start on this machine ({first_line(error)}); look at its temporary "
+                "folder ($TMPDIR, or /tmp: writable, and of a short path), or use --executor local"
+            ) from error
         return None
     listens = False
     try:

@@ -7,6 +7,7 @@ block, as everywhere here. Imported only where --tasks is given: lm-eval imports
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ from pipeline.models.skeleton import Skeleton, open_skeleton
 from pipeline.runtime.progress import Progress
 from pipeline.text.tokenizer import load_tokenizer
 from storage.errors import ConfigError, DataError, InputError, first_line
+from storage.files.listing import files_below
+from storage.files.os_errors import raise_file_error
 from storage.model.folder import Source
 
 # lm-eval's default seed for drawing the examples before a question.
@@ -126,6 +129,7 @@ def load_tasks(manager: TaskManager, names: list[str], config: EvalConfig) -> di
     try:
         loaded: dict[str, Any] = manager.load(names)
     except Exception as error:  # lm-eval, datasets and the hub's client share no root
+        raise_file_error(error)
         raise DataError(
             f"--tasks {config.tasks}: their data cannot be loaded ({type(error).__name__}: "
             f"{first_line(error)}): check the network, or give local data with --tasks-folder"
@@ -147,7 +151,8 @@ def load_tasks(manager: TaskManager, names: list[str], config: EvalConfig) -> di
 def _check_folder(folder: Path, trust_remote_code: bool) -> None:
     if not folder.is_dir():
         raise ConfigError(f"--tasks-folder {folder} is not a folder")
-    for path in sorted(folder.rglob("*.y*ml")):
+    paths = (path for path in files_below(folder) if fnmatch.fnmatchcase(path.name, "*.y*ml"))
+    for path in sorted(paths):
         text = path.read_text(encoding="utf-8", errors="replace")
         if "!function" in text and not trust_remote_code:
             raise ConfigError(f"{path} runs code (!function); --trust-remote-code allows it")

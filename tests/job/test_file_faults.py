@@ -11,12 +11,13 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from tests.support.file_faults import complaint
-from tests.support.file_scenes import SCENES, Case, Scene
+from tests.support.file_faults import FAULTS, complaint
+from tests.support.file_scenes import PLAIN, RAY, SCENES, Case, RunningScene, Scene, fill
 from tests.support.injection import Injection
 from tests.support.kill_matrix import Case as Job
 from tests.support.kill_matrix import Matrix
@@ -68,6 +69,21 @@ def test_faults_of_all_kinds(scene: Scene) -> None:
 def test_every_fault_of_every_file(tmp_path: Path, name: str) -> None:
     scene = SCENES[name](tmp_path)
     played(scene, scene.cases())
+
+
+@pytest.mark.slow
+def test_on_ray() -> None:
+    """Refused by a worker, which is named; nothing is tried again."""
+    weights = "in/model/model-00002-of-00002.safetensors"
+    # Ray takes no long paths.
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (*PLAIN, "--executor=ray")
+        scene = RunningScene(Path(folder), fill, arguments, phase="solve", block=1, executor=RAY)
+        for path, name in ((weights, "unreadable"), ("state/run/checkpoints", "unwritable")):
+            played(scene, [Case(path, FAULTS[name])])
+            assert "prox24: worker " in scene.said
+            assert path in scene.said
+            assert "trying again" not in scene.said
 
 
 # -- errors of the system, wherever a job changes a file -------------------------------------------

@@ -35,6 +35,9 @@ from tests.support.jobs import contents, write_text
 from tests.support.processes import Driver
 from tests.support.tiny_models import save_tiny_model
 
+LOCAL = "pipeline.worker.local_executor:LocalExecutor"
+RAY = "cluster.dispatch.ray_executor:RayExecutor"
+
 
 def as_a_user_of(temporary: Path, strike: Strike | None) -> None:
     """Modes hold, temporary files go to a folder of the scene, and a strike is armed."""
@@ -55,7 +58,7 @@ class Strike:
     phase: str
     block: int | None
     what: Callable[[], object]
-    executor: str = "pipeline.worker.local_executor:LocalExecutor"
+    executor: str
 
     def arm(self) -> None:
         """For the process that is to be struck."""
@@ -172,7 +175,8 @@ class Scene:
             return ended
         found = {f"out/{name}": raw for name, raw in contents(self.work / "out").items()}
         paths = (path.relative_to(self.work) for path in self.work.rglob("*"))
-        return replace(ended, files=found, names=frozenset(starred(str(p)) for p in paths))
+        names = {starred(str(path)) for path in paths if not path.is_relative_to("tmp/ray")}
+        return replace(ended, files=found, names=frozenset(names))
 
     def cases(self, faults: Sequence[str] = tuple(FAULTS)) -> list[Case]:
         """Every file and folder of the scene, with every fault that it can have."""
@@ -225,17 +229,21 @@ class Scene:
 
 @dataclass
 class RunningScene(Scene):
-    """A scene whose faults come while the command runs: just before a phase (of a block)."""
+    """A scene whose faults come while the command runs: just before a phase (of a block).
+
+    executor: as of `Strike`.
+    """
 
     phase: str = ""
     block: int | None = None
+    executor: str = LOCAL
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.begun = self.folder / "begun"
         self.reset()
-        copy = partial(shutil.copytree, self.work, self.begun, symlinks=True)
-        ended = self.run(strike=Strike(self.phase, self.block, copy))
+        copy = partial(_copy, self.work, self.begun)
+        ended = self.run(strike=Strike(self.phase, self.block, copy, self.executor))
         assert ended.status == 0, ended.errors
 
     def cases(self, faults: Sequence[str] = tuple(FAULTS)) -> list[Case]:
@@ -248,10 +256,15 @@ class RunningScene(Scene):
         remove(self.folder / "aside")
         note = self.folder / "put"
         put = partial(_put_on, self.work, case, self.folder / "aside", note)
-        ended = self.run(strike=Strike(self.phase, self.block, put))
+        ended = self.run(strike=Strike(self.phase, self.block, put, self.executor))
         path, mode, inode = json.loads(note.read_text())
         Put(Path(path), case.fault, self.folder / "aside", mode, inode).take_off()
         return self.judged(ended, case, again=again)
+
+
+def _copy(work: Path, to: Path) -> None:
+    """Without the sockets of a Ray of the job's own."""
+    shutil.copytree(work, to, symlinks=True, ignore=shutil.ignore_patterns("ray"))
 
 
 def _put_on(work: Path, case: Case, aside: Path, note: Path) -> None:

@@ -7,18 +7,17 @@ same bytes, as long as all workers compute alike. The records tell who did what.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pipeline.loop.rank import Call
 from pipeline.messages import Outcome
 from pipeline.worker.local_executor import LocalExecutor
 from storage.errors import RunInterrupted
+from tests.models.test_real_model import first_blocks
 from tests.support.jobs import check_output, contents, prune_here, write_text
 from tests.support.tiny_models import save_tiny_model
 
@@ -91,18 +90,3 @@ def test_a_real_model(smollm2: Path, tmp_path: Path, repository: Path) -> None:
             prune_here(model, output, executor=StopsAt(world, block), **options)
     prune_here(model, output, workers=1, **options)
     assert contents(output) == contents(whole)
-
-
-def first_blocks(source: Path, folder: Path, blocks: int) -> Path:
-    """A copy of a model that ends after some blocks."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    model.model.layers = model.model.layers[:blocks]
-    model.config.num_hidden_layers = blocks
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:blocks]
-    model.save_pretrained(folder)
-    for path in source.glob("*token*"):
-        shutil.copy(path, folder)
-    return folder

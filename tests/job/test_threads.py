@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.demo_model import demo_texts
 from pipeline.runtime.threads import (
     LEAST_ROWS,
     in_pieces,
@@ -21,6 +22,7 @@ from pipeline.runtime.threads import (
     shares,
     threads,
 )
+from tests.models.test_real_model import first_blocks
 from tests.support.jobs import contents, write_text
 from tests.support.processes import Driver, until
 from tests.support.tiny_models import save_tiny_model
@@ -107,18 +109,16 @@ OPTIONS = ("--executor=local", "--nsamples=8", "--seqlen=32", "--batch-size=2")
 class Bench:
     """Commands with default threads, in processes of their own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.drivers = folder, list[Driver]()
-        # The smallest of the tiny models: LAPACK's inverse of 32 x 32 on two threads is another.
-        self.model = save_tiny_model(folder / "model", blocks=BLOCKS)
-        self.text = write_text(folder / "text.txt")
+    def __init__(self, folder: Path, model: Path, text: Path, options: tuple[str, ...]) -> None:
+        self.folder, self.model, self.text, self.options = folder, model, text, options
+        self.drivers: list[Driver] = []
 
     def start(self, name: str, *options: str) -> Driver:
         """`prox24 prune` into the folder `name`/output."""
         (self.folder / name).mkdir(exist_ok=True)
         arguments = (self.model, self.folder / name / "output", f"--dataset={self.text}")
         log = self.folder / f"log-{len(self.drivers)}"
-        self.drivers.append(Driver(["prune", *arguments, *OPTIONS, *options], log))
+        self.drivers.append(Driver(["prune", *arguments, *self.options, *options], log))
         return self.drivers[-1]
 
     def output(self, name: str, *options: str) -> dict[str, bytes]:
@@ -130,7 +130,9 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    bench = Bench(tmp_path)
+    # The smallest of the tiny models: LAPACK's inverse of 32 x 32 on two threads is another.
+    model = save_tiny_model(tmp_path / "model", blocks=BLOCKS)
+    bench = Bench(tmp_path, model, write_text(tmp_path / "text.txt"), OPTIONS)
     yield bench
     for driver in bench.drivers:
         driver.end()
@@ -141,6 +143,19 @@ def test_default_threads_on_any_workers(bench: Bench, method: str) -> None:
     options = (f"--method={method}", "--prox-growth=1.1")
     one, *others = (bench.output(str(n), f"--workers={n}", *options) for n in WORKERS)
     others.append(bench.output("odd", "--workers=1", "--threads=3", *options))
+    for other in others:
+        assert one == other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["prox_admm", "prox", "sparsegpt", "wanda"])
+def test_default_threads_with_a_real_model(smollm2: Path, tmp_path: Path, method: str) -> None:
+    """Its products, attention, Hessians and solves are cut into several pieces."""
+    demo_texts(tmp_path)
+    model = first_blocks(smollm2, tmp_path / "model", blocks=3)
+    options = ("--executor=local", "--nsamples=12", "--seqlen=256", f"--method={method}")
+    bench = Bench(tmp_path, model, tmp_path / "calibration.txt", options)
+    one, *others = (bench.output(str(n), f"--workers={n}", "--prox-growth=1.1") for n in WORKERS)
     for other in others:
         assert one == other
 

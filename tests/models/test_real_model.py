@@ -49,14 +49,14 @@ def block_of(name: str) -> int | None:
     return int(rest.split(".")[0]) if inside else None
 
 
-def first_blocks(source: Path, folder: Path) -> Path:
+def first_blocks(source: Path, folder: Path, blocks: int = BLOCKS) -> Path:
     """A model of the first blocks of another, its ends included; read tensor by tensor."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*", "README.md"))
     config = json.loads((folder / "config.json").read_text())
-    assert config["num_hidden_layers"] > BLOCKS
-    config["num_hidden_layers"] = BLOCKS
+    assert config["num_hidden_layers"] > blocks
+    config["num_hidden_layers"] = blocks
     (folder / "config.json").write_text(json.dumps(config))
-    kept = {name: t for name, t in tensors(source) if (block_of(name) or 0) < BLOCKS}
+    kept = {name: t for name, t in tensors(source) if (block_of(name) or 0) < blocks}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
     return folder
 

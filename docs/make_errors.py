@@ -249,13 +249,17 @@ def _assigned(name: str, scope: Function | ast.Module | None) -> list[ast.expr]:
     """The values of the assignments of a name in a function, or at a module's top."""
     if scope is None:
         return []
-    nodes = ast.walk(scope) if isinstance(scope, Function) else iter(scope.body)
-    return [
+    nodes = list(ast.walk(scope)) if isinstance(scope, Function) else scope.body
+    values = [
         node.value
         for node in nodes
         if isinstance(node, ast.Assign)
         and any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
     ]
+    stored = [n for n in nodes if isinstance(n, ast.Name) and n.id == name]
+    bound = [n for n in stored if isinstance(n.ctx, ast.Store)]
+    # Bound otherwise too (in a tuple, by a loop, +=): not all that it can be is known.
+    return values if len(bound) <= len(values) else []
 
 
 def _short(node: ast.expr) -> str:

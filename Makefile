@@ -29,9 +29,10 @@ lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# docs/options.md from the config classes.
+# docs/options.md from the config classes, docs/errors.md from what the sources raise.
 docs: $(VENV)/.test-installed
 	$(BIN)/python docs/make_options.py
+	$(BIN)/python docs/make_errors.py
 
 venv: $(VENV)/.test-installed
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.command_line import make_parser
+from tests.support.error_sites import errors_page
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "benchmarks" / "README.md", *ROOT.glob("docs/*.md")])
@@ -93,3 +94,8 @@ def test_the_page_of_options_is_fresh() -> None:
     """`make docs` writes it."""
     made = runpy.run_path(str(ROOT / "docs" / "make_options.py"))["options_page"]()
     assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == made
+
+
+def test_the_page_of_errors_is_fresh() -> None:
+    """`make docs` writes it."""
+    assert (ROOT / "docs" / "errors.md").read_text(encoding="utf-8") == errors_page()

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ import storage
 from cluster.dispatch.security import require_guarded_dashboard
 from pipeline.config.runtime import RuntimeConfig
 from storage.errors import ResourceError, first_line
-from storage.files.names import printable
+from storage.files.names import is_utf8, printable
 from storage.files.os_errors import raise_file_error
 
 # How long a cluster may take to accept a connection.
@@ -81,7 +82,7 @@ def connect_unguarded(config: RuntimeConfig) -> Any | None:
     if address is None:
         # More workers than cores may be asked for: the placement says no, not Ray's scheduler.
         try:
-            with _own_signals(), _command_line_in_utf8():
+            with _own_signals(), _told_in_utf8():
                 ray.init(address="local", include_dashboard=False, **options)
         except (OSError, RuntimeError, ValueError, RayError) as error:
             raise_file_error(error)
@@ -93,7 +94,7 @@ def connect_unguarded(config: RuntimeConfig) -> Any | None:
     listens = False
     try:
         listens = _knock(address)
-        with _own_signals(), _command_line_in_utf8():
+        with _own_signals(), _told_in_utf8():
             return ray.init(address=address, runtime_env=code_to_send(os.environ), **options)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         if not listens:
@@ -138,15 +139,22 @@ def _own_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _command_line_in_utf8() -> Iterator[None]:
-    """Ray records the command line of its driver, and fails where a path in it is not UTF-8."""
+def _told_in_utf8() -> Iterator[None]:
+    """Ray records the command line, the search path and the current folder of its driver, and fails
+    where a path in them is not UTF-8."""
     utils: Any = ray._private.utils
-    told = utils.get_entrypoint_name
+    told, searched = utils.get_entrypoint_name, list(sys.path)
     utils.get_entrypoint_name = lambda: printable(told())
+    sys.path[:] = [path for path in searched if is_utf8(path)]
+    here = os.open(".", os.O_RDONLY)
     try:
+        if not is_utf8(os.path.realpath(f"/proc/self/fd/{here}")):
+            os.chdir("/")
         yield
     finally:
-        utils.get_entrypoint_name = told
+        os.fchdir(here)
+        os.close(here)
+        utils.get_entrypoint_name, sys.path[:] = told, searched
 
 
 def _knock(address: str) -> bool:

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from storage.errors import ConfigError, ModelError
 from storage.files.names import by_utf8_name
+from storage.model.folder import raise_unreadable
 
 # What transformers reads sentencepiece models with: module -> package.
 _OF_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
@@ -33,6 +34,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
             )
         usable = bool(tokenizer("a b").input_ids)
     except Exception as error:  # transformers raises nearly anything on a damaged file
+        raise_unreadable(error, folder)
         raise ModelError(_why_no_tokenizer(folder, error)) from error
     if not usable:
         raise ModelError(f"the tokenizer in {folder} is empty: copy the tokenizer files into it")

@@ -53,19 +53,26 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
+def is_utf8(path: str) -> bool:
+    """Whether the bytes of a path are UTF-8."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def by_utf8_name(path: Path) -> Iterator[Path]:
     """The file or folder by a path of UTF-8: libraries written in Rust or C++ take no other."""
-    try:
-        str(path).encode("utf-8")
-    except UnicodeEncodeError:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            yield Path(f"/proc/self/fd/{descriptor}")
-        finally:
-            os.close(descriptor)
-    else:
+    if is_utf8(str(path)):
         yield path
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 def shell_line(arguments: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from storage.errors import CorruptFileError, DataError
 from storage.files.commit import replace_file
+from storage.files.names import by_utf8_name
 from storage.files.os_errors import require_readable
 from storage.model.safetensors_format import header_for, tensor_bytes
 
@@ -80,7 +81,7 @@ def read_layer_file(path: Path) -> SavedLayer:
         raise DataError(f"{path} is not a file; name a .safetensors file with a saved layer")
     require_readable(path)  # the library's error would not name it
     try:
-        with safe_open(path, framework="pt") as file:
+        with by_utf8_name(path) as readable, safe_open(readable, framework="pt") as file:
             names = set(file.keys())
             metadata = file.metadata() or {}
             tensors = {

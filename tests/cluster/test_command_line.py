@@ -202,9 +202,10 @@ def test_without_json_people_read_it(
     arguments = ["eval", tiny_model(), *LOCAL, "--dataset", text, "--nsamples", 4]
     assert run([str(argument) for argument in arguments]) == 0
     shown = capfd.readouterr().out
-    first, second, rest = shown.split("\n")
+    first, second, third, rest = shown.split("\n")
     assert re.fullmatch(r"perplexity \d+\.\d+ on text\.txt \(4 x 32 tokens, float32\)", first)
     assert re.fullmatch(r"dataset sha256 [0-9a-f]{12}, tokenizer \w+ of 259 tokens", second)
+    assert third == "text: plain text; the joined text in order; BOS of each: none"
     assert rest == ""
 
 

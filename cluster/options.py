@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -69,7 +70,9 @@ def _argument(
         return argument | {"action": "store_true"}
     if declared.repeated is not None:
         argument |= {"action": _Joined, "const": declared.repeated}
-        return argument | {"type": _path_texts(declared.repeated) if declared.path else str}
+        return argument | {
+            "type": functools.partial(path_texts, declared.repeated) if declared.path else str
+        }
     if declared.path:
         return argument | {"type": path_text}
     if field.name == "workers":
@@ -121,9 +124,9 @@ def path_text(text: str) -> str:
     return expanded
 
 
-def _path_texts(separator: str) -> Callable[[str], str]:
+def path_texts(separator: str, text: str) -> str:
     """`path_text` for each of several paths with `separator` between."""
-    return lambda text: separator.join(path_text(part) for part in text.split(separator))
+    return separator.join(path_text(part) for part in text.split(separator))
 
 
 class _WordLoader(yaml.SafeLoader):

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.errors import DataError
+from storage.errors import DataError, InputError
 from storage.files.names import printable
+from storage.files.os_errors import file_error
 
 PLAIN_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 ARROW_SUFFIXES = (".parquet", ".arrow")
@@ -119,11 +120,12 @@ def text_files(dataset: str, splits: Sequence[str]) -> list[TextPath]:
     return [file]
 
 
-def unreadable(path: Path, error: OSError) -> DataError:
+def unreadable(path: Path, error: OSError) -> InputError:
     """The error for a file that the system does not let be read."""
-    return DataError(
-        f"cannot read {path}: {error.strerror or error}: check that the file is whole and that you "
-        "may read it (ls -l)"
+    if error.filename is None:
+        error.filename = str(path)
+    return file_error(error) or DataError(
+        f"cannot read {path}: {error.strerror or error}; check that the file is whole"
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.text.files import TextPath, unreadable
-from storage.errors import DataError, first_line
+from storage.errors import DataError, InputError, first_line
 from storage.files.names import by_utf8_name
 
 Row = tuple[str, dict[str, Any]]
@@ -48,7 +48,7 @@ def rows_of(file: TextPath, columns: Sequence[str] | None = None) -> Iterator[Ro
         raise damaged_or_unreadable(file, error) from error
 
 
-def damaged_or_unreadable(file: TextPath, error: OSError) -> DataError:
+def damaged_or_unreadable(file: TextPath, error: OSError) -> InputError:
     """The error of a failed read; a codec reports a damaged file as an OSError without a number."""
     if error.errno is None or (file.compression is not None and error.filename is None):
         return DataError(

@@ -228,14 +228,16 @@ def test_tokens_of_another_text_are_refused(tiny: Tiny, begun: Path, tmp_path: P
     run = copied(begun, tmp_path)
     flip(run / "tokens.arrow")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.records.tokens.calibration_tokens", lambda *_: other_tokens())
+        patch.setattr("pipeline.records.tokens.calibration_tokens", lambda *_, **__: other_tokens())
         refused(tiny, run, run / "tokens.arrow")
 
 
 def other_tokens() -> Any:
     import torch
 
-    return torch.ones(12, 16, dtype=torch.int64)
+    from pipeline.text.sequences import TokenSequences
+
+    return TokenSequences(torch.ones(12, 16, dtype=torch.int64))
 
 
 def test_a_directory_without_its_manifest_is_not_taken_for_a_new_one(

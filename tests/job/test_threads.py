@@ -103,6 +103,7 @@ class TestPieces:
 
 BLOCKS = 4
 WORKERS = (1, 2, 3)
+QUICK = {"prox": ("--prox-growth=1.1",)}  # fewer iterations
 OPTIONS = ("--executor=local", "--nsamples=8", "--seqlen=32", "--batch-size=2")
 
 
@@ -140,7 +141,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 @pytest.mark.parametrize("method", ["prox_admm", "prox", "sparsegpt", "wanda"])
 def test_default_threads_on_any_workers(bench: Bench, method: str) -> None:
-    options = (f"--method={method}", "--prox-growth=1.1")
+    options = (f"--method={method}", *QUICK.get(method, ()))
     one, *others = (bench.output(str(n), f"--workers={n}", *options) for n in WORKERS)
     others.append(bench.output("odd", "--workers=1", "--threads=3", *options))
     for other in others:
@@ -155,7 +156,8 @@ def test_default_threads_with_a_real_model(smollm2: Path, tmp_path: Path, method
     model = first_blocks(smollm2, tmp_path / "model", blocks=3)
     options = ("--executor=local", "--nsamples=12", "--seqlen=256", f"--method={method}")
     bench = Bench(tmp_path, model, tmp_path / "calibration.txt", options)
-    one, *others = (bench.output(str(n), f"--workers={n}", "--prox-growth=1.1") for n in WORKERS)
+    quick = QUICK.get(method, ())
+    one, *others = (bench.output(str(n), f"--workers={n}", *quick) for n in WORKERS)
     for other in others:
         assert one == other
 

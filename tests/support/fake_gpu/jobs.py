@@ -30,7 +30,7 @@ FLOAT64 = (
     "pipeline/solvers/kernels/cholesky.py",
 )
 # Solvers compute on the GPU; the host counts masks.
-ON_CPU = ("pipeline/solvers/mask_counts.py",)
+ON_CPU = ("pipeline/solvers/mask_counts.py", "pipeline/solvers/kernels/trial_triton.py")
 # Where fp32 products may be those of TF32: of inputs that it represents exactly.
 TF32 = ("pipeline/statistics/accumulate.py",)
 

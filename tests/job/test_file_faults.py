@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.files.temporary import final_name
 from tests.support.file_faults import FAULTS, complaint
 from tests.support.file_scenes import PLAIN, RAY, SCENES, Case, RunningScene, Scene, fill
 from tests.support.injection import Injection
@@ -99,7 +100,7 @@ def failing(matrix: Matrix, point: int, number: int) -> str | None:
     job = Job(matrix)
     status = job.run(Injection(job.folder, at=point, error=number))
     if status == 2:
-        path = Path(job.folder, matrix.points[point].split()[-1])
+        path = final_name(Path(job.folder, matrix.points[point].split()[-1]))
         if wrong := complaint(job.errors(), path):
             return f"{wrong}: {job.errors()}"
         job.check_committed()

@@ -126,6 +126,10 @@ class Console:
         """One line above the bar."""
         self.print(message)
 
+    def inform(self, message: str) -> None:
+        """One line above the bar."""
+        self.print(message)
+
     def end(self) -> None:
         """Takes the bar down; safe to call twice."""
         if self._bar is not None:

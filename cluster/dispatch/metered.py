@@ -49,6 +49,10 @@ class MeteredProgress:
         """Only passed on."""
         self._inner.note(message)
 
+    def inform(self, message: str) -> None:
+        """Only passed on."""
+        self._inner.inform(message)
+
     def end(self) -> None:
         """Only passed on."""
         self._inner.end()

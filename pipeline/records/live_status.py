@@ -87,6 +87,10 @@ class RecordedProgress:
         self._inner.note(message)
         self._write(note=message)
 
+    def inform(self, message: str) -> None:
+        """Passes the message on: what was chosen stands in `run.json`."""
+        self._inner.inform(message)
+
     def end(self) -> None:
         """Passes the event on; `recorded` writes how the job ended."""
         self._inner.end()

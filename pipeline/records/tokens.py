@@ -65,12 +65,12 @@ def committed_tokens(
     sequences = as_asked(cut(skeleton, config), config)
     text = dict(sequences.text)
     if words := text_in_words(text):
-        progress.note(f"calibration text: {words}")
+        progress.inform(f"calibration text: {words}")
     if "note" in text:
         progress.note(f"{config.dataset}: {text['note']}")
     if sequences.counted is not None:
         count = text["counted_tokens"] = int(sequences.counted.sum())
-        progress.note(
+        progress.inform(
             f"statistics are taken of {count:,} of {sequences.ids.numel():,} calibration tokens, "
             "those of the responses; all of them are run through the model"
         )

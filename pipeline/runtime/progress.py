@@ -25,7 +25,11 @@ class Progress(Protocol):
         ...
 
     def note(self, message: str) -> None:
-        """A message for the user."""
+        """A message for the user about something out of the ordinary."""
+        ...
+
+    def inform(self, message: str) -> None:
+        """A message for the user about what was chosen, as it should be."""
         ...
 
     def end(self) -> None:
@@ -49,6 +53,9 @@ class Silent:
         """Nothing."""
 
     def note(self, message: str) -> None:
+        """Nothing."""
+
+    def inform(self, message: str) -> None:
         """Nothing."""
 
     def end(self) -> None:

@@ -239,7 +239,7 @@ def test_what_is_no_run_directory_is_refused(
         find_run_directory(tmp_path / name)
     assert command(["status", str(tmp_path / name)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("prox24: neither ")
+    assert line.startswith(("prox24: neither ", "prox24 status: argument RUN_DIR"))
 
 
 def test_a_damaged_manifest_and_records_are_named(tmp_path: Path) -> None:

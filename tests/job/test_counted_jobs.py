@@ -191,7 +191,7 @@ def test_the_tokens_that_count_are_said_and_recorded(tiny_model: TinyModel, tmp_
     ids, counted = read_tokens(run.tokens())
     assert counted is not None
     count = int(counted.sum())
-    assert any(f"{count:,} of {ids.numel():,} calibration tokens" in n for n in notes.notes)
+    assert any(f"{count:,} of {ids.numel():,} calibration tokens" in n for n in notes.choices)
     manifest = read_manifest(run)
     assert manifest is not None
     assert manifest["text"] == {"counted_tokens": count}

@@ -94,9 +94,13 @@ class Notes(Silent):
 
     def __init__(self) -> None:
         self.notes: list[str] = []
+        self.choices: list[str] = []
 
     def note(self, message: str) -> None:
         self.notes.append(message)
+
+    def inform(self, message: str) -> None:
+        self.choices.append(message)
 
     def name(self, path: Path) -> bool:
         """Whether a note names a file."""

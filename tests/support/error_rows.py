@@ -26,7 +26,15 @@ ROWS: dict[str, Row] = {
     # The command line itself.
     "empty path": Row("status ''", "cluster/options", "the path is empty"),
     "no home": Row("status ~nobody-here/x", "cluster/options", "there is no home of "),
-    "no config": pruning("--config {d}/absent.yaml", "cluster/options", " cannot be read: "),
+    "config is broken": pruning(
+        "--config {d}/c.yaml",
+        "cluster/options",
+        " is not a YAML file of options",
+        files={"c.yaml": "damping: [1"},
+    ),
+    "attention": pruning(
+        "--attn-implementation some/kernel", "pipeline/models/from_config", " is no name of transf"
+    ),
     "config is a list": pruning(
         "--config {d}/c.yaml", "cluster/options", "one mapping of option", files={"c.yaml": "[1]"}
     ),
@@ -89,7 +97,6 @@ ROWS: dict[str, Row] = {
             "model/special_tokens_map.json": "{}",
         },
     ),
-    "trace": pruning("--trace {d}/absent/x", "pipeline/loop/trace", "; name a file"),
     "disk": pruning("--nsamples 999999999", "pipeline/preflight/disk", " GB are free; make room"),
     "template absent": pruning(
         "--chat-template {d}/no",

@@ -191,8 +191,11 @@ ROWS_OF_DATA: dict[str, Row] = {
     ),
     "plan size": Row("plan {model} --disk x", "pipeline/planning/options", " is not a size: "),
     "plan gpu": Row("plan {model} --gpus 1 --gpu x", "pipeline/planning/rates", " is not known ("),
-    "plan no rates": Row(
-        "plan {model} --rates {d}/no", "pipeline/planning/rates", "cannot be read"
+    "plan rates of no json": Row(
+        "plan {model} --rates {d}/r", "pipeline/planning/rates", " is not JSON", files={"r": "{"}
+    ),
+    "plan of a folder": Row(
+        "plan {d}", "pipeline/planning/shapes/source", ": no config.json; give a Hugging"
     ),
     "plan rates": Row(
         "plan {model} --rates {d}/r",

@@ -7,6 +7,29 @@ from __future__ import annotations
 
 UNPROVOKED: dict[str, list[str]] = {
     (
+        "What the system says of a file: tests/job/test_file_faults.py makes every file of a job "
+        "unusable, in every way, and looks for its path and a remedy."
+    ): [
+        "storage/files/os_errors: <path>: not written, <why>; ... and run",
+        "storage/files/os_errors: <path>: <why>; ...",
+        "storage/files/os_errors: <path>: <why>; <remedy>",
+        "storage/files/os_errors: <why>; set TMPDIR to a folder",
+        "storage/files/os_errors: the working directory: <why>; it was",
+        "storage/files/small_file: <path>: larger than ... MiB",
+        "pipeline/text/files: cannot read <path>: ...; check that",
+        "pipeline/reporting/run_summary: ...",
+        "cluster/dispatch/failures: <worker>: <cause>",
+    ],
+    (
+        "Other ways in which an implementation of attention is not to be had: "
+        "tests/models/test_attention.py asks for each of them and looks at the class."
+    ): [
+        "pipeline/models/from_config: --attn-implementation <wanted> makes masks",
+        "pipeline/models/from_config: --attn-implementation <wanted>: its package",
+        "pipeline/models/from_config: --attn-implementation <wanted>: ...",
+        "pipeline/models/from_config: --attn-implementation <wanted>: for this model",
+    ],
+    (
         "Needs another process, or a change of a file, at the right moment: "
         "tests/storage/test_lock.py, test_commit.py and tests/job make some of them and look at "
         "the class."
@@ -28,14 +51,12 @@ UNPROVOKED: dict[str, list[str]] = {
         "tests/job/test_object_store_job.py make some of them and look at the class."
     ): [
         "storage/files/commit: <parent>: the filesystem has",
-        "storage/files/commit: <path>: not written, ...; ..",
         "storage/files/trial: <what> <path> is a folder; <",
         "storage/model/folder: ...: missing; upload the mod",
         "storage/object_client: <what>: ...; look at the add",
         "storage/object_store: <_where>: ...; run the same",
         "storage/output/weight_files: <output>: <partial> cannot b",
         "storage/run/shared_folders: <what>, <path>, cannot be wr",
-        "pipeline/text/files: cannot read <path>: ...: che",
         "pipeline/worker/scratch: --scratch-dir <parent> is no",
         "pipeline/worker/scratch: <path> on ... cannot be used",
     ],

@@ -15,7 +15,7 @@ from cluster.command_line import run
 from pipeline.evaluation.likelihood import longest_sequence
 from pipeline.models.from_config import longest_input, reason
 from pipeline.models.skeleton import check_seqlen, open_skeleton
-from pipeline.text import tokens
+from pipeline.text import tokenizer as tokenizers
 from pipeline.text.tokenizer import load_tokenizer
 from storage.errors import ConfigError, ModelError
 from tests.support.families import FAMILIES
@@ -136,10 +136,10 @@ def test_a_package_that_a_tokenizer_needs_is_named(
     model = save_tiny_model(tmp_path, tokenizer=False)
     (model / "tokenizer.model").write_bytes(b"no sentencepiece model")
     (model / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    monkeypatch.setattr(tokens, "is_installed", lambda module: module != "sentencepiece")
+    monkeypatch.setattr(tokenizers, "is_installed", lambda module: module != "sentencepiece")
     with pytest.raises(ModelError, match="sentencepiece model: pip install sentencepiece$"):
         load_tokenizer(model)
-    monkeypatch.setattr(tokens, "is_installed", lambda module: True)
+    monkeypatch.setattr(tokenizers, "is_installed", lambda module: True)
     with pytest.raises(ModelError, match="does not load .*pip install tiktoken, or copy"):
         load_tokenizer(model)
 

@@ -211,31 +211,17 @@ def test_a_failed_gpu_is_a_lost_worker(
     assert "ECC" in retry
 
 
-@pytest.mark.parametrize(
-    ("what", "point", "phase", "message"),
-    [
-        ("GPU memory", "solver", "solve", "Tried to allocate 20.00 GiB. GPU 0 has"),
-        ("NCCL", "sum", "reduce", "--collective gloo"),
-    ],
-)
-def test_what_comes_again_is_not_tried_again(
-    source: tuple[Path, Path, dict[str, bytes]],
-    address: str,
-    tmp_path: Path,
-    what: str,
-    point: str,
-    phase: str,
-    message: str,
+def test_memory_that_fails_is_not_tried_again(
+    source: tuple[Path, Path, dict[str, bytes]], address: str, tmp_path: Path
 ) -> None:
-    fault = Fault(phase, point, block=1, rank=0, what=what)
-    if point == "sum":  # the point is around `Collective.sum`, where torch's error is explained
-        pytest.skip("covered by test_a_collective_takes_not_every_error_for_a_lost_peer")
+    """It would only fail again. That of NCCL: test_a_collective_takes_not_every_error."""
+    fault = Fault("solve", "solver", block=1, rank=0, what="GPU memory")
     model, text, _ = source
     job = RayJob(tmp_path / "job", model, text, address, [fault])
     job.folder.mkdir(exist_ok=True)
     with pytest.raises(ResourceError) as caught:
         job.run()
-    assert message in str(caught.value)
+    assert "Tried to allocate 20.00 GiB. GPU 0 has" in str(caught.value)
     assert job.retries() == []
 
 
@@ -244,7 +230,7 @@ def test_in_process_a_failed_gpu_ends_the_job(
 ) -> None:
     """There is no other process to go on with; the same command goes on from what is committed."""
     model, text, expected = source
-    options = OPTIONS | {"dataset": str(text), "executor": "local"}
+    options = OPTIONS | {"dataset": str(text)}
     perform: Callable[..., Any] = local_executor.BlockWorker.perform
 
     def failing(worker: Any, phase: Any) -> Any:

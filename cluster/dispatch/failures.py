@@ -40,7 +40,7 @@ def translate(error: Exception, phase: str, worker: str) -> Exception:
     is a `ResourceError`: that would only come again.
     """
     # It imports torch, which the driver has imported when a phase can fail.
-    from pipeline.runtime.out_of_memory import remedy
+    from pipeline.runtime.device_errors import remedy
 
     if isinstance(error, OutOfMemoryError):
         found = _NODE_MEMORY.search(str(error))
@@ -87,6 +87,12 @@ def last_line(error: BaseException) -> str:
     """The last line of an error's text: of a remote traceback, the one that names the error."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1].strip()[:_CAUSE_CHARACTERS]
+
+
+def reason_of(error: BaseException) -> str:
+    """Of Ray's report on a failure, the line that names the error itself; else its last one."""
+    named = _ERROR_LINE.findall(str(error))
+    return str(named[-1]) if named else last_line(error)
 
 
 def _why(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.doctor import NodeDoctor
-from cluster.dispatch.failures import last_line
+from cluster.dispatch.failures import reason_of
 from pipeline.doctor.examine import Request, sum_arguments
 from pipeline.doctor.facts import Answer, Clock, NodeFacts, SumAnswer, Sums
 from pipeline.doctor.options import DoctorConfig
@@ -31,7 +30,6 @@ _CLOCK_SECONDS = 5.0
 # What is waited for beside the probes themselves.
 _SLACK_SECONDS = 10.0
 _ID_DIGITS = 6
-_ERROR_LINE = re.compile(r"^(?:\x1b\[\d+m)*(\w*(?:Error|Exception): .*)$", re.MULTILINE)
 _PREFIX = ".prox24-doctor-"
 
 
@@ -118,12 +116,6 @@ def _answers(calls: Mapping[int, Any], seconds: float, silent: str) -> dict[int,
         except (RayError, Prox24Error, OSError) as error:
             found[index] = Answer(problem=reason_of(error))
     return found
-
-
-def reason_of(error: BaseException) -> str:
-    """Of Ray's report on a failure, the line that names the error itself; else its last one."""
-    named = _ERROR_LINE.findall(str(error))
-    return named[-1] if named else last_line(error)
 
 
 def _driver(config: DoctorConfig, environment: Mapping[str, str]) -> NodeFacts:

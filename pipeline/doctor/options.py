@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.config.fields import Given, option, require
-
-
-def unless_ray(config: Any) -> str | None:
-    """The condition of what concerns Ray alone."""
-    return None if config.executor == "ray" else "with --executor local there is no Ray"
+from pipeline.config.runtime import unless_ray
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.doctor.run_probe import MARK
+from pipeline.runtime.nvidia import driver_version
 
 VERSIONS_OF = ("torch", "triton", "ray", "transformers", "safetensors", "numpy", "pyarrow", "numba")
 """Packages whose versions must be the same on all nodes."""
@@ -94,10 +95,8 @@ def driver() -> dict[str, Any]:
 
     From nvidia-smi, and, where that is missing or fails, from what the kernel shows.
     """
-    found: dict[str, Any] = {"version": None, "cuda": None, "gpus": _device_files(), "error": None}
-    if module := _read("/proc/driver/nvidia/version"):
-        match = re.search(r"(?:Kernel Module[^\d]*)(\d+\.[\d.]+)", module)
-        found["version"] = match.group(1) if match else None
+    found: dict[str, Any] = {"cuda": None, "gpus": _device_files(), "error": None}
+    found["version"] = driver_version()
     if shutil.which("nvidia-smi") is None:
         return found
     heading, error = _run("nvidia-smi")
@@ -184,13 +183,6 @@ PROBES: dict[str, Callable[..., dict[str, Any]]] = {
 def _device_files() -> int:
     """GPUs of which the system has a device file."""
     return sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in Path("/dev").iterdir())
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError:
-        return ""
 
 
 def _run(*command: str) -> tuple[str, str | None]:

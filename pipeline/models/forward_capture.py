@@ -27,7 +27,7 @@ from pipeline.models.text_forward import (
     same_arguments,
     text_forward,
 )
-from pipeline.runtime.out_of_memory import is_out_of_memory
+from pipeline.runtime.device_errors import is_out_of_memory
 from pipeline.runtime.products import InPieces
 from storage.errors import ModelError, first_line
 

@@ -7,11 +7,11 @@ R: rows of a worker, C: columns of a group.
 from __future__ import annotations
 
 from pipeline.config.solver import SolverSettings
+from pipeline.runtime.split import ROW_TILE
 from pipeline.solvers.cost import SolveCounts
 from pipeline.solvers.registry import solver_for
 from pipeline.statistics.accumulate import panels, statistics_bytes
 
-_ROW_TILE = 16
 _POWER_STEPS = 64
 _OBJECTIVE_ROWS = 2048
 
@@ -23,7 +23,7 @@ def hessian_flops(tokens: float, columns: int) -> float:
 
 def padded(rows: int) -> int:
     """`rows` rounded up to whole tiles, as a solver pads them."""
-    return -(-rows // _ROW_TILE) * _ROW_TILE
+    return -(-rows // ROW_TILE) * ROW_TILE
 
 
 def solve_counts(

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from pipeline.runtime.free_memory import available_memory
+from pipeline.runtime.nvidia import driver_version
 from pipeline.runtime.threads import set_threads
 from storage.errors import ConfigError, ResourceError, first_line
-
-_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -39,24 +36,15 @@ def check_given_gpus(gpus: Sequence[str], device: str | None, node: str) -> None
     """
     if not gpus or device is not None or torch.cuda.is_available():
         return
-    build = torch.version.cuda
+    build, driver = torch.version.cuda, driver_version()
     built = f"a build for CUDA {build}" if build else "a build without CUDA"
+    with_driver = f"NVIDIA driver {driver}" if driver else "no NVIDIA driver"
     raise ResourceError(
         f"node {node}: Ray gave this worker GPU {', '.join(gpus)}, but torch {torch.__version__} "
-        f"({built}) finds none with {_driver()}: install a driver for that CUDA, or the build of "
+        f"({built}) finds none with {with_driver}: install a driver for that CUDA, or the build of "
         "torch for CUDA that the driver runs (`prox24 doctor` shows each node); --device cpu "
         "computes on the CPUs"
     )
-
-
-def _driver() -> str:
-    """The NVIDIA driver of this machine, for people."""
-    try:
-        text = _DRIVER_FILE.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return f"no NVIDIA driver ({_DRIVER_FILE} is not there)"
-    version = re.search(r"Kernel Module[^\d]*([\d.]+)", text)
-    return f"NVIDIA driver {version[1]}" if version else "an NVIDIA driver of unknown version"
 
 
 @dataclass(frozen=True)
@@ -102,10 +90,9 @@ def make_deterministic(threads: int) -> None:
     # cuBLAS reads it when its first handle is created.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Blocks of a model differ in size: segments that can grow are not left in pieces. Read when the
-    # first tensor is made on a GPU; torch before 2.12 knows the second name only.
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        name = "PYTORCH_ALLOC_CONF" if torch.__version__ >= "2.12" else "PYTORCH_CUDA_ALLOC_CONF"
-        os.environ[name] = "expandable_segments:True"
+    # first tensor is made on a GPU; every tested torch knows this name, and takes it first.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     set_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

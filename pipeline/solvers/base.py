@@ -15,16 +15,10 @@ import torch
 from torch import Tensor
 
 from pipeline.config.pattern import Pattern
-from pipeline.config.solver import ESTIMATE, SolverSettings
+from pipeline.config.solver import SolverSettings
 from pipeline.runtime.split import ROW_TILE
 from pipeline.runtime.threads import LEAST_ROWS, in_pieces, row_pieces
-from pipeline.solvers.cost import (
-    MethodCost,
-    SolveCost,
-    SolveCounts,
-    entry_bytes,
-    objective_share,
-)
+from pipeline.solvers.cost import Costs
 from pipeline.solvers.hessian import (
     ScaledHessian,
     check_statistics,
@@ -127,28 +121,22 @@ class _Solved:
         )
 
 
-class BaseSolver(ABC):
+class BaseSolver(Costs, ABC):
     """One method with its settings.
 
     A subclass defines `statistic` and `_find`, and `_derive` if it computes something once per
-    group. It states its cost by `method_cost`, `method_counts`, `matrix_bytes` and `rows_held`.
+    group. It states its cost as `Costs` says.
     """
 
     # The statistic of the inputs that choosing the mask needs: "none", "diagonal" or "full".
     statistic: ClassVar[str] = "full"
-    # True: keeps the weights with the best scores, without changing their values.
-    by_score: ClassVar[bool] = False
     # True: optimizes mask and weights together.
     joint: ClassVar[bool] = False
     # True: compiles kernels in a CPU worker.
     compiles: ClassVar[bool] = False
-    # True: forms the C x C Hessian even where the statistics are inputs.
-    writes_hessian: ClassVar[bool] = False
     # Rows, about, of the pieces that the method finds apart, on several threads. None: it is given
     # all rows at once, and itself uses threads.
     least_rows: ClassVar[int | None] = LEAST_ROWS
-    # The most (R, C) fp32 matrices that a solve holds at once, besides C x C matrices.
-    rows_held: ClassVar[int] = 9
     # The fields of `SolverSettings` that only this method reads.
     method_settings: ClassVar[tuple[str, ...]] = ()
     # Advice where the last step still changed much of the mask; None where that means nothing.
@@ -298,53 +286,6 @@ class BaseSolver(ABC):
     def _derive(self, prepared: GroupData) -> GroupData:
         """`prepared` with what the method computes once per group added."""
         return prepared
-
-    # -- time and memory of a solve -------------------------------------------------------------
-
-    def method_cost(self, columns: int, device: str) -> MethodCost:
-        """The part of `cost` that is due to the method: no refinement, no objectives."""
-        return MethodCost()
-
-    def method_counts(self, rows: int, columns: int, device: str) -> SolveCounts:
-        """The method's counts for (R, C) with a Hessian; `device`: a torch device type."""
-        return SolveCounts(moved=60.0 * rows * columns, operators=40)
-
-    def matrix_bytes(self, columns: float) -> float:
-        """Bytes of what the method computes from a Hessian (C, C)."""
-        return 0.0
-
-    def cost(self, columns: int, device: str) -> SolveCost:
-        """The cost of layers with `columns` inputs; `device`: a torch device type.
-
-        Deterministic: all workers must agree on it.
-        """
-        method, refined = self.method_cost(columns, device), self.settings.refine != "none"
-        # Refinement: one product per step and one to start. Objectives: at zero, before, after.
-        products = (self.settings.refine_steps or 0) + 1 if refined else 0
-        products += method.products + (1 if self.by_score and not refined else 3)
-        per_row = products * 2.0 * columns**2 + method.per_row
-        return SolveCost(method.fixed, per_row, products)
-
-    def counts_of_inputs(self, whole: SolveCounts, columns: int, inputs: float) -> SolveCounts:
-        """The counts with n inputs in place of the Hessian, from `whole`, those with a Hessian.
-
-        H is then used as inputs^T inputs, and its inverse through Woodbury's identity.
-        """
-        other = whole.other
-        if self.settings.shrinkage == ESTIMATE or self.writes_hessian:
-            other += 2.0 * inputs * columns**2  # all entries of H are computed once
-        return replace(
-            whole,
-            products=2 * inputs / columns * whole.products,
-            # One product with (C, n) each.
-            wide=whole.wide * (inputs / columns) / objective_share(columns),
-            other=other,
-            inverse=0.0,
-        )
-
-    def matrix_bytes_of_inputs(self, rows: int, columns: float, inputs: float) -> float:
-        """Bytes of what the method computes from n inputs (n, C); `rows` are padded rows."""
-        return 4.0 * inputs * rows + entry_bytes(columns, inputs)
 
     def _check_weight(self, name: str, weight: Tensor, prepared: GroupData) -> None:
         label = f"layer {name}: " if name else ""

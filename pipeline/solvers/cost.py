@@ -1,12 +1,15 @@
 """Time and memory of a solve, from shapes and settings: to split rows over workers, and for plans.
 
-R: rows of a worker, C: columns of a group, n: inputs in place of a Hessian. The types are defined
-here; `base.BaseSolver` and the methods fill them in.
+R: rows of a worker, C: columns of a group, n: inputs in place of a Hessian. A solver states its own
+part by overriding methods of `Costs`, from which `base.BaseSolver` is derived.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from pipeline.config.solver import ESTIMATE, SolverSettings
 
 # Measured on a CPU (benchmarks/scaling.py), in operations at the speed of a matrix product: the
 # elementwise work of an iteration per entry, and the time of an inverse over that of its 2 C^3
@@ -87,3 +90,60 @@ def objective_share(columns: int) -> float:
 def entry_bytes(columns: float, inputs: float) -> float:
     """Bytes held at once while H is computed from n inputs panel by panel, or for an objective."""
     return max(12.0 * _ENTRY_PANEL * columns, 8.0 * inputs * columns)
+
+
+class Costs:
+    """Time and memory of a solve: the method's own, which it overrides, and what all share."""
+
+    settings: SolverSettings
+    # True: keeps the weights with the best scores, without changing their values.
+    by_score: ClassVar[bool] = False
+    # True: forms the C x C Hessian even where the statistics are inputs.
+    writes_hessian: ClassVar[bool] = False
+    # The most (R, C) fp32 matrices that a solve holds at once, besides C x C matrices.
+    rows_held: ClassVar[int] = 9
+
+    def method_cost(self, columns: int, device: str) -> MethodCost:
+        """The part of `cost` that is due to the method: no refinement, no objectives."""
+        return MethodCost()
+
+    def method_counts(self, rows: int, columns: int, device: str) -> SolveCounts:
+        """The method's counts for (R, C) with a Hessian; `device`: a torch device type."""
+        return SolveCounts(moved=60.0 * rows * columns, operators=40)
+
+    def matrix_bytes(self, columns: float) -> float:
+        """Bytes of what the method computes from a Hessian (C, C)."""
+        return 0.0
+
+    def cost(self, columns: int, device: str) -> SolveCost:
+        """The cost of layers with `columns` inputs; `device`: a torch device type.
+
+        Deterministic: all workers must agree on it.
+        """
+        method, refined = self.method_cost(columns, device), self.settings.refine != "none"
+        # Refinement: one product per step and one to start. Objectives: at zero, before, after.
+        products = (self.settings.refine_steps or 0) + 1 if refined else 0
+        products += method.products + (1 if self.by_score and not refined else 3)
+        per_row = products * 2.0 * columns**2 + method.per_row
+        return SolveCost(method.fixed, per_row, products)
+
+    def counts_of_inputs(self, whole: SolveCounts, columns: int, inputs: float) -> SolveCounts:
+        """The counts with n inputs in place of the Hessian, from `whole`, those with a Hessian.
+
+        H is then used as inputs^T inputs, and its inverse through Woodbury's identity.
+        """
+        other = whole.other
+        if self.settings.shrinkage == ESTIMATE or self.writes_hessian:
+            other += 2.0 * inputs * columns**2  # all entries of H are computed once
+        return replace(
+            whole,
+            products=2 * inputs / columns * whole.products,
+            # One product with (C, n) each.
+            wide=whole.wide * (inputs / columns) / objective_share(columns),
+            other=other,
+            inverse=0.0,
+        )
+
+    def matrix_bytes_of_inputs(self, rows: int, columns: float, inputs: float) -> float:
+        """Bytes of what the method computes from n inputs (n, C); `rows` are padded rows."""
+        return 4.0 * inputs * rows + entry_bytes(columns, inputs)

@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from pipeline.runtime.faults import fault_of
-from pipeline.runtime.out_of_memory import in_short
+from pipeline.runtime.device_errors import fault_of, in_short
 from pipeline.statistics.accumulate import Sums, keeps_inputs
 from storage.errors import ResourceError, WorkerLostError
 

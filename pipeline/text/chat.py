@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from pipeline.text.columns import Conversation
 from pipeline.text.files import unreadable
+from pipeline.text.long_text import token_ids, tokens_and_places
 from storage.errors import ConfigError, DataError, first_line
 
 Tokens = tuple[NDArray[np.int64], NDArray[np.bool_] | None]
-"""Token ids (n,), and which of them are the assistant's (n,); None where nobody asked."""
+"""Token ids (n,), and which of them are counted, (n,); None for all of them."""
 
 _GENERATION = "{% generation %}", "{%- generation %}", "{%- generation -%}", "{% generation -%}"
 _MAX_TEMPLATE_BYTES = 1 << 20
@@ -80,7 +81,7 @@ class ChatRenderer:
 
     def _tokens(self, messages: list[dict[str, Any]]) -> Tokens:
         if not self._masked:
-            return _encoded(self._tokenizer, self._render(messages)), None
+            return token_ids(self._tokenizer, self._render(messages)), None
         if self._marks:
             return self._marked(messages)
         text = self._render(messages)
@@ -170,35 +171,22 @@ def _found(message: dict[str, Any], text: str, done: int) -> tuple[int, int] | N
     return None
 
 
-def _encoded(tokenizer: Any, text: str) -> NDArray[np.int64]:
-    """Token ids of a rendered text, in which the template has put the special tokens."""
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return np.asarray(ids.input_ids, dtype=np.int64)
-
-
 def _encoded_with_spans(
     tokenizer: Any, text: str, spans: list[tuple[int, int]]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Token ids, and which of them have a character in one of the spans."""
     if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(
-            text,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        offsets = np.asarray(encoded.offset_mapping, dtype=np.int64).reshape(-1, 2)
-        mask = np.zeros(len(offsets), dtype=np.bool_)
+        ids, places = tokens_and_places(tokenizer, text)
+        mask = np.zeros(len(ids), dtype=np.bool_)
         for start, stop in spans:
-            mask |= (offsets[:, 0] < stop) & (offsets[:, 1] > start)
-        return np.asarray(encoded.input_ids, dtype=np.int64), mask
+            mask |= (places[:, 0] < stop) & (places[:, 1] > start)
+        return ids, mask
     # A tokenizer in Python does not tell positions: as in generation, prompt and answer are apart.
     parts: list[tuple[NDArray[np.int64], bool]] = []
     at = 0
     for start, stop in [*spans, (len(text), len(text))]:
-        parts += [(_encoded(tokenizer, text[at:start]), False)]
-        parts += [(_encoded(tokenizer, text[start:stop]), True)]
+        parts += [(token_ids(tokenizer, text[at:start]), False)]
+        parts += [(token_ids(tokenizer, text[start:stop]), True)]
         at = stop
     ids = np.concatenate([part for part, _ in parts])
     return ids, np.concatenate([np.full(len(part), answer) for part, answer in parts])

@@ -63,9 +63,7 @@ class Form:
     def describe(self) -> str:
         """In words, for people and records."""
         names = " + ".join(f"`{name}`" for name in self.columns)
-        return {"text": f"column {names}", "any": f"column {names}"}.get(
-            self.kind, f"conversations in {names}"
-        )
+        return f"column {names}" if self.kind == "text" else f"conversations in {names}"
 
 
 def find_form(

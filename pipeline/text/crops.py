@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.text.chat import ChatRenderer
+from pipeline.text.chat import ChatRenderer, Tokens
 from pipeline.text.columns import Conversation
 from pipeline.text.documents import Document, TextFile
 from pipeline.text.long_text import token_ids, token_stream
@@ -32,9 +32,6 @@ JOIN_TOKENS = 8  # tokens of joined text per calibration token, so that the crop
 # Documents after which the fewest bytes of a token that were seen tell which are too short.
 _SEEN = 32
 _WORD = 256  # characters at either end of a part of a text in which a space is looked for
-
-Tokens = tuple[NDArray[np.int64], NDArray[np.bool_] | None]
-"""Token ids (n,), and which of them are counted (n,), or None for all."""
 
 
 class Encoder:

@@ -16,7 +16,14 @@ from typing import Any
 
 from pipeline.text.columns import Conversation, Form, columns_read, find_form, text_of
 from pipeline.text.files import TextPath, check_files, is_local, text_files, unreadable
-from pipeline.text.rows import Row, damaged_or_unreadable, open_text, rows_of, schema_names
+from pipeline.text.rows import (
+    Row,
+    damaged_or_unreadable,
+    not_utf8,
+    open_text,
+    rows_of,
+    schema_names,
+)
 from storage.errors import DataError, first_line
 
 DEFAULT_CONFIG = {"allenai/c4": "en", "Salesforce/wikitext": "wikitext-2-raw-v1"}
@@ -63,12 +70,8 @@ class TextFile:
         try:
             return str(decoder.decode(data, final=not data))
         except UnicodeDecodeError as error:
-            at = offset + error.start - (len(error.object) - len(data))  # it holds earlier bytes
-            line += error.object.count(10, 0, error.start)
-            raise DataError(
-                f"{self.file.path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
-                f"{at}, line {line}: convert it, e.g. with iconv -t UTF-8"
-            ) from error
+            held = len(error.object) - len(data)  # bytes of the piece before
+            raise not_utf8(self.file.path, error, offset - held, line) from error
 
 
 def _at_most(size: int, offset: int, stop: int | None) -> int:

@@ -15,14 +15,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from storage.errors import DataError, InputError
+from storage.files.commit import sha256_file
+from storage.files.listing import files_below
 from storage.files.names import printable
 from storage.files.os_errors import file_error
+from storage.files.small_file import read_small
 
 PLAIN_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 ARROW_SUFFIXES = (".parquet", ".arrow")
@@ -45,6 +48,7 @@ _MAGIC = {
 # distances, so that a data set of a terabyte does not take an hour.
 _HASHED_WHOLE = 1 << 30
 _PIECES, _PIECE = 64, 1 << 20
+_SPLITS = ("train", "test", "validation")  # one of these is read
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,7 @@ def check_dataset(dataset: str) -> None:
     Reads the first bytes of its files, no more, and asks no hub.
     """
     if is_local(dataset):
-        for file in text_files(dataset, ("train", "test", "validation")):
-            _check_file(file)
+        check_files(text_files(dataset, _SPLITS))
 
 
 def text_files(dataset: str, splits: Sequence[str]) -> list[TextPath]:
@@ -130,8 +133,7 @@ def unreadable(path: Path, error: OSError) -> InputError:
 
 
 def _files_of_folder(folder: Path, splits: Sequence[str]) -> list[TextPath]:
-    if (folder / "dataset_dict.json").is_file():
-        names = _json_of(folder / "dataset_dict.json").get("splits", [])
+    if (names := _splits_of(folder)) is not None:
         split = next((name for name in splits if name in names), None)
         if split is None:
             raise DataError(
@@ -143,14 +145,23 @@ def _files_of_folder(folder: Path, splits: Sequence[str]) -> list[TextPath]:
         return _saved_files(folder)
     files = [
         file
-        for path in sorted(folder.rglob("*"))
+        for path in sorted(files_below(folder))
         if not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and (file := kind_of(path)) is not None
-        and path.is_file()
     ]
     if not files:
         raise DataError(f"{folder} holds no file of {SUFFIXES_IN_WORDS}: name one as --dataset")
     return files
+
+
+def _splits_of(folder: Path) -> list[str] | None:
+    """The splits of a folder that `DatasetDict.save_to_disk` wrote; None for another folder."""
+    if not (folder / "dataset_dict.json").is_file():
+        return None
+    names = _json_of(folder / "dataset_dict.json").get("splits")
+    if not isinstance(names, list) or not all(Path(str(name)).name == name for name in names):
+        raise DataError(f"{folder / 'dataset_dict.json'} names no splits: save the data set again")
+    return names
 
 
 def _saved_files(folder: Path) -> list[TextPath]:
@@ -173,7 +184,7 @@ def _saved_files(folder: Path) -> list[TextPath]:
 
 def _json_of(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_small(path))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}: save the data set again") from error
     if not isinstance(content, dict):
@@ -181,8 +192,13 @@ def _json_of(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_files(files: Sequence[TextPath]) -> None:
+    """Raises an `InputError` for the first file that cannot be opened or is not as it is named."""
+    for file in files:
+        _check_file(file)
+
+
 def _check_file(file: TextPath) -> None:
-    """Raises `DataError` for a file that cannot be opened or is not what its name says."""
     try:
         with file.path.open("rb") as opened:
             first = opened.read(8)
@@ -205,23 +221,16 @@ def _check_file(file: TextPath) -> None:
         raise DataError(f"{file.path} is a {name} file, not {file.kind} text: {remedy}")
 
 
-def check_files(files: Sequence[TextPath]) -> None:
-    """Raises `DataError` for the first file that cannot be opened or is not what its name says."""
-    for file in files:
-        _check_file(file)
-
-
-def local_identity(
-    dataset: str, splits: Sequence[str] = ("train", "test", "validation")
-) -> dict[str, Any]:
+def local_identity(dataset: str) -> dict[str, Any]:
     """What identifies a local data set, without local paths: its `name` and its `sha256`.
 
     Of a single file up to 1 GiB the SHA-256 of its content. Otherwise the SHA-256 of a list: each
     file's name, size, and the hash of its content, of which files above 1 GiB give 64 pieces of
-    1 MiB at equal distances; `hashed` says so.
+    1 MiB at equal distances; `hashed` says so. It covers all splits of a `DatasetDict`, whichever
+    of them is read.
     """
     path = Path(dataset)
-    files = text_files(dataset, splits)
+    files = _files_of_all_splits(dataset)
     sampled = any(_size(file.path) > _HASHED_WHOLE for file in files)
     if path.is_file() and not sampled:
         return {"name": printable(path.name), "sha256": _sha256(files[0].path)}
@@ -239,6 +248,13 @@ def local_identity(
     }
 
 
+def _files_of_all_splits(dataset: str) -> list[TextPath]:
+    splits = _splits_of(Path(dataset))
+    if splits is None:
+        return text_files(dataset, _SPLITS)
+    return [file for split in splits for file in text_files(str(Path(dataset, split)), _SPLITS)]
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
@@ -247,21 +263,14 @@ def _size(path: Path) -> int:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+    digest, size = hashlib.sha256(), _size(path)
     try:
-        size = path.stat().st_size
+        if size <= _HASHED_WHOLE:
+            return sha256_file(path)
         with path.open("rb") as file:
-            for start in _piece_starts(size):
-                file.seek(start)
+            for index in range(_PIECES):
+                file.seek((size - _PIECE) * index // (_PIECES - 1))
                 digest.update(file.read(_PIECE))
     except OSError as error:
         raise unreadable(path, error) from error
     return digest.hexdigest()
-
-
-def _piece_starts(size: int) -> Iterator[int]:
-    if size <= _HASHED_WHOLE:
-        yield from range(0, size, _PIECE)
-        return
-    for index in range(_PIECES):
-        yield (size - _PIECE) * index // (_PIECES - 1)

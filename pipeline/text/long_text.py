@@ -95,7 +95,11 @@ def _pieces(texts: Iterable[str], length: int) -> Iterator[tuple[int, str, bool]
     yield origin, text + "".join(pending), True
 
 
-def _encode(tokenizer: Any, text: str, origin: int) -> _Tokens:
+def tokens_and_places(tokenizer: Any, text: str) -> tuple[Ids, Ids]:
+    """As `token_ids`, and each token's first and last + 1 character, (n, 2) int64.
+
+    Of a fast tokenizer: one that is written in Python does not tell them.
+    """
     encoded = tokenizer(
         text,
         add_special_tokens=False,
@@ -103,8 +107,13 @@ def _encode(tokenizer: Any, text: str, origin: int) -> _Tokens:
         return_offsets_mapping=True,
         verbose=False,
     )
-    offsets = np.asarray(encoded.offset_mapping, dtype=np.int64).reshape(-1, 2) + origin
-    return _Tokens(np.asarray(encoded.input_ids, dtype=np.int64), offsets[:, 0], offsets[:, 1])
+    places = np.asarray(encoded.offset_mapping, dtype=np.int64).reshape(-1, 2)
+    return np.asarray(encoded.input_ids, dtype=np.int64), places
+
+
+def _encode(tokenizer: Any, text: str, origin: int) -> _Tokens:
+    ids, places = tokens_and_places(tokenizer, text)
+    return _Tokens(ids, places[:, 0] + origin, places[:, 1] + origin)
 
 
 def _joint(left: _Tokens, right: _Tokens) -> tuple[int, int]:

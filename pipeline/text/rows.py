@@ -92,17 +92,22 @@ class _Decompressed(io.RawIOBase):
         super().close()
 
 
+def not_utf8(path: Path, error: UnicodeDecodeError, offset: int, line: int) -> DataError:
+    """The error for what is not UTF-8. offset, line: where the bytes of `error` start in `path`."""
+    line += error.object.count(10, 0, error.start)
+    return DataError(
+        f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
+        f"{offset + error.start}, line {line}: convert it, e.g. with iconv -t UTF-8"
+    )
+
+
 def decoded(data: bytes, path: Path, *, line: int, offset: int) -> str:
     """Decode UTF-8. offset, line: where `data` starts in `path`, for messages."""
     mark = 3 if offset == 0 and data.startswith(b"\xef\xbb\xbf") else 0
     try:
         return data[mark:].decode("utf-8")
     except UnicodeDecodeError as error:
-        place = mark + error.start
-        raise DataError(
-            f"{path} is not UTF-8: byte 0x{data[place]:02x} at offset {offset + place}, line "
-            f"{line + data.count(10, 0, place)}: convert it, e.g. with iconv -t UTF-8"
-        ) from error
+        raise not_utf8(path, error, offset + mark, line) from error
 
 
 def _json_lines(file: TextPath) -> Iterator[Row]:

@@ -21,7 +21,6 @@ class TokenSequences:
         conversations, refused, first_refusal   conversations that the chat template took and
                                refused, and the first reason
         sequences, bos         how they were cut, in words; the tokens at the start of each
-        counted_tokens         how many tokens are counted, where not all are
         note                   what is odd about the text
     """
 

@@ -34,11 +34,10 @@ import numpy as np
 import torch
 
 from pipeline.config.text import TextOptions
-from pipeline.text.chat import read_template
+from pipeline.text.chat import Tokens, read_template
 from pipeline.text.crops import (
     JOIN_TOKENS,
     Encoder,
-    Tokens,
     crop,
     disjoint_starts,
     document_crops,
@@ -118,8 +117,6 @@ class _Cutter:
             if chat.refused:
                 described |= {"refused": chat.refused, "first_refusal": chat.first_refusal}
         described["bos"] = describe_bos(self.tokenizer, self.before)
-        if mask is not None:
-            described["counted_tokens"] = int(mask.sum())
         if (odd := oddity(self._shown(crops))) is not None:
             described["note"] = odd
         return TokenSequences(torch.from_numpy(np.stack(ids)), mask, described)

@@ -31,7 +31,7 @@ from pipeline.runtime.device import (
     make_deterministic,
     statistics_room,
 )
-from pipeline.runtime.out_of_memory import explaining
+from pipeline.runtime.device_errors import explaining
 from pipeline.runtime.split import in_passes
 from pipeline.runtime.stopwatch import Stopwatch, peak_memory
 from pipeline.solvers.kernels.on_gpu import trial_launch

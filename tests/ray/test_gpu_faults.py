@@ -16,10 +16,9 @@ import pytest
 import torch
 
 from actors.network import choose_backend
-from pipeline.runtime import device as device_module
+from pipeline.runtime import nvidia
 from pipeline.runtime.device import check_given_gpus
-from pipeline.runtime.faults import fault_of
-from pipeline.runtime.out_of_memory import explained, explaining, in_short
+from pipeline.runtime.device_errors import explained, explaining, fault_of, in_short
 from pipeline.statistics.accumulate import Accumulator
 from pipeline.statistics.all_reduce import Collective
 from pipeline.worker import local_executor
@@ -168,7 +167,7 @@ def test_nccl_where_it_cannot_work() -> None:
 def test_a_gpu_that_torch_does_not_find(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     version = tmp_path / "version"
     version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27\n")
-    monkeypatch.setattr(device_module, "_DRIVER_FILE", version)
+    monkeypatch.setattr(nvidia, "DRIVER_FILE", version)
     with pytest.raises(ResourceError) as caught:
         check_given_gpus(["0"], None, "10.0.0.7")
     for part in ("node 10.0.0.7", "GPU 0", torch.__version__, "driver 470.82.01", "--device cpu"):

@@ -13,7 +13,7 @@ from ray.exceptions import (
 )
 
 from cluster.dispatch.failures import is_of_the_worker, translate
-from pipeline.runtime.out_of_memory import explained, is_out_of_memory
+from pipeline.runtime.device_errors import explained, is_out_of_memory
 from storage.errors import (
     NumericalError,
     Prox24Error,

@@ -76,12 +76,18 @@ ROWS_OF_DATA: dict[str, Row] = {
         "was saved with a selection",
         prepare=saved_text('{"_data_files": [{"filename": "x"}], "_indices_files": [1]}'),
     ),
+    "saved splits": pruning(
+        "--dataset {d}",
+        "pipeline/text/files",
+        " names no splits",
+        files={"dataset_dict.json": '{"splits": ["../x"]}'},
+    ),
     "hub": pruning(
         "--dataset nobody/nothing", "pipeline/text/documents", " and cannot be read from the hub"
     ),
     "blank": reading("x.txt", "\n", "documents", " holds no text<where>"),
     "short": reading("x.txt", "few", "tokens", " tokens, fewer than "),
-    "latin": reading("x.txt", b"\xe9" * 999, "documents", " is not UTF-8: byte 0x"),
+    "latin": reading("x.txt", b"\xe9" * 999, "rows", " is not UTF-8: byte 0x"),
     "lines latin": reading("x.jsonl", b'{"text": "\xe9"}', "rows", " is not UTF-8: byte 0x"),
     "lines": reading("x.jsonl", "{", "rows", "<path>, line <number> is not JSON: "),
     "lines of numbers": reading("x.jsonl", "1", "rows", " is not a JSON object"),
@@ -103,6 +109,15 @@ ROWS_OF_DATA: dict[str, Row] = {
     ),
     "no such pair": reading(
         "x.jsonl", '{"a": "x"}', "columns", "which --text-column", "--text-column a+b"
+    ),
+    "question": reading(
+        "x.jsonl", '{"prompt": [1], "response": "x"}', "columns", "<place>: '<question>' is not"
+    ),
+    "answer": reading(
+        "x.jsonl", '{"prompt": "x", "response": [1]}', "columns", "<place>: '<answer>' is not"
+    ),
+    "json length": reading(
+        "x.json", '[{"text": "' + "x" * (65 << 20), "rows", " is not JSON, or longer than "
     ),
     "no string": reading("x.jsonl", '{"text": 5}', "columns", ": name the text's column with"),
     "not Unicode": reading("x.jsonl", '{"text": "\\ud800"}', "columns", "' is not valid Unicode: "),
@@ -255,6 +270,12 @@ ROWS_OF_DATA: dict[str, Row] = {
     ),
     "sweep line debug": sweeping(
         "lines: <name>: <name> has no effect here", "lines: {a: {debug: true}}\n" + GRID_VARY
+    ),
+    "sweep eval debug": sweeping(
+        "eval: <name> has no effect here", "eval: {debug: true}\n" + GRID_VARY
+    ),
+    "sweep eval json": sweeping(
+        "eval: <name> is set by the sweep", "eval: {json: true}\n" + GRID_VARY
     ),
     "sweep in the model": sweeping(
         " and the model lie in one another",

@@ -41,7 +41,7 @@ def test_every_sequence_starts_as_asked(tmp_path: Path, adds: bool, bos: Any) ->
         assert tokens.ids.shape[1] == 50
 
 
-def test_tokenizers_that_put_several_tokens_before_a_text() -> None:
+def test_tokenizers_that_put_several_tokens_before_a_text(tmp_path: Path) -> None:
     from tokenizers import processors
 
     tokenizer = chat_tokenizer()
@@ -53,6 +53,8 @@ def test_tokenizers_that_put_several_tokens_before_a_text() -> None:
     expected = tuple(tokenizer.convert_tokens_to_ids(list(names)))
     assert tokens_before(tokenizer, "auto") == tokens_before(tokenizer, "always") == expected
     assert tokens_before(tokenizer, "never") == ()
+    with pytest.raises(ConfigError, match="tokens that the tokenizer puts before a text: raise it"):
+        evaluation_tokens(tokenizer, text_file(tmp_path), TextOptions(), 2)
 
 
 def test_always_needs_a_token(tmp_path: Path) -> None:

@@ -23,7 +23,9 @@ from pipeline.text.documents import TextFile, read_documents
 from pipeline.text.files import check_dataset, is_local, local_identity
 from pipeline.text.long_text import PIECE, token_ids, token_stream
 from pipeline.text.odd_text import oddity
-from storage.errors import DataError
+from storage.errors import DataError, InputError
+from tests.support.file_faults import as_a_plain_user
+from tests.support.processes import CONTEXT
 from tests.support.tiny_models import byte_tokenizer
 
 TEXTS = ["one", 'zwei, "drei"\n\nund 4', "ünï 中文", "", "last\tone"]
@@ -141,6 +143,10 @@ def test_a_folder_of_save_to_disk(tmp_path: Path, whole: bool) -> None:
     assert list(read_documents(str(folder))) == TEXTS
     if not whole:
         assert list(read_documents(str(folder), splits=("test",))) == TEXTS[:1]
+        identity = local_identity(str(folder))
+        datasets.DatasetDict({"test": data.select([1]), "train": data}).save_to_disk(str(folder))
+        assert local_identity(str(folder)) != identity
+        datasets.DatasetDict({"test": data.select([0]), "train": data}).save_to_disk(str(folder))
         with pytest.raises(DataError, match="no split validation, but test, train"):
             list(read_documents(str(folder), splits=("validation",)))
     selected = data.select([3, 1])
@@ -181,6 +187,29 @@ def test_files_that_are_not_what_they_seem(
         list(read_documents(str(path)))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def _check_as_a_plain_user(dataset: str) -> None:
+    as_a_plain_user()
+    with pytest.raises((InputError, OSError), match="denied"):
+        check_dataset(dataset)
+
+
+def test_nothing_in_a_folder_is_left_out_in_silence(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    os.symlink("gone", tmp_path / "b.jsonl")
+    with pytest.raises(InputError, match=r"b\.jsonl.*gone"):
+        check_dataset(str(tmp_path))
+    (tmp_path / "b.jsonl").unlink()
+    denied = tmp_path / "denied"
+    denied.mkdir()
+    (denied / "c.txt").write_text("more text")
+    denied.chmod(0)
+    process: Any = CONTEXT.Process(target=_check_as_a_plain_user, args=(str(tmp_path),))
+    process.start()
+    process.join()
+    denied.chmod(0o755)
+    assert process.exitcode == 0
 
 
 def test_a_link_to_nothing_is_no_hub_data_set(tmp_path: Path, monkeypatch: Any) -> None:

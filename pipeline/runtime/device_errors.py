@@ -1,4 +1,8 @@
-"""Failed allocations and failed GPUs: how a phase's error is explained, and what can be lowered."""
+"""What an error of a device or of a collective means, how it is explained, and what can be lowered.
+
+torch has few classes for them: most are RuntimeErrors, told apart by the words of CUDA, cuBLAS,
+cuSOLVER, Triton and NCCL. So the rules are here, in one place, and pure.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,79 @@ import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
-from pipeline.runtime.faults import fault_of
 from storage.errors import DeviceFaultError, ResourceError
 
+Fault = Literal["memory", "device", "collective", "peer"]
+"""memory: an allocation failed. device: the GPU's context is of no more use (ECC, a failed launch,
+an illegal address). collective: NCCL itself cannot work here. peer: another worker is gone."""
+
+# Words of an allocation that failed, beside torch's classes. cuSOLVER and cuBLAS allocate their
+# own workspaces; Triton reports CUDA's words under a name of its own.
+_MEMORY = (
+    "DefaultCPUAllocator",
+    "out of memory",
+    "ALLOC_FAILED",
+    "cudaErrorMemoryAllocation",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "Cannot allocate memory",
+)
+# After these a process cannot use its GPU any more.
+_DEVICE = (
+    "uncorrectable ECC error",
+    "unspecified launch failure",
+    "illegal memory access",
+    "illegal instruction",
+    "misaligned address",
+    "launch timed out",
+    "device-side assert",
+    "invalid program counter",
+    "Invalid access of peer GPU memory",
+    "hardware stack error",
+    "EXECUTION_FAILED",
+    "CUDA error",
+    "Triton Error [CUDA]",
+    "GPU is lost",
+)
+# NCCL's own troubles, which come again with every attempt.
+_COLLECTIVE = (
+    "ncclInvalidUsage",
+    "ncclInvalidArgument",
+    "ncclInternalError",
+    "ncclUnhandledCudaError",
+    "unhandled cuda error",
+    "invalid usage",
+    "Duplicate GPU detected",
+    "shared memory segment",
+    "NCCL library not found",
+    "without NCCL",
+    "doesn't have NCCL built in",
+)
 _SHOWN = 300  # characters of a library's message
 _ADVICE = re.compile(r"\s(?:If reserved but|See documentation|Compile with|For debugging)")
+
+
+def fault_of(error: BaseException) -> Fault | None:
+    """What `error` means; None for an error of another kind, such as a bug.
+
+    The words decide before the class: torch raises `AcceleratorError` for a failed allocation too.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return "memory"
+    if not isinstance(error, RuntimeError):
+        return None
+    text = str(error)
+    if any(words in text for words in _MEMORY):
+        return "memory"
+    of_group = isinstance(error, torch.distributed.DistError) or "NCCL" in text or "gloo" in text
+    if of_group:
+        return "collective" if any(words in text for words in _COLLECTIVE) else "peer"
+    if isinstance(error, torch.AcceleratorError) or any(words in text for words in _DEVICE):
+        return "device"
+    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

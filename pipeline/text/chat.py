@@ -9,6 +9,7 @@ reasoning) is searched for the answer's text.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from storage.errors import ConfigError, DataError, first_line
 Tokens = tuple[NDArray[np.int64], NDArray[np.bool_] | None]
 """Token ids (n,), and which of them are counted, (n,); None for all of them."""
 
-_GENERATION = "{% generation %}", "{%- generation %}", "{%- generation -%}", "{% generation -%}"
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _MAX_TEMPLATE_BYTES = 1 << 20
 
 
@@ -64,7 +65,9 @@ class ChatRenderer:
             )
         self._tokenizer, self._template, self._masked = tokenizer, template, masked
         text = template or (own if isinstance(own, str) else "")
-        self._marks = any(mark in text for mark in _GENERATION)
+        # transformers finds marked tokens by their characters, which only fast tokenizers tell.
+        fast = getattr(tokenizer, "is_fast", False)
+        self._marks = fast and _GENERATION.search(text) is not None
         self.rendered, self.refused = 0, 0
         self.first_refusal = ""
 

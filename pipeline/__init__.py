@@ -6,6 +6,7 @@ A folder may import only folders above it in this list; `tests/test_imports.py` 
 `runtime`     devices, threads, clocks, free memory, dividing work
 `text`        text to sequences of tokens
 `solvers`     weight and statistics to pruned weight; the methods, one file each
+`reconstruct` training of a block's kept weights: gradients, steps, their order
 `formats`     checkpoints in few bits, seen as bfloat16
 `models`      a transformers model as blocks of linear layers, without its weights
 `statistics`  second moments of layers' inputs

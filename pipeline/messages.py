@@ -19,6 +19,19 @@ Likelihood = tuple[float, bool]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reconstruct:
+    """How blocks are reconstructed; see `pipeline.config.reconstruct`.
+
+    batch: sequences of a step. seed: of the order of the sequences.
+    """
+
+    epochs: int
+    batch: int
+    learning_rate: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What a worker needs to know of the job; sent when it starts.
 
@@ -40,6 +53,7 @@ class Job:
     expert_tokens: fewest tokens of an expert for its method (see `pipeline.worker.few_tokens`).
     all_experts: whether every expert's statistics cover every token, not just those routed to it.
     attn_implementation: as for `open_skeleton`.
+    reconstruct: None where blocks are not reconstructed.
     """
 
     source: str
@@ -64,6 +78,7 @@ class Job:
     expert_tokens: int = 0
     all_experts: bool = False
     attn_implementation: str | None = None
+    reconstruct: Reconstruct | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,22 @@ class SolvedSlices:
     ranges: dict[str, tuple[int, int]]
     reports: dict[str, dict[str, Any]]
     costs: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class TrainedEpoch:
+    """Mean losses of an epoch: of the sequences learned from, and after it of the held-out ones."""
+
+    learned: float
+    held_out: float
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """One rank's rows of a reconstructed block's layers: file and ranges as in `SolvedSlices`."""
+
+    file: StoredFile | None
+    ranges: dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from pipeline.loop.block_loop import BlockLoop, Failures
 from pipeline.loop.block_steps import BlockSteps
 from pipeline.loop.executor import Executor
 from pipeline.loop.rank import Rank, call
+from pipeline.loop.reconstruction import Reconstruction
 from pipeline.loop.trace import traced
-from pipeline.messages import Job, Outcome
+from pipeline.messages import Job, Outcome, Reconstruct
 from pipeline.models.selection import Selection, check_settings, layers_to_prune
 from pipeline.models.skeleton import Skeleton, open_skeleton
 from pipeline.output.places import (
@@ -256,6 +257,11 @@ def _block_steps(job: PruneJob, executor: Executor) -> BlockSteps:
         chooses=any(each.shrinkage == AUTO for each in settings),
         hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
         scratch=config.scratch_dir is not None,
+        reconstruction=Reconstruction(
+            config.reconstruct_epochs, config.reconstruct_target == "dense-chain"
+        )
+        if config.reconstructs()
+        else None,
     )
 
 
@@ -284,6 +290,19 @@ def _message(job: PruneJob, threads: int, tokens: StoredFile) -> Job:
         expert_tokens=config.expert_tokens,
         all_experts=config.calibrate_all_experts,
         attn_implementation=config.attn_implementation,
+        reconstruct=_reconstruct_message(config),
+    )
+
+
+def _reconstruct_message(config: PruneConfig) -> Reconstruct | None:
+    """What workers know of the reconstruction; None where there is none."""
+    if not config.reconstructs():
+        return None
+    return Reconstruct(
+        epochs=config.reconstruct_epochs,
+        batch=config.reconstruct_batch,
+        learning_rate=config.reconstruct_lr,
+        seed=config.seed,
     )
 
 

@@ -19,6 +19,7 @@ FLOORS = (
     "runtime",
     "text",
     "solvers",
+    "reconstruct",
     "formats",
     "models",
     "statistics",

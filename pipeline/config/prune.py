@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from pipeline.config.evaluate import EvalConfig
 from pipeline.config.fields import Given, option, require, values_of, what_it_computes
 from pipeline.config.layers import ExpertOptions, LayerOptions, LayerRules, parse_overrides
+from pipeline.config.reconstruct import ReconstructOptions
 from pipeline.config.runtime import RuntimeConfig, unless_forwards
 from pipeline.config.solver import AUTO, SolverSettings, unless_calibrated, unless_hessians
 from pipeline.config.text import FILES, TextOptions
@@ -18,7 +19,7 @@ RESPONSES = "responses"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(SolverSettings, LayerOptions):
+class ModelOptions(SolverSettings, LayerOptions, ReconstructOptions):
     """The options of pruning a whole model; shared by `prune` and `plan`.
 
     Raises `ConfigError` for a value out of range.
@@ -27,6 +28,7 @@ class ModelOptions(SolverSettings, LayerOptions):
     def __post_init__(self) -> None:
         SolverSettings.__post_init__(self)
         LayerOptions.__post_init__(self)
+        ReconstructOptions.__post_init__(self)
 
     def layer_rules(self) -> LayerRules:
         """Which layers are pruned, with which settings each. Errors as `solver_settings`."""
@@ -46,6 +48,10 @@ class ModelOptions(SolverSettings, LayerOptions):
     def settings_in_use(self) -> list[SolverSettings]:
         """Those of all layers, overridden ones too."""
         return self.layer_rules().all_settings()
+
+    def without_calibration(self) -> str | None:
+        """As the methods say; a reconstruction learns from the calibration."""
+        return None if self.reconstructs() else super().without_calibration()
 
 
 def unless_evaluated(config: Any) -> str | None:

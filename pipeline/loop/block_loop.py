@@ -71,9 +71,11 @@ class BlockLoop:
         for block in range(self.begun, steps.blocks):
             self._prune_block(block)
             self.begun = block + 1
-        if steps.calibrates:
-            for block in range(steps.blocks):
-                run.remove_activations(block, steps.lock.assert_held)
+        if steps.keeps_inputs:
+            for block in range(steps.blocks + 1):
+                run.targets().remove_activations(block, steps.lock.assert_held)
+                if block < steps.blocks:
+                    run.remove_activations(block, steps.lock.assert_held)
             self.persist("the scratch", lambda _: steps.sweep_scratch())
 
     def losses(self) -> list[float]:
@@ -140,8 +142,9 @@ class BlockLoop:
         steps = self.steps
 
         def solve_and_commit(failures: Failures) -> None:
-            record = steps.solve(block, failures)
+            record = steps.prune(block, failures)
             publish_json(steps.run.record(block), record.to_json(), guard=steps.lock.assert_held)
+            steps.run.remove_solved(block, steps.lock.assert_held)
             steps.progress.block_done(block, block_error(record))
             for line in deviations_in_words(record, f"{steps.blocks_path}.{block}."):
                 steps.progress.note(line)

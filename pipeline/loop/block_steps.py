@@ -1,7 +1,8 @@
 """One attempt at a block: its inputs, its statistics, its solve, and its record.
 
 The phases of a block: `calibrate` (dense forward, partial sums of statistics), `reduce` (sums over
-all ranks), `choose` (for --shrinkage auto), `solve`, `propagate` (pruned forward, next inputs).
+all ranks), `choose` (for --shrinkage auto), `solve`, for --reconstruct `dense` and the training
+(`pipeline.loop.reconstruction`), `propagate` (pruned forward, next inputs).
 `advance` is `propagate` and the next block's `calibrate` in one pass over the activation shards.
 Nothing here is retried: that is for `block_loop`.
 """
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 from pipeline.loop.executor import Executor
 from pipeline.loop.rank import Call, Rank, call
+from pipeline.loop.reconstruction import Reconstruction, reconstruct
 from pipeline.messages import Observed, Outcome, SolvedSlices
 from pipeline.records.block import block_record, read_record
 from pipeline.records.inputs import (
@@ -28,6 +30,7 @@ from pipeline.records.scratch import kept_names
 from pipeline.records.times import PhaseTimes, add_phase
 from pipeline.runtime.progress import Progress
 from pipeline.runtime.stopwatch import peak_memory
+from storage.files.commit import publish_json
 from storage.files.hashing import StoredFile
 from storage.run.checkpoints import BlockRecord
 from storage.run.directory import RunDirectory
@@ -52,6 +55,7 @@ class BlockSteps:
     hessian_memory: bytes of statistics that a rank may hold at once; a block that needs more takes
     its groups in several passes. None: the ranks' devices decide.
     scratch: whether activation shards are on the nodes' local disks, which only workers see.
+    reconstruction: how solved blocks are reconstructed; None: they are not.
     attempts: number of attempts so far; part of the names of new files.
     """
 
@@ -67,13 +71,39 @@ class BlockSteps:
     chooses: bool = False
     hessian_memory: float | None = None
     scratch: bool = False
+    reconstruction: Reconstruction | None = None
     attempts: int = field(default=0, init=False)
 
-    def solve(self, block: int, failures: Sequence[str]) -> BlockRecord:
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether there are activations at all."""
+        return self.calibrates or self.reconstruction is not None
+
+    @property
+    def targets_follow_inputs(self) -> bool:
+        """Whether a reconstruction's targets depend on the pruned blocks before."""
+        return self.reconstruction is not None and not self.reconstruction.dense_chain
+
+    def prune(
+        self, block: int, failures: Sequence[str], *, commit_solved: bool = True
+    ) -> BlockRecord:
         """Prunes a block; returns its record, which the caller commits.
 
-        failures: the errors of earlier attempts, for the record.
+        With a reconstruction the solved block is committed first, as a resumed job then goes on
+        from there. failures: the errors of earlier attempts, for the record. commit_solved: False
+        for a block whose own record is there, which is done again.
         """
+        if self.reconstruction is None or not self.layers[block]:
+            return self.solve(block, failures)
+        record = self._solved(block) if commit_solved else None
+        if record is None:
+            record = self.solve(block, failures)
+            if commit_solved:
+                publish_json(self.run.solved(block), record.to_json(), guard=self.lock.assert_held)
+        return reconstruct(self, self.reconstruction, record, failures)
+
+    def solve(self, block: int, failures: Sequence[str]) -> BlockRecord:
+        """Solves a block's layers; returns the record of its solved row slices."""
         started = time.perf_counter()
         times: Times = {}
         groups: list[list[str]] = []
@@ -145,6 +175,29 @@ class BlockSteps:
             self.sweep_scratch()
         return read_inputs(self.run.activation_record(block)), observed
 
+    def targets(self, block: int, times: Times) -> list[StoredFile]:
+        """The shards of the targets of `block`'s outputs, computed if they are missing.
+
+        They are outputs of the dense model's own chain: its inputs of the block after this one. Or,
+        as the reconstruction says, those of the dense block for the pruned model's inputs.
+        """
+        assert self.reconstruction is not None
+        run, after = self.run.targets(), block + 1
+        first = block
+        if self.reconstruction.dense_chain:
+            committed = set(run.committed_activations())
+            while first > 0 and first not in committed:
+                first -= 1
+        if run.activation_record(after).exists():
+            first = after
+        for current in range(first, after):
+            self._dense(current, times)
+            run.remove_activations(current, self.lock.assert_held)
+        for older in range(first):
+            run.remove_activations(older, self.lock.assert_held)
+        self.sweep_scratch()
+        return read_inputs(run.activation_record(after))
+
     def sweep_scratch(self) -> None:
         """Has the ranks delete from scratch the activation shards that no record names."""
         if self.scratch:
@@ -160,6 +213,10 @@ class BlockSteps:
     def read_record(self, block: int) -> BlockRecord:
         """The committed record of a block. Raises `CorruptFileError` if missing or damaged."""
         return read_record(self.run.record(block))
+
+    def read_solved(self, block: int) -> BlockRecord:
+        """The record of a block's solved row slices. Raises as `read_record`."""
+        return read_record(self.run.solved(block))
 
     def on_all(self, phase: Call[T]) -> list[Outcome[T]]:
         """Runs the same call on every rank; outcomes in rank order."""
@@ -181,7 +238,7 @@ class BlockSteps:
         """Has the ranks sum the statistics of a pass's groups."""
         self.progress.phase("calibrate", block)
         phase = call(Rank.calibrate, block, shards, self.hessian_memory, number)
-        return self._timed(times, phase)[0].value
+        return self.timed(times, phase)[0].value
 
     def _reduce(self, block: int, times: Times) -> None:
         """Sums the statistics over all ranks; every rank gets the sum."""
@@ -197,7 +254,7 @@ class BlockSteps:
         groups = self.on_all(call(Rank.groups_held))[0].value
         if not all(group.name in committed for group in groups):
             self.progress.phase("choose", block)
-            outcomes = self._timed(times, call(Rank.choose, block))
+            outcomes = self.timed(times, call(Rank.choose, block))
             chosen = {name: choice for o in outcomes for name, choice in o.value.items()}
             committed = chosen | committed
             write_choices(path, block, committed, self.lock.assert_held)
@@ -206,8 +263,28 @@ class BlockSteps:
     def _solve(self, block: int, choices: Choices | None, times: Times) -> list[SolvedSlices]:
         """Has the ranks solve the layers whose statistics they have; one result per rank."""
         self.progress.phase("solve", block)
-        outcomes = self._timed(times, call(Rank.solve, block, self.stamp(), choices))
+        outcomes = self.timed(times, call(Rank.solve, block, self.stamp(), choices))
         return [outcome.value for outcome in outcomes]
+
+    def _solved(self, block: int) -> BlockRecord | None:
+        """The record of a block's solved row slices; None if there is none."""
+        return self.read_solved(block) if self.run.solved(block).exists() else None
+
+    def _dense(self, block: int, times: Times) -> None:
+        """Computes and commits the targets of `block`'s outputs."""
+        assert self.reconstruction is not None
+        run = self.run.targets()
+        of_targets = self.reconstruction.dense_chain and block > 0
+        if of_targets:
+            shards = read_inputs(run.activation_record(block))
+        else:
+            shards, _ = self.inputs(block)
+        self.progress.phase("dense", block)
+        phase = call(Rank.dense, block, shards, of_targets, self.stamp())
+        outcomes = self.timed(times, phase)
+        written = [shard for o in outcomes for shard in o.value]
+        workers = self.executor.workers()
+        commit_inputs(run, block + 1, written, workers, None, self.lock.assert_held)
 
     def _nearest_inputs(self, block: int) -> int | None:
         """The largest number up to `block` of a block whose inputs are committed, if any."""
@@ -217,7 +294,7 @@ class BlockSteps:
     def _embed(self) -> None:
         self.progress.phase("embed")
         times: Times = {}
-        outcomes = self._timed(times, call(Rank.embed, self.stamp()))
+        outcomes = self.timed(times, call(Rank.embed, self.stamp()))
         self._commit_inputs(0, [shard for o in outcomes for shard in o.value], times)
 
     def _propagate(self, block: int) -> None:
@@ -226,7 +303,7 @@ class BlockSteps:
         times: Times = {}
         shards = read_inputs(self.run.activation_record(block))
         phase = call(Rank.propagate, block, self.pruned(block), shards, self.stamp())
-        outcomes = self._timed(times, phase)
+        outcomes = self.timed(times, phase)
         self._commit_inputs(block + 1, [shard for o in outcomes for shard in o.value], times)
 
     def _advance(self, block: int) -> Observed:
@@ -236,7 +313,7 @@ class BlockSteps:
         shards = read_inputs(self.run.activation_record(block))
         record = self.pruned(block)
         phase = call(Rank.advance, block, record, shards, self.stamp(), self.hessian_memory)
-        outcomes = self._timed(times, phase)
+        outcomes = self.timed(times, phase)
         self._commit_inputs(block + 1, [shard for o in outcomes for shard in o.value.shards], times)
         return outcomes[0].value.observed
 
@@ -245,7 +322,8 @@ class BlockSteps:
         workers = self.executor.workers()
         commit_inputs(self.run, block, shards, workers, times, self.lock.assert_held)
 
-    def _timed(self, times: Times, phase: Call[T]) -> list[Outcome[T]]:
+    def timed(self, times: Times, phase: Call[T]) -> list[Outcome[T]]:
+        """`on_all`, whose times are added to `times`."""
         began = time.perf_counter()
         outcomes = self.on_all(phase)
         add_phase(times, phase.phase, time.perf_counter() - began, outcomes)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
         SequenceDistance,
         SolvedSlices,
         Target,
+        TrainedEpoch,
+        TrainedRows,
     )
     from pipeline.models.forward_capture import LayerGroup
     from pipeline.records.scratch import FreeScratch
@@ -91,6 +93,45 @@ class Rank(Protocol):
         """
         ...
 
+    # -- its reconstruction (--reconstruct) -------------------------------------------------
+
+    def dense(
+        self,
+        block: int,
+        shards: Sequence[StoredFile],
+        of_targets: bool,
+        stamp: str,
+        only: Sequence[int] | None = None,
+    ) -> list[StoredFile]:
+        """Runs the dense block; writes its outputs as targets: the dense next block's inputs.
+
+        of_targets: whether `shards` are targets themselves, or inputs of the pruned model.
+        """
+        ...
+
+    def begin_training(
+        self,
+        block: int,
+        record: BlockRecord,
+        shards: list[StoredFile],
+        targets: list[StoredFile],
+    ) -> float:
+        """Loads the solved block; returns the loss of the held-out sequences.
+
+        targets: what the outputs are compared with, by number as `shards`.
+        """
+        ...
+
+    def train(self, block: int, epoch: int) -> TrainedEpoch:
+        """Trains for one epoch."""
+        ...
+
+    def end_training(self, block: int, stamp: str) -> TrainedRows:
+        """Writes the rank's rows as they were best."""
+        ...
+
+    # -- the next block's inputs ------------------------------------------------------------
+
     def propagate(
         self,
         block: int,
@@ -143,19 +184,21 @@ class Rank(Protocol):
         """Bytes free on the node's scratch, and bytes of this job's files there."""
         ...
 
-    def damaged_shards(self, block: int, shards: list[StoredFile], hashed: bool) -> dict[int, str]:
+    def damaged_shards(
+        self, block: int, shards: list[StoredFile], hashed: bool, dense: bool
+    ) -> dict[int, str]:
         """The rank's damaged activation shards: number → what is wrong.
 
-        hashed: compare contents with the recorded hashes, not sizes alone.
+        hashed: compare contents with the recorded hashes, not sizes alone. dense: they are targets.
         """
         ...
 
-    def drop_shards(self, block: int, names: list[str]) -> None:
-        """Deletes activation shards by name."""
+    def drop_shards(self, block: int, names: list[str], dense: bool) -> None:
+        """Deletes activation shards by name. dense: they are targets."""
         ...
 
-    def sweep_scratch(self, kept: Mapping[int, list[str]]) -> None:
-        """Deletes every activation shard that `kept`, block → names, does not list."""
+    def sweep_scratch(self, kept: Mapping[str, list[str]]) -> None:
+        """Deletes every activation shard that `kept`, folder in the scratch → names, lacks."""
         ...
 
     def clear_scratch(self) -> None:

@@ -4,7 +4,9 @@ Damage is found by size or hash and reported in a note; as little as possible is
 
 activation shard      its tokens are run through the committed blocks again; equal bytes replace the
                       damaged file
-row slice             its block is solved again, from recomputed inputs; equal bytes replace it
+target                the dense model's chain is run again from the tokens
+row slice             its block is pruned again, from recomputed inputs; equal bytes replace it
+solved row slice      its block, which is not committed yet, is solved again
 a block's record      its block is solved again and compared with the row slices that are there
 choices               copied from the block's record; if that is not committed yet, chosen again by
                       the same rule
@@ -72,16 +74,23 @@ class Repairs:
         for block in range(self.steps.blocks + 1):
             if self.run.activation_record(block).exists():
                 self._inputs(block, hashed)
+            if self.run.targets().activation_record(block).exists():
+                self._targets(block, hashed)
             if block < self.begun:
                 self._block(block, hashed)
-            elif self.run.choices(block).exists():
+                continue
+            if self.run.choices(block).exists():
                 self._choices(block)
+            if self.run.solved(block).exists():
+                self._solved(block, hashed)
         return self._damaged_files > 0
 
     def mend_inputs(self) -> None:
         """Recomputes activation shards that are missing or not of the recorded size."""
         for block in self.run.committed_activations():
             self._inputs(block, False)
+        for block in self.run.targets().committed_activations():
+            self._targets(block, False)
 
     # -- checks, one kind of file each ------------------------------------------------------
 
@@ -119,13 +128,44 @@ class Repairs:
             self._note(path.parent / shards[index].name, state, remedy)
         self._replay(block, shards, sorted(bad))
 
+    def _targets(self, block: int, hashed: bool) -> None:
+        """The targets of the outputs of the block before this one; all are made again if one is."""
+        run = self.run.targets()
+        path = run.activation_record(block)
+        try:
+            shards = read_inputs(path)
+            bad = self._damaged_inputs(block, shards, hashed, dense=True)
+            if not bad:
+                return
+            index, state = next(iter(bad.items()))
+            damaged = path.parent / shards[index].name
+        except CorruptFileError:
+            damaged, state = path, _state(path)
+        self._note(damaged, state, f"the targets of block {block - 1} are made again")
+        run.remove_activations(block, self._guard)
+
+    def _solved(self, block: int, hashed: bool) -> None:
+        """The solved row slices of a block that is not committed."""
+        path = self.run.solved(block)
+        try:
+            files = self.steps.read_solved(block).files
+            bad = _damaged(path.parent, files, hashed)
+            if not bad:
+                return
+            index, state = next(iter(bad.items()))
+            damaged = path.parent / files[index].name
+        except CorruptFileError:
+            damaged, state = path, _state(path)
+        self._note(damaged, state, f"block {block} is solved again")
+        path.unlink()
+
     def _damaged_inputs(
-        self, block: int, shards: Sequence[StoredFile], hashed: bool
+        self, block: int, shards: Sequence[StoredFile], hashed: bool, dense: bool = False
     ) -> dict[int, str]:
         """Number of each damaged activation shard → what is wrong; on scratch the ranks check."""
         if not self.steps.scratch:
-            return _damaged(self.run.activations(block), shards, hashed)
-        outcomes = self.steps.on_all(call(Rank.damaged_shards, block, list(shards), hashed))
+            return _damaged(self.run.chain(dense).activations(block), shards, hashed)
+        outcomes = self.steps.on_all(call(Rank.damaged_shards, block, list(shards), hashed, dense))
         return dict(sorted((i, s) for outcome in outcomes for i, s in outcome.value.items()))
 
     def _block(self, block: int, hashed: bool) -> None:
@@ -232,6 +272,8 @@ class Repairs:
         # Later inputs were computed with the block's earlier weights.
         for later_block in range(block + 1, self.steps.blocks + 1):
             self.run.remove_activations(later_block, self._guard)
+            if later_block > block + 1 and self.steps.targets_follow_inputs:
+                self.run.targets().remove_activations(later_block, self._guard)
         results = {**made.results, "repair": {"text": text, "later_blocks": later}}
         redone = dataclasses.replace(made, results=results)
         replace_json(self.run.record(block), redone.to_json(), guard=self._guard)
@@ -250,12 +292,12 @@ class Repairs:
                     # Free space on the nodes' scratch is not known here.
                     if self.steps.scratch or shutil.disk_usage(self.run.path).free < needed:
                         self.run.remove_activations(later, self._guard)
-        return self.steps.solve(block, self._failures)
+        return self.steps.prune(block, self._failures, commit_solved=False)
 
     def _drop(self, block: int, files: Iterable[StoredFile]) -> None:
         if self.steps.scratch:
             names = [file.name for file in files]
-            self.steps.on_all(call(Rank.drop_shards, block, names))
+            self.steps.on_all(call(Rank.drop_shards, block, names, False))
             return
         directory = self.run.activations(block)
         for file in files:

@@ -30,24 +30,31 @@ def commit_inputs(
     block: int,
     shards: Sequence[StoredFile],
     workers: list[dict[str, Any]],
-    times: Mapping[str, PhaseTimes],
+    times: Mapping[str, PhaseTimes] | None,
     guard: Callable[[], None],
 ) -> None:
     """Publishes the record of the inputs of `block`: its shards, the workers, and the times.
 
-    guard: the lock's `assert_held`.
+    times: None where they are in the record of a block. guard: the lock's `assert_held`.
     """
     payload = {
         "schema_version": ACTIVATIONS_SCHEMA,
         "block": block,
         "shards": [shard.to_json() for shard in shards],
         "workers": workers,
-        "phases": {name: phase_times.to_json() for name, phase_times in times.items()},
+        "phases": {name: phase_times.to_json() for name, phase_times in (times or {}).items()},
     }
+    if times is not None:
+        _copy_times(run, block, payload, guard)
+    publish_json(run.activation_record(block), payload, guard=guard)
+
+
+def _copy_times(
+    run: RunDirectory, block: int, payload: dict[str, Any], guard: Callable[[], None]
+) -> None:
     # This record is deleted with its shards, before the report needs the times: so a copy. It is
     # written before the commit, because a kill between the two would lose it.
     replace_json(run.report() / f"inputs-{block:03d}.json", payload, guard=guard)
-    publish_json(run.activation_record(block), payload, guard=guard)
 
 
 def replace_shards(

@@ -52,12 +52,17 @@ def scratch_folder(
     return os.path.join(scratch_dir, f"{FOLDER_PREFIX}{token}")
 
 
-def kept_names(run: RunDirectory) -> dict[int, list[str]]:
-    """Block → the activation shards that its record names; unreadable records are left out."""
-    kept: dict[int, list[str]] = {}
-    for block in run.committed_activations():
-        with contextlib.suppress(InputError):
-            kept[block] = [file.name for file in read_inputs(run.activation_record(block))]
+def kept_names(run: RunDirectory) -> dict[str, list[str]]:
+    """Folder → the activation shards that its record names; unreadable records are left out.
+
+    A folder is a path in the run directory, and in the job's folder on scratch.
+    """
+    kept: dict[str, list[str]] = {}
+    for chain in (run, run.targets()):
+        for block in chain.committed_activations():
+            folder = chain.activations(block).relative_to(run.path).as_posix()
+            with contextlib.suppress(InputError):
+                kept[folder] = [file.name for file in read_inputs(chain.activation_record(block))]
     return kept
 
 

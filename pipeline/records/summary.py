@@ -15,7 +15,7 @@ from storage.run.checkpoints import BlockRecord
 from storage.run.directory import RunDirectory
 
 # Kinds of work that the summary names; the rest of the wall time is "other".
-KINDS = ("forward", "hessian", "reduce", "choose", "solve", "io", "load")
+KINDS = ("forward", "hessian", "reduce", "choose", "solve", "train", "io", "load")
 
 
 def summarize(
@@ -30,7 +30,8 @@ def summarize(
 
     blocks: the same of each block. Its `counts` and `phases` (wall `seconds`, peak bytes of the
     largest worker) include the computation of its inputs. `masks`: see
-    `pipeline.solvers.mask_counts`.
+    `pipeline.solvers.mask_counts`. `reconstruct`: see `pipeline.loop.reconstruction.in_words`; None
+    where the block was not reconstructed.
 
     If a file of times is damaged, `note` is called with its name, and the sums lack it.
     """
@@ -93,6 +94,7 @@ def _block(record: BlockRecord, work: Sequence[Work]) -> dict[str, Any]:
         "phases": {name: _phase(phase) for name, phase in phases},
         "groups": results["groups"],
         "choices": results["choices"],
+        "reconstruct": results.get("reconstruct"),
         "costs": results["costs"],
         "layers": {name: layer.results for name, layer in record.layers.items()},
         "masks": results.get("masks", {}),

@@ -8,6 +8,7 @@ executor gets the same bytes by adding the workers' tensors one after another.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -114,7 +115,7 @@ class Collective:
     def _sum_chunk(self, part: Tensor) -> Tensor:
         """`part` (n,) summed over the workers. gloo sends from host memory only."""
         width = -(-part.numel() // self.world)
-        device = part.device if self.backend == "nccl" else torch.device("cpu")
+        device = self._device_of(part)
         sent = torch.zeros(width * self.world, dtype=part.dtype, device=device)
         sent[: part.numel()] = part
         received = torch.empty_like(sent)
@@ -128,6 +129,47 @@ class Collective:
         # A slice to each other worker, then the sum of this worker's slice to each of them.
         self.sent += 2 * (self.world - 1) * total.nbytes
         return gathered[: part.numel()].to(part.device)
+
+    def sum_parts(self, parts: Sequence[Tensor]) -> Tensor:
+        """The sum over the workers, in rank order, of what they have for this one.
+
+        parts: by rank (n_rank,), what this worker has for that one. Raises as `sum` does.
+        """
+        device = self._device_of(parts[0])
+        sent = torch.cat([part.to(device) for part in parts])
+        count = parts[self.rank].numel()
+        received = sent.new_empty(self.world * count)
+        sizes = [part.numel() for part in parts]
+        try:
+            dist.all_to_all_single(received, sent, [count] * self.world, sizes)
+        except RuntimeError as error:
+            raise self._explained(error) from error
+        self.sent += sent.nbytes - parts[self.rank].nbytes
+        slices = received.view(self.world, count)
+        total = slices[0].clone()
+        for rank in range(1, self.world):
+            total += slices[rank]
+        return total.to(parts[0].device)
+
+    def gather_parts(self, part: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """By rank, the `part` (sizes[rank],) of every worker. Raises as `sum` does."""
+        own = part.to(self._device_of(part))
+        # Equal sizes: gloo's gather knows no others.
+        longest = max(sizes)
+        padded = own.new_zeros(longest)
+        padded[: own.numel()] = own
+        gathered = own.new_empty(self.world * longest)
+        try:
+            _ALL_GATHER(gathered, padded)
+        except RuntimeError as error:
+            raise self._explained(error) from error
+        self.sent += (self.world - 1) * part.nbytes
+        rows = gathered.view(self.world, longest)
+        return [rows[rank, :size].to(part.device) for rank, size in enumerate(sizes)]
+
+    def _device_of(self, tensor: Tensor) -> torch.device:
+        """Where a tensor is sent from: gloo sends from host memory only."""
+        return tensor.device if self.backend == "nccl" else torch.device("cpu")
 
     def sum_statistics(self, sums: Sums) -> Sums:
         """The sum of all workers' sums of one group; the tensors of `sums` are overwritten.

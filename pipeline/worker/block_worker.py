@@ -50,6 +50,7 @@ from pipeline.worker.saved_layers import saved_layers
 from pipeline.worker.scoring import Scoring
 from pipeline.worker.scratch_phases import ScratchPhases
 from pipeline.worker.solve_phases import PassState, SolvePhases
+from pipeline.worker.training.phases import TrainingPhases
 from storage.files.hashing import StoredFile
 from storage.files.os_errors import file_errors
 from storage.model.files import WeightFileFingerprint, fingerprint_weight_file
@@ -76,7 +77,7 @@ _WITHOUT_SOURCE = frozenset(
 )
 
 
-class BlockWorker(SolvePhases, Scoring, ScratchPhases):
+class BlockWorker(SolvePhases, TrainingPhases, Scoring, ScratchPhases):
     """One rank, as `pipeline.loop.rank.Rank` describes it."""
 
     def __init__(self, job: Job, rank: int, world: int) -> None:
@@ -114,6 +115,11 @@ class BlockWorker(SolvePhases, Scoring, ScratchPhases):
             events = (("", start, time.perf_counter() - began), *events)
         seconds, counts = self.watch.take(), self.watch.take_counts()
         return Outcome(value, seconds, peak_memory(self.device), events, counts)
+
+    def forget(self) -> None:
+        """Drops what is kept between the phases of a block."""
+        super().forget()
+        self.training = None
 
     # -- phases -----------------------------------------------------------------------------
 

@@ -159,14 +159,17 @@ class Forward:
         shards: Sequence[StoredFile] | Mapping[int, StoredFile],
         batch_size: int | None = None,
         only: Sequence[int] | None = None,
+        dense: bool = False,
     ) -> Iterator[tuple[int, int, Tensor]]:
         """This rank's inputs of a block: (number of the shard, of the first sequence, batch).
 
         A batch is (n, seqlen, hidden). shards: all shards, by number. only: as in `rank_shards`.
-        The next shard is opened and compared with its hash while the current one is used.
+        dense: they are of the dense model's own chain. The next shard is opened and compared with
+        its hash while the current one is used.
         """
         numbered = self.rank_shards(only)
-        opened = self.background.ahead(partial(self._open, block), [shards[i] for i, _ in numbered])
+        opening = partial(self.open, block, dense=dense)
+        opened = self.background.ahead(opening, [shards[i] for i, _ in numbered])
         for index, (start, _) in numbered:
             with self.watch("io"):
                 shard = next(opened)
@@ -186,15 +189,21 @@ class Forward:
                 ends = ModelEnds(self.skeleton, self.device, head=False)
             return ends.embed(self.tokens()[: min(self.job.batch_size, self.job.nsamples)])
         with self.watch("io"):
-            shard = self._open(block, shards[0])
+            shard = self.open(block, shards[0])
         return next(self._read(shard, self.job.batch_size))
 
     def write(
-        self, block: int, stamp: str, batches: Iterable[tuple[int, Tensor]]
+        self,
+        block: int,
+        stamp: str,
+        batches: Iterable[tuple[int, Tensor]],
+        *,
+        dense: bool = False,
     ) -> list[StoredFile]:
         """Writes activation shards of a block's inputs, under names that only this attempt uses.
 
-        batches: (number of the shard, batch (n, seqlen, hidden)) in order. A shard is written while
+        batches: (number of the shard, batch (n, seqlen, hidden)) in order. dense: as in
+        `rank_batches`. A shard is written while
         the next one is computed. Batches are copied first, because the caller may go on to change
         them in place.
         """
@@ -202,7 +211,8 @@ class Forward:
         behind = Behind(self.background)
         for index, shard in itertools.groupby(batches, key=lambda item: item[0]):
             copies = [batch.to("cpu", copy=True) for _, batch in shard]
-            path = self.store.activations(block) / f"shard-{index:05d}.{stamp}.arrow"
+            folder = self.store.chain(dense).activations(block)
+            path = folder / f"shard-{index:05d}.{stamp}.arrow"
             require_owner(self.job.lock_file)
 
             def write(path: Path = path, copies: list[Tensor] = copies, index: int = index) -> None:
@@ -215,8 +225,9 @@ class Forward:
         self.watch.count("activations_written_bytes", sum(stored.bytes for stored in written))
         return written
 
-    def _open(self, block: int, stored: StoredFile) -> ActivationShard:
-        path = self.store.activations(block) / stored.name
+    def open(self, block: int, stored: StoredFile, *, dense: bool = False) -> ActivationShard:
+        """One activation shard, compared with its hash. dense: as in `rank_batches`."""
+        path = self.store.chain(dense).activations(block) / stored.name
         return open_activation_shard(path, sha256=stored.sha256)
 
     def _read(self, shard: ActivationShard, batch_size: int) -> Iterator[Tensor]:

@@ -1,19 +1,31 @@
-"""The executor without Ray: all ranks in this process, one after another."""
+"""The executor without Ray: all ranks in this process, one after another.
+
+Where ranks wait for each other within a phase, in a reconstruction, each has a thread.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, TypeVar
+
+import torch
 
 from pipeline.loop.rank import Call, Rank, call
 from pipeline.messages import Job, Outcome
 from pipeline.statistics.accumulate import add_in_rank_order
 from pipeline.worker.block_worker import BlockWorker
-from storage.errors import DeviceFaultError, Prox24Error
+from pipeline.worker.training.in_process import InProcess, Meeting
+from storage.errors import DeviceFaultError, Prox24Error, WorkerLostError
 
 T = TypeVar("T")
+
+
+# Phases in which the ranks exchange gradients and weights.
+_TOGETHER = frozenset(phase.__name__ for phase in (Rank.begin_training, Rank.train))
 
 
 class LocalExecutor:
@@ -40,7 +52,10 @@ class LocalExecutor:
 
     def run(self, calls: Sequence[Call[T]]) -> list[Outcome[T]]:
         """Runs a phase rank by rank; an error of one ends it."""
-        return [_perform(worker, each) for worker, each in zip(self._workers, calls, strict=True)]
+        pairs = list(zip(self._workers, calls, strict=True))
+        if len(pairs) > 1 and calls[0].phase in _TOGETHER:
+            return _perform_together(pairs)
+        return [_perform(worker, each) for worker, each in pairs]
 
     def reduce(self) -> list[Outcome[None]]:
         """Adds the ranks' sums in rank order; all ranks then share the same statistics."""
@@ -78,3 +93,32 @@ def _perform(worker: BlockWorker, phase: Call[T]) -> Outcome[T]:
             f"{error}; this process cannot use the GPU any more: run the same command again, and "
             "it goes on from the committed blocks"
         ) from error
+
+
+def _perform_together(pairs: Sequence[tuple[BlockWorker, Call[T]]]) -> list[Outcome[T]]:
+    """Runs a phase of all ranks at once, each in a thread; the first error, where one fails."""
+    meeting = Meeting(len(pairs))
+
+    def work(rank: int, worker: BlockWorker, phase: Call[T]) -> Outcome[T]:
+        worker.peers = InProcess(meeting, rank)
+        try:
+            return _perform(worker, phase)
+        except BaseException:
+            meeting.abandon()
+            raise
+        finally:
+            worker.peers = None
+
+    with ThreadPoolExecutor(len(pairs), initializer=partial(torch.set_num_threads, 1)) as pool:
+        futures = [pool.submit(work, rank, *pair) for rank, pair in enumerate(pairs)]
+        try:
+            wait(futures)
+        except BaseException:  # an interrupt of the main thread
+            meeting.abandon()
+            raise
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    # What the others raise only says that one has failed.
+    errors.sort(key=lambda error: isinstance(error, WorkerLostError))
+    if errors:
+        raise errors[0]
+    return [future.result() for future in futures]

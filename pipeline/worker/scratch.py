@@ -65,35 +65,35 @@ class Scratch:
         free = float(shutil.disk_usage(path).free)
         return FreeScratch(place, platform.node(), str(path), free, float(self.store.size()))
 
-    def damaged(self, block: int, shards: Mapping[int, StoredFile], hashed: bool) -> dict[int, str]:
+    def damaged(
+        self, block: int, shards: Mapping[int, StoredFile], hashed: bool, dense: bool
+    ) -> dict[int, str]:
         """The damaged ones of these activation shards: number → what is wrong.
 
-        hashed: compare contents with the recorded hashes, not sizes alone.
+        hashed: compare contents with the recorded hashes, not sizes alone. dense: they are targets.
         """
-        folder = self.store.activations(block)
+        folder = self.store.chain(dense).activations(block)
         states = {
             index: damage(folder / file.name, file, hashed=hashed) for index, file in shards.items()
         }
         missing = f"missing from the scratch of {platform.node()}"
         return {i: missing if s == "missing" else s for i, s in states.items() if s is not None}
 
-    def drop(self, block: int, names: Sequence[str]) -> None:
-        """Deletes activation shards by name."""
+    def drop(self, block: int, names: Sequence[str], dense: bool) -> None:
+        """Deletes activation shards by name. dense: they are targets."""
         for name in names:
-            (self.store.activations(block) / name).unlink(missing_ok=True)
+            (self.store.chain(dense).activations(block) / name).unlink(missing_ok=True)
 
-    def sweep(self, kept: Mapping[int, Sequence[str]]) -> None:
-        """Deletes every activation shard that `kept`, block → names, does not list."""
-        root = self.store.path / "activations"
-        keep = {
-            self.store.activations(block) / name for block, names in kept.items() for name in names
-        }
-        for folder in listed(root, "block-*"):
-            for path in listed(folder):
-                if path not in keep:
-                    path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # not empty, or another rank was faster
-                folder.rmdir()
+    def sweep(self, kept: Mapping[str, Sequence[str]]) -> None:
+        """Deletes every activation shard that `kept`, folder → names, does not list."""
+        keep = {self.store.path / folder / name for folder, names in kept.items() for name in names}
+        for chain in (self.store, self.store.targets()):
+            for folder in listed(self.store.path / chain.area, "block-*"):
+                for path in listed(folder):
+                    if path not in keep:
+                        path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty, or another rank was faster
+                    folder.rmdir()
 
     def clear(self) -> None:
         """Deletes the job's folder."""

@@ -23,17 +23,19 @@ class ScratchPhases:
         """Bytes free on this node's scratch, and bytes of this job's files there."""
         return self._scratch().free()
 
-    def damaged_shards(self, block: int, shards: list[StoredFile], hashed: bool) -> dict[int, str]:
+    def damaged_shards(
+        self, block: int, shards: list[StoredFile], hashed: bool, dense: bool
+    ) -> dict[int, str]:
         """This rank's damaged activation shards: number → what is wrong."""
         rank_shards = {index: shards[index] for index, _ in self.forward.rank_shards()}
-        return self._scratch().damaged(block, rank_shards, hashed)
+        return self._scratch().damaged(block, rank_shards, hashed, dense)
 
-    def drop_shards(self, block: int, names: list[str]) -> None:
+    def drop_shards(self, block: int, names: list[str], dense: bool) -> None:
         """Deletes activation shards by name."""
-        self._scratch_of_owner().drop(block, names)
+        self._scratch_of_owner().drop(block, names, dense)
 
-    def sweep_scratch(self, kept: Mapping[int, list[str]]) -> None:
-        """Deletes every activation shard that `kept`, block → names, does not list."""
+    def sweep_scratch(self, kept: Mapping[str, list[str]]) -> None:
+        """Deletes every activation shard that `kept`, folder → names, does not list."""
         self._scratch_of_owner().sweep(kept)
 
     def clear_scratch(self) -> None:

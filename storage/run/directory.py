@@ -5,16 +5,18 @@
     tokens.arrow                    calibration tokens
     choices/block-007.json          settings chosen during the job
     activations/block-007/          the inputs of block 7: activation shards and record.json
+    targets/block-007/              the same of the dense model's own chain, with --reconstruct
     scratch.json                    the name of the job's folders on the nodes' scratch
-    checkpoints/block-007/          block 7 pruned: row slices and record.json
+    checkpoints/block-007/          block 7 pruned: row slices and record.json; before that, with
+                                    --reconstruct, solved.json, which names the solved row slices
     uploads/                        what was sent to an output in an object store
     report/                         metrics and the report, for the user
     status.json                     the present phase, for `prox24 status`; the job never reads it
     prox24-scratch-*/               temporary folders of an owner, as for measuring the perplexity
     layers/NAME.safetensors         layers that --save-layers named
 
-A file under activations/ or checkpoints/ counts only if the record.json beside it names it; all
-others are left from attempts that were not committed.
+A file under activations/, targets/ or checkpoints/ counts only if the record.json (or solved.json)
+beside it names it; all others are left from attempts that were not committed.
 """
 
 from __future__ import annotations
@@ -40,19 +42,34 @@ logger = logging.getLogger(__name__)
 BLOCK_SCHEMA = 1
 """The schema number of a block's record."""
 RECORD_NAME = "record.json"
+SOLVED_NAME = "solved.json"
+"""Names the row slices of a block that is solved, but not yet reconstructed."""
 SCRATCH_PREFIX = "prox24-scratch-"
 """Begins the names of an owner's temporary folders, which the next owner deletes."""
 
+# Areas of activation shards: the inputs of the pruned model's blocks, and those of the dense one's.
+_INPUTS, _TARGETS = "activations", "targets"
 _BLOCK = re.compile(r"block-(\d{3,9})")
 _ABSENT = object()
 _SHOWN_CHARACTERS = 80
 
 
 class RunDirectory:
-    """The paths in a run directory, and deletions from it. The constructor touches no file."""
+    """The paths in a run directory, and deletions from it. The constructor touches no file.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    area: the folder of the activations that this object speaks of; see `targets`.
+    """
+
+    def __init__(self, path: Path, area: str = _INPUTS) -> None:
+        self.path, self.area = path, area
+
+    def targets(self) -> RunDirectory:
+        """The same directory, whose activations are those of the dense model's own chain."""
+        return RunDirectory(self.path, _TARGETS)
+
+    def chain(self, dense: bool) -> RunDirectory:
+        """The same directory with the activations of the dense or the pruned model."""
+        return self.targets() if dense else RunDirectory(self.path)
 
     @property
     def manifest(self) -> Path:
@@ -65,7 +82,7 @@ class RunDirectory:
 
     def activations(self, block: int) -> Path:
         """Directory of the inputs of `block`."""
-        return self.path / "activations" / f"block-{block:03d}"
+        return self.path / self.area / f"block-{block:03d}"
 
     def activation_record(self, block: int) -> Path:
         """The record that commits the inputs of `block`."""
@@ -78,6 +95,10 @@ class RunDirectory:
     def record(self, block: int) -> Path:
         """The record that commits the pruned `block`."""
         return self.checkpoints(block) / RECORD_NAME
+
+    def solved(self, block: int) -> Path:
+        """The record of a block's solved row slices, until the block is reconstructed."""
+        return self.checkpoints(block) / SOLVED_NAME
 
     def choices(self, block: int) -> Path:
         """The file with the settings chosen at run time for `block`."""
@@ -114,7 +135,7 @@ class RunDirectory:
 
     def committed_activations(self) -> list[int]:
         """Blocks whose inputs are committed, ascending."""
-        return self._blocks_with_record("activations")
+        return self._blocks_with_record(self.area)
 
     def blocks_begun(self) -> int:
         """Number of blocks that must have been committed, judging by the records that exist.
@@ -147,14 +168,27 @@ class RunDirectory:
         """
         self._remove(self.checkpoints(block), guard)
 
+    def remove_solved(self, block: int, guard: Callable[[], None] | None = None) -> None:
+        """Delete the record of a committed `block`'s solved row slices, and what only it names.
+
+        `guard` as in `remove_activations`.
+        """
+        names = _named_files(self.record(block))
+        if not self.solved(block).exists() or not names:
+            return
+        if guard is not None:
+            guard()
+        for path in self.checkpoints(block).iterdir():
+            if path.name not in names:
+                path.unlink(missing_ok=True)
+
     def _remove(self, directory: Path, guard: Callable[[], None] | None) -> None:
         if directory.is_dir():
             self.contained(directory)
             if guard is not None:
                 guard()
-            record = directory / RECORD_NAME
-            if record.exists():
-                record.unlink()
+            removed = [_removed(directory / name) for name in (RECORD_NAME, SOLVED_NAME)]
+            if any(removed):
                 fsync_directory(directory)
             delete_folder(directory)
 
@@ -173,10 +207,10 @@ class RunDirectory:
         doomed = [path for path in files_below(self.path) if is_temporary(path)]
         doomed += listed(self.path, f"{SCRATCH_PREFIX}*")
         begun = self.blocks_begun()
-        for area in ("activations", "checkpoints"):
+        for area in (_INPUTS, _TARGETS, "checkpoints"):
             for directory in self._block_directories(area):
                 self.contained(directory)
-                names = _named_files(directory / RECORD_NAME)
+                names = _named_beside(directory)
                 lost = area == "checkpoints" and int(directory.name.removeprefix("block-")) < begun
                 if names is None or (not names and lost):
                     continue
@@ -196,11 +230,11 @@ class RunDirectory:
 
         For an owner that was displaced: it can no longer commit them, and no one else uses `stamp`.
         """
-        for area in ("activations", "checkpoints"):
+        for area in (_INPUTS, _TARGETS, "checkpoints"):
             for directory in self._block_directories(area):
                 self.contained(directory)
                 attempts = [path for path in directory.iterdir() if f".{stamp}-" in path.name]
-                names = _named_files(directory / RECORD_NAME)
+                names = _named_beside(directory)
                 for path in attempts:
                     if names is not None and path.name not in names:
                         path.unlink(missing_ok=True)
@@ -217,6 +251,24 @@ class RunDirectory:
         return sorted(int(name.removeprefix("block-")) for name in names)
 
 
+def _removed(record: Path) -> bool:
+    """Deletes a record; whether it was there."""
+    try:
+        record.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _named_beside(directory: Path) -> set[str] | None:
+    """The names that the records in `directory` protect; None if one of them cannot be read.
+
+    A block's own record makes the one of its solved row slices, and these, superfluous.
+    """
+    names = _named_files(directory / RECORD_NAME)
+    return _named_files(directory / SOLVED_NAME) if names == set() else names
+
+
 def _named_files(record: Path) -> set[str] | None:
     """The names of a record and of the files that it lists under "files" or "shards".
 
@@ -230,7 +282,7 @@ def _named_files(record: Path) -> set[str] | None:
         # Any schema version: files of another prox24 must not be deleted.
         data = decode_json(raw, record, json.loads(raw).get("schema_version"))
         entries = [*data.get("files", []), *data.get("shards", [])]
-        return {RECORD_NAME, *(str(entry["name"]) for entry in entries)}
+        return {record.name, *(str(entry["name"]) for entry in entries)}
     except OSError as error:
         if not is_damage(error):
             raise

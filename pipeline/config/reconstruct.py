@@ -1,0 +1,77 @@
+"""The options of block reconstruction: the training of a block's kept weights after its solve."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.config.fields import option, require
+from storage.errors import ConfigError
+
+Reconstruction = Literal["auto", "none", "block"]
+Target = Literal["dense-chain", "dense-block"]
+MaskRule = Literal["fixed", "exchange"]
+
+
+def unless_reconstructed(config: Any) -> str | None:
+    """The condition of the options of the reconstruction."""
+    if config.reconstructs():
+        return None
+    if config.reconstruct == "none":
+        return "with --reconstruct none blocks are not reconstructed"
+    return "--reconstruct auto leaves this method's blocks as they are (--reconstruct block)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructOptions:
+    """Whether and how each block is trained after its layers are solved; see docs/methods.md.
+
+    Raises `ConfigError` for a value out of range.
+    """
+
+    reconstruct: Reconstruction = option(
+        "none",
+        "after a block's layers are solved, train its kept weights so that the block's output is "
+        "that of the dense model: `block`, `none`, or `auto`: for method prox_admm",
+    )
+    reconstruct_epochs: int = option(
+        8,
+        "passes over the calibration sequences in a block's reconstruction, at most",
+        unused=unless_reconstructed,
+    )
+    reconstruct_batch: int = option(
+        4,
+        "sequences in one step of the reconstruction",
+        unused=unless_reconstructed,
+    )
+    reconstruct_lr: float = option(
+        1.6e-3,
+        "first learning rate of the reconstruction, as a share of the root mean square of a "
+        "layer's kept weights",
+        unused=unless_reconstructed,
+    )
+    reconstruct_target: Target = option(
+        "dense-chain",
+        "what a reconstructed block's output is compared with: that of the dense model at this "
+        "depth (`dense-chain`), or of the dense block for the same inputs (`dense-block`)",
+        unused=unless_reconstructed,
+    )
+    reconstruct_mask: MaskRule = option(
+        "fixed",
+        "`fixed`: the reconstruction keeps the solved mask; `exchange`: weights may change places "
+        "in the first 60 % of its steps (N:M patterns)",
+        unused=unless_reconstructed,
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("reconstruct_epochs", "reconstruct_batch"):
+            require(self, name, at_least=1)
+        if not 0 < self.reconstruct_lr < math.inf:
+            raise ConfigError(f"--reconstruct-lr must be above 0, not {self.reconstruct_lr}")
+
+    def reconstructs(self) -> bool:
+        """Whether blocks are reconstructed, with the method that these options go with."""
+        if self.reconstruct == "auto":
+            return getattr(self, "method", None) == "prox_admm"
+        return self.reconstruct == "block"

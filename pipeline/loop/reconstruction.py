@@ -1,0 +1,141 @@
+"""The reconstruction of a solved block: epoch by epoch, until the held-out loss stops falling."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from pipeline.loop.executor import Executor
+from pipeline.loop.rank import Call, Rank, call
+from pipeline.messages import Observed, Outcome, TrainedRows
+from pipeline.reconstruct.schedule import goes_on
+from pipeline.records.times import PhaseTimes
+from pipeline.runtime.progress import Progress
+from storage.files.hashing import StoredFile
+from storage.run.checkpoints import BlockRecord, LayerSlice
+
+T = TypeVar("T")
+
+
+class Steps(Protocol):
+    """What a reconstruction needs of `pipeline.loop.block_steps.BlockSteps`."""
+
+    executor: Executor
+    progress: Progress
+    attempts: int
+
+    def inputs(
+        self, block: int, *, observe: bool = False
+    ) -> tuple[list[StoredFile], Observed | None]:
+        """The shards of a block's inputs."""
+        ...
+
+    def targets(self, block: int, times: dict[str, PhaseTimes]) -> list[StoredFile]:
+        """The shards of the targets of its outputs."""
+        ...
+
+    def timed(self, times: dict[str, PhaseTimes], phase: Call[T]) -> list[Outcome[T]]:
+        """Runs a phase on every rank."""
+        ...
+
+    def stamp(self) -> str:
+        """A part of the names of new files."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """epochs: at most. dense_chain: whether the targets are the dense model's own activations."""
+
+    epochs: int
+    dense_chain: bool
+
+
+def reconstruct(
+    steps: Steps, how: Reconstruction, solved: BlockRecord, failures: Sequence[str]
+) -> BlockRecord:
+    """Trains the block that `solved` records; the record of what is best on held-out sequences.
+
+    That may be the solved block itself: where no epoch lowers their loss, or a loss is not finite.
+    """
+    began, block = time.perf_counter(), solved.block
+    times: dict[str, PhaseTimes] = {}
+    shards, _ = steps.inputs(block)
+    targets = steps.targets(block, times)
+    steps.progress.phase("reconstruct", block)
+    begin = call(Rank.begin_training, block, solved, shards, targets)
+    losses = [steps.timed(times, begin)[0].value]
+    learned: list[float] = []
+    for epoch in range(how.epochs):
+        if not goes_on(losses):
+            break
+        steps.progress.phase(f"reconstruct {epoch + 1}/{how.epochs}", block)
+        trained = steps.timed(times, call(Rank.train, block, epoch))[0].value
+        learned.append(trained.learned)
+        losses.append(trained.held_out)
+    outcomes = steps.timed(times, call(Rank.end_training, block, steps.stamp()))
+    result = in_words(losses, learned)
+    record = solved if result["kept"] == "solved" else with_rows(solved, outcomes_of(outcomes))
+    earlier = solved.results
+    results = {
+        **earlier,
+        "phases": earlier["phases"] | {name: phase.to_json() for name, phase in times.items()},
+        "seconds": earlier["seconds"] + time.perf_counter() - began,
+        "workers": steps.executor.workers(),
+        "failures": list(dict.fromkeys([*earlier["failures"], *failures])),
+        "reconstruct": result | {"untrained": untrained(solved, outcomes_of(outcomes))},
+    }
+    return dataclasses.replace(
+        record, attempt=steps.attempts, world=steps.executor.world, results=results
+    )
+
+
+def outcomes_of(outcomes: Sequence[Any]) -> list[TrainedRows]:
+    """The ranks' rows."""
+    return [outcome.value for outcome in outcomes]
+
+
+def in_words(losses: Sequence[float], learned: Sequence[float]) -> dict[str, Any]:
+    """What a record says of a reconstruction, as JSON.
+
+    losses: of the held-out sequences, before the first epoch and after each. learned: of the others
+    during each epoch. `before`, `after`: of the held-out ones, of the solved block and of what is
+    kept; `kept`: "solved", or the number of the epoch. Losses that are not finite are left out.
+    """
+    finite = [(loss, number) for number, loss in enumerate(losses) if math.isfinite(loss)]
+    best, number = min(finite, default=(None, 0), key=lambda item: (item[0], -item[1]))
+    return {
+        "before": losses[0] if math.isfinite(losses[0]) else None,
+        "after": best,
+        "kept": number or "solved",
+        "epochs": len(learned),
+        "held_out": [loss for loss in losses if math.isfinite(loss)],
+        "learned": [loss for loss in learned if math.isfinite(loss)],
+        "finite": all(map(math.isfinite, [*losses, *learned])),
+    }
+
+
+def with_rows(solved: BlockRecord, trained: Sequence[TrainedRows]) -> BlockRecord:
+    """The solved record with the trained rows in place of the layers' solved ones."""
+    layers = {}
+    for name, layer in solved.layers.items():
+        slices = tuple(
+            LayerSlice(part.file.name, *part.ranges[name])
+            for part in trained
+            if part.file is not None and name in part.ranges
+        )
+        layers[name] = dataclasses.replace(layer, slices=slices) if slices else layer
+    named = {part.file for layer in layers.values() for part in layer.slices}
+    written: list[StoredFile] = [part.file for part in trained if part.file is not None]
+    files = [file for file in (*solved.files, *written) if file.name in named]
+    return dataclasses.replace(solved, files=tuple(files), layers=layers)
+
+
+def untrained(solved: BlockRecord, trained: Sequence[TrainedRows]) -> list[str]:
+    """The layers that were not trained: experts with too few tokens."""
+    known = {name for part in trained for name in part.ranges}
+    return [name for name in solved.layers if name not in known]

@@ -1,0 +1,1 @@
+"""Block reconstruction: the kept weights of a pruned block are trained. Tensors in, tensors out."""

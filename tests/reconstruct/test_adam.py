@@ -1,0 +1,69 @@
+"""Adam on rows of kept weights, against torch's."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from pipeline.reconstruct.adam import RowAdam, first_rate
+
+
+def _layer() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(12, 8, generator=generator)
+    return weight, torch.rand(12, 8, generator=generator) > 0.5
+
+
+def _gradients(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(12, 8, generator=generator) for _ in range(count)]
+
+
+def test_it_is_torchs_adam_on_the_kept_weights() -> None:
+    weight, mask = _layer()
+    state = RowAdam(weight * mask, mask, 1e-2)
+    reference = torch.nn.Parameter((weight * mask).double())
+    optimizer = torch.optim.Adam([reference], lr=1e-2, eps=1e-30)
+    for number, gradient in enumerate(_gradients(7)):
+        factor = 1 - number / 7
+        state.step(gradient.clone(), factor)
+        optimizer.param_groups[0]["lr"] = 1e-2 * factor
+        reference.grad = gradient.double() * mask
+        optimizer.step()
+    torch.testing.assert_close(state.weight, reference.detach().float())
+    assert not state.weight[~mask].any()
+
+
+def test_rows_apart_have_the_bytes_of_all_rows() -> None:
+    weight, mask = _layer()
+    whole = RowAdam(weight * mask, mask, 1e-2)
+    parts = [RowAdam((weight * mask)[rows], mask[rows], 1e-2) for rows in _thirds()]
+    for gradient in _gradients(5):
+        whole.step(gradient.clone(), 0.5)
+        for rows, part in zip(_thirds(), parts, strict=True):
+            part.step(gradient[rows].clone(), 0.5)
+    assert torch.equal(whole.weight, torch.cat([part.weight for part in parts]))
+
+
+def test_a_weight_without_a_gradient_does_not_move() -> None:
+    weight, mask = _layer()
+    state = RowAdam(weight * mask, mask, 1e-2)
+    state.step(torch.zeros(12, 8), 1.0)
+    assert torch.equal(state.weight, weight * mask)
+
+
+def test_it_changes_nothing_that_it_was_given() -> None:
+    weight, mask = _layer()
+    before = weight.clone()
+    RowAdam(weight, mask, 1e-2).step(torch.ones(12, 8), 1.0)
+    assert torch.equal(weight, before)
+
+
+def test_the_rate_is_relative_to_the_kept_weights() -> None:
+    assert math.isclose(first_rate(4 * 9.0, 4, 0.1), 0.3)
+    assert first_rate(0.0, 0, 0.1) == 0.0
+
+
+def _thirds() -> list[slice]:
+    return [slice(0, 4), slice(4, 8), slice(8, 12)]

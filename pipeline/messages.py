@@ -22,13 +22,15 @@ Likelihood = tuple[float, bool]
 class Reconstruct:
     """How blocks are reconstructed; see `pipeline.config.reconstruct`.
 
-    batch: sequences of a step. seed: of the order of the sequences.
+    batch: sequences of a step. seed: of the order of the sequences. exchange: whether weights may
+    change places.
     """
 
     epochs: int
     batch: int
     learning_rate: float
     seed: int
+    exchange: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +141,14 @@ class TrainedEpoch:
 
 @dataclass(frozen=True)
 class TrainedRows:
-    """One rank's rows of a reconstructed block's layers: file and ranges as in `SolvedSlices`."""
+    """One rank's rows of a reconstructed block's layers: file and ranges as in `SolvedSlices`.
+
+    masks: the counts of `pipeline.solvers.mask_counts` of layers whose masks may have changed.
+    """
 
     file: StoredFile | None
     ranges: dict[str, tuple[int, int]]
+    masks: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)

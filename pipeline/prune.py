@@ -303,6 +303,7 @@ def _reconstruct_message(config: PruneConfig) -> Reconstruct | None:
         batch=config.reconstruct_batch,
         learning_rate=config.reconstruct_lr,
         seed=config.seed,
+        exchange=config.reconstruct_mask == "exchange",
     )
 
 

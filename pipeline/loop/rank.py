@@ -115,15 +115,23 @@ class Rank(Protocol):
         record: BlockRecord,
         shards: list[StoredFile],
         targets: list[StoredFile],
-    ) -> float:
-        """Loads the solved block; returns the loss of the held-out sequences.
+    ) -> int:
+        """Loads the solved block; returns in how many parts its layers are trained.
 
         targets: what the outputs are compared with, by number as `shards`.
         """
         ...
 
+    def begin_part(self, block: int, part: int) -> float:
+        """Begins to train a part of the layers; returns the loss of the held-out sequences."""
+        ...
+
     def train(self, block: int, epoch: int) -> TrainedEpoch:
-        """Trains for one epoch."""
+        """Trains the part for one epoch."""
+        ...
+
+    def end_part(self, block: int) -> None:
+        """Has the part's layers as they were best."""
         ...
 
     def end_training(self, block: int, stamp: str) -> TrainedRows:

@@ -15,6 +15,7 @@ from pipeline.messages import Observed, Outcome, TrainedRows
 from pipeline.reconstruct.schedule import goes_on
 from pipeline.records.times import PhaseTimes
 from pipeline.runtime.progress import Progress
+from pipeline.solvers.mask_counts import merge_mask_counts
 from storage.files.hashing import StoredFile
 from storage.run.checkpoints import BlockRecord, LayerSlice
 
@@ -68,7 +69,34 @@ def reconstruct(
     targets = steps.targets(block, times)
     steps.progress.phase("reconstruct", block)
     begin = call(Rank.begin_training, block, solved, shards, targets)
-    losses = [steps.timed(times, begin)[0].value]
+    parts = [
+        _train_part(steps, how, (block, part), times)
+        for part in range(steps.timed(times, begin)[0].value)
+    ]
+    outcomes = steps.timed(times, call(Rank.end_training, block, steps.stamp()))
+    trained = [outcome.value for outcome in outcomes]
+    lower = any(part["kept"] != "solved" for part in parts)
+    record = with_rows(solved, trained) if lower else solved
+    earlier = solved.results
+    results = {
+        **record.results,
+        "phases": earlier["phases"] | {name: phase.to_json() for name, phase in times.items()},
+        "seconds": earlier["seconds"] + time.perf_counter() - began,
+        "workers": steps.executor.workers(),
+        "failures": list(dict.fromkeys([*earlier["failures"], *failures])),
+        "reconstruct": together(parts) | {"untrained": untrained(solved, trained)},
+    }
+    return dataclasses.replace(
+        record, attempt=steps.attempts, world=steps.executor.world, results=results
+    )
+
+
+def _train_part(
+    steps: Steps, how: Reconstruction, which: tuple[int, int], times: dict[str, PhaseTimes]
+) -> dict[str, Any]:
+    """Trains a part of a block, which is (block, part); what a record says of it."""
+    block, part = which
+    losses = [steps.timed(times, call(Rank.begin_part, block, part))[0].value]
     learned: list[float] = []
     for epoch in range(how.epochs):
         if not goes_on(losses):
@@ -77,34 +105,17 @@ def reconstruct(
         trained = steps.timed(times, call(Rank.train, block, epoch))[0].value
         learned.append(trained.learned)
         losses.append(trained.held_out)
-    outcomes = steps.timed(times, call(Rank.end_training, block, steps.stamp()))
-    result = in_words(losses, learned)
-    record = solved if result["kept"] == "solved" else with_rows(solved, outcomes_of(outcomes))
-    earlier = solved.results
-    results = {
-        **earlier,
-        "phases": earlier["phases"] | {name: phase.to_json() for name, phase in times.items()},
-        "seconds": earlier["seconds"] + time.perf_counter() - began,
-        "workers": steps.executor.workers(),
-        "failures": list(dict.fromkeys([*earlier["failures"], *failures])),
-        "reconstruct": result | {"untrained": untrained(solved, outcomes_of(outcomes))},
-    }
-    return dataclasses.replace(
-        record, attempt=steps.attempts, world=steps.executor.world, results=results
-    )
-
-
-def outcomes_of(outcomes: Sequence[Any]) -> list[TrainedRows]:
-    """The ranks' rows."""
-    return [outcome.value for outcome in outcomes]
+    steps.timed(times, call(Rank.end_part, block))
+    return in_words(losses, learned)
 
 
 def in_words(losses: Sequence[float], learned: Sequence[float]) -> dict[str, Any]:
     """What a record says of a reconstruction, as JSON.
 
     losses: of the held-out sequences, before the first epoch and after each. learned: of the others
-    during each epoch. `before`, `after`: of the held-out ones, of the solved block and of what is
-    kept; `kept`: "solved", or the number of the epoch. Losses that are not finite are left out.
+    during each epoch. `before`, `after`: of the held-out ones, before the first epoch and of what
+    is kept; `kept`: after which epoch that was, or "solved". `finite`: whether all losses were;
+    those that were not are left out.
     """
     finite = [(loss, number) for number, loss in enumerate(losses) if math.isfinite(loss)]
     best, number = min(finite, default=(None, 0), key=lambda item: (item[0], -item[1]))
@@ -119,6 +130,26 @@ def in_words(losses: Sequence[float], learned: Sequence[float]) -> dict[str, Any
     }
 
 
+def together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The parts of a block as one, in the same words; `kept`: of how many epochs in all.
+
+    `parts`: of each, if there are several. `before` and `after` are None without any.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    kept = sum(part["kept"] for part in parts if part["kept"] != "solved")
+    return {
+        "before": parts[0]["before"] if parts else None,
+        "after": parts[-1]["after"] if parts else None,
+        "kept": kept or "solved",
+        "epochs": sum(part["epochs"] for part in parts),
+        "held_out": [loss for part in parts for loss in part["held_out"]],
+        "learned": [loss for part in parts for loss in part["learned"]],
+        "finite": all(part["finite"] for part in parts),
+        "parts": list(parts),
+    }
+
+
 def with_rows(solved: BlockRecord, trained: Sequence[TrainedRows]) -> BlockRecord:
     """The solved record with the trained rows in place of the layers' solved ones."""
     layers = {}
@@ -129,10 +160,14 @@ def with_rows(solved: BlockRecord, trained: Sequence[TrainedRows]) -> BlockRecor
             if part.file is not None and name in part.ranges
         )
         layers[name] = dataclasses.replace(layer, slices=slices) if slices else layer
+    masks = dict(solved.results["masks"])
+    for name in {name for part in trained for name in part.masks}:
+        masks[name] = merge_mask_counts([p.masks[name] for p in trained if name in p.masks])
     named = {part.file for layer in layers.values() for part in layer.slices}
     written: list[StoredFile] = [part.file for part in trained if part.file is not None]
     files = [file for file in (*solved.files, *written) if file.name in named]
-    return dataclasses.replace(solved, files=tuple(files), layers=layers)
+    results = {**solved.results, "masks": masks}
+    return dataclasses.replace(solved, files=tuple(files), layers=layers, results=results)
 
 
 def untrained(solved: BlockRecord, trained: Sequence[TrainedRows]) -> list[str]:

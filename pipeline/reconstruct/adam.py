@@ -11,33 +11,89 @@ import math
 import torch
 from torch import Tensor
 
+from pipeline.config.pattern import Pattern
+from pipeline.solvers.masks import keep_mask
+
 _BETA_1, _BETA_2 = 0.9, 0.999
 # Gradients have the scale of the model's activations: it is no more than a guard against 0 / 0.
 _EPSILON = 1e-30
+# Of the smallest kept weight of its group: how large a pruned one is at the start of an exchange.
+_HIDDEN_SHARE = 0.9
 
 
 class RowAdam:
     """The weights of some rows, which it trains, with Adam's two moments.
 
-    weight: (rows, C) fp32, the exact values behind the stored ones. mask: (rows, C) bool; where it
-    is False a weight stays 0. rate: the first learning rate, in units of the weights.
+    weight: (rows, C) of any float dtype, kept where it is not 0. rate: the first learning rate, in
+    units of the weights.
     """
 
-    def __init__(self, weight: Tensor, mask: Tensor, rate: float) -> None:
-        self.weight, self.mask, self.rate = weight.float().clone(), mask, rate
-        self._first = torch.zeros_like(self.weight)
-        self._second = torch.zeros_like(self.weight)
+    def __init__(self, weight: Tensor, rate: float) -> None:
+        self._weight, self._rate = weight.float().clone(), rate
+        self._mask = self._weight != 0
+        self._first = torch.zeros_like(self._weight)
+        self._second = torch.zeros_like(self._weight)
         self._steps = 0
 
     def step(self, gradient: Tensor, factor: float) -> None:
         """One step along a gradient (rows, C) fp32, which is changed. factor: of the rate."""
         self._steps += 1
-        gradient.mul_(self.mask)
+        self._restrict(gradient)
         self._first.lerp_(gradient, 1 - _BETA_1)
         self._second.mul_(_BETA_2).addcmul_(gradient, gradient, value=1 - _BETA_2)
         first_bias, second_bias = 1 - _BETA_1**self._steps, 1 - _BETA_2**self._steps
         spread = (self._second / second_bias).sqrt_().add_(_EPSILON)
-        self.weight.addcdiv_(self._first, spread, value=-self.rate * factor / first_bias)
+        self._weight.addcdiv_(self._first, spread, value=-self._rate * factor / first_bias)
+
+    def weight(self) -> Tensor:
+        """The weights now, (rows, C) fp32, 0 where they are pruned."""
+        return self._weight * self._mask
+
+    def freeze(self) -> None:
+        """Fixes the mask from now on; without an exchange it always is."""
+
+    def _restrict(self, gradient: Tensor) -> None:
+        gradient.mul_(self._mask)
+
+
+class ExchangingAdam(RowAdam):
+    """The same, where pruned weights are trained too, unseen, and may take the place of kept ones.
+
+    A forward sees the largest weights of each group; the gradient with respect to them is applied
+    to all (straight-through). "Large" is meant in the scale of the inputs.
+
+    dense: (rows, C), the weights before pruning, from which the pruned ones start, not larger than
+    `_HIDDEN_SHARE` of their group's smallest kept one. scale: (C,) fp32, the root mean square of
+    each input. pattern: of an unstructured one a row is the group.
+    """
+
+    def __init__(
+        self, weight: Tensor, rate: float, dense: Tensor, scale: Tensor, pattern: Pattern
+    ) -> None:
+        super().__init__(weight, rate)
+        self._scale, self._pattern, self._frozen = scale, pattern, False
+        shape = (len(weight), -1, pattern.group or weight.shape[1])
+        kept = (self._weight * scale).abs().masked_fill(~self._mask, math.inf).view(shape)
+        most = _HIDDEN_SHARE * kept.amin(dim=2, keepdim=True)
+        hidden = (dense.float() * scale).view(shape)
+        hidden = hidden.clamp(-most, most).view_as(self._weight) / scale
+        hidden = torch.where(scale > 0, hidden, 0.0)
+        self._weight = torch.where(self._mask, self._weight, hidden)
+
+    def weight(self) -> Tensor:
+        """The weights that a forward sees now, (rows, C) fp32."""
+        if not self._frozen:
+            self._mask = keep_mask(self._pattern, (self._weight * self._scale).abs())
+        return super().weight()
+
+    def freeze(self) -> None:
+        """Fixes the mask: the largest weights of each group from now on."""
+        self.weight()
+        self._frozen = True
+
+    def _restrict(self, gradient: Tensor) -> None:
+        if self._frozen:
+            super()._restrict(gradient)
 
 
 def first_rate(square_sum: float, kept: int, share: float) -> float:

@@ -7,14 +7,19 @@ of every step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+
+from pipeline.runtime.split import in_passes
 
 # One of so many calibration sequences takes no part in the gradients: its loss decides.
 HELD_OUT_SHARE = 10
 # The mask of `exchange` is fixed after this share of the steps.
 EXCHANGE_SHARE = 0.6
+# Weights that are trained at once. A worker has a gradient (2 or 4 bytes) and a sum (8 bytes) of
+# each. It does not depend on the machine, because the division decides the bytes of the result.
+MOST_WEIGHTS = 1 << 32
 # Epochs without a lower loss of the held-out sequences after which a reconstruction ends.
 PATIENCE = 3
 
@@ -61,6 +66,14 @@ def rate(step: int, steps: int) -> float:
 def freezes(step: int, steps: int) -> bool:
     """Whether the mask of `exchange` is fixed from step number `step` on."""
     return step >= EXCHANGE_SHARE * steps
+
+
+def parts(sizes: Mapping[str, int]) -> list[list[str]]:
+    """The layers of a block, divided into parts that are trained one after another, in order.
+
+    sizes: layer -> its number of weights. A part has at most `MOST_WEIGHTS` weights, or one layer.
+    """
+    return in_passes(sizes, MOST_WEIGHTS)
 
 
 def goes_on(losses: Sequence[float]) -> bool:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 # Phases in which the ranks exchange gradients and weights.
-_TOGETHER = frozenset(phase.__name__ for phase in (Rank.begin_training, Rank.train))
+_TOGETHER = frozenset(phase.__name__ for phase in (Rank.begin_part, Rank.train, Rank.end_part))
 
 
 class LocalExecutor:

@@ -11,10 +11,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.config.solver import SolverSettings
+from pipeline.reconstruct import schedule
 from pipeline.records.summary import read_summary
 from pipeline.runtime.threads import set_threads
 from storage.run.directory import RunDirectory
-from tests.support.jobs import prune_here, tensors, write_text
+from tests.support.jobs import (
+    check_output,
+    is_linear_of_a_block,
+    prune_here,
+    tensors,
+    write_text,
+)
 from tests.support.plain_prune import job_tokens
 from tests.support.plain_reconstruct import reconstruct_in_memory
 from tests.support.tiny_models import save_tiny_model
@@ -106,6 +113,45 @@ def test_after_any_method_and_pattern(
     first, *others = blocks_of(tmp_path / "trained")
     assert first["after"] < first["before"]
     assert all(block["after"] <= block["before"] for block in others)
+
+
+def test_weights_may_change_places(model: Path, tmp_path: Path) -> None:
+    made, moved = [], 0
+    exchange = OPTIONS | {"reconstruct_mask": "exchange", "reconstruct_lr": 0.02}
+    prune_here(model, tmp_path / "fixed", **OPTIONS)
+    fixed = dict(tensors(tmp_path / "fixed"))
+    for workers in (1, 3):
+        output = tmp_path / f"out-{workers}"
+        prune_here(model, output, workers=workers, **exchange)
+        made.append(_bytes(output))
+        check_output(model, output)
+    assert made[0] == made[1]
+    for name, tensor in tensors(tmp_path / "out-1"):
+        if is_linear_of_a_block(name):
+            moved += int(((tensor != 0) != (fixed[name] != 0)).sum())
+    assert moved > 0
+    summary = read_summary(RunDirectory(tmp_path / "out-1.run"))
+    for block in summary["blocks"]:
+        for layer, mask in block["masks"].items():
+            stored = dict(tensors(tmp_path / "out-1"))[
+                f"model.layers.{block['block']}.{layer}.weight"
+            ]
+            assert mask["kept"] == int((stored != 0).sum())
+
+
+def test_a_block_in_parts(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "MOST_WEIGHTS", 4096)
+    made = []
+    for workers in (1, 2):
+        prune_here(model, tmp_path / f"out-{workers}", workers=workers, **OPTIONS)
+        made.append(_bytes(tmp_path / f"out-{workers}"))
+    assert made[0] == made[1]
+    for block in blocks_of(tmp_path / "out-1"):
+        assert len(block["parts"]) > 1
+        afters = [part["after"] for part in block["parts"]]
+        befores = [part["before"] for part in block["parts"]]
+        assert befores == [block["before"], *afters[:-1]]
+        assert block["after"] == afters[-1] <= block["before"]
 
 
 def test_dense_layers_and_blocks_stay_as_they_are(model: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from pipeline.reconstruct import schedule
 from pipeline.reconstruct.schedule import (
     PATIENCE,
     freezes,
@@ -62,6 +63,14 @@ def test_the_rate_falls_in_a_line_and_ends_above_zero() -> None:
 
 def test_the_mask_is_fixed_for_the_last_steps() -> None:
     assert [freezes(step, 10) for step in range(10)] == [False] * 6 + [True] * 4
+
+
+def test_large_blocks_are_trained_in_parts() -> None:
+    most = schedule.MOST_WEIGHTS
+    assert schedule.parts({}) == []
+    assert schedule.parts({"q": most // 2, "k": most // 2}) == [["q", "k"]]
+    assert schedule.parts({"q": most // 2, "k": most, "v": 1}) == [["q"], ["k"], ["v"]]
+    assert schedule.parts({"q": 3 * most, "k": 1}) == [["q"], ["k"]]
 
 
 class TestGoesOn:

@@ -1,7 +1,8 @@
 """What ranks exchange in each step: gradients to the owners of rows, and their new weights to all.
 
 Terms are added in float64. Gradients of like size have so few digits that the sums are exact, so
-the division of the sequences over ranks does not show.
+the division of the sequences over ranks does not show. Layers are exchanged one by one, which
+bounds the memory of it.
 """
 
 from __future__ import annotations
@@ -31,83 +32,37 @@ class Exchange(Protocol):
         ...
 
 
-class Rows:
-    """Which rows of each layer each rank owns: consecutive ones, as even as can be.
+def rows_of(rows: int, rank: int, world: int) -> slice:
+    """Which of a layer's rows a rank owns: consecutive ones, as even as can be."""
+    return slice(*even_range(rows, rank, world))
 
-    shapes, dtypes: layer -> (R, C) and the dtype that its weight is stored in, of the trained
-    layers, in the order in which they are sent.
+
+def to_owner(total: Tensor, rank: int, world: int, peers: Exchange | None) -> Tensor:
+    """A layer's sum over all ranks, (rows, C) fp32, of the rows that this rank owns.
+
+    total: (R, C) float64, the sum over this rank's sequences.
     """
-
-    def __init__(
-        self,
-        shapes: dict[str, tuple[int, int]],
-        dtypes: dict[str, torch.dtype],
-        rank: int,
-        world: int,
-    ) -> None:
-        self.shapes, self.dtypes, self.rank, self.world = shapes, dtypes, rank, world
-
-    def of(self, layer: str, rank: int | None = None) -> slice:
-        """The rows of a layer that a rank owns; this one by default."""
-        owner = self.rank if rank is None else rank
-        return slice(*even_range(self.shapes[layer][0], owner, self.world))
-
-    def count(self, layer: str, rank: int) -> int:
-        """Number of a layer's weights that a rank owns."""
-        rows, columns = self.shapes[layer]
-        start, stop = even_range(rows, rank, self.world)
-        return (stop - start) * columns
+    if peers is None or world == 1:
+        return total.float()
+    parts = [total[rows_of(len(total), each, world)].reshape(-1) for each in range(world)]
+    return peers.sum_parts(parts).float().view(-1, total.shape[1])
 
 
-def to_owners(
-    sums: dict[str, Tensor], rows: Rows, collective: Exchange | None
-) -> dict[str, Tensor]:
-    """Each layer's sums over all ranks (rows, C) fp32, of the rows that this rank owns.
-
-    sums: layer -> (R, C) float64, over this rank's sequences.
-    """
-    if collective is None or rows.world == 1:
-        return {layer: total.float() for layer, total in sums.items()}
-    parts = [
-        torch.cat([sums[layer][rows.of(layer, rank)].reshape(-1) for layer in rows.shapes])
-        for rank in range(rows.world)
-    ]
-    total = collective.sum_parts(parts).float()
-    counts = [rows.count(layer, rows.rank) for layer in rows.shapes]
-    pieces = zip(rows.shapes.items(), torch.split(total, counts), strict=True)
-    return {layer: piece.view(-1, columns) for (layer, (_, columns)), piece in pieces}
+def to_all(own: Tensor, rows: int, world: int, peers: Exchange | None) -> Tensor:
+    """A layer of `rows` rows, (R, C), from the rows (r, C) that each rank owns, in their dtype."""
+    if peers is None or world == 1:
+        return own
+    shares = [rows_of(rows, each, world) for each in range(world)]
+    width = own.shape[1] * own.element_size()
+    sizes = [(share.stop - share.start) * width for share in shares]
+    # As bytes: not every backend knows every dtype.
+    parts = peers.gather_parts(own.reshape(-1).view(torch.uint8), sizes)
+    return torch.cat([part.contiguous().view(own.dtype) for part in parts]).view(rows, -1)
 
 
-def to_all(
-    own: dict[str, Tensor], rows: Rows, collective: Exchange | None
-) -> dict[str, list[tuple[slice, Tensor]]]:
-    """Each layer's rows from all ranks: (which, their values (rows, C)).
-
-    own: layer -> the rows that this rank owns, in the dtype that the layer is stored in.
-    """
-    if collective is None or rows.world == 1:
-        return {layer: [(rows.of(layer), values)] for layer, values in own.items()}
-    flat = torch.cat([own[layer].reshape(-1).view(torch.uint8) for layer in rows.shapes])
-    sizes = [
-        [rows.count(layer, rank) * rows.dtypes[layer].itemsize for layer in rows.shapes]
-        for rank in range(rows.world)
-    ]
-    found: dict[str, list[tuple[slice, Tensor]]] = {layer: [] for layer in rows.shapes}
-    for rank, part in enumerate(collective.gather_parts(flat, [sum(each) for each in sizes])):
-        pieces = zip(rows.shapes.items(), torch.split(part, sizes[rank]), strict=True)
-        for (layer, (_, columns)), piece in pieces:
-            # A copy: what precedes it may have another alignment.
-            values = piece.clone().view(rows.dtypes[layer]).view(-1, columns)
-            found[layer].append((rows.of(layer, rank), values))
-    return found
-
-
-def summed(values: Sequence[float], collective: Exchange | None, device: torch.device) -> Tensor:
-    """The sum of `values` over the ranks, float64 (n,) on the CPU.
-
-    Each value is given by one rank; the others give 0.
-    """
+def summed(values: Sequence[float], peers: Exchange | None, device: torch.device) -> list[float]:
+    """The sums of `values` over the ranks. Each value is given by one rank; the others give 0."""
     total = torch.tensor(values, dtype=torch.float64)
-    if collective is None or not len(total):
-        return total
-    return collective.sum(total.to(device)).cpu()
+    if peers is None or not len(total):
+        return total.tolist()
+    return peers.sum(total.to(device)).tolist()

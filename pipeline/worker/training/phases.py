@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.pattern import Pattern
 from pipeline.messages import Job, TrainedEpoch, TrainedRows
-from pipeline.models.forward_capture import BlockCall
+from pipeline.models.linears import linear_shape
+from pipeline.models.selection import settings_of
 from pipeline.models.skeleton import Skeleton
+from pipeline.reconstruct.adam import ExchangingAdam, RowAdam
+from pipeline.reconstruct.gradients import Run
+from pipeline.reconstruct.schedule import parts
 from pipeline.runtime.stopwatch import Stopwatch
+from pipeline.solvers.mask_counts import mask_counts
 from pipeline.statistics.all_reduce import Collective
 from pipeline.worker.block_loader import BlockLoader
 from pipeline.worker.few_tokens import least_tokens
 from pipeline.worker.forward import Forward
 from pipeline.worker.training.exchange import Exchange
-from pipeline.worker.training.rank_training import RankTraining, TrainingPlan
+from pipeline.worker.training.rank_training import Place, RankTraining, Sequences, TrainingPlan
 from storage.files.hashing import StoredFile
 from storage.model.safetensors_format import torch_dtype
 from storage.run.activations import ActivationShard
 from storage.run.checkpoints import BlockRecord, RowSlice, write_row_slices
 from storage.run.directory import RunDirectory
 from storage.run.lock import require_owner
+
+
+@dataclass
+class BlockTraining:
+    """What a rank keeps from `begin_training` to `end_training`.
+
+    module, run: the pruned block and its forward. dtypes: of the layers that are trained, as
+    stored. parts: these layers, as they are trained one part after another. squares: sums of the
+    layers' squared inputs, (C,) float64, with an exchange. best: what this rank will write.
+    """
+
+    module: nn.Module
+    run: Run
+    dtypes: dict[str, torch.dtype]
+    parts: list[list[str]]
+    sequences: Sequences
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, RowSlice] = field(default_factory=dict)
+    current: RankTraining | None = None
 
 
 class TrainingPhases:
@@ -40,7 +67,7 @@ class TrainingPhases:
     loader: BlockLoader
     forward: Forward
     collective: Collective | None
-    training: RankTraining | None = None
+    training: BlockTraining | None = None
     peers: Exchange | None = None  # the ranks of one process; else they meet in the collective
 
     def dense(
@@ -70,61 +97,92 @@ class TrainingPhases:
         record: BlockRecord,
         shards: list[StoredFile],
         targets: list[StoredFile],
-    ) -> float:
-        """Loads the solved block and opens its inputs and targets; the held-out sequences' loss."""
+    ) -> int:
+        """Loads the solved block and opens its inputs and targets; in how many parts it is trained.
+
+        Layers of experts with too few tokens are left out: see `pipeline.worker.few_tokens`.
+        """
         module = self.loader.pruned(block, record)
         layers = {
-            layer: torch_dtype(item.dtype)
+            layer: item
             for layer, item in record.layers.items()
-            if item.results["tokens"] >= self._least(block, layer)
+            if item.results["statistic"] == "none"
+            or item.results["tokens"] >= self._least(block, layer)
         }
-        call = self._call(block, module)
-        settings = self.job.reconstruct
-        assert settings is not None
+        like = torch.empty(1, self.job.seqlen, 0)
+        self.training = BlockTraining(
+            module,
+            partial(self.forward.call(block, like).run, module),
+            {layer: torch_dtype(item.dtype) for layer, item in layers.items()},
+            parts({layer: math.prod(item.shape) for layer, item in layers.items()}),
+            self._sequences(block, shards, targets),
+        )
+        return len(self.training.parts)
+
+    def begin_part(self, block: int, part: int) -> float:
+        """Begins to train a part of the block's layers; the loss of the held-out sequences."""
+        state, how = self._state(), self.job.reconstruct
+        assert how is not None
+        layers = state.parts[part]
         plan = TrainingPlan(
             nsamples=self.job.nsamples,
-            batch=settings.batch,
-            epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
-            seed=settings.seed * 10_007 + block,
+            batch=how.batch,
+            epochs=how.epochs,
+            learning_rate=how.learning_rate,
+            seed=how.seed * 10_007 + block,
         )
-        self.training = RankTraining(
-            module,
-            partial(call.run, module),
-            layers,
-            self._sequences(block, shards, targets),
+        place = Place(self.rank, self.world, self.peers or self.collective)
+        make: Callable[[str, slice, Tensor, float], RowAdam] = _fixed
+        if how.exchange:
+            state.squares |= input_squares(state, layers, place, self.watch)
+            make = partial(self._exchanging, block)
+        state.current = RankTraining(
+            state.module,
+            state.run,
+            {layer: state.dtypes[layer] for layer in layers},
+            state.sequences,
             plan,
-            (self.rank, self.world),
-            self.peers or self.collective,
+            place,
             self.watch,
+            make,
         )
-        return self.training.losses[0]
+        return state.current.losses[0]
 
     def train(self, block: int, epoch: int) -> TrainedEpoch:
-        """Runs one epoch of the block's reconstruction."""
-        assert self.training is not None, f"block {block} has not begun"
-        own, judged = self.training.epoch(epoch)
+        """Runs one epoch of the part."""
+        current = self._state().current
+        assert current is not None, f"block {block} has not begun"
+        own, judged = current.epoch(epoch)
         return TrainedEpoch(own, judged)
 
+    def end_part(self, block: int) -> None:
+        """Has the block's weights as they were best, for the next part and the end."""
+        state = self._state()
+        assert state.current is not None, f"block {block} has not begun"
+        for layer, best in state.current.end().items():
+            state.best[layer] = RowSlice(state.current.rows(layer).start, best.cpu() + 0.0)
+        state.current = None
+
     def end_training(self, block: int, stamp: str) -> TrainedRows:
-        """Writes the rows that this rank owns, at their best, and drops the state."""
-        training, self.training = self.training, None
-        assert training is not None, f"block {block} has not begun"
-        ranges = {}
-        slices = {}
-        for layer, best in training.best.items():
-            rows = training.rows.of(layer)
-            if len(best):
-                ranges[layer] = (rows.start, rows.stop)
-                slices[layer] = RowSlice(rows.start, best.cpu() + 0.0)
+        """Writes the rows that this rank owns, as they were best, and drops the state."""
+        state, self.training = self._state(), None
+        slices = {layer: part for layer, part in state.best.items() if len(part.tensor)}
+        ranges = {
+            layer: (part.start, part.start + len(part.tensor)) for layer, part in slices.items()
+        }
+        masks = {
+            layer: self._mask_counts(block, layer, part, state.squares[layer])
+            for layer, part in slices.items()
+            if layer in state.squares
+        }
         if not slices:
-            return TrainedRows(None, ranges)
+            return TrainedRows(None, ranges, masks)
         path = self.run.checkpoints(block) / f"trained-{self.rank}.{stamp}.safetensors"
         require_owner(self.job.lock_file)
         with self.watch("io"):
             file = write_row_slices(path, slices)
         self.watch.count("slices_written_bytes", file.bytes)
-        return TrainedRows(file, ranges)
+        return TrainedRows(file, ranges, masks)
 
     # -- parts of these ---------------------------------------------------------------------
 
@@ -132,11 +190,36 @@ class TrainingPhases:
         """Fewest tokens with which a layer is trained: see `pipeline.worker.few_tokens`."""
         return least_tokens(self.skeleton.blocks[block], (layer,), self.job.expert_tokens)
 
-    def _call(self, block: int, module: nn.Module) -> BlockCall:
-        """What the block is called with, for one sequence, in the dtype that it is trained in."""
-        dtype = next(iter(module.parameters())).dtype
-        like = torch.empty(1, self.job.seqlen, 0, dtype=dtype)
-        return self.forward.call(block, like)
+    def _state(self) -> BlockTraining:
+        assert self.training is not None, "no block has begun"
+        return self.training
+
+    def _exchanging(
+        self, block: int, layer: str, rows: slice, weight: Tensor, rate: float
+    ) -> RowAdam:
+        """What trains rows of a layer whose weights may change places."""
+        state = self._state()
+        dense = self._dense_rows(block, layer, rows)
+        scale = (state.squares[layer] / max(self.job.nsamples * self.job.seqlen, 1)).sqrt()
+        pattern = self._pattern(block, layer)
+        return ExchangingAdam(weight, rate, dense, scale.float().to(self.device), pattern)
+
+    def _mask_counts(
+        self, block: int, layer: str, part: RowSlice, squares: Tensor
+    ) -> dict[str, Any]:
+        """What a record says of the mask of rows that an exchange may have changed."""
+        rows = slice(part.start, part.start + len(part.tensor))
+        dense = self._dense_rows(block, layer, rows).cpu()
+        return mask_counts(part.tensor, dense, self._pattern(block, layer), squares.float())
+
+    def _dense_rows(self, block: int, layer: str, rows: slice) -> Tensor:
+        with self.watch("load"):
+            stored = self.skeleton.read_weight(block, layer, (rows.start, rows.stop))
+            return stored.to(self.device)
+
+    def _pattern(self, block: int, layer: str) -> Pattern:
+        assert self.job.rules is not None
+        return settings_of(self.skeleton, block, self.job.rules)[layer].parsed_pattern
 
     def _sequences(
         self, block: int, shards: Sequence[StoredFile], targets: Sequence[StoredFile]
@@ -160,3 +243,36 @@ class TrainingPhases:
         # A copy of the input: a block may change it in place, and it is read in every epoch.
         batch = inputs.read(row, row + 1).to(self.device, copy=True)
         return batch, outputs.read(row, row + 1).to(self.device), counted
+
+
+def _fixed(_: str, __: slice, weight: Tensor, rate: float) -> RowAdam:
+    """What trains rows of a layer whose mask stays as it was solved."""
+    return RowAdam(weight, rate)
+
+
+def input_squares(
+    state: BlockTraining, layers: Sequence[str], place: Place, watch: Stopwatch
+) -> dict[str, Tensor]:
+    """Sums of layers' squared inputs over all ranks' sequences: layer -> (C,) float64, CPU."""
+    modules: dict[str, Any] = {layer: state.module.get_submodule(layer) for layer in layers}
+    sums = {
+        layer: torch.zeros(linear_shape(module)[1], dtype=torch.float64, device=watch.device)
+        for layer, module in modules.items()
+    }
+
+    def hook(layer: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        sums[layer] += inputs[0].flatten(0, -2).float().square().sum(dim=0).double()
+
+    handles = [
+        module.register_forward_pre_hook(partial(hook, layer)) for layer, module in modules.items()
+    ]
+    with watch("forward"):
+        for read in state.sequences.values():
+            inputs, _, _ = read()
+            state.run(inputs)
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for layer, total in sums.items():
+        found[layer] = (total if place.peers is None else place.peers.sum(total)).cpu()
+    return found

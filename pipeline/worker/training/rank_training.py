@@ -1,4 +1,4 @@
-"""One rank's part in the reconstruction of one block, from its first step to its last.
+"""One rank's training of layers of one block, from its first step to its last.
 
 The block is whole on every rank, and every rank computes the gradients of its own sequences. Rows
 of the layers are owned: their exact weights and Adam's moments are on one rank alone.
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from pipeline.models.linears import as_held
 from pipeline.reconstruct.adam import RowAdam, first_rate
 from pipeline.reconstruct.gradients import Run, gradients, squared_error
-from pipeline.reconstruct.schedule import held_out, rate, steps_in_epoch, steps_of_epoch
+from pipeline.reconstruct.schedule import freezes, held_out, rate, steps_in_epoch, steps_of_epoch
 from pipeline.runtime.stopwatch import Stopwatch
 from pipeline.runtime.threads import in_pieces, threads
-from pipeline.worker.training.exchange import Exchange, Rows, summed, to_all, to_owners
+from pipeline.worker.training.exchange import Exchange, rows_of, summed, to_all, to_owner
 
 T = TypeVar("T")
 
@@ -49,11 +49,21 @@ class TrainingPlan:
         return self.epochs * steps_in_epoch(self.nsamples, self.batch)
 
 
+@dataclass(frozen=True)
+class Place:
+    """A rank among the others. peers: None where it is alone."""
+
+    rank: int
+    world: int
+    peers: Exchange | None
+
+
 class RankTraining:
-    """Trains the kept weights of layers of a block.
+    """Trains layers of a block.
 
     block: the pruned block, on the device. run: its forward. layers: layer -> the dtype in which
-    its weight is stored, of the layers to train. A forward always sees weights as stored.
+    its weight is stored. A forward always sees weights as they would be stored. make: makes what
+    trains the rows that the rank owns, from the layer's name, the rows, their weight and the rate.
     """
 
     def __init__(
@@ -63,33 +73,36 @@ class RankTraining:
         layers: Mapping[str, torch.dtype],
         sequences: Sequences,
         plan: TrainingPlan,
-        rows: tuple[int, int],
-        collective: Exchange | None,
+        place: Place,
         watch: Stopwatch,
+        make: Callable[[str, slice, Tensor, float], RowAdam],
     ) -> None:
         self._modules: dict[str, Any] = {layer: block.get_submodule(layer) for layer in layers}
         self._run, self._sequences, self._plan = run, sequences, plan
-        self._collective, self._watch = collective, watch
-        weights = {layer: self._weight(layer) for layer in layers}
-        shapes = {layer: (weight.shape[0], weight.shape[1]) for layer, weight in weights.items()}
-        self.rows = Rows(shapes, dict(layers), *rows)
+        self._place, self._watch, self._dtypes = place, watch, layers
         self._owned: dict[str, RowAdam] = {}
-        self.best: dict[str, Tensor] = {}
-        for layer, weight in weights.items():
-            own = weight[self.rows.of(layer)]
-            kept = weight != 0
+        for layer in layers:
+            weight = self._weight(layer)
             squares = float(weight.double().square().sum())
-            first = first_rate(squares, int(kept.sum()), plan.learning_rate)
-            self._owned[layer] = RowAdam(own, kept[self.rows.of(layer)], first)
-            self.best[layer] = own.to(layers[layer])
+            first = first_rate(squares, int((weight != 0).sum()), plan.learning_rate)
+            rows = self.rows(layer)
+            self._owned[layer] = make(layer, rows, weight[rows], first)
             self._modules[layer].weight.requires_grad_(True)
         self._done = 0
+        self._best = {
+            layer: self._weight(layer)[self.rows(layer)].to(dtype, copy=True)
+            for layer, dtype in layers.items()
+        }
         self.losses = [self.judge()]
+
+    def rows(self, layer: str) -> slice:
+        """The rows of a layer that this rank owns."""
+        return rows_of(len(self._weight(layer)), self._place.rank, self._place.world)
 
     def epoch(self, number: int) -> tuple[float, float]:
         """Runs an epoch; the mean loss of its sequences, each before its step, and the held-out's.
 
-        Either is not finite where a loss or a gradient was not.
+        Either is not finite where a loss was not; the epoch ends there.
         """
         plan, total, count = self._plan, 0.0, 0
         for batch in steps_of_epoch(plan.nsamples, plan.batch, number, plan.seed):
@@ -99,8 +112,15 @@ class RankTraining:
                 break
         self.losses.append(self.judge() if math.isfinite(total) else math.nan)
         if self.losses[-1] <= min(self.losses[:-1]):
-            self.best = self._stored()
+            self._best = {layer: self._stored(layer) for layer in self._owned}
         return total / max(count, 1), self.losses[-1]
+
+    def end(self) -> dict[str, Tensor]:
+        """Puts the best weights into the block, and returns the rows (r, C) that the rank owns."""
+        for layer, best in self._best.items():
+            self._install(layer, best)
+            self._modules[layer].weight.requires_grad_(False)
+        return self._best
 
     def judge(self) -> float:
         """The mean loss of the held-out sequences of all ranks."""
@@ -113,17 +133,42 @@ class RankTraining:
 
         with self._watch("forward"):
             found = self._each(loss, [n for n in numbers if n in self._sequences])
-        losses = [found.get(number, 0.0) for number in numbers]
-        return float(self._sum(losses).mean())
+        losses = self._summed([found.get(number, 0.0) for number in numbers])
+        return sum(losses) / len(losses)
 
     # -- parts of these ---------------------------------------------------------------------
 
     def _step(self, batch: Sequence[int]) -> list[float]:
         """One step on all ranks; the losses of its sequences, of all ranks."""
-        weights = [self._modules[layer].weight for layer in self.rows.shapes]
+        plan = self._plan
+        if freezes(self._done, plan.steps):
+            for state in self._owned.values():
+                state.freeze()
+        factor = rate(self._done, plan.steps)
+        self._done += 1
+        sums, mine = self._gradients(batch)
+        losses = self._summed([mine.get(number, 0.0) for number in batch])
+        if not math.isfinite(sum(losses)):
+            return losses
+        place = self._place
+        for layer, state in self._owned.items():
+            with self._watch("reduce"):
+                own = to_owner(sums.pop(layer), place.rank, place.world, place.peers)
+            with self._watch("train"):
+                state.step(own.div_(len(batch)), factor)
+                stored = self._stored(layer)
+            self._install(layer, stored)
+        return losses
+
+    def _gradients(self, batch: Sequence[int]) -> tuple[dict[str, Tensor], dict[int, float]]:
+        """Of this rank's sequences in a step: the sums of gradients, and each one's loss.
+
+        The sums are (R, C) float64, by layer.
+        """
+        weights = [module.weight for module in self._modules.values()]
         sums = {
-            layer: torch.zeros(shape, dtype=torch.float64, device=self._watch.device)
-            for layer, shape in self.rows.shapes.items()
+            layer: torch.zeros_like(self._weight(layer), dtype=torch.float64)
+            for layer in self._modules
         }
 
         def learn(number: int) -> tuple[float, list[Tensor]]:
@@ -131,47 +176,35 @@ class RankTraining:
             return float(loss), found
 
         mine: dict[int, float] = {}
+        numbers = [number for number in batch if number in self._sequences]
         with self._watch("train"):
-            # A sequence each: the gradients do not depend on who computes the others.
-            for some in _in_chunks([n for n in batch if n in self._sequences], threads()):
+            # A sequence each: its gradients do not depend on who computes the others.
+            for start in range(0, len(numbers), threads()):
+                some = numbers[start : start + threads()]
                 found = self._each(learn, some)
                 for number in some:
-                    mine[number], gradients_of = found[number]
-                    for layer, gradient in zip(sums, gradients_of, strict=True):
+                    mine[number], each = found.pop(number)
+                    for layer, gradient in zip(sums, each, strict=True):
                         sums[layer] += as_held(self._modules[layer], gradient)
-        losses = self._sum([mine.get(number, 0.0) for number in batch]).tolist()
-        with self._watch("reduce"):
-            own = to_owners(sums, self.rows, self._collective)
-        factor = rate(self._done, self._plan.steps)
-        self._done += 1
-        if not math.isfinite(sum(losses)):
-            return losses
-        with self._watch("train"):
-            for layer, state in self._owned.items():
-                state.step(own[layer].div_(len(batch)), factor)
-            stored = self._stored()
-        with self._watch("reduce"):
-            everywhere = to_all(stored, self.rows, self._collective)
-        for layer, parts in everywhere.items():
-            weight = self._weight(layer)
-            for rows, values in parts:
-                weight[rows] = values.to(weight.dtype)
-        return losses
+        return sums, mine
 
-    def _stored(self) -> dict[str, Tensor]:
+    def _stored(self, layer: str) -> Tensor:
         """The rows that this rank owns, as they would be stored now."""
-        return {
-            layer: state.weight.to(self.rows.dtypes[layer], copy=True)
-            for layer, state in self._owned.items()
-        }
+        return self._owned[layer].weight().to(self._dtypes[layer], copy=True)
+
+    def _install(self, layer: str, own: Tensor) -> None:
+        """Puts all ranks' rows of a layer into the block."""
+        weight, place = self._weight(layer), self._place
+        with self._watch("reduce"):
+            weight.copy_(to_all(own, len(weight), place.world, place.peers))
 
     def _weight(self, layer: str) -> Tensor:
         """A layer's weight (R, C) in the block: a view."""
         module = self._modules[layer]
         return as_held(module, module.weight.detach())
 
-    def _sum(self, losses: Sequence[float]) -> Tensor:
-        return summed(losses, self._collective, self._watch.device)
+    def _summed(self, losses: Sequence[float]) -> list[float]:
+        return summed(losses, self._place.peers, self._watch.device)
 
     def _each(self, work: Callable[[int], T], numbers: Sequence[int]) -> dict[int, T]:
         """`work` for each of these sequences, several at a time on a CPU."""
@@ -186,7 +219,3 @@ class RankTraining:
             for number in numbers:
                 one(number)
         return found
-
-
-def _in_chunks(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [numbers[start : start + size] for start in range(0, len(numbers), size)]

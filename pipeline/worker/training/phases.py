@@ -209,8 +209,8 @@ class TrainingPhases:
     ) -> dict[str, Any]:
         """What a record says of the mask of rows that an exchange may have changed."""
         rows = slice(part.start, part.start + len(part.tensor))
-        dense = self._dense_rows(block, layer, rows).cpu()
-        return mask_counts(part.tensor, dense, self._pattern(block, layer), squares.float())
+        trained, dense = part.tensor.to(self.device), self._dense_rows(block, layer, rows)
+        return mask_counts(trained, dense, self._pattern(block, layer), squares.float())
 
     def _dense_rows(self, block: int, layer: str, rows: slice) -> Tensor:
         with self.watch("load"):

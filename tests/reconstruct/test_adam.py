@@ -58,7 +58,7 @@ def test_a_weight_without_a_gradient_does_not_move() -> None:
 
 
 def test_it_changes_nothing_that_it_was_given() -> None:
-    weight, mask = _layer()
+    weight, _ = _layer()
     before = weight.clone()
     RowAdam(weight, 1e-2).step(torch.ones(12, 8), 1.0)
     assert torch.equal(weight, before)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeline.config.layers import LayerRules
+from pipeline.config.reconstruct import Reconstruct
 from storage.files.hashing import StoredFile
 from storage.run.shared_folders import SharedFolder
 
@@ -16,21 +17,6 @@ T = TypeVar("T")
 
 Likelihood = tuple[float, bool]
 """A target's log-likelihood (nats), and whether each of its tokens is the most likely one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reconstruct:
-    """How blocks are reconstructed; see `pipeline.config.reconstruct`.
-
-    batch: sequences of a step. seed: of the order of the sequences. exchange: whether weights may
-    change places.
-    """
-
-    epochs: int
-    batch: int
-    learning_rate: float
-    seed: int
-    exchange: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,8 @@ from pipeline.loop.block_loop import BlockLoop, Failures
 from pipeline.loop.block_steps import BlockSteps
 from pipeline.loop.executor import Executor
 from pipeline.loop.rank import Rank, call
-from pipeline.loop.reconstruction import Reconstruction
 from pipeline.loop.trace import traced
-from pipeline.messages import Job, Outcome, Reconstruct
+from pipeline.messages import Job, Outcome
 from pipeline.models.selection import Selection, check_settings, layers_to_prune
 from pipeline.models.skeleton import Skeleton, open_skeleton
 from pipeline.output.places import (
@@ -257,11 +256,7 @@ def _block_steps(job: PruneJob, executor: Executor) -> BlockSteps:
         chooses=any(each.shrinkage == AUTO for each in settings),
         hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
         scratch=config.scratch_dir is not None,
-        reconstruction=Reconstruction(
-            config.reconstruct_epochs, config.reconstruct_target == "dense-chain"
-        )
-        if config.reconstructs()
-        else None,
+        reconstruction=config.reconstruction(config.seed),
     )
 
 
@@ -290,20 +285,7 @@ def _message(job: PruneJob, threads: int, tokens: StoredFile) -> Job:
         expert_tokens=config.expert_tokens,
         all_experts=config.calibrate_all_experts,
         attn_implementation=config.attn_implementation,
-        reconstruct=_reconstruct_message(config),
-    )
-
-
-def _reconstruct_message(config: PruneConfig) -> Reconstruct | None:
-    """What workers know of the reconstruction; None where there is none."""
-    if not config.reconstructs():
-        return None
-    return Reconstruct(
-        epochs=config.reconstruct_epochs,
-        batch=config.reconstruct_batch,
-        learning_rate=config.reconstruct_lr,
-        seed=config.seed,
-        exchange=config.reconstruct_mask == "exchange",
+        reconstruct=config.reconstruction(config.seed),
     )
 
 
@@ -312,9 +294,10 @@ def _check_room(job: PruneJob, loop: BlockLoop, counted_share: float) -> None:
     skeleton, config, steps = job.skeleton, job.config, loop.steps
     free = [outcome.value for outcome in loop.on_all(call(Rank.free_memory))]
     check_memory(skeleton, config, free, steps.progress, counted_share)
-    if steps.scratch and steps.calibrates:
+    if steps.scratch and steps.keeps_inputs:
         scratch = [outcome.value for outcome in loop.on_all(call(Rank.free_scratch))]
-        check_scratch_space(scratch, activation_bytes(skeleton, config.nsamples, config.seqlen))
+        store = activation_bytes(skeleton, config.nsamples, config.seqlen)
+        check_scratch_space(scratch, store, stores=3 if config.reconstructs() else 2)
 
 
 def _hash_source(job: PruneJob, loop: BlockLoop) -> list[WeightFileFingerprint]:

@@ -14,6 +14,23 @@ Target = Literal["dense-chain", "dense-block"]
 MaskRule = Literal["fixed", "exchange"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reconstruct:
+    """How blocks are reconstructed: the options, for workers and plans.
+
+    epochs: at most. batch: sequences of a step. seed: of the order of the sequences. exchange:
+    whether weights may change places. dense_chain: whether the targets are the dense model's own
+    activations.
+    """
+
+    epochs: int
+    batch: int
+    learning_rate: float
+    seed: int
+    exchange: bool
+    dense_chain: bool
+
+
 def unless_reconstructed(config: Any) -> str | None:
     """The condition of the options of the reconstruction."""
     if config.reconstructs():
@@ -75,3 +92,16 @@ class ReconstructOptions:
         if self.reconstruct == "auto":
             return getattr(self, "method", None) == "prox_admm"
         return self.reconstruct == "block"
+
+    def reconstruction(self, seed: int = 0) -> Reconstruct | None:
+        """How blocks are reconstructed; None where they are not."""
+        if not self.reconstructs():
+            return None
+        return Reconstruct(
+            epochs=self.reconstruct_epochs,
+            batch=self.reconstruct_batch,
+            learning_rate=self.reconstruct_lr,
+            seed=seed,
+            exchange=self.reconstruct_mask == "exchange",
+            dense_chain=self.reconstruct_target == "dense-chain",
+        )

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from pipeline.config.reconstruct import Reconstruct
 from pipeline.loop.executor import Executor
 from pipeline.loop.rank import Call, Rank, call
-from pipeline.loop.reconstruction import Reconstruction, reconstruct
+from pipeline.loop.reconstruction import reconstruct
 from pipeline.messages import Observed, Outcome, SolvedSlices
 from pipeline.records.block import block_record, read_record
 from pipeline.records.inputs import (
@@ -71,7 +72,7 @@ class BlockSteps:
     chooses: bool = False
     hessian_memory: float | None = None
     scratch: bool = False
-    reconstruction: Reconstruction | None = None
+    reconstruction: Reconstruct | None = None
     attempts: int = field(default=0, init=False)
 
     @property

@@ -6,9 +6,9 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from pipeline.config.reconstruct import Reconstruct
 from pipeline.loop.executor import Executor
 from pipeline.loop.rank import Call, Rank, call
 from pipeline.messages import Observed, Outcome, TrainedRows
@@ -48,16 +48,8 @@ class Steps(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """epochs: at most. dense_chain: whether the targets are the dense model's own activations."""
-
-    epochs: int
-    dense_chain: bool
-
-
 def reconstruct(
-    steps: Steps, how: Reconstruction, solved: BlockRecord, failures: Sequence[str]
+    steps: Steps, how: Reconstruct, solved: BlockRecord, failures: Sequence[str]
 ) -> BlockRecord:
     """Trains the block that `solved` records; the record of what is best on held-out sequences.
 
@@ -92,7 +84,7 @@ def reconstruct(
 
 
 def _train_part(
-    steps: Steps, how: Reconstruction, which: tuple[int, int], times: dict[str, PhaseTimes]
+    steps: Steps, how: Reconstruct, which: tuple[int, int], times: dict[str, PhaseTimes]
 ) -> dict[str, Any]:
     """Trains a part of a block, which is (block, part); what a record says of it."""
     block, part = which

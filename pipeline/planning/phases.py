@@ -33,6 +33,7 @@ from pipeline.planning.phase_parts import (
     merge,
 )
 from pipeline.planning.planned_job import PlannedJob
+from pipeline.planning.reconstruction import train_phase
 from pipeline.planning.shapes.model import BlockShape, GroupShape
 from pipeline.planning.shapes.profile import ForwardProfile
 from pipeline.solvers.cost import objective_share
@@ -118,7 +119,7 @@ class PhaseModel:
         """
         phases: list[Phase] = []
         if not block.groups:
-            through = before if self.job.calibrates else None
+            through = before if self.job.keeps_inputs else None
             return [self._propagate(through)] if through is not None else []
         passes = self.job.passes(block)
         for number, part in enumerate(passes):
@@ -135,7 +136,29 @@ class PhaseModel:
             if "choose" in memory:
                 phases.append(self._choose(part, memory["choose"]))
             phases.append(self._solve(part, memory["solve"], last))
+        if self.job.reconstruct is not None:
+            phases += [self._dense(block), train_phase(self.job, block, (self._dispatch,))]
         return phases
+
+    def _dense(self, block: BlockShape) -> Phase:
+        """The dense forward of a block that computes the targets of its reconstruction."""
+        weights = float(block.parameters * self.shape.itemsize)
+        read, store = self._store_read()
+        written, size = self._store_written()
+        computed = self._forward(block.full, "dense forward")
+        parts = (
+            *self._load(weights),
+            *computed,
+            *self._hide([*read, *written], computed, self.job.busiest[2]),
+            self._dispatch,
+        )
+        return Phase(
+            name="dense",
+            parts=parts,
+            peak=propagate_memory(self.job, block),
+            read=store + self.job.nodes * weights,
+            written=size,
+        )
 
     def _calibrate(self, block: BlockShape, peak: PeakBytes) -> Phase:
         """The dense forward of a block, which sums the statistics of its layers."""

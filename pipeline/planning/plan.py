@@ -69,7 +69,7 @@ class Plan:
         self.job = job
         model = PhaseModel(job)
         self.before: tuple[Phase, ...] = (model.start(), model.fingerprint())
-        if job.calibrates:
+        if job.keeps_inputs:
             self.before += (model.embed(),)
         self.blocks = tuple(_blocks(job, model))
         self.after: tuple[Phase, ...] = (model.write(),)
@@ -146,12 +146,16 @@ class Plan:
 
     @property
     def disk_bytes(self) -> dict[str, float]:
-        """The most bytes on disk: two activation stores, row slices, the output, and the rest."""
+        """The most bytes on disk: activation stores, row slices, the output, and the rest.
+
+        There are two stores at a time, three with the targets of a reconstruction.
+        """
         job = self.job
         store = store_bytes(job.nsamples, job.seqlen, job.shape.hidden, job.shape.forward_itemsize)
         blocks = len(job.shape.blocks)
+        stores = 2 if job.reconstruct is None else 3
         return {
-            "activations": float(store * min(2, blocks)) if job.calibrates else 0.0,
+            "activations": float(store * min(stores, blocks + 1)) if job.keeps_inputs else 0.0,
             "checkpoints": self.pruned_bytes,
             "output": float(job.shape.weight_bytes),
             "other": float(SLACK_BYTES),
@@ -291,6 +295,7 @@ def at_seqlen(job: PlannedJob, seqlen: int) -> PlannedJob:
                 attention=profile.attention * ratio**2,
                 moved=profile.moved * ratio,
                 live=round(profile.live * ratio),
+                saved=round(profile.saved * ratio),
             )
             for profile in (kind.full, kind.observed)
         )

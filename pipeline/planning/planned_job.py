@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
+from pipeline.config.reconstruct import Reconstruct
 from pipeline.config.solver import AUTO, SolverSettings
 from pipeline.models.forward_capture import LayerGroup
 from pipeline.planning.counts import statistic_bytes, summed_bytes
@@ -29,7 +30,8 @@ class PlannedJob:
     hessian_memory: bytes of statistics that a worker may hold at once; None: half of a GPU's
     memory, no limit on a CPU. expert_tokens: as for `prune`. counted_share: of the calibration
     tokens, how many statistics are taken of. uneven: whether to plan for the most memory that any
-    routing to experts can take, instead of for even shares of the tokens.
+    routing to experts can take, instead of for even shares of the tokens. reconstruct: as for
+    workers. threads: of a worker, whose rates are those of all of them.
     """
 
     shape: ModelShape
@@ -48,6 +50,8 @@ class PlannedJob:
     expert_tokens: int = 0
     counted_share: float = 1.0
     uneven: bool = False
+    reconstruct: Reconstruct | None = None
+    threads: int = 1
 
     @property
     def per_node(self) -> int:
@@ -62,8 +66,13 @@ class PlannedJob:
 
     @cached_property
     def calibrates(self) -> bool:
-        """Whether any layer needs calibration, and so activations."""
+        """Whether any layer needs statistics of its inputs."""
         return any(solver_for(settings).needs != "none" for settings in self.every)
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether there are activations at all."""
+        return self.calibrates or self.reconstruct is not None
 
     @cached_property
     def halves(self) -> int:

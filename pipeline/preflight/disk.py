@@ -32,21 +32,23 @@ def check_job_space(
     """Compares what the job will write with what is free, for each filesystem.
 
     At any time there are at most: two activation stores (a repair deletes the current one where a
-    third would not fit); the row slices of all blocks, and of one block that is redone; the saved
-    layers; the output. At the end, when the activation stores of the calibration are deleted, the
-    evaluation of `evaluation_sequences` sequences has two stores. What an interrupted job has left
-    in the run directory counts as free: the job resumes from it, or deletes it.
+    third would not fit), three with the targets of a reconstruction; the row slices of all blocks,
+    and of one block that is redone or reconstructed; the saved layers; the output. At the end, when
+    the activation stores of the calibration are deleted, the evaluation of `evaluation_sequences`
+    sequences has two stores. What an interrupted job has left in the run directory counts as free:
+    the job resumes from it, or deletes it.
     Raises `ResourceError` where there is too little space.
     """
     store = 0
     needs = {solver_for(settings).needs for settings in config.layer_rules().all_settings()}
-    if needs != {"none"} or config.save_layers:
+    if needs != {"none"} or config.save_layers or config.reconstructs():
         store = activation_bytes(skeleton, config.nsamples, config.seqlen)
     evaluation, measured = config.evaluation(), 0
     if evaluation is not None:
         measured = activation_bytes(skeleton, evaluation_sequences, evaluation.seqlen)
     here = store if config.scratch_dir is None else 0  # else workers check their node's scratch
-    size = _checkpoint_bytes(skeleton, config) + 2 * max(here, measured) + _SLACK_BYTES
+    stores = max((3 if config.reconstructs() else 2) * here, 2 * measured)
+    size = _checkpoint_bytes(skeleton, config) + stores + _SLACK_BYTES
     uses = [(run.path, size, run.size())]
     if isinstance(output, Path):
         uses.append((existing(output), _output_bytes(skeleton), 0))

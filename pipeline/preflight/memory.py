@@ -122,6 +122,11 @@ def _surely_fits(skeleton: Skeleton, config: PruneConfig, workers: Sequence[Free
         needed = sum(p.numel() for p in module.parameters()) * 3 * size + rows
         if full:
             needed += squares + 16.0 * widest * widest
+        if config.reconstructs():
+            # Gradients, sums of them, Adam's state, and what a backward needs.
+            trained = sum(r * c for r, c in layers.values())
+            needed += 48.0 * trained
+            needed += 12.0 * tokens * sum(r + c for r, c in layers.values())
         if skeleton.attention == "eager":
             needed += 12.0 * tokens * config.seqlen * heads
         most = max(most, needed + 12.0 * tokens * sum(r + c for r, c in layers.values()))
@@ -158,4 +163,6 @@ def _planned(skeleton: Skeleton, config: PruneConfig, workers: Sequence[FreeMemo
         in_process=config.executor == "local",
         hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
         expert_tokens=config.expert_tokens,
+        reconstruct=config.reconstruction(),
+        threads=config.threads or 1,
     )

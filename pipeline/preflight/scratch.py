@@ -10,15 +10,16 @@ from storage.errors import ResourceError
 _SLACK_BYTES = 16 << 20
 
 
-def check_scratch_space(workers: Sequence[FreeScratch], store: float) -> None:
-    """Raises `ResourceError` where a node's scratch cannot hold its share of two activation stores.
+def check_scratch_space(workers: Sequence[FreeScratch], store: float, *, stores: int = 2) -> None:
+    """Raises `ResourceError` where a node's scratch cannot hold its share of activation stores.
 
-    workers: the free scratch of each worker. store: bytes of one activation store.
+    workers: the free scratch of each worker. store: bytes of one activation store. stores: how many
+    there are at a time.
     """
     for place in {worker.place for worker in workers}:
         here = [worker for worker in workers if worker.place == place]
         scratch = here[0]
-        needed = 2 * store * len(here) / len(workers) + _SLACK_BYTES
+        needed = stores * store * len(here) / len(workers) + _SLACK_BYTES
         if scratch.free + scratch.held < needed:
             raise ResourceError(
                 f"{scratch.folder} on {scratch.host}: activations need about "

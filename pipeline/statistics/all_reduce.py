@@ -130,26 +130,22 @@ class Collective:
         self.sent += 2 * (self.world - 1) * total.nbytes
         return gathered[: part.numel()].to(part.device)
 
-    def sum_parts(self, parts: Sequence[Tensor]) -> Tensor:
-        """The sum over the workers, in rank order, of what they have for this one.
+    def swap(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """By rank, what it has for this worker: (sizes[rank],). Raises as `sum` does.
 
-        parts: by rank (n_rank,), what this worker has for that one. Raises as `sum` does.
+        parts: by rank (n_rank,), what this worker has for that one. All are of one dtype.
         """
         device = self._device_of(parts[0])
         sent = torch.cat([part.to(device) for part in parts])
-        count = parts[self.rank].numel()
-        received = sent.new_empty(self.world * count)
-        sizes = [part.numel() for part in parts]
+        received = sent.new_empty(sum(sizes))
+        split = [part.numel() for part in parts]
         try:
-            dist.all_to_all_single(received, sent, [count] * self.world, sizes)
+            dist.all_to_all_single(received, sent, list(sizes), split)
         except RuntimeError as error:
             raise self._explained(error) from error
         self.sent += sent.nbytes - parts[self.rank].nbytes
-        slices = received.view(self.world, count)
-        total = slices[0].clone()
-        for rank in range(1, self.world):
-            total += slices[rank]
-        return total.to(parts[0].device)
+        home = parts[0].device
+        return [part.to(home) for part in torch.split(received, list(sizes))]
 
     def gather_parts(self, part: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """By rank, the `part` (sizes[rank],) of every worker. Raises as `sum` does."""

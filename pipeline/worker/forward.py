@@ -82,6 +82,12 @@ class Forward:
             (index, ranges[index]) for index in range(start, stop) if only is None or index in only
         ]
 
+    def sequences_of(self, rank: int) -> tuple[int, int]:
+        """The half-open range of the sequences whose shards a rank has."""
+        ranges = shard_ranges(self.job.nsamples, self.job.batch_size)
+        start, stop = even_range(len(ranges), rank, self.world)
+        return (ranges[start][0], ranges[stop - 1][1]) if start < stop else (0, 0)
+
     def embedded(
         self, ends: ModelEnds, only: Sequence[int] | None = None
     ) -> Iterator[tuple[int, Tensor]]:

@@ -27,6 +27,7 @@ from pipeline.planning.shapes.profile import (
     find_groups_on_meta,
     on_meta,
     profile_forward,
+    saved_bytes,
 )
 from pipeline.planning.shapes.source import open_source
 from pipeline.solvers.registry import solver_for
@@ -294,7 +295,9 @@ def _block_shape(
     reason = unsupported_reason(block, hidden) if hidden else None
     active = route_evenly(block)
     others = stub_others(block, config) if hidden else []
-    full = with_others(profile_forward(block, call, hidden_states), others, hidden_states.shape[1])
+    profile = profile_forward(block, call, hidden_states)
+    profile = replace(profile, saved=saved_bytes(block, call, hidden_states))
+    full = with_others(profile, others, hidden_states.shape[1])
     if all_experts:
         send_every_token(block)
     shared = find_groups_on_meta(block, call, hidden_states, settings) if settings else ()

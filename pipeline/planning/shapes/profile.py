@@ -33,7 +33,7 @@ class ForwardProfile:
     attention counts only the half that is not masked). moved: bytes that all other operators read
     and write. operators: number of operators, products included. live: the most bytes of
     intermediate results at once, without the input; in an observed forward with the fp32 copy of
-    a layer's input, from which statistics are computed.
+    a layer's input, from which statistics are computed. saved: bytes that a backward needs.
     """
 
     products: float = 0.0
@@ -41,6 +41,7 @@ class ForwardProfile:
     moved: float = 0.0
     operators: int = 0
     live: int = 0
+    saved: int = 0
 
 
 class _AllObserved(Exception):
@@ -56,6 +57,7 @@ class _Attention(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0.0
+        self.given = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -65,6 +67,8 @@ class _Attention(TorchFunctionMode):
             query, key, value = given["query"], given["key"], given["value"]
             scores = query.shape[:-1].numel() * key.shape[-2]
             share = 0.5 if given.get("is_causal") else 1.0
+            # What its own backward needs: what it was given, and what it gives.
+            self.given += sum(_bytes(each) for each in (query, key, value, query))
             self.flops += 2.0 * share * scores * (query.shape[-1] + value.shape[-1])
             return query.new_empty((*query.shape[:-1], value.shape[-1]))
         return func(*args, **kwargs)
@@ -148,7 +152,8 @@ def find_groups_on_meta(
         )
         for layer in seen
     }
-    _run(block, call, hidden_states, hooks)
+    with torch.no_grad():
+        _run(block, call, hidden_states, hooks)
     groups: dict[tuple[Any, ...], list[str]] = {}
     for layer, inputs in seen.items():
         if not inputs:
@@ -196,7 +201,7 @@ def profile_forward(
 
         return observe
 
-    with attention, counter:
+    with torch.no_grad(), attention, counter:
         _run(block, call, hidden_states, {layer: hook(layer) for layer in needs})
     return ForwardProfile(
         products=counter.products,
@@ -207,7 +212,36 @@ def profile_forward(
     )
 
 
-@torch.no_grad()
+def saved_bytes(block: nn.Module, call: BlockCall, hidden_states: Tensor) -> int:
+    """Bytes that a forward of `hidden_states`, on the meta device, keeps for its backward.
+
+    Weights and inputs are not counted. Raises `ModelError` as `profile_forward` does.
+    """
+    known = {t.untyped_storage()._cdata for t in (*block.parameters(), *block.buffers())}
+    known.add(hidden_states.untyped_storage()._cdata)
+    total = 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal total
+        key = tensor.untyped_storage()._cdata
+        if key not in known:
+            known.add(key)
+            total += tensor.untyped_storage().nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    trained = [p for p in block.parameters() if p.dim() == 2 and not p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad(), hooks, _Attention() as attention:
+            _run(block, call, hidden_states, {})
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+    return total + int(attention.given)
+
+
 def _run(
     block: nn.Module, call: BlockCall, hidden_states: Tensor, hooks: Mapping[str, Any]
 ) -> None:

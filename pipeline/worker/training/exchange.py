@@ -1,7 +1,8 @@
 """What ranks exchange in each step: gradients to the owners of rows, and their new weights to all.
 
-Terms are added in float64. Gradients of like size have so few digits that the sums are exact, so
-the division of the sequences over ranks does not show. Layers are exchanged one by one, which
+An owner gets the gradient of every sequence by itself and adds them in the order of the sequences,
+in float64. So the division of the sequences over ranks does not show, and what is sent is no larger
+than the gradients: a rank has few sequences in a step. Layers are exchanged one by one, which
 bounds the memory of it.
 """
 
@@ -23,8 +24,8 @@ class Exchange(Protocol):
         """The sum over the ranks, in rank order, written into `tensor`."""
         ...
 
-    def sum_parts(self, parts: Sequence[Tensor]) -> Tensor:
-        """The sum over the ranks, in rank order, of what they have for this one, by rank (n,)."""
+    def swap(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """By rank, the (sizes[rank],) bytes that it has for this one; parts: this one's for each."""
         ...
 
     def gather_parts(self, part: Tensor, sizes: Sequence[int]) -> list[Tensor]:
@@ -37,15 +38,40 @@ def rows_of(rows: int, rank: int, world: int) -> slice:
     return slice(*even_range(rows, rank, world))
 
 
-def to_owner(total: Tensor, rank: int, world: int, peers: Exchange | None) -> Tensor:
-    """A layer's sum over all ranks, (rows, C) fp32, of the rows that this rank owns.
+def to_owner(
+    gradients: Sequence[Tensor], counts: Sequence[int], rank: int, peers: Exchange | None
+) -> Tensor:
+    """A layer's sum of the gradients of all sequences, (rows, C) float64, of this rank's rows.
 
-    total: (R, C) float64, the sum over this rank's sequences.
+    gradients: (R, C) of this rank's sequences in a step, in their order; with none, of any shape
+    (0, R, C). counts: how many sequences each rank has.
     """
+    rows, columns = gradients[0].shape[-2:]
+    world = len(counts)
+    own = rows_of(rows, rank, world)
     if peers is None or world == 1:
-        return total.float()
-    parts = [total[rows_of(len(total), each, world)].reshape(-1) for each in range(world)]
-    return peers.sum_parts(parts).float().view(-1, total.shape[1])
+        return in_order(gradients)
+    mine = torch.stack(list(gradients)) if counts[rank] else gradients[0]
+    parts = [
+        mine[:, rows_of(rows, each, world)].reshape(-1).view(torch.uint8) for each in range(world)
+    ]
+    one = (own.stop - own.start) * columns * mine.element_size()
+    received = peers.swap(parts, [count * one for count in counts])
+    return in_order(
+        [
+            sequence
+            for part, count in zip(received, counts, strict=True)
+            for sequence in part.view(mine.dtype).view(count, own.stop - own.start, columns)
+        ]
+    )
+
+
+def in_order(gradients: Sequence[Tensor]) -> Tensor:
+    """The sum of gradients (R, C), one added after the other, in float64."""
+    total = gradients[0].double()
+    for gradient in gradients[1:]:
+        total += gradient
+    return total
 
 
 def to_all(own: Tensor, rows: int, world: int, peers: Exchange | None) -> Tensor:

@@ -52,9 +52,9 @@ class InProcess:
         parts = [given[0] for given in self._meeting.all_of(self._rank, [tensor.clone()])]
         return tensor.copy_(_in_order(parts))
 
-    def sum_parts(self, parts: Sequence[Tensor]) -> Tensor:
-        """The sum over the ranks, in rank order, of what they have for this one."""
-        return _in_order([given[self._rank] for given in self._meeting.all_of(self._rank, parts)])
+    def swap(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """By rank, what it has for this one."""
+        return [given[self._rank] for given in self._meeting.all_of(self._rank, parts)]
 
     def gather_parts(self, part: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """By rank, the `part` (sizes[rank],) of every one."""

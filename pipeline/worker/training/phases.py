@@ -131,7 +131,8 @@ class TrainingPhases:
             learning_rate=how.learning_rate,
             seed=how.seed * 10_007 + block,
         )
-        place = Place(self.rank, self.world, self.peers or self.collective)
+        sequences = [range(*self.forward.sequences_of(rank)) for rank in range(self.world)]
+        place = Place(self.rank, sequences, self.peers or self.collective)
         make: Callable[[str, slice, Tensor, float], RowAdam] = _fixed
         if how.exchange:
             state.squares |= input_squares(state, layers, place, self.watch)

@@ -20,7 +20,14 @@ from pipeline.reconstruct.gradients import Run, gradients, squared_error
 from pipeline.reconstruct.schedule import freezes, held_out, rate, steps_in_epoch, steps_of_epoch
 from pipeline.runtime.stopwatch import Stopwatch
 from pipeline.runtime.threads import in_pieces, threads
-from pipeline.worker.training.exchange import Exchange, rows_of, summed, to_all, to_owner
+from pipeline.worker.training.exchange import (
+    Exchange,
+    in_order,
+    rows_of,
+    summed,
+    to_all,
+    to_owner,
+)
 
 T = TypeVar("T")
 
@@ -51,11 +58,19 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class Place:
-    """A rank among the others. peers: None where it is alone."""
+    """A rank among the others.
+
+    sequences: by rank, which it has. peers: None where it is alone.
+    """
 
     rank: int
-    world: int
+    sequences: Sequence[range]
     peers: Exchange | None
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return len(self.sequences)
 
 
 class RankTraining:
@@ -146,47 +161,53 @@ class RankTraining:
                 state.freeze()
         factor = rate(self._done, plan.steps)
         self._done += 1
-        sums, mine = self._gradients(batch)
+        found, mine = self._gradients(batch)
         losses = self._summed([mine.get(number, 0.0) for number in batch])
         if not math.isfinite(sum(losses)):
             return losses
-        place = self._place
         for layer, state in self._owned.items():
             with self._watch("reduce"):
-                own = to_owner(sums.pop(layer), place.rank, place.world, place.peers)
+                own = self._to_owner(layer, found.pop(layer), batch)
             with self._watch("train"):
-                state.step(own.div_(len(batch)), factor)
+                state.step(own.div_(len(batch)).float(), factor)
                 stored = self._stored(layer)
             self._install(layer, stored)
         return losses
 
-    def _gradients(self, batch: Sequence[int]) -> tuple[dict[str, Tensor], dict[int, float]]:
-        """Of this rank's sequences in a step: the sums of gradients, and each one's loss.
+    def _gradients(self, batch: Sequence[int]) -> tuple[dict[str, list[Tensor]], dict[int, float]]:
+        """Of this rank's sequences in a step: their gradients by layer, and their losses.
 
-        The sums are (R, C) float64, by layer.
+        The gradients are those of each sequence, in order; on a rank that is alone their sum.
         """
         weights = [module.weight for module in self._modules.values()]
-        sums = {
-            layer: torch.zeros_like(self._weight(layer), dtype=torch.float64)
-            for layer in self._modules
-        }
+        numbers = [number for number in batch if number in self._sequences]
+        kept: dict[str, list[Tensor]] = {layer: [] for layer in self._modules}
+        losses: dict[int, float] = {}
 
         def learn(number: int) -> tuple[float, list[Tensor]]:
             loss, found = gradients(self._run, weights, *self._sequences[number]())
             return float(loss), found
 
-        mine: dict[int, float] = {}
-        numbers = [number for number in batch if number in self._sequences]
         with self._watch("train"):
             # A sequence each: its gradients do not depend on who computes the others.
             for start in range(0, len(numbers), threads()):
                 some = numbers[start : start + threads()]
                 found = self._each(learn, some)
                 for number in some:
-                    mine[number], each = found.pop(number)
-                    for layer, gradient in zip(sums, each, strict=True):
-                        sums[layer] += as_held(self._modules[layer], gradient)
-        return sums, mine
+                    losses[number], each = found.pop(number)
+                    for layer, gradient in zip(kept, each, strict=True):
+                        kept[layer].append(as_held(self._modules[layer], gradient))
+                        if self._place.world == 1:
+                            kept[layer] = [in_order(kept[layer])]
+        return kept, losses
+
+    def _to_owner(self, layer: str, found: list[Tensor], batch: Sequence[int]) -> Tensor:
+        """The sum of all ranks' gradients of a layer, (rows, C) float64."""
+        place = self._place
+        counts = [sum(number in part for number in batch) for part in place.sequences]
+        weight = self._modules[layer].weight
+        empty = as_held(self._modules[layer], weight).new_empty(0, *self._weight(layer).shape)
+        return to_owner(found or [empty], counts, place.rank, place.peers)
 
     def _stored(self, layer: str) -> Tensor:
         """The rows that this rank owns, as they would be stored now."""

@@ -25,6 +25,9 @@ REFINEMENTS: tuple[Refinement, ...] = ("auto", "none", "gradient", "cg")
 GpuKernels = Literal["triton", "torch"]
 """triton: Triton's kernels, an error where they cannot run; torch: plain torch operations."""
 
+GpuProducts = Literal["tf32", "float32"]
+"""Precision of products of fp32 matrices: operands rounded to TF32's 10 bits of mantissa, or not."""
+
 # Values of `shrinkage` that are not numbers. AUTO: chosen on two halves of the calibration
 # sequences. ESTIMATE: computed from H and the numbers of tokens and columns.
 AUTO, ESTIMATE = "auto", "estimate"
@@ -168,6 +171,8 @@ class SolverSettings:
     admm_relaxation: float = internal(1.7)
     # The inner loops of a solve on a CUDA device; other devices do not read it.
     kernels: GpuKernels = internal("triton")
+    # The products of prox_admm's iterations on a CUDA device; other devices compute in fp32.
+    gpu_products: GpuProducts = internal("tf32")
 
     def __post_init__(self) -> None:
         method_facts(self.method)
@@ -175,9 +180,10 @@ class SolverSettings:
             raise ConfigError(
                 f"unknown refine {self.refine!r}: choose one of {', '.join(REFINEMENTS)}"
             )
-        if self.kernels not in get_args(GpuKernels):
-            choices = ", ".join(get_args(GpuKernels))
-            raise ConfigError(f"unknown kernels {self.kernels!r}: choose one of {choices}")
+        for name, known in (("kernels", GpuKernels), ("gpu_products", GpuProducts)):
+            if (value := getattr(self, name)) not in get_args(known):
+                choices = ", ".join(get_args(known))
+                raise ConfigError(f"unknown {name} {value!r}: choose one of {choices}")
         Pattern.parse(self.pattern)
         self._check_regularization()
         self._check_counts()

@@ -231,8 +231,9 @@ def _solve_pieces(rows: int, columns: int, clock: Clock) -> dict[str, tuple[floa
     left = max(many - few - _ADMM_ITERATIONS * product, 0.02 * many)
     return {
         "float32": (one, product),
+        "tf32": (one, product),
         "float64": (one * objective_share(columns), wide),
-        "inverse": (2.0 * columns**3, inverse),
+        "inverse": (float(columns) ** 3, inverse),
         "factor": (float(columns) ** 3, factor),
         "iteration": (_ADMM_ITERATIONS * float(rows) * columns, left),
     }

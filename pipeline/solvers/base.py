@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.pattern import Pattern
-from pipeline.config.solver import ESTIMATE, SolverSettings
+from pipeline.config.solver import ESTIMATE, GpuProducts, SolverSettings
 from pipeline.solvers.cost import (
     MethodCost,
     SolveCost,
@@ -70,7 +70,8 @@ class MethodResult:
     weight: (R, C) fp32. mask: (R, C) bool, True where a weight may be non-zero. iterations: how
     many were run. support_change: (R,) fp32, share of each row's support that the last step
     changed. blocksize: the lazy block size that was used, if any. problem: the problem that was
-    solved, where it is not the prepared one because its damping was raised.
+    solved, where it is not the prepared one because its damping was raised. products: see
+    `SolveReport`.
     """
 
     weight: Tensor
@@ -79,6 +80,7 @@ class MethodResult:
     support_change: Tensor
     blocksize: int | None = None
     problem: ScaledHessian | None = None
+    products: GpuProducts = "float32"
 
 
 class BaseSolver(ABC):
@@ -235,7 +237,7 @@ class BaseSolver(ABC):
         """
         method, refined = self.method_cost(columns, device), self.settings.refine != "none"
         # Refinement: one product per step and one to start. Objectives: at zero, before, after.
-        products = (self.settings.refine_steps or 0) + 1 if refined else 0
+        products = (self.settings.refine_steps or 0) + 1.0 if refined else 0.0
         products += method.products + (1 if self.by_score and not refined else 3)
         per_row = products * 2.0 * columns**2 + method.per_row
         return SolveCost(method.fixed, per_row, products)
@@ -251,6 +253,7 @@ class BaseSolver(ABC):
         return replace(
             whole,
             products=2 * inputs / columns * whole.products,
+            rounded=2 * inputs / columns * whole.rounded,
             # One product with (C, n) each.
             wide=whole.wide * (inputs / columns) / objective_share(columns),
             other=other,
@@ -323,6 +326,7 @@ class BaseSolver(ABC):
             shrinkage=problem.shrinkage if problem else 0.0,
             blocksize=result.blocksize,
             dead_inputs=prepared.dead_inputs,
+            products=result.products,
             deviations=notes,
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ from pipeline.solvers.kernels import on_gpu, prox_operator
 from pipeline.solvers.methods import prox_admm, sparsegpt
 from pipeline.solvers.registry import solver_for
 from storage.errors import ConfigError, ResourceError
+from tests.planning.test_plan_counts import counting
+from tests.support.launches import Launches
 from tests.support.solver_cases import layer, statistics_of
 
 PATTERN = Pattern.parse("2:4")
@@ -79,6 +83,27 @@ def test_plain_torch_operations_give_the_same_solution(
     assert plain.report.objective == pytest.approx(usual.report.objective, rel=0.01)
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_form_for_rounded_products_is_the_same_iteration(
+    pattern: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unrounded, as here, it has the same solution, also where rho changes."""
+    weight, inputs = layer(rows=32, columns=128, tokens=50 if kept else 400)
+    statistics = statistics_of(inputs)
+    if kept:
+        rows = inputs.reshape(-1, 128)
+        statistics = replace(statistics, hessian=None, inputs=rows)
+    monkeypatch.setattr(prox_admm, "_numba_kernels", lambda: None)
+    solver = solver_for(SolverSettings(pattern=pattern))
+    plain = solver.solve(weight, solver.prepare(statistics))
+    monkeypatch.setattr(prox_admm.ProxAdmmSolver, "_rounds", lambda *_: True)
+    centered = solver.solve(weight, solver.prepare(statistics))
+    assert ((plain.weight != 0) == (centered.weight != 0)).double().mean() > 0.999
+    assert centered.report.objective == pytest.approx(plain.report.objective, rel=1e-3)
+    assert (plain.report.products, centered.report.products) == ("float32", "tf32")
+
+
 def test_a_missing_triton_is_an_error_not_another_path(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu.triton_module.cache_clear()
     monkeypatch.setattr(on_gpu, "find_spec", lambda name: None)
@@ -107,6 +132,50 @@ def test_both_ways_to_invert_agree(columns: int) -> None:
     factor.invert_(memory)
     assert memory.data_ptr() == address
     assert torch.equal(memory, library)
+
+
+@pytest.mark.parametrize("columns", [512, 1100, 2100])
+def test_the_sweep_of_the_lower_triangle_is_as_accurate_as_that_of_the_whole(columns: int) -> None:
+    """Against float64, with a spectrum that falls: the whole matrix swept, as the formula says."""
+    generator = torch.Generator().manual_seed(columns)
+    inputs = torch.randn(columns, columns, generator=generator)
+    inputs *= torch.arange(1, columns + 1)[:, None].rsqrt()
+    matrix = inputs.T @ inputs
+    scale = matrix.diagonal().rsqrt()
+    matrix = matrix * scale * scale[:, None]
+    matrix.diagonal().fill_(1.2)
+    exact = torch.linalg.inv(matrix.double())
+    lower, whole = matrix.clone(), matrix.clone()
+    with Launches() as started, counting() as counter:
+        assert factor.invert_blocks_(lower)
+    for left in range(0, columns, 512):
+        block = slice(left, left + 512)
+        pivot = torch.cholesky_inverse(torch.linalg.cholesky(whole[block, block]))
+        column = whole[:, block].clone()
+        column[block] = 0
+        scaled = column @ pivot
+        whole -= scaled @ column.T
+        whole[:, block], whole[block, :], whole[block, block] = scaled, scaled.T, -pivot
+    one, other = ((each - exact).norm() / exact.norm() for each in (lower, -whole))
+    assert one < 1.1 * other
+    assert one < 1e-4
+    torch.testing.assert_close(lower, lower.T, rtol=0, atol=1e-6)
+    assert counter.get_total_flops() == factor.sweep_operations(columns)
+    assert factor.sweep_launches(columns) == pytest.approx(started.total, rel=0.1)
+
+
+def test_the_sweep_takes_little_more_than_c_cubed() -> None:
+    for columns, most in ((8192, 1.26), (28_672, 1.08)):
+        assert 1 < factor.sweep_operations(columns) / columns**3 < most
+
+
+def test_the_sweep_reads_the_lower_triangle_alone() -> None:
+    matrix = torch.eye(1500) * 2 + 0.001
+    broken = matrix.clone()
+    broken[:1024, 1024:] = torch.nan
+    assert factor.invert_blocks_(matrix)
+    assert factor.invert_blocks_(broken)
+    assert torch.equal(broken, matrix)
 
 
 @pytest.mark.parametrize("invert", [factor.invert_, factor.invert_blocks_])

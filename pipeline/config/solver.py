@@ -26,7 +26,7 @@ GpuKernels = Literal["triton", "torch"]
 """triton: Triton's kernels, an error where they cannot run; torch: plain torch operations."""
 
 GpuProducts = Literal["tf32", "float32"]
-"""Precision of products of fp32 matrices: operands rounded to TF32's 10 bits of mantissa, or not."""
+"""Precision of products of fp32 matrices: operands rounded to TF32's 10 bits, or not."""
 
 # Values of `shrinkage` that are not numbers. AUTO: chosen on two halves of the calibration
 # sequences. ESTIMATE: computed from H and the numbers of tokens and columns.

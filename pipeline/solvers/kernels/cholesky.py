@@ -85,7 +85,7 @@ def sweep_operations(columns: int) -> float:
     """Operations of the products of `invert_blocks_` for C columns: C^3 and what is wasted."""
     area = sum(2.0 * (each.stop - each.start) * each.stop for each in _bounds(columns, _STRIPE))
     widths: list[int] = [each.stop - each.start for each in _bounds(columns)]
-    return sum(area * width + 2.0 * columns * width * width for width in widths)
+    return float(sum(area * width + 2.0 * columns * width * width for width in widths))
 
 
 def sweep_launches(columns: int) -> int:

@@ -1,8 +1,8 @@
 """One very wide layer solved on one GPU: seconds, factorization apart, the operator's share, TF32.
 
 Synthetic: Gaussian weights, inputs with a decaying spectrum and a few loud columns. It measures
-time and memory, and what TF32 products of the iterations cost in the final objective; it says nothing of accuracy on
-real layers.
+time and memory, and what TF32 products of the iterations cost in the final objective; it says
+nothing of accuracy on real layers.
 
     python benchmarks/gpu_solve.py --shapes 8192x8192 8192x28672
 """

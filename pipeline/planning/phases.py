@@ -295,8 +295,10 @@ class PhaseModel:
         entries = float(rows) * columns
         one = 2.0 * entries * columns
         square, share = float(columns) * columns, objective_share(columns)
+        moved = 4 * (square + 2 * entries)
         parts = [
-            self._product("products", counts.products, one, 4 * (square + 2 * entries), "float32"),
+            self._product("products", counts.products, one, moved, "float32"),
+            self._product("products of iterations", counts.rounded, one, moved, "tf32"),
             self._product(
                 "objective", counts.wide, share * one, 2 * square + 16 * entries, "float64"
             ),

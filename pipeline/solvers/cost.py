@@ -11,11 +11,17 @@ from typing import ClassVar
 
 from pipeline.config.solver import ESTIMATE, SolverSettings
 
-# Measured on a CPU (benchmarks/scaling.py), in operations at the speed of a matrix product: the
-# elementwise work of an iteration per entry, and the time of an inverse over that of its 2 C^3
-# operations. On a GPU they differ, but are small compared with the products.
-OPERATIONS_PER_ENTRY = 500.0
-INVERSE_SLOWDOWN = 1.2
+# In operations at the speed of a fp32 matrix product: the elementwise work of an iteration per
+# entry, and an inverse over its C^3 operations. Measured on a CPU (benchmarks/scaling.py).
+_OPERATIONS_PER_ENTRY = 500.0
+_INVERSE_SLOWDOWN = 2.4
+# On a GPU: the blocked inverse reaches 0.55 of the peak, products 0.75.
+_INVERSE_SLOWDOWN_ON_GPU = 0.75 / 0.55
+# Time of a TF32 product over that of a fp32 one: 50 and 412 TFLOP/s, measured on H100 at 8,192^3.
+TF32_SHARE = 50 / 412
+BYTES_PER_ITERATION = 92.0
+"""Read and written on a GPU per entry of the rows in one iteration of ADMM (twelve fp32 values) or
+of conjugate gradients (fifteen), besides the product."""
 # On a GPU: the time to start a kernel, about 5 us (measured by many on A100 and H100, with the
 # host's part in torch), at an H100's rate of fp32 products, 50 TFLOP/s (measured at 8,192^3).
 OPERATIONS_PER_LAUNCH = 5e-6 * 50e12
@@ -31,12 +37,13 @@ class SolveCost:
     """Cost of solving one group of layers on one worker, in operations of a matrix product.
 
     fixed: operations for each worker that solves any rows of the group (factorizations). per_row:
-    operations for each row. products: number of products (R, C) x (C, C) that per_row contains.
+    operations for each row. products: number of fp32 products (R, C) x (C, C) that per_row
+    contains; a TF32 one counts as `TF32_SHARE`.
     """
 
     fixed: float
     per_row: float
-    products: int
+    products: float
 
     def of(self, rows: int) -> float:
         """Operations for `rows` rows; 0 for none."""
@@ -47,11 +54,11 @@ class SolveCost:
 class MethodCost:
     """The part of a `SolveCost` that is due to the method: no refinement, no objectives.
 
-    products: number of products (R, C) x (C, C). fixed: operations for each worker. per_row:
-    operations for each row besides the products.
+    products: number of products (R, C) x (C, C), in fp32 ones. fixed: operations for each worker.
+    per_row: operations for each row besides the products.
     """
 
-    products: int = 0
+    products: float = 0
     fixed: float = 0.0
     per_row: float = 0.0
 
@@ -60,15 +67,17 @@ class MethodCost:
 class SolveCounts:
     """Work of solving one group on one worker.
 
-    products: number of fp32 products (R, C) x (C, C). wide: number of objectives, each the
-    `objective_share` of a float64 product. Both are fractions where n inputs are used in place of
-    the Hessian: then a product is two with (C, n). other: further fp32 operations of products on
-    rows. inverse: operations of fp32 inverses; factor: of the float64 factor; both are the same on
-    every worker. steps: iterations, each a pass over all rows. moved: bytes read and written over
-    C x C and over rows, outside the iterations. operators: number of kernels started.
+    products: number of fp32 products (R, C) x (C, C). rounded: number of TF32 ones. wide: number of
+    objectives, each the `objective_share` of a float64 product. All are fractions where n inputs
+    are used in place of the Hessian: then a product is two with (C, n). other: further fp32
+    operations of products on rows. inverse: operations of fp32 inverses; factor: of the float64
+    factor; both are the same on every worker. steps: iterations, each a pass over all rows. moved:
+    bytes read and written over C x C and over rows, outside the iterations. operators: number of
+    kernels started.
     """
 
     products: float = 0
+    rounded: float = 0
     wide: float = 0
     other: float = 0.0
     inverse: float = 0.0
@@ -76,6 +85,18 @@ class SolveCounts:
     steps: int = 0
     moved: float = 0.0
     operators: int = 0
+
+
+def elementwise_operations(columns: int, device: str) -> float:
+    """An iteration's work on a row of C entries besides its product; `device`: a torch type."""
+    bandwidth = OPERATIONS_PER_BYTE * BYTES_PER_ITERATION
+    return columns * (bandwidth if device == "cuda" else _OPERATIONS_PER_ENTRY)
+
+
+def inverse_operations(columns: int, device: str) -> float:
+    """An inverse of a (C, C), as operations at the speed of a product: C^3, which run slower."""
+    slower = _INVERSE_SLOWDOWN_ON_GPU if device == "cuda" else _INVERSE_SLOWDOWN
+    return slower * float(columns) ** 3
 
 
 def objective_share(columns: int) -> float:
@@ -122,7 +143,7 @@ class Costs:
         """
         method, refined = self.method_cost(columns, device), self.settings.refine != "none"
         # Refinement: one product per step and one to start. Objectives: at zero, before, after.
-        products = (self.settings.refine_steps or 0) + 1 if refined else 0
+        products = (self.settings.refine_steps or 0) + 1.0 if refined else 0.0
         products += method.products + (1 if self.by_score and not refined else 3)
         per_row = products * 2.0 * columns**2 + method.per_row
         return SolveCost(method.fixed, per_row, products)
@@ -138,6 +159,7 @@ class Costs:
         return replace(
             whole,
             products=2 * inputs / columns * whole.products,
+            rounded=2 * inputs / columns * whole.rounded,
             # One product with (C, n) each.
             wide=whole.wide * (inputs / columns) / objective_share(columns),
             other=other,

@@ -22,6 +22,9 @@ from pipeline.runtime.threads import in_pieces, pieces_of
 # computes; elsewhere many, so that few operators are started.
 _BLOCK_CPU = 128
 _BLOCK = 512
+# Rows of a stripe of the lower triangle: narrow ones leave fewer entries above the diagonal that
+# are computed for nothing, wide ones are larger products.
+_STRIPE = 1024
 _BLOCK_FLOAT64 = 256
 _LEAST_ROWS = 128  # of a piece
 
@@ -40,18 +43,53 @@ def _at_a_time(matrix: Tensor, blocks: list[slice]) -> list[slice]:
 def invert_(matrix: Tensor) -> Tensor:
     """Replace a symmetric positive definite (C, C) by its inverse; returns whether it was definite.
 
+    The block sweep of `invert_blocks_`, on a CPU with narrow blocks and in pieces for threads. C^3
+    operations, on a CPU about the time of LAPACK on one thread.
+    """
+    return _sweep_blocks(matrix, *_division(matrix.shape[0], matrix.device.type))
+
+
+def invert_blocks_(matrix: Tensor) -> Tensor:
+    """`invert_` as devices other than a CPU compute it: in wide blocks and stripes.
+
     The block sweep (Gauss-Jordan) of a symmetric matrix. Sweeping block k, with P the inverse of
     its pivot block, replaces the pivot by -P, multiplies its row and column by P, and subtracts
     A_rk P A_kr from the rest. After all blocks the matrix is minus the inverse. Each pivot is a
     Schur complement of a positive definite matrix, so no rows have to be exchanged.
-    Only the lower triangle is read and swept, in pieces of rows; the upper one is copied from it
-    at the end. C^3 operations, on a CPU about the time of LAPACK on one thread. Extra memory: two
-    C x block panels.
+    Only the lower triangle is read and swept, in stripes of rows; the upper one is copied from it
+    at the end. About C^3 operations (`sweep_operations`). Extra memory: two C x block panels.
     """
-    columns = matrix.shape[0]
-    pieces = pieces_of(columns, _LEAST_ROWS)
+    return _sweep_blocks(matrix, *_division(matrix.shape[0], "cuda"))
+
+
+def sweep_operations(columns: int, device: str) -> float:
+    """Operations of the products of `invert_` for C columns: C^3 and what is wasted.
+
+    device: a torch device type.
+    """
+    width, pieces = _division(columns, device)
+    area = sum(2.0 * (each.stop - each.start) * each.stop for each in pieces)
+    widths = [each.stop - each.start for each in _bounds(columns, width)]
+    return float(sum(area * width + 2.0 * columns * width * width for width in widths))
+
+
+def sweep_launches(columns: int) -> int:
+    """Kernels that `invert_blocks_` starts on a GPU for C columns, by counting."""
+    blocks, stripes = -(-columns // _BLOCK), -(-columns // _STRIPE)
+    return blocks * (stripes + 11) + 6 * stripes + 7
+
+
+def _division(columns: int, device: str) -> tuple[int, list[slice]]:
+    """The width of a block of the sweep, and the pieces of rows that a block is applied to."""
+    if device == "cpu":
+        return _BLOCK_CPU, pieces_of(columns, _LEAST_ROWS)
+    return _BLOCK, _bounds(columns, _STRIPE)
+
+
+def _sweep_blocks(matrix: Tensor, width: int, pieces: list[slice]) -> Tensor:
+    """The sweep in blocks of `width` columns; the rest of the matrix in these pieces of rows."""
     sound = torch.ones((), dtype=torch.bool, device=matrix.device)
-    for block in _bounds(columns, _BLOCK_CPU if matrix.device.type == "cpu" else _BLOCK):
+    for block in _bounds(matrix.shape[0], width):
         factor, info = torch.linalg.cholesky_ex(matrix[block, block])
         sound &= info == 0
         pivot = torch.cholesky_inverse(factor)
@@ -60,7 +98,8 @@ def invert_(matrix: Tensor) -> Tensor:
         left, below = matrix[block, : block.start], matrix[block.stop :, block]
         column = torch.cat([left.T, torch.zeros_like(pivot), below])
         scaled = torch.empty_like(column)
-        in_pieces(partial(_sweep, matrix, column, pivot, scaled), pieces)
+        in_pieces(partial(_scale, column, pivot, scaled), _at_a_time(matrix, pieces))
+        in_pieces(partial(_sweep, matrix, column, scaled), pieces)
         below.copy_(scaled[block.stop :])
         left.copy_(scaled[: block.start].T)
         matrix[block, block] = -pivot
@@ -68,9 +107,13 @@ def invert_(matrix: Tensor) -> Tensor:
     return sound & torch.isfinite(matrix.diagonal()).all()
 
 
-def _sweep(matrix: Tensor, column: Tensor, pivot: Tensor, scaled: Tensor, rows: slice) -> None:
-    """One block of the sweep for some rows of the lower triangle; writes their `scaled`."""
+def _scale(column: Tensor, pivot: Tensor, scaled: Tensor, rows: slice) -> None:
+    """Some rows of the block's column times the inverse of its pivot, into `scaled`."""
     torch.mm(column[rows], pivot, out=scaled[rows])
+
+
+def _sweep(matrix: Tensor, column: Tensor, scaled: Tensor, rows: slice) -> None:
+    """One block of the sweep for some rows of the lower triangle."""
     matrix[rows, : rows.stop].addmm_(scaled[rows], column[: rows.stop].T, alpha=-1)
 
 

@@ -29,7 +29,7 @@ from pipeline.solvers.hessian import (
 from pipeline.solvers.masks import keep_mask
 from pipeline.solvers.objective import objective, statistic_name, total_of_rows
 from pipeline.solvers.refine import Refined, refine
-from pipeline.solvers.types import Solution, SolveReport, Statistics, percentage
+from pipeline.solvers.types import Solution, SolveReport, Statistics, Team, percentage
 from storage.errors import NumericalError
 
 NO_INPUT = "largest weights kept: its inputs are 0 on all of the calibration text"
@@ -42,7 +42,8 @@ class GroupData:
 
     problem: the regularized Hessian, where the method or its refinement needs it. matrix: a
     (C, C) fp32 matrix of the method, such as a factor. eigenvalue: the largest one of H~, which
-    `prox` needs. dead_inputs, deviations: see `SolveReport`.
+    `prox` needs. dead_inputs, deviations: see `SolveReport`. team: the workers that solve rows of
+    the group and compute what they share together; None: each computes it.
     """
 
     statistics: Statistics | None
@@ -51,6 +52,7 @@ class GroupData:
     eigenvalue: float = 0.0
     dead_inputs: int = 0
     deviations: tuple[str, ...] = ()
+    team: Team | None = None
 
     @property
     def no_input(self) -> bool:

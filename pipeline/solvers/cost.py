@@ -6,6 +6,7 @@ part by overriding methods of `Costs`, from which `base.BaseSolver` is derived.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -27,6 +28,10 @@ of conjugate gradients (fifteen), besides the product."""
 OPERATIONS_PER_LAUNCH = 5e-6 * 50e12
 # The same for a byte read or written, at 70 % of an H100's 3.35 TB/s.
 OPERATIONS_PER_BYTE = 50e12 / 2.3e12
+# Of a broadcast, assumed: NVLink at 60 % of 450 GB/s, a network of 200 Gbit/s a GPU.
+_BYTES_IN_A_NODE, _BYTES_BETWEEN_NODES = 270e9, 25e9
+# Of a block of an inverse, assumed: its factor (1 ms), and some 20 broadcasts of 50 us.
+_SECONDS_PER_BLOCK = 2e-3
 INVERSE_PANEL = 512
 """Columns of a panel of the blocked inverse."""
 _ENTRY_PANEL = 256
@@ -70,10 +75,10 @@ class SolveCounts:
     products: number of fp32 products (R, C) x (C, C). rounded: number of TF32 ones. wide: number of
     objectives, each the `objective_share` of a float64 product. All are fractions where n inputs
     are used in place of the Hessian: then a product is two with (C, n). other: further fp32
-    operations of products on rows. inverse: operations of fp32 inverses; factor: of the float64
-    factor; both are the same on every worker. steps: iterations, each a pass over all rows. moved:
-    bytes read and written over C x C and over rows, outside the iterations. operators: number of
-    kernels started.
+    operations of products on rows. inverse: operations of fp32 inverses, inverses: their number;
+    factor: operations of the float64 factor; they are the same on every worker. steps: iterations,
+    each a pass over all rows. moved: bytes read and written over C x C and over rows, outside the
+    iterations. operators: number of kernels started.
     """
 
     products: float = 0
@@ -81,6 +86,7 @@ class SolveCounts:
     wide: float = 0
     other: float = 0.0
     inverse: float = 0.0
+    inverses: int = 0
     factor: float = 0.0
     steps: int = 0
     moved: float = 0.0
@@ -97,6 +103,26 @@ def inverse_operations(columns: int, device: str) -> float:
     """An inverse of a (C, C), as operations at the speed of a product: C^3, which run slower."""
     slower = _INVERSE_SLOWDOWN_ON_GPU if device == "cuda" else _INVERSE_SLOWDOWN
     return slower * float(columns) ** 3
+
+
+def together_operations(columns: int, nodes: int) -> float:
+    """An inverse of a (C, C) by several GPUs: what each does besides its share, as operations.
+
+    That is the small factor of each block, which the next steps wait for, and what is sent: each
+    block's rows and columns and in the end the lower triangle, 6 C^2 bytes to each GPU in all.
+    """
+    seconds = together_bytes(columns) / (_BYTES_IN_A_NODE if nodes == 1 else _BYTES_BETWEEN_NODES)
+    return 50e12 * (seconds + together_latency(columns))
+
+
+def together_latency(columns: int) -> float:
+    """Seconds of what is done block after block in an inverse that several GPUs compute."""
+    return _SECONDS_PER_BLOCK * -(-columns // INVERSE_PANEL)
+
+
+def together_bytes(columns: int) -> float:
+    """Bytes that reach each GPU in an inverse of a (C, C) that several compute together."""
+    return 6.0 * columns * columns
 
 
 def objective_share(columns: int) -> float:
@@ -127,6 +153,14 @@ class Costs:
     def method_cost(self, columns: int, device: str) -> MethodCost:
         """The part of `cost` that is due to the method: no refinement, no objectives."""
         return MethodCost()
+
+    def together(self, columns: int, nodes: int) -> float:
+        """What each worker has to do besides its share where several compute `fixed` together.
+
+        In operations, as `cost`. nodes: of all workers, each with a GPU. Infinite for a method that
+        cannot: then each worker does all of it.
+        """
+        return math.inf
 
     def method_counts(self, rows: int, columns: int, device: str) -> SolveCounts:
         """The method's counts for (R, C) with a Hessian; `device`: a torch device type."""

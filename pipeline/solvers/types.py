@@ -8,9 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
+
+
+class Team(Protocol):
+    """Workers that compute something together: each has the same input and makes the same calls.
+
+    index: this worker's number in the team. size: of how many.
+    """
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def send(self, tensor: Tensor, owner: int) -> None:
+        """Overwrites a contiguous tensor, on all members, by that of the member `owner`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

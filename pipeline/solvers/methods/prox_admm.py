@@ -54,12 +54,14 @@ from pipeline.solvers.cost import (
     elementwise_operations,
     entry_bytes,
     inverse_operations,
+    together_operations,
 )
 from pipeline.solvers.hessian import ScaledHessian, raise_damping
 from pipeline.solvers.inverse import Inverse, inverse_of
 from pipeline.solvers.kernels.cholesky import sweep_launches, sweep_operations
 from pipeline.solvers.kernels.prox_operator import operator_work, prox_operator
 from pipeline.solvers.masks import keep_mask
+from pipeline.solvers.types import Team
 
 HELP = "the proximal operator inside ADMM, which solves the quadratic exactly"
 # ADMM ends near the minimizer on its support: 12 steps lower the error by at most 0.2 % more.
@@ -103,21 +105,26 @@ class ProxAdmmSolver(BaseSolver):
         dense = problem.statistics.inputs is None
         buffer = torch.empty_like(problem.hessian) if dense else None
         while True:
-            result = self._iterate(original, problem, buffer)
+            result = self._iterate(original, problem, buffer, prepared.team)
             if result is not None:
                 return result
             problem = raise_damping(problem)
 
     def _iterate(
-        self, original: Tensor, problem: ScaledHessian, buffer: Tensor | None
+        self,
+        original: Tensor,
+        problem: ScaledHessian,
+        buffer: Tensor | None,
+        team: Team | None,
     ) -> MethodResult | None:
         """All iterations; None where H~ + rho I was not positive definite.
 
         The iterations with one inverse are run piece by piece of the rows, on several threads.
         original: (R, C) fp32. buffer: (C, C) fp32 for the inverse; None with inputs for a Hessian.
+        team: see `GroupData`.
         """
         settings = self.settings
-        early = inverse_of(problem, settings.admm_rho, buffer)
+        early = inverse_of(problem, settings.admm_rho, buffer, team)
         if early is None:
             return None
         settled = settings.admm_rho_factor * settled_penalty(early, problem, settings.admm_rho)
@@ -131,7 +138,7 @@ class ProxAdmmSolver(BaseSolver):
             states[rows.start] = state
 
         in_pieces(first, pieces)
-        late = inverse_of(problem, schedule[0][-1][3], buffer) if schedule[1] else early
+        late = inverse_of(problem, schedule[0][-1][3], buffer, team) if schedule[1] else early
         if late is None:
             return None
         weight, mask = torch.empty_like(original), torch.empty_like(original, dtype=torch.bool)
@@ -182,6 +189,10 @@ class ProxAdmmSolver(BaseSolver):
             per_row=iterations * elementwise,
         )
 
+    def together(self, columns: int, nodes: int) -> float:
+        """See `Costs`: the inverses."""
+        return self._inverses * together_operations(columns, nodes)
+
     def method_counts(self, rows: int, columns: int, device: str) -> SolveCounts:
         """The iterations, and the inverses, which are computed in panels."""
         iterations, inverses = self.settings.admm_iterations, self._inverses
@@ -192,6 +203,7 @@ class ProxAdmmSolver(BaseSolver):
             rounded=rounded,
             steps=1 + iterations,
             inverse=inverses * sweep_operations(columns, device),
+            inverses=inverses,
             moved=24.0 * inverses * columns * columns + iterations * moved,
             operators=math.ceil(iterations * (12 + launches)) + inverses * sweep_launches(columns),
         )

@@ -95,9 +95,13 @@ def test_more_workers_are_not_slower_where_work_is_shared(
 ) -> None:
     few, many = (Plan(on_gpus(shape, n)).totals() for n in (workers, workers * factor))
     for name in SHARED:
-        compute = [total[name]["limits"].get("compute", 0.0) for total in (few, many)]
+        # Both: the busiest worker of many may compute more, if it has to move much less.
+        work = [
+            sum(total[name]["limits"].get(limit, 0.0) for limit in ("compute", "bandwidth"))
+            for total in (few, many)
+        ]
         # Rows are cut in whole tiles: an uneven cut may cost a few of them.
-        assert compute[1] <= 1.02 * compute[0] + 1e-6, name
+        assert work[1] <= 1.02 * work[0] + 1e-6, name
 
 
 @settings(max_examples=30, deadline=None)

@@ -109,8 +109,9 @@ class RankActor:
         self._store = host_meeting(self._endpoint.address)
         return self._endpoint.address, self._store.port
 
-    def join(self, host: str, port: int, backend: str, timeout: float) -> None:
+    def join(self, host: str, port: int, backend: str, timeout: float, nodes: int = 1) -> None:
         """Joins the collective of all workers. timeout: the most seconds that an operation waits.
+        nodes: how many nodes hold the workers.
 
         Called again after a worker was lost; the state of the abandoned attempt is dropped.
         """
@@ -124,11 +125,11 @@ class RankActor:
         use_interface(self._endpoint, named=self.job.interface is not None)
         if self._store is not None:
             self.worker.collective = Collective(
-                self.rank, self.world, self._store, backend, timeout
+                self.rank, self.world, self._store, backend, timeout, nodes
             )
         else:
             self.worker.collective = Collective.join(
-                self.rank, self.world, host, port, backend, timeout
+                self.rank, self.world, host, port, backend, timeout, nodes
             )
 
     def perform(self, phase: Call[T]) -> Outcome[T]:

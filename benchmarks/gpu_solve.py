@@ -1,8 +1,8 @@
 """One very wide layer solved on one GPU: seconds, factorization apart, the operator's share, TF32.
 
 Synthetic: Gaussian weights, inputs with a decaying spectrum and a few loud columns. It measures
-time and memory, and what TF32 products cost in the final objective; it says nothing of accuracy on
-real layers.
+time and memory, and what TF32 products of the iterations cost in the final objective; it says
+nothing of accuracy on real layers.
 
     python benchmarks/gpu_solve.py --shapes 8192x8192 8192x28672
 """
@@ -20,7 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.config.solver import SolverSettings
+from pipeline.config.solver import GpuProducts, SolverSettings
+from pipeline.runtime.device import tf32_products
 from pipeline.runtime.stopwatch import device_peak, host_peak, reset_peaks
 from pipeline.solvers.kernels.cholesky import invert_
 from pipeline.solvers.kernels.prox_operator import prox_operator
@@ -64,8 +65,8 @@ def measure(
     """One solve of a (rows, columns) layer."""
     sums = statistics(columns, device)
     weight = torch.randn(rows, columns, device=device) * 0.02
-    solver = solver_for(SolverSettings(method=method).resolved())
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    products: GpuProducts = "tf32" if tf32 else "float32"
+    solver = solver_for(SolverSettings(method=method, gpu_products=products))
     reset_peaks(device)
     cuda = device.type == "cuda"
     held = torch.cuda.memory_allocated(device) if cuda else host_peak()
@@ -78,17 +79,15 @@ def measure(
     total = seconds(solve, device)
     peak = (device_peak(device) if cuda else host_peak()) - held
     assert solution is not None
-    torch.backends.cuda.matmul.allow_tf32 = False
     error = relative_error(solution.weight, weight, sums)
     assert sums.hessian is not None
     buffer = sums.hessian / sums.tokens
     buffer.diagonal().add_(0.1 * buffer.diagonal().mean())
-    torch.backends.cuda.matmul.allow_tf32 = tf32
     inverse = seconds(lambda: invert_(buffer), device)
-    product = seconds(lambda: weight @ buffer, device)
+    with tf32_products(tf32):
+        product = seconds(lambda: weight @ buffer, device)
     prox_operator(weight, 0.1)
     operator = seconds(lambda: prox_operator(weight, 0.1), device)
-    torch.backends.cuda.matmul.allow_tf32 = False
     return {
         "rows": rows,
         "columns": columns,

@@ -242,10 +242,10 @@ class RayExecutor:
         devices = [self._known(rank).device for rank in range(self.world)]
         backend = choose_backend(devices, self.placement.gpus, self._config.collective)
         host, port = self._collect({0: self._actor(0).host.remote()}, "start", timeout)[0]
-        joining = {}
+        nodes, joining = len({r.where.node for r in self._ranks if r and r.where}), {}
         for rank in range(self.world):
             self._known(rank).joined = False
-            joining[rank] = self._actor(rank).join.remote(host, port, backend, self._timeout)
+            joining[rank] = self._actor(rank).join.remote(host, port, backend, self._timeout, nodes)
         for rank in self._collect(joining, "start", timeout):
             self._known(rank).joined = True
         self._ran = True

@@ -25,6 +25,9 @@ REFINEMENTS: tuple[Refinement, ...] = ("auto", "none", "gradient", "cg")
 GpuKernels = Literal["triton", "torch"]
 """triton: Triton's kernels, an error where they cannot run; torch: plain torch operations."""
 
+GpuProducts = Literal["tf32", "float32"]
+"""Precision of products of fp32 matrices: operands rounded to TF32's 10 bits, or not."""
+
 # Values of `shrinkage` that are not numbers. AUTO: chosen on two halves of the calibration
 # sequences. ESTIMATE: computed from H and the numbers of tokens and columns.
 AUTO, ESTIMATE = "auto", "estimate"
@@ -172,6 +175,9 @@ class SolverSettings:
         "run; torch: plain torch operations, slower, with the same results to rounding",
         unused=unless_read("kernels"),
     )
+    # The products of prox_admm's and prox's iterations on a CUDA device; other devices compute in
+    # fp32.
+    gpu_products: GpuProducts = internal("tf32")
 
     def __post_init__(self) -> None:
         method_facts(self.method)
@@ -179,9 +185,10 @@ class SolverSettings:
             raise ConfigError(
                 f"unknown refine {self.refine!r}: choose one of {', '.join(REFINEMENTS)}"
             )
-        if self.kernels not in get_args(GpuKernels):
-            choices = ", ".join(get_args(GpuKernels))
-            raise ConfigError(f"unknown kernels {self.kernels!r}: choose one of {choices}")
+        for name, known in (("kernels", GpuKernels), ("gpu_products", GpuProducts)):
+            if (value := getattr(self, name)) not in get_args(known):
+                choices = ", ".join(get_args(known))
+                raise ConfigError(f"unknown {name} {value!r}: choose one of {choices}")
         Pattern.parse(self.pattern)
         self._check_regularization()
         self._check_counts()

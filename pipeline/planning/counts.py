@@ -6,6 +6,8 @@ R: rows of a worker, C: columns of a group.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.config.solver import SolverSettings
 from pipeline.runtime.split import ROW_TILE
 from pipeline.solvers.cost import SolveCounts
@@ -68,15 +70,8 @@ def solve_counts(
     else:
         moved += evaluations * 40.0 * rows * columns
         operators += evaluations * 8
-    return SolveCounts(
-        products=products,
-        wide=wide,
-        other=counts.other,
-        inverse=counts.inverse,
-        factor=counts.factor,
-        steps=steps,
-        moved=moved,
-        operators=operators,
+    return replace(
+        counts, products=products, wide=wide, steps=steps, moved=moved, operators=operators
     )
 
 

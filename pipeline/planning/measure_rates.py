@@ -35,7 +35,7 @@ from pipeline.planning.shapes.source import example_block
 from pipeline.runtime.products import product
 from pipeline.runtime.threads import in_pieces, row_pieces, set_threads
 from pipeline.solvers.cost import objective_share
-from pipeline.solvers.kernels.cholesky import invert_, upper_factor_
+from pipeline.solvers.kernels.cholesky import invert_, sweep_operations, upper_factor_
 from pipeline.solvers.objective import objective
 from pipeline.solvers.registry import solver_for
 from pipeline.solvers.types import Statistics
@@ -237,8 +237,9 @@ def _solve_pieces(rows: int, columns: int, clock: Clock) -> dict[str, tuple[floa
     left = max(many - few - _ADMM_ITERATIONS * single, 0.02 * many)
     return {
         "float32": (one, single),
+        "tf32": (one, single),
         "float64": (one * objective_share(columns), wide),
-        "inverse": (2.0 * columns**3, inverse),
+        "inverse": (sweep_operations(columns, "cpu"), inverse),
         "factor": (float(columns) ** 3, factor),
         "iteration": (_ADMM_ITERATIONS * float(rows) * columns, left),
     }

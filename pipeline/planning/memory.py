@@ -148,9 +148,9 @@ def _solve(job: PlannedJob, block: BlockShape, after: BlockShape | None) -> Peak
         for group, count in Counter(block.groups).items()
     }
     all_statistics = job.statistics(block.groups)
-    for worker_rows in job.deal(block):
+    for shares in job.deal(block):
         left, solved = all_statistics, 0.0
-        for group, rows in worker_rows:
+        for group, rows, _ in shares:
             if rows:
                 slices = float(rows * group.columns * itemsize)
                 device = left + solve_bytes(job, group, rows)

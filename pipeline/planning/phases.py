@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pipeline.planning.counts import hessian_flops, reduced_bytes, solve_counts
+from pipeline.planning.counts import hessian_flops, reduced_bytes
 from pipeline.planning.memory import (
     PeakBytes,
     ahead_bytes,
     embed_memory,
     phase_memory,
     propagate_memory,
-    rows_at_once,
     sums_products,
 )
 from pipeline.planning.phase_parts import (
@@ -32,11 +31,11 @@ from pipeline.planning.phase_parts import (
     PhasePart,
     merge,
 )
-from pipeline.planning.planned_job import PlannedJob
+from pipeline.planning.planned_job import PlannedJob, Share
 from pipeline.planning.reconstruction import train_phase
-from pipeline.planning.shapes.model import BlockShape, GroupShape
+from pipeline.planning.shapes.model import BlockShape
 from pipeline.planning.shapes.profile import ForwardProfile
-from pipeline.solvers.cost import objective_share
+from pipeline.planning.solve_parts import group_parts
 from pipeline.solvers.registry import solver_for
 
 # Trials of `--shrinkage auto` take about a quarter of the solve they choose for.
@@ -261,7 +260,7 @@ class PhaseModel:
         """Trials for `--shrinkage auto`: one worker for each group, so the costliest one counts."""
         longest = max(
             (
-                sum(p.seconds for p in self._group(g, sum(r for _, r, _ in g.layers)))
+                _sum(group_parts(self.job, g, sum(r for _, r, _ in g.layers)))
                 for g in set(block.groups)
             ),
             default=0.0,
@@ -272,16 +271,16 @@ class PhaseModel:
     def _solve(self, block: BlockShape, peak: PeakBytes, after: BlockShape | None) -> Phase:
         """The solves of the slowest worker, which also reads the weights of the next block."""
         job = self.job
-        cache: dict[tuple[GroupShape, int], list[PhasePart]] = {}
+        cache: dict[Share, list[PhasePart]] = {}
         computed: list[PhasePart] = []
         most = 0.0
-        for worker_rows in job.deal(block):
+        for shares in job.deal(block):
             parts, entries = list[PhasePart](), 0
-            for group, rows in worker_rows:
-                if rows and (group, rows) not in cache:
-                    cache[group, rows] = self._group(group, rows)
-                parts += cache[group, rows] if rows else []
-                entries += rows * group.columns
+            for share in filter(lambda share: share.rows, shares):
+                if share not in cache:
+                    cache[share] = group_parts(job, share.group, share.rows, share.team)
+                parts += cache[share]
+                entries += share.rows * share.group.columns
             if not computed or _sum(parts) > _sum(computed):
                 computed = parts
             most = max(most, float(entries * self.shape.itemsize))
@@ -301,44 +300,6 @@ class PhaseModel:
         return Phase(name="solve", parts=merge(parts), peak=peak, read=read, written=slices)
 
     # -- parts of phases ------------------------------------------------------------------------
-
-    def _group(self, group: GroupShape, rows: int) -> list[PhasePart]:
-        """The solve of `rows` rows of a group, with the work that is the same on every worker."""
-        rates, columns = self.rates, group.columns
-        most = rows_at_once(group)
-        if rows > most:
-            # Factorizations are computed again for each part of the rows.
-            pieces = [most] * (rows // most) + ([rows % most] if rows % most else [])
-            return list(merge(part for piece in pieces for part in self._group(group, piece)))
-        device = "cuda" if rates.on_gpu else "cpu"
-        counts = solve_counts(
-            *(self.job.solved_with(group), rows, columns, self.shape.itemsize, device),
-            inputs=self.job.inputs(group),
-        )
-        entries = float(rows) * columns
-        one = 2.0 * entries * columns
-        square, share = float(columns) * columns, objective_share(columns)
-        parts = [
-            self._product("products", counts.products, one, 4 * (square + 2 * entries), "float32"),
-            self._product(
-                "objective", counts.wide, share * one, 2 * square + 16 * entries, "float64"
-            ),
-            PhasePart("products", COMPUTE, counts.other / rates.float32),
-            PhasePart("inverse, same on all", COMPUTE, counts.inverse / rates.inverse),
-            PhasePart("factor, same on all", COMPUTE, counts.factor / rates.factor),
-            PhasePart("iterations", BANDWIDTH, counts.steps * entries / rates.iteration),
-            PhasePart("passes over H and W", BANDWIDTH, counts.moved / rates.memory),
-            PhasePart("operators", LATENCY, counts.operators * rates.operator),
-        ]
-        return parts
-
-    def _product(
-        self, what: str, count: float, flops: float, moved: float, precision: str
-    ) -> PhasePart:
-        """Products, limited by arithmetic or by memory; on a CPU always by arithmetic (caches)."""
-        compute = count * flops / self.rates.product(precision)
-        memory = count * moved / self.rates.memory if self.rates.on_gpu else 0.0
-        return PhasePart(what, BANDWIDTH if memory > compute else COMPUTE, max(compute, memory))
 
     def _forward(self, profile: ForwardProfile, what: str) -> list[PhasePart]:
         """The forward of all batches of the busiest worker through one block."""

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from pipeline.config.reconstruct import Reconstruct
 from pipeline.config.solver import AUTO, SolverSettings
@@ -17,7 +18,18 @@ from pipeline.planning.shapes.model import BlockShape, GroupShape, ModelShape
 from pipeline.runtime.split import batch_ranges, deal, even_range, in_passes, shard_ranges
 from pipeline.solvers.registry import solver_for
 from pipeline.worker.few_tokens import simpler_settings
-from pipeline.worker.solve import deal_rows
+from pipeline.worker.solve import deal_rows, teams
+
+
+class Share(NamedTuple):
+    """How many rows of a group a worker solves, and how many workers compute its inverses together.
+
+    team: 1 where each computes them alone.
+    """
+
+    group: GroupShape
+    rows: int
+    team: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,11 +214,12 @@ class PlannedJob:
             loads[owner] += sizes[index]
         return int(max(loads))
 
-    def deal(self, block: BlockShape) -> list[list[tuple[GroupShape, int]]]:
-        """For each worker, the groups of the block and how many rows of each it solves."""
-        device = "cuda" if self.rates.on_gpu else "cpu"
+    def deal(self, block: BlockShape) -> list[list[Share]]:
+        """For each worker, its shares of the block's groups, in the order in which it solves."""
+        on_gpu = self.rates.on_gpu
         settings = tuple(map(self.settings_of, block.groups))
-        return _deal(settings, block.groups, self.workers, device)
+        nodes = self.nodes if on_gpu and not self.in_process else None
+        return _deal(settings, block.groups, self.workers, "cuda" if on_gpu else "cpu", nodes)
 
 
 @lru_cache(maxsize=256)
@@ -215,7 +228,8 @@ def _deal(
     groups: tuple[GroupShape, ...],
     workers: int,
     device: str,
-) -> list[list[tuple[GroupShape, int]]]:
+    nodes: int | None,
+) -> list[list[Share]]:
     shapes: dict[str, tuple[int, int]] = {}
     chosen: dict[str, SolverSettings] = {}
     parts = []
@@ -225,10 +239,14 @@ def _deal(
         chosen |= dict.fromkeys(layers, settings[number])
         parts.append(LayerGroup(tuple(layers), group.columns))
     workers_rows = []
-    for ranges in deal_rows(chosen, parts, shapes, workers, device):
+    dealt = deal_rows(chosen, parts, shapes, workers, device, nodes)
+    joint = teams(chosen, parts, shapes, dealt, device, nodes)
+    for ranges in dealt:
         rows = [
             sum(stop - start for start, stop in (ranges.get(n, (0, 0)) for n in part.layers))
             for part in parts
         ]
-        workers_rows.append(list(zip(groups, rows, strict=True)))
+        sizes = [len(joint.get(part.name, (0,))) for part in parts]
+        shares = [Share(*each) for each in zip(groups, rows, sizes, strict=True)]
+        workers_rows.append(sorted(shares, key=lambda share: share.team == 1))
     return workers_rows

@@ -13,19 +13,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.solvers.cost import BYTES_PER_ITERATION
 from storage.errors import ConfigError
 from storage.files.commit import replace_file
 from storage.files.os_errors import file_errors
 from storage.files.small_file import read_small
 
-RATES_SCHEMA = 1
+RATES_SCHEMA = 2  # 1: no tf32, and inverses counted as 2 C^3 operations
 
 # Share of a data sheet's peak that matrix products reach in a job: assumptions, not measurements.
-# cuBLAS on H100 reaches 700 to 800 TFLOP/s of 989 in bf16 at 8,192^3; other shapes less.
+# cuBLAS on H100 reaches, in TFLOP/s at 8,192^3, 700 to 800 of 989 in bf16, 412 of 495 in TF32 and
+# 50 of 67 in fp32 (public measurements); other shapes less.
 PRODUCT_EFFICIENCY = {
     "bfloat16": 0.6,
     "float16": 0.6,
     "statistics": 0.6,
+    "tf32": 0.83,
     "float32": 0.75,
     "float64": 0.7,
 }
@@ -33,9 +36,6 @@ ATTENTION_EFFICIENCY = 0.3
 BANDWIDTH_EFFICIENCY = 0.7
 # The blocked inverse: narrow products, with small factorizations between them.
 INVERSE_EFFICIENCY = 0.55
-# Bytes read and written per entry of the rows in one iteration of ADMM (twelve fp32 values) or of
-# conjugate gradients (fifteen), besides the product.
-BYTES_PER_ITERATION = 92.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,9 @@ class Rates:
     """Rates of a worker's device, its host, and the disk and network that it uses.
 
     Floating-point operations per second: bfloat16, float16, float32, float64: matrix products;
-    statistics: the products that are summed to Hessians (TF32 for 16-bit inputs on GPUs);
-    attention; inverse: the fp32 inverse; factor: the float64 factor.
+    tf32: those of iterations of a solve on a GPU; statistics: the products that are summed to
+    Hessians (TF32 for 16-bit inputs on GPUs); attention; inverse: the fp32 inverse, about C^3
+    operations; factor: the float64 factor.
     Bytes per second: memory: read and written by elementwise operators; hash: SHA-256, with the
     copy to or from a file; copy: from a file in memory to a tensor on the device; check: hashed and
     checked for NaN; disk_read, disk_write: all workers together; link: sent by a worker within a
@@ -61,6 +62,7 @@ class Rates:
     bfloat16: float
     float16: float
     float32: float
+    tf32: float
     statistics: float
     float64: float
     attention: float
@@ -155,6 +157,7 @@ def gpu_rates(name: str) -> Rates:
         float16=sheet.bfloat16 * tera * share["float16"],
         statistics=sheet.tf32 * tera * share["statistics"],
         float32=sheet.float32 * tera * share["float32"],
+        tf32=sheet.tf32 * tera * share["tf32"],
         float64=sheet.float64 * tera * share["float64"],
         attention=sheet.bfloat16 * tera * ATTENTION_EFFICIENCY,
         inverse=sheet.float32 * tera * INVERSE_EFFICIENCY,
@@ -186,9 +189,10 @@ def cpu_rates() -> Rates:
         float16=40e9,
         statistics=80e9,
         float32=80e9,
+        tf32=80e9,
         float64=40e9,
         attention=35e9,
-        inverse=60e9,
+        inverse=30e9,
         factor=25e9,
         memory=4e9,
         iteration=80e6,
@@ -210,8 +214,8 @@ def cpu_rates() -> Rates:
 
 
 _PER_THREAD = (
-    "bfloat16", "float16", "statistics", "float32", "float64", "attention", "inverse", "factor",
-    "iteration",
+    "bfloat16", "float16", "statistics", "float32", "tf32", "float64", "attention", "inverse",
+    "factor", "iteration",
 )  # fmt: skip
 
 
@@ -241,7 +245,9 @@ def load_rates(path: Path) -> Rates:
             f"--rates {path} is not JSON ({error}); --calibrate writes such a file"
         ) from error
     if not isinstance(payload, dict) or payload.pop("schema_version", None) != RATES_SCHEMA:
-        raise ConfigError(f"--rates {path} is not a file of rates; --calibrate writes one")
+        raise ConfigError(
+            f"--rates {path} is not a file of rates that this version reads; --calibrate writes one"
+        )
     known = {field.name for field in dataclasses.fields(Rates)}
     wrong = sorted(known.symmetric_difference(payload) - {"measured"})
     if wrong:

@@ -69,7 +69,7 @@ def layer_rows(summary: Mapping[str, Any], results: Mapping[str, Any]) -> list[d
     masks = {block["block"]: block.get("masks", {}) for block in summary["blocks"]}
     rows = []
     for entry in results["layers"]:
-        fields = {"dead_inputs": None, **entry}
+        fields = {"dead_inputs": None, "products": "float32", **entry}
         del fields["shape"]
         mask = masks.get(entry["block"], {}).get(entry["layer"], {})
         counts = {key: mask.get(key) for key in ("weights", "kept", "magnitude_too", "groups")}

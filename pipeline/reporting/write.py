@@ -36,7 +36,7 @@ _LAYER_FIELDS = {
     "iterations": pa.int64(), "support_change": pa.float64(), "refine": pa.string(),
     "refine_steps": pa.int64(), "rows_kept_unrefined": pa.int64(), "damping": pa.float64(),
     "shrinkage": pa.float64(), "blocksize": pa.int64(), "dead_inputs": pa.int64(),
-    "deviations": pa.list_(pa.string()),
+    "products": pa.string(), "deviations": pa.list_(pa.string()),
     "weights": pa.int64(), "kept": pa.int64(), "magnitude_too": pa.int64(),
     "inputs_never": pa.int64(), "inputs_rarely": pa.int64(), "inputs_often": pa.int64(),
     "norm_correlation": pa.float64(), "magnitude_share": pa.float64(),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -61,12 +61,22 @@ class GroupRows:
     """A group of layers that are solved together.
 
     layers: name -> rows, in order. fixed: cost for each worker that has any of the rows. per_row:
-    cost of each row, in the same unit.
+    cost of each row, in the same unit. together: what `fixed` costs each worker besides an equal
+    share of it where those that have rows compute it together; infinite where they cannot.
     """
 
     layers: Mapping[str, int]
     fixed: float
     per_row: float
+    together: float = math.inf
+
+    def is_joint(self, ranks: int) -> bool:
+        """Whether this many ranks compute the fixed part together: where that costs each less."""
+        return self.fixed / ranks + self.together < self.fixed
+
+    def fixed_among(self, ranks: int) -> float:
+        """The fixed cost of each of the ranks that have rows of the group."""
+        return self.fixed / ranks + self.together if self.is_joint(ranks) else self.fixed
 
 
 def row_ranges(groups: Sequence[GroupRows], world: int) -> list[dict[str, tuple[int, int]]]:
@@ -77,7 +87,44 @@ def row_ranges(groups: Sequence[GroupRows], world: int) -> list[dict[str, tuple[
     cost paid again, only where a cut falls into it. Bisection finds the lowest cost at which the
     pieces contain all rows. Cuts are at whole tiles of rows, to which solves are padded. A layer
     without rows on a rank is left out there.
+
+    Where ranks compute the fixed part of a group together, its cost depends on their number. Some
+    numbers are tried, first all ranks, then as many as that division has, and the best is taken.
     """
+    divisions = [_balanced(groups, world)]
+    sharers, tried = world, {1}
+    while sharers not in tried and any(group.is_joint(sharers) for group in groups):
+        tried.add(sharers)
+        shared = [replace(group, fixed=group.fixed_among(sharers)) for group in groups]
+        divisions.append(_balanced(shared, world))
+        sharers = max(
+            len(ranks_of(group.layers, divisions[-1])) for group in groups if group.is_joint(world)
+        )
+    return min(divisions, key=lambda pieces: _slowest(groups, pieces))
+
+
+def ranks_of(
+    layers: Iterable[str], pieces: Sequence[Mapping[str, tuple[int, int]]]
+) -> tuple[int, ...]:
+    """The ranks that have rows of any of the layers. pieces: see `row_ranges`."""
+    names = set(layers)
+    return tuple(rank for rank, ranges in enumerate(pieces) if not names.isdisjoint(ranges))
+
+
+def _slowest(groups: Sequence[GroupRows], pieces: list[dict[str, tuple[int, int]]]) -> float:
+    """The cost of the rank that takes longest."""
+    loads = [0.0] * len(pieces)
+    for group in groups:
+        ranks = ranks_of(group.layers, pieces)
+        for rank in ranks:
+            ranges = [pieces[rank][layer] for layer in group.layers if layer in pieces[rank]]
+            loads[rank] += group.fixed_among(len(ranks))
+            loads[rank] += group.per_row * sum(stop - start for start, stop in ranges)
+    return max(loads)
+
+
+def _balanced(groups: Sequence[GroupRows], world: int) -> list[dict[str, tuple[int, int]]]:
+    """`row_ranges` with fixed costs as they are."""
     order = sorted(groups, key=lambda group: -group.fixed)
     low = sum(group.per_row * sum(group.layers.values()) for group in order) / world
     high = sum(_cost(group, sum(group.layers.values())) for group in order)

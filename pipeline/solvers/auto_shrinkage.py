@@ -90,7 +90,7 @@ def choose_regularization(
     wanda = WandaSolver(SolverSettings(method="wanda", pattern=settings.pattern))
     trials = [Trial(0.0, 1.0, 0.0, 0.0, held_out_error(wanda))]
     for by_damping, by_shrinkage in _FACTORS[
-        : _affordable(total, len(rows), fit.columns, settings)
+        : _affordable(total, len(rows), fit.columns, settings, rows.device.type)
     ]:
         tried = (by_damping * damping, min(by_shrinkage * shrinkage, 1.0))
         error = held_out_error(ProxAdmmSolver(_trial_settings(settings, *tried)))
@@ -111,14 +111,24 @@ def _sample(weights: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([weight.detach()[::step].float() for weight in weights.values()])
 
 
-def _affordable(total: int, sampled: int, columns: int, settings: SolverSettings) -> int:
+def _affordable(
+    total: int, sampled: int, columns: int, settings: SolverSettings, device: str
+) -> int:
     """How many trials fit into `_TRIAL_SHARE` of a solve, at least one.
 
-    total, sampled: rows of the group, and of a trial. Times are in units of one inverse.
+    total, sampled: rows of the group, and of a trial. device: a torch device type. Times on a CPU
+    are in units of one inverse.
     """
-    solve = 2 + total / columns * (settings.admm_iterations + 14)
-    products = _TRIAL_ITERATIONS + 4
-    trial = 1 + sampled / columns * products
+    if device == "cuda":
+        whole, short = replace(settings, method="prox_admm"), _trial_settings(settings, 0.1, 0.1)
+        solve, trial = (
+            ProxAdmmSolver(each).cost(columns, device).of(rows)
+            for each, rows in ((whole, total), (short, sampled))
+        )
+    else:
+        solve = 2 + total / columns * (settings.admm_iterations + 14)
+        products = _TRIAL_ITERATIONS + 4
+        trial = 1 + sampled / columns * products
     return min(len(_FACTORS), max(1, int(_TRIAL_SHARE * solve / trial)))
 
 

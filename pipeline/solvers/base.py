@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.pattern import Pattern
-from pipeline.config.solver import SolverSettings
+from pipeline.config.solver import GpuProducts, SolverSettings
 from pipeline.runtime.split import ROW_TILE
 from pipeline.runtime.threads import LEAST_ROWS, in_pieces, row_pieces
 from pipeline.solvers.cost import Costs
@@ -29,7 +29,7 @@ from pipeline.solvers.hessian import (
 from pipeline.solvers.masks import keep_mask
 from pipeline.solvers.objective import objective, statistic_name, total_of_rows
 from pipeline.solvers.refine import Refined, refine
-from pipeline.solvers.types import Solution, SolveReport, Statistics, percentage
+from pipeline.solvers.types import Solution, SolveReport, Statistics, Team, percentage
 from storage.errors import NumericalError
 
 NO_INPUT = "largest weights kept: its inputs are 0 on all of the calibration text"
@@ -42,7 +42,8 @@ class GroupData:
 
     problem: the regularized Hessian, where the method or its refinement needs it. matrix: a
     (C, C) fp32 matrix of the method, such as a factor. eigenvalue: the largest one of H~, which
-    `prox` needs. dead_inputs, deviations: see `SolveReport`.
+    `prox` needs. dead_inputs, deviations: see `SolveReport`. team: the workers that solve rows of
+    the group and compute what they share together; None: each computes it.
     """
 
     statistics: Statistics | None
@@ -51,6 +52,7 @@ class GroupData:
     eigenvalue: float = 0.0
     dead_inputs: int = 0
     deviations: tuple[str, ...] = ()
+    team: Team | None = None
 
     @property
     def no_input(self) -> bool:
@@ -65,7 +67,8 @@ class MethodResult:
     weight: (R, C) fp32. mask: (R, C) bool, True where a weight may be non-zero. iterations: how
     many were run. support_change: (R,) fp32, share of each row's support that the last step
     changed. blocksize: the lazy block size that was used, if any. problem: the problem that was
-    solved, where it is not the prepared one because its damping was raised.
+    solved, where it is not the prepared one because its damping was raised. products: see
+    `SolveReport`.
     """
 
     weight: Tensor
@@ -74,6 +77,7 @@ class MethodResult:
     support_change: Tensor
     blocksize: int | None = None
     problem: ScaledHessian | None = None
+    products: GpuProducts = "float32"
 
     def of(self, rows: slice) -> MethodResult:
         """The result of some of the rows."""
@@ -98,6 +102,7 @@ class _Solved:
     iterations: int
     blocksize: int | None
     problem: ScaledHessian | None
+    products: GpuProducts
 
     @classmethod
     def joined(cls, parts: Sequence[_Solved]) -> _Solved:
@@ -118,6 +123,7 @@ class _Solved:
             max(part.iterations for part in parts),
             parts[0].blocksize,
             parts[0].problem,
+            parts[0].products,
         )
 
 
@@ -221,8 +227,8 @@ class BaseSolver(Costs, ABC):
             problem = result.problem or prepared.problem
             refined = self._refine(result, part, problem, prepared)
             zero = objective(torch.zeros_like(part), part, prepared.statistics)
-            facts = (result.support_change, result.iterations, result.blocksize, problem)
-            parts[rows.start] = _Solved(refined, zero, *facts)
+            facts = (result.support_change, result.iterations, result.blocksize)
+            parts[rows.start] = _Solved(refined, zero, *facts, problem, result.products)
 
         with naming(weights):
             self._find_in_pieces(original, prepared, finish)
@@ -342,6 +348,7 @@ class BaseSolver(Costs, ABC):
             shrinkage=problem.shrinkage if problem else 0.0,
             blocksize=solved.blocksize,
             dead_inputs=prepared.dead_inputs,
+            products=solved.products,
             deviations=notes,
         )
 

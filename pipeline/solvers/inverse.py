@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.solvers.hessian import ScaledHessian
 from pipeline.solvers.kernels.cholesky import invert_
+from pipeline.solvers.types import Team
 
 
 class Inverse(Protocol):
@@ -65,14 +66,17 @@ class LowRankInverse:
         return self.entries - self.factor.square().sum(dim=0)
 
 
-def inverse_of(problem: ScaledHessian, rho: float, buffer: Tensor | None) -> Inverse | None:
+def inverse_of(
+    problem: ScaledHessian, rho: float, buffer: Tensor | None, team: Team | None = None
+) -> Inverse | None:
     """(H~ + rho I)^-1; None where H~ + rho I is not positive definite to working precision.
 
     buffer: (C, C) fp32 that the inverse is written into; None with inputs in place of the Hessian.
+    team: who computes the inverse of a Hessian together, see `invert_`.
     """
     if problem.statistics.inputs is None:
         buffer = problem.write(rho, buffer)
-        return DenseInverse(buffer) if bool(invert_(buffer)) else None
+        return DenseInverse(buffer) if bool(invert_(buffer, team)) else None
     rows_nC = problem.scaled_inputs()
     extra = problem.ridge + rho
     if not bool((extra > 0).all()):

@@ -8,9 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
+
+
+class Team(Protocol):
+    """Workers that compute something together: each has the same input and makes the same calls.
+
+    index: this worker's number in the team. size: of how many.
+    """
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def send(self, tensor: Tensor, owner: int) -> None:
+        """Overwrites a contiguous tensor, on all members, by that of the member `owner`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +63,9 @@ class SolveReport:
     calibration tokens that reached the layer; for an expert, those routed to it.
     `support_change`: share of the support that the last step (the last iteration, or the final
     projection) changed. `dead_inputs`: how many of the C inputs are 0 in all calibration tokens, so
-    that nothing is known of their weights. `deviations`: sentences on where the solve departed from
-    its settings.
+    that nothing is known of their weights. `products`: the precision of the products of the
+    method's iterations, "float32" or "tf32"; all else is fp32 or better. `deviations`: sentences on
+    where the solve departed from its settings.
     """
 
     method: str
@@ -68,6 +86,7 @@ class SolveReport:
     shrinkage: float
     blocksize: int | None = None
     dead_inputs: int = 0
+    products: str = "float32"
     deviations: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:

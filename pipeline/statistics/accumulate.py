@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from pipeline.runtime.device import tf32_products
 from pipeline.runtime.products import product
 from pipeline.solvers.hessian import joined
 from pipeline.solvers.types import Statistics
@@ -102,7 +102,7 @@ class Sums:
         if not self.matrix.numel():
             self.diagonal += x_TC.square().sum(dim=0)
             return
-        with _tf32(exact and x_TC.is_cuda):
+        with tf32_products(exact and x_TC.is_cuda):
             for (start, stop), panel in panels_of(self.matrix, self.columns):
                 # Columns start:stop of the upper triangle; the lower one is never computed.
                 _add(panel, product(x_TC[:, :stop].T, x_TC[:, start:stop]))
@@ -351,14 +351,3 @@ def keeps_inputs(columns: int, tokens: int, kept: Sequence[bool]) -> bool:
     tokens: of all workers together. kept: for each worker, whether it has kept its inputs.
     """
     return all(kept) and tokens < columns
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Allows or forbids TF32 products inside: exact for inputs that TF32 represents exactly."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

@@ -34,17 +34,43 @@ def host_meeting(host: str) -> TCPStore:
     return TCPStore(host, 0, is_master=True, wait_for_workers=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Team:
+    """A `pipeline.solvers.types.Team` of some of the workers, in the order of their ranks."""
+
+    collective: Collective
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup
+
+    @property
+    def index(self) -> int:
+        """This worker's place among `ranks`."""
+        return self.ranks.index(self.collective.rank)
+
+    @property
+    def size(self) -> int:
+        """The number of members."""
+        return len(self.ranks)
+
+    def send(self, tensor: Tensor, owner: int) -> None:
+        """See `Team`. Raises `WorkerLostError` as `Collective.sum` does."""
+        self.collective.send(tensor, self.ranks[owner], self.group, self.size)
+
+
 class Collective:
     """The membership of this process in the group of all workers."""
 
     def __init__(
-        self, rank: int, world: int, store: TCPStore, backend: str, timeout: float
+        self, rank: int, world: int, store: TCPStore, backend: str, timeout: float, nodes: int = 1
     ) -> None:
         """Joins the group that meets at `store`. Raises `WorkerLostError` if that fails.
 
-        world: number of workers. timeout: the most seconds that an operation waits.
+        world: number of workers. timeout: the most seconds that an operation waits. nodes: how many
+        nodes hold the workers.
         """
-        self.rank, self.world, self.backend = rank, world, backend
+        self.rank, self.world, self.backend, self.nodes = rank, world, backend, nodes
+        self._teams: dict[tuple[int, ...], _Team | None] = {}
+        self._timeout = timedelta(seconds=timeout)
         # Bytes that this worker has sent to others.
         self.sent = 0
         try:
@@ -53,7 +79,7 @@ class Collective:
                 store=store,
                 rank=rank,
                 world_size=world,
-                timeout=timedelta(seconds=timeout),
+                timeout=self._timeout,
             )
         except (RuntimeError, ValueError) as error:
             if fault_of(error) == "collective":
@@ -62,7 +88,14 @@ class Collective:
 
     @classmethod
     def join(
-        cls, rank: int, world: int, host: str, port: int, backend: str, timeout: float
+        cls,
+        rank: int,
+        world: int,
+        host: str,
+        port: int,
+        backend: str,
+        timeout: float,
+        nodes: int = 1,
     ) -> Collective:
         """Joins the group that rank 0 hosts at `host:port` (see `host_meeting`).
 
@@ -72,12 +105,17 @@ class Collective:
             store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
         except RuntimeError as error:
             raise WorkerLostError(f"rank {rank} cannot reach rank 0 at {host}:{port}") from error
-        return cls(rank, world, store, backend, timeout)
+        return cls(rank, world, store, backend, timeout, nodes)
 
     def close(self) -> None:
         """Leaves the group; may be called after another worker has died."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def take_sent(self) -> int:
+        """The bytes that this worker has sent to others since the last call."""
+        sent, self.sent = self.sent, 0
+        return sent
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the workers, in rank order, written into `tensor` (contiguous).
@@ -96,6 +134,20 @@ class Collective:
             raise self._explained(error) from error
         return tensor
 
+    def team(self, ranks: tuple[int, ...]) -> _Team | None:
+        """Some of the workers as a team; None for a worker that is not of it.
+
+        All workers call this, for the same teams in the same order: torch numbers groups in each
+        process, and the numbers must agree. Raises `WorkerLostError` as `sum` does.
+        """
+        if ranks not in self._teams:
+            try:
+                group = dist.new_group(list(ranks), timeout=self._timeout)
+            except RuntimeError as error:
+                raise self._explained(error) from error
+            self._teams[ranks] = _Team(self, ranks, group) if self.rank in ranks else None
+        return self._teams[ranks]
+
     def _explained(self, error: RuntimeError) -> Exception:
         """What a failed collective means: a lost worker, unless it is the device's or NCCL's own.
 
@@ -106,11 +158,26 @@ class Collective:
             return error
         if fault == "collective":
             return ResourceError(
-                f"rank {self.rank}: {self.backend} cannot sum here ({in_short(error)}); "
+                f"rank {self.rank}: {self.backend} cannot send here ({in_short(error)}); "
                 "NCCL_DEBUG=INFO in the nodes' environment shows more; --collective gloo goes on "
                 "through host memory"
             )
-        return WorkerLostError(f"rank {self.rank} lost a peer while summing: {error}")
+        return WorkerLostError(f"rank {self.rank} lost a peer while sending: {error}")
+
+    def send(self, tensor: Tensor, source: int, group: dist.ProcessGroup, size: int) -> None:
+        """Overwrites a contiguous tensor by that of rank `source`, on all `size` ranks of a group.
+
+        gloo sends from host memory only. Raises `WorkerLostError` as `sum` does.
+        """
+        try:
+            on_wire = tensor if self.backend == "nccl" else tensor.cpu()
+            dist.broadcast(on_wire, source, group=group)
+        except RuntimeError as error:
+            raise self._explained(error) from error
+        if on_wire is not tensor:
+            tensor.copy_(on_wire)
+        if self.rank == source:
+            self.sent += (size - 1) * tensor.nbytes
 
     def _sum_chunk(self, part: Tensor) -> Tensor:
         """`part` (n,) summed over the workers. gloo sends from host memory only."""

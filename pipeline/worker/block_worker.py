@@ -169,8 +169,7 @@ class BlockWorker(SolvePhases, TrainingPhases, Scoring, ScratchPhases):
             with self.watch("hessian"):
                 self.state.statistics[name] = tuple(half.statistics() for half in halves)
         if self.collective is not None:
-            sent, self.collective.sent = self.collective.sent, 0
-            self.watch.count("statistics_sent_bytes", sent)
+            self.watch.count("statistics_sent_bytes", self.collective.take_sent())
 
     def groups_held(self) -> tuple[LayerGroup, ...]:
         """The groups whose statistics are in memory: the same on every rank."""

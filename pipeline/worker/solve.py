@@ -6,6 +6,7 @@ Shapes: R rows (output features), C columns (input features) of a layer's weight
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from pipeline.config.pattern import Pattern
 from pipeline.config.solver import ESTIMATE, SolverSettings
 from pipeline.models.forward_capture import LayerGroup
-from pipeline.runtime.split import GroupRows, row_ranges, whole_layers
+from pipeline.runtime.split import GroupRows, ranks_of, row_ranges, whole_layers
 from pipeline.solvers.auto_shrinkage import NOT_COMPARED, choose_regularization
 from pipeline.solvers.base import naming
 from pipeline.solvers.hessian import diagonal_of
@@ -22,7 +23,7 @@ from pipeline.solvers.mask_counts import mask_counts
 from pipeline.solvers.objective import objective, total_of_rows
 from pipeline.solvers.registry import solve_cost, solver_class, solver_for
 from pipeline.solvers.stored import as_stored
-from pipeline.solvers.types import Solution, SolveReport, Statistics, percentage
+from pipeline.solvers.types import Solution, SolveReport, Statistics, Team, percentage
 from pipeline.statistics.accumulate import HalvedStatistics
 from pipeline.worker.few_tokens import fallback
 
@@ -70,26 +71,65 @@ def deal_rows(
     shapes: Mapping[str, tuple[int, int]],
     world: int,
     device: str,
+    nodes: int | None = None,
 ) -> list[dict[str, tuple[int, int]]]:
     """By rank: layer → (start, stop), the rows that it solves. The same answer on every rank.
 
     settings, shapes (R, C): by layer. The layers of a group have the same settings. device: the
-    torch device type of the ranks. Rows are divided evenly by cost; for a method that compares a
-    layer's rows, whole layers are.
+    torch device type of the ranks. nodes: how many hold the ranks, where these send from GPU to
+    GPU; None elsewhere. Rows are divided evenly by cost; for a method that compares a layer's rows,
+    whole layers are.
     """
     separable: list[GroupRows] = []
     whole: list[GroupRows] = []
     for group in groups:
         group_settings = settings[group.name]
-        cost = solve_cost(group_settings, group.columns, device)
-        rows = {name: shapes[name][0] for name in group.layers}
-        part = GroupRows(rows, cost.fixed, cost.per_row)
+        part = _group_rows(group_settings, group, shapes, device, nodes)
         (separable if solver_for(group_settings).separable else whole).append(part)
     pieces: list[dict[str, tuple[int, int]]] = [{} for _ in range(world)]
     for parts, deal in ((separable, row_ranges), (whole, whole_layers)):
         if parts:
             pieces = [one | other for one, other in zip(pieces, deal(parts, world), strict=True)]
     return pieces
+
+
+def teams(
+    settings: Mapping[str, SolverSettings],
+    groups: Sequence[LayerGroup],
+    shapes: Mapping[str, tuple[int, int]],
+    dealt: Sequence[Mapping[str, tuple[int, int]]],
+    device: str,
+    nodes: int | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """Group, by name → the ranks that compute what its rows share together, where that is cheaper.
+
+    dealt: what `deal_rows` returned; the others are its arguments.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for group in groups:
+        ranks = ranks_of(group.layers, dealt)
+        if len(ranks) > 1:
+            part = _group_rows(settings[group.name], group, shapes, device, nodes)
+            if part.is_joint(len(ranks)):
+                found[group.name] = ranks
+    return found
+
+
+def _group_rows(
+    settings: SolverSettings,
+    group: LayerGroup,
+    shapes: Mapping[str, tuple[int, int]],
+    device: str,
+    nodes: int | None,
+) -> GroupRows:
+    """The costs of a group; see `deal_rows`."""
+    cost = solve_cost(settings, group.columns, device)
+    rows = {name: shapes[name][0] for name in group.layers}
+    together = math.inf
+    # Ranks whose rows are in more parts than others' (`in_parts`) would call more often.
+    if nodes is not None and sum(rows.values()) <= MOST_ROWS * group.columns:
+        together = solver_for(settings).together(group.columns, nodes)
+    return GroupRows(rows, cost.fixed, cost.per_row, together)
 
 
 def choose_settings(
@@ -114,12 +154,14 @@ def solve_group(
     settings: SolverSettings,
     choice: Mapping[str, Any] | None,
     least_tokens: int = 0,
+    team: Team | None = None,
 ) -> dict[str, tuple[Tensor, dict[str, Any]]]:
     """Solves row slices of layers that share an input.
 
     weights: layer → (rows, C). statistics: over all calibration tokens; None for a method that
     needs none. choice: settings of this group that `choose_regularization` chose; None for none.
     least_tokens: with fewer tokens another method is used (see `pipeline.worker.few_tokens`).
+    team: the ranks that compute what is the same for all rows together (see `teams`).
 
     Returns per layer the pruned rows (rows, C), in the weight's dtype on the CPU, and their report
     as JSON, with `mask_counts` under `mask`. Raises `NumericalError`, naming the layer, for NaN or
@@ -137,7 +179,7 @@ def solve_group(
     solved: dict[str, Solution] = {}
     for part in in_parts(weights):
         with naming(part):
-            prepared = solver.prepare(statistics)
+            prepared = dataclasses.replace(solver.prepare(statistics), team=team)
         solved |= solver.solve_group(part, prepared)
     return {
         layer: _as_stored(

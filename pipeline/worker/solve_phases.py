@@ -20,11 +20,19 @@ from pipeline.models.skeleton import Skeleton
 from pipeline.runtime.split import deal
 from pipeline.runtime.stopwatch import Stopwatch, peak_memory
 from pipeline.solvers.registry import solver_for
+from pipeline.solvers.types import Team
 from pipeline.statistics.accumulate import HalvedStatistics, HalvedSums, merged
+from pipeline.statistics.all_reduce import Collective
 from pipeline.worker.block_loader import BlockLoader
 from pipeline.worker.few_tokens import least_tokens
 from pipeline.worker.saved_layers import save_layer, saved_layers
-from pipeline.worker.solve import TOO_FEW_TOKENS, choose_settings, deal_rows, solve_group
+from pipeline.worker.solve import (
+    TOO_FEW_TOKENS,
+    choose_settings,
+    deal_rows,
+    solve_group,
+    teams,
+)
 from storage.errors import ModelError, NumericalError
 from storage.run.checkpoints import RowSlice, write_row_slices
 from storage.run.directory import RunDirectory
@@ -56,6 +64,7 @@ class SolvePhases:
     skeleton: Skeleton
     watch: Stopwatch
     loader: BlockLoader
+    collective: Collective | None
     state: PassState
 
     def choose(self, block: int) -> dict[str, dict[str, Any]]:
@@ -97,11 +106,16 @@ class SolvePhases:
         shapes = linear_layers(self.skeleton.blocks[block])
         # Without statistics (magnitude) nothing was observed: each layer is a group.
         groups = self.state.groups or tuple(LayerGroup((n,), shapes[n][1]) for n in settings)
-        ranges = deal_rows(settings, groups, shapes, self.world, self.device.type)[self.rank]
+        kind, nodes = self.device.type, self._nodes_of_gpus()
+        dealt = deal_rows(settings, groups, shapes, self.world, kind, nodes)
+        joint = teams(settings, groups, shapes, dealt, kind, nodes)
+        made = {name: self.collective.team(of) for name, of in joint.items() if self.collective}
+        ranges = dealt[self.rank]
         slices: dict[str, RowSlice] = {}
         reports: dict[str, dict[str, Any]] = {}
         costs: dict[str, dict[str, float]] = {}
-        for group in groups:
+        # Those that ranks wait for each other in come first, on all ranks in the same order.
+        for group in sorted(groups, key=lambda group: group.name not in joint):
             self._save_layers(block, group)
             rows = {layer: ranges[layer] for layer in group.layers if layer in ranges}
             halves = self.state.statistics.pop(group.name, ())
@@ -109,7 +123,8 @@ class SolvePhases:
                 continue
             choice = choices.get(group.name) if choices is not None else None
             began = time.perf_counter()
-            solved = self._solve_group(block, settings[group.name], rows, halves, choice)
+            team = made.get(group.name)
+            solved = self._solve_group(block, settings[group.name], rows, halves, choice, team)
             costs[group.name] = {
                 "seconds": time.perf_counter() - began,
                 **peak_memory(self.device),
@@ -119,6 +134,8 @@ class SolvePhases:
                 self.watch.count("solved_weights", stored.numel())
                 reports[layer] = report
         self.forget()
+        if joint and self.collective is not None:
+            self.watch.count("inverses_sent_bytes", self.collective.take_sent())
         if not slices:
             return SolvedSlices(None, ranges, reports, costs)
         path = self.run.checkpoints(block) / f"rank-{self.rank}.{stamp}.safetensors"
@@ -131,6 +148,12 @@ class SolvePhases:
     def forget(self) -> None:
         """Drops the statistics of an abandoned attempt or of a solved block."""
         self.state = PassState()
+
+    def _nodes_of_gpus(self) -> int | None:
+        """How many nodes hold the ranks, where these send from GPU to GPU; None elsewhere."""
+        if self.collective is None or self.collective.backend != "nccl":
+            return None
+        return self.collective.nodes
 
     def _settings(self, block: int) -> dict[str, SolverSettings]:
         """Layer, by its path in the block → its settings, for the block's pruned layers."""
@@ -145,12 +168,13 @@ class SolvePhases:
         rows: dict[str, tuple[int, int]],
         halves: HalvedStatistics,
         choice: dict[str, Any] | None,
+        team: Team | None,
     ) -> dict[str, tuple[Tensor, dict[str, Any]]]:
         """Layer → its solved rows and their report; see `pipeline.worker.solve.solve_group`."""
         weights, prefix = self._named(block, rows), self.skeleton.block_prefix(block)
         least = least_tokens(self.skeleton.blocks[block], rows, self.job.expert_tokens)
         with self.watch("solve"), _in_block(block):
-            solved = solve_group(weights, merged(halves), settings, choice, least)
+            solved = solve_group(weights, merged(halves), settings, choice, least, team)
         return {layer: solved[prefix + layer] for layer in rows}
 
     def _named(self, block: int, rows: Mapping[str, tuple[int, int] | None]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.solvers.kernels.cholesky import invert_, invert_blocks_
 from pipeline.statistics.accumulate import Accumulator, Sums, add_in_rank_order
 from pipeline.statistics.all_reduce import Collective, host_meeting
 from tests.support.fake_gpu import WrongDevice, fake_gpu
@@ -57,6 +58,38 @@ def sum_on_gpu(rank: int, ports: Any, folder: Path) -> None:
             on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
             save_file(on_cpu | {"copied": copied}, folder / f"{kind}-{rank}.safetensors")
         group.close()
+
+
+def invert_on_gpu(rank: int, ports: Any, folder: Path) -> None:
+    """Process: an inverse in a team of both; also counts the bytes that left the GPU."""
+    with fake_gpu() as gpu:
+        group = join(rank, ports, "nccl")
+        matrix = (torch.eye(1100) + 0.001).cuda()
+        team = group.team((0, 1))
+        gpu.clear()
+        sound = invert_(matrix, team)
+        copied = torch.tensor([gpu.copied["down"], gpu.copied["up"]])
+        assert bool(sound)
+        save_file({"matrix": matrix.cpu(), "copied": copied}, folder / f"{rank}.safetensors")
+        group.close()
+
+
+def test_an_inverse_is_sent_from_gpu_to_gpu(tmp_path: Path) -> None:
+    ports = CONTEXT.Queue()
+    ranks: list[Any] = [
+        CONTEXT.Process(target=invert_on_gpu, args=(rank, ports, tmp_path)) for rank in range(WORLD)
+    ]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join(120)
+        assert each.exitcode == 0
+    expected = torch.eye(1100) + 0.001
+    assert invert_blocks_(expected)
+    for rank in range(WORLD):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        assert torch.equal(found["matrix"], expected)
+        assert found["copied"].tolist() == [0, 0]
 
 
 def test_sums_go_from_gpu_to_gpu(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ on how often its loops turn.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.config.solve import SolveConfig
+from pipeline.config.solver import SolverSettings
+from pipeline.runtime.device import tf32_products
 from pipeline.solve_layer import solve_layer
+from pipeline.solvers import base
+from pipeline.solvers.inverse import DenseInverse
+from pipeline.solvers.methods import prox_admm
+from pipeline.solvers.refine import refine
+from pipeline.solvers.registry import solver_for
+from pipeline.statistics.accumulate import Accumulator
+from storage.errors import NumericalError
 from tests.support.fake_gpu import Record, fake_gpu
-from tests.support.fake_gpu.jobs import check_no_cpu, check_products
+from tests.support.fake_gpu.jobs import check_no_cpu, check_products, in_iterations
 from tests.support.solver_cases import layer
 
 _PROX_CHECKS = 50  # iterations of `prox` between two waits
@@ -41,7 +52,7 @@ def solve_on_gpu(path: Path, method: str, output: Path, **options: Any) -> tuple
     """The method's result and what happened. Checks products, and that nothing is left behind."""
     with fake_gpu() as gpu:
         result = solve(path, method, "cuda", output, **options)
-        check_products(gpu, None)
+        check_products(gpu, None, options.get("gpu_products", "tf32") == "tf32")
         check_no_cpu(gpu)
     assert gpu.live == 0
     return result, gpu
@@ -72,6 +83,80 @@ def test_the_result_of_the_cpu(tmp_path: Path, name: str) -> None:
     assert ((one != 0) == (other != 0)).float().mean() > 0.98
     if method in ("magnitude", "wanda", "sparsegpt", "prox"):
         assert torch.equal(one, other)
+
+
+ITERATED: dict[str, dict[str, Any]] = {"prox": {"prox_growth": 1.2}, "prox_admm": {}}
+
+
+@pytest.mark.parametrize("method", ITERATED)
+def test_iterations_are_tf32_and_the_rest_is_not(tmp_path: Path, method: str) -> None:
+    """In operations of the solver; the report says so."""
+    path, options = saved(tmp_path), {"damping": 0.1, **ITERATED[method]}
+    operations: dict[tuple[str, str, bool], int] = {}
+    for products in ("tf32", "float32"):
+        found, gpu = solve_on_gpu(path, method, tmp_path, gpu_products=products, **options)
+        assert found["report"]["products"] == products
+        for each, count in gpu.products.items():
+            if each.place.startswith("pipeline/solvers/"):
+                key = products, ("iterations" if in_iterations(each) else "rest"), each.tf32
+                operations[key] = operations.get(key, 0) + count
+    one = 2 * 16 * 64 * 64
+    iterations = found["report"]["iterations"]
+    assert operations["tf32", "iterations", True] == iterations * one
+    assert operations["float32", "iterations", False] == iterations * one
+    assert operations["tf32", "rest", False] >= 7 * one
+    assert ("tf32", "rest", True) not in operations
+
+
+def test_iterations_by_the_inputs_are_tf32(tmp_path: Path) -> None:
+    weight, inputs = layer(16, 64, tokens=20)
+    with fake_gpu() as gpu:
+        statistics = Accumulator(64, "full", torch.device("cuda"), keep=True)
+        statistics.add(inputs.reshape(-1, 64).to("cuda"), 2)
+        solver = solver_for(SolverSettings())
+        solved = solver.solve(weight.to("cuda"), solver.prepare(statistics.statistics()))
+        check_products(gpu, None)
+        iterated = [each for each in gpu.products if in_iterations(each)]
+        assert {each.function for each in iterated} == {"LowRankInverse.multiply"}
+        assert solved.report.products == "tf32"
+
+
+@pytest.mark.parametrize("leak", ["it stays on", "it is on in refinement"])
+def test_a_leak_of_tf32_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leak: str
+) -> None:
+    """The checks of this folder fail where the switch is turned on for good, or too early."""
+    switch = torch.backends.cuda.matmul
+
+    @contextmanager
+    def left_on(allowed: bool) -> Iterator[None]:
+        switch.allow_tf32 = allowed
+        yield
+        switch.allow_tf32 = allowed and leak == "it stays on"
+
+    def refined(*arguments: Any) -> Any:
+        with tf32_products(True):
+            return refine(*arguments)
+
+    if leak == "it stays on":
+        monkeypatch.setattr(prox_admm, "tf32_products", left_on)
+    else:
+        monkeypatch.setattr(base, "refine", refined)
+    try:
+        with pytest.raises(AssertionError, match="tf32=True"):
+            solve_on_gpu(saved(tmp_path), "prox_admm", tmp_path, damping=0.1)
+    finally:
+        switch.allow_tf32 = False
+
+
+def test_tf32_is_off_after_a_failed_solve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise NumericalError("provoked")
+
+    monkeypatch.setattr(DenseInverse, "multiply", fails)
+    with fake_gpu(), pytest.raises(NumericalError, match="provoked"):
+        solve(saved(tmp_path), "prox_admm", "cuda", tmp_path)
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 # Method, settings, and what makes its loop longer.

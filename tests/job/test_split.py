@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given
@@ -16,6 +18,7 @@ from pipeline.runtime.split import (
     deal,
     even_range,
     in_passes,
+    ranks_of,
     row_ranges,
     second_half,
     sequences_per_shard,
@@ -36,6 +39,7 @@ def groups_of_rows(draw: st.DrawFn) -> list[GroupRows]:
             {f"{g}.{i}": draw(st.integers(1, 700)) for i in range(draw(st.integers(1, 3)))},
             fixed=draw(st.floats(0, 1e6)),
             per_row=draw(st.floats(1e-3, 1e4)),
+            together=draw(st.sampled_from([math.inf, 0.0, 1e3, 1e5])),
         )
         for g in range(draw(st.integers(1, 5)))
     ]
@@ -133,11 +137,42 @@ def test_no_rank_waits_long(groups: list[GroupRows], world: int) -> None:
     assert slowest <= mean + tile + max(fixed) + 1e-6 * slowest
 
 
+@given(groups=GROUPS, world=WORLDS)
+def test_computing_together_takes_no_longer_than_alone(groups: list[GroupRows], world: int) -> None:
+    apart = row_ranges([replace(group, together=math.inf) for group in groups], world)
+    alone = [replace(group, together=math.inf) for group in groups]
+    slowest = max(loads(groups, row_ranges(groups, world)))
+    assert slowest <= max(loads(alone, apart)) * (1 + 1e-9)
+
+
+def test_a_fixed_cost_that_is_divided_is_paid_by_more_ranks() -> None:
+    """70 and 10 of rows, 20 fixed, over four ranks: alone three ranks pay 20 each."""
+    groups = [GroupRows({"wide": 7000}, 20.0, 0.01), GroupRows({"rest": 1000}, 0.0, 0.01)]
+    slowest = {}
+    for together in (math.inf, 0.0, 15.0):
+        each = [replace(groups[0], together=together), groups[1]]
+        dealt = row_ranges(each, 4)
+        slowest[together] = max(loads(each, dealt))
+        members = ranks_of(["wide"], dealt)
+        assert each[0].is_joint(len(members)) == (together == 0)
+    assert slowest[math.inf] == pytest.approx(40, rel=0.01)
+    assert slowest[0.0] == pytest.approx(25, rel=0.01)
+    assert slowest[15.0] == slowest[math.inf]
+
+
+@pytest.mark.parametrize(("ranks", "fixed"), [(1, 6.0), (2, 5.0), (3, 4.0), (6, 3.0)])
+def test_the_fixed_cost_among_ranks(ranks: int, fixed: float) -> None:
+    group = GroupRows({"a": 1}, 6.0, 1.0, together=2.0)
+    assert group.fixed_among(ranks) == fixed
+    assert group.is_joint(ranks) == (ranks > 1)
+    assert replace(group, together=5.0).fixed_among(ranks) == 6.0
+
+
 def loads(groups: list[GroupRows], dealt: list[dict[str, tuple[int, int]]]) -> list[float]:
     """What each rank pays."""
     return [
         sum(
-            g.fixed + g.per_row * rows
+            g.fixed_among(len(ranks_of(g.layers, dealt))) + g.per_row * rows
             for g in groups
             if (rows := sum(b - a for n, (a, b) in ranges.items() if n in g.layers))
         )
@@ -182,7 +217,8 @@ def test_idle_time_is_small_with_layers_of_very_different_size(
     assert max(paid) <= max(loads(groups, even)) + tile, "no slower than equal shares of each layer"
     idle = 1 - sum(paid) / len(paid) / max(paid)
     # Elsewhere a tile or a fixed cost is itself more than a twentieth of a rank's work.
-    if method != "sparsegpt" and (world < 8 or block != "unequal"):
+    inverses = method == "prox_admm" and device == "cuda"
+    if method != "sparsegpt" and (block != "unequal" or (world < 8 and not inverses)):
         assert idle < 0.05
 
 

@@ -18,6 +18,7 @@ from pipeline.planning.plan import Plan, with_workers
 from pipeline.planning.planned_job import PlannedJob
 from pipeline.planning.rates import GPUS, Rates, cpu_rates, gpu_rates, load_rates, save_rates
 from pipeline.planning.shapes.model import ModelShape, read_shape
+from pipeline.planning.solve_parts import group_parts
 from pipeline.planning.to_json import plan_to_json
 from pipeline.runtime.free_memory import available_memory
 from pipeline.runtime.units import size_text
@@ -41,6 +42,33 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
 def on_gpus(shape: ModelShape, count: int, **options: Any) -> PlannedJob:
     job = job_of(shape, rates=gpu_rates("H100"), nsamples=128, batch_size=4, **options)
     return replace(job, workers=count, device_memory=80e9)
+
+
+def test_wide_inverses_are_divided_over_gpus_that_share_a_layer(tmp_path: Path) -> None:
+    path = config_only(
+        tmp_path, blocks=2, hidden=8192, intermediate=28_672, num_attention_heads=64,
+        positions=4096,
+    )  # fmt: skip
+    shape = read_shape(path, seqlen=1024)
+    job, kind = on_gpus(shape, 8), shape.kinds[0]
+    shares = job.deal(kind)
+    wide = max(kind.groups, key=lambda group: group.columns)
+    sizes = {share.team for each in shares for share in each if share.group == wide}
+    (team,) = sizes
+    assert team == sum(share.rows > 0 for each in shares for share in each if share.group == wide)
+    assert team > 1
+    assert all(share.team == 1 for each in shares for share in each if share.group != wide)
+    assert all(each[0].group == wide for each in shares), "those that wait for others come first"
+    alone, divided = (
+        {part.what: part.seconds for part in group_parts(job, wide, 1024, size)}
+        for size in (1, team)
+    )
+    inverse = alone.pop("inverse, same on all")
+    assert divided.pop("inverse, divided") == pytest.approx(inverse / team)
+    assert 0 < divided.pop("inverse, sent") + divided.pop("inverse, steps") < inverse / 2
+    assert divided == alone
+    for other in (replace(job, in_process=True), replace(job, rates=cpu_rates())):
+        assert all(share.team == 1 for each in other.deal(kind) for share in each)
 
 
 # -- sums and orders -----------------------------------------------------------------------------
@@ -67,9 +95,13 @@ def test_more_workers_are_not_slower_where_work_is_shared(
 ) -> None:
     few, many = (Plan(on_gpus(shape, n)).totals() for n in (workers, workers * factor))
     for name in SHARED:
-        compute = [total[name]["limits"].get("compute", 0.0) for total in (few, many)]
+        # Both: the busiest worker of many may compute more, if it has to move much less.
+        work = [
+            sum(total[name]["limits"].get(limit, 0.0) for limit in ("compute", "bandwidth"))
+            for total in (few, many)
+        ]
         # Rows are cut in whole tiles: an uneven cut may cost a few of them.
-        assert compute[1] <= 1.02 * compute[0] + 1e-6, name
+        assert work[1] <= 1.02 * work[0] + 1e-6, name
 
 
 @settings(max_examples=30, deadline=None)

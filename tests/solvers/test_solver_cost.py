@@ -7,7 +7,8 @@ from typing import get_args
 import pytest
 import torch
 
-from pipeline.config.solver import GpuKernels, SolverSettings
+from pipeline.config.solver import GpuKernels, GpuProducts, SolverSettings
+from pipeline.planning.counts import solve_counts
 from pipeline.solvers.kernels.cholesky import factor_launches, narrow_, upper_factor_
 from pipeline.solvers.kernels.prox_operator import operator_work, prox_operator
 from pipeline.solvers.registry import solve_cost, solver_for
@@ -60,6 +61,38 @@ def test_a_gpus_fixed_cost_is_the_time_of_its_launches() -> None:
     assert kernel < loop / 25
     # On a CPU nothing has changed.
     assert solve_cost(settings("2:4", "triton"), WIDE, "cpu").fixed == 4.0 * WIDE**3 + 8e6 * WIDE
+
+
+def test_products_of_iterations_are_tf32_on_a_gpu_alone() -> None:
+    rounded, plain = (
+        solver_for(SolverSettings(method="prox_admm", gpu_products=each))
+        for each in get_args(GpuProducts)
+    )
+    iterations = rounded.settings.admm_iterations
+    on_gpu, before = (each.method_counts(1024, 8192, "cuda") for each in (rounded, plain))
+    assert (on_gpu.products, on_gpu.rounded) == (1, iterations)
+    assert (before.products, before.rounded) == (1 + iterations, 0)
+    one = 2.0 * 8192**2
+    saved = plain.cost(8192, "cuda").per_row - rounded.cost(8192, "cuda").per_row
+    assert saved == pytest.approx(iterations * one * (1 - 50 / 412))
+    whole = solve_counts(SolverSettings(), 1024, 8192, 2, "cuda")
+    assert (whole.products, whole.rounded) == (1 + 7, iterations)
+    few = solve_counts(SolverSettings(), 1024, 8192, 2, "cuda", inputs=1024.0)
+    assert few.rounded == iterations * 2 / 8
+
+
+def test_a_cpus_costs_are_those_that_rows_were_always_dealt_by() -> None:
+    """Other costs would be other row slices, and so other bytes in a resumed run."""
+    cost = solve_cost(SolverSettings(), 4096, "cpu")
+    assert cost.fixed == 4.0 * 4096**3 * 1.2
+    assert cost.per_row == (60 + 1 + 7 + 3) * 2.0 * 4096**2 + 60 * 500.0 * 4096
+    assert solve_counts(SolverSettings(), 64, 4096, 4, "cpu").rounded == 0
+
+
+def test_a_gpus_inverses_take_their_time() -> None:
+    """Two of C = 28,672 at 37 TFLOP/s, in units of products at 50 TFLOP/s."""
+    seconds = solve_cost(SolverSettings(), WIDE, "cuda").fixed / PRODUCTS
+    assert seconds == pytest.approx(2 * WIDE**3 / 37e12, rel=0.05)
 
 
 @pytest.mark.parametrize("blocksize", [128, 100, 1000, "auto"])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 from pipeline.config.pattern import Pattern
 from pipeline.config.solver import GpuKernels, SolverSettings
@@ -12,6 +16,8 @@ from pipeline.solvers.kernels import cholesky, on_gpu, prox_operator
 from pipeline.solvers.methods import prox_admm, sparsegpt
 from pipeline.solvers.registry import solver_for
 from storage.errors import ConfigError, ResourceError
+from tests.planning.test_plan_counts import counting
+from tests.support.launches import Launches
 from tests.support.solver_cases import layer, statistics_of
 
 PATTERN = Pattern.parse("2:4")
@@ -83,6 +89,27 @@ def test_plain_torch_operations_give_the_same_solution(
     assert plain.report.objective == pytest.approx(usual.report.objective, rel=0.01)
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_form_for_rounded_products_is_the_same_iteration(
+    pattern: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unrounded, as here, it has the same solution, also where rho changes."""
+    weight, inputs = layer(rows=32, columns=128, tokens=50 if kept else 400)
+    statistics = statistics_of(inputs)
+    if kept:
+        rows = inputs.reshape(-1, 128)
+        statistics = replace(statistics, hessian=None, inputs=rows)
+    monkeypatch.setattr(prox_admm, "_numba_kernels", lambda: None)
+    solver = solver_for(SolverSettings(pattern=pattern))
+    plain = solver.solve(weight, solver.prepare(statistics))
+    monkeypatch.setattr(prox_admm.ProxAdmmSolver, "_rounds", lambda *_: True)
+    centered = solver.solve(weight, solver.prepare(statistics))
+    assert ((plain.weight != 0) == (centered.weight != 0)).double().mean() > 0.999
+    assert centered.report.objective == pytest.approx(plain.report.objective, rel=1e-3)
+    assert (plain.report.products, centered.report.products) == ("float32", "tf32")
+
+
 def test_a_missing_triton_is_an_error_not_another_path(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu.triton_module.cache_clear()
     monkeypatch.setattr(on_gpu, "find_spec", lambda name: None)
@@ -110,11 +137,57 @@ def test_the_inverse_is_exact_symmetric_and_in_place(columns: int) -> None:
     torch.testing.assert_close(matrix.double(), exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("columns", [512, 1100, 2100])
+def test_the_sweep_of_the_lower_triangle_is_as_accurate_as_that_of_the_whole(columns: int) -> None:
+    """Against float64, with a spectrum that falls: the whole matrix swept, as the formula says."""
+    generator = torch.Generator().manual_seed(columns)
+    inputs = torch.randn(columns, columns, generator=generator)
+    inputs *= torch.arange(1, columns + 1)[:, None].rsqrt()
+    matrix = inputs.T @ inputs
+    scale = matrix.diagonal().rsqrt()
+    matrix = matrix * scale * scale[:, None]
+    matrix.diagonal().fill_(1.2)
+    exact = torch.linalg.inv(matrix.double())
+    lower, whole = matrix.clone(), matrix.clone()
+    with counting() as counter:
+        assert cholesky.invert_blocks_(lower)
+    with Launches() as started:
+        cholesky.invert_(torch.empty(columns, columns, device="meta"))
+    for left in range(0, columns, 512):
+        block = slice(left, left + 512)
+        pivot = torch.cholesky_inverse(torch.linalg.cholesky(whole[block, block]))
+        column = whole[:, block].clone()
+        column[block] = 0
+        scaled = column @ pivot
+        whole -= scaled @ column.T
+        whole[:, block], whole[block, :], whole[block, block] = scaled, scaled.T, -pivot
+    one, other = ((each - exact).norm() / exact.norm() for each in (lower, -whole))
+    assert one < 1.1 * other
+    assert one < 1e-4
+    assert torch.equal(lower, lower.T)
+    assert counter.get_total_flops() == cholesky.sweep_operations(columns, "cuda")
+    assert cholesky.sweep_launches(columns) == started.total
+
+
+def test_the_sweep_takes_little_more_than_c_cubed() -> None:
+    for columns, most in ((8192, 1.26), (28_672, 1.08)):
+        assert 1 < cholesky.sweep_operations(columns, "cuda") / columns**3 < most
+
+
+def test_the_sweep_reads_the_lower_triangle_alone() -> None:
+    matrix = torch.eye(1500) * 2 + 0.001
+    broken = matrix + torch.triu(torch.full_like(matrix, torch.nan), 1)
+    assert cholesky.invert_blocks_(matrix)
+    assert cholesky.invert_blocks_(broken)
+    assert torch.equal(broken, matrix)
+
+
 @pytest.mark.parametrize("columns", [4, 300])
-def test_an_indefinite_matrix_is_told(columns: int) -> None:
+@pytest.mark.parametrize("invert", [cholesky.invert_, cholesky.invert_blocks_])
+def test_an_indefinite_matrix_is_told(columns: int, invert: Callable[[Tensor], Tensor]) -> None:
     entries = torch.linspace(1, 2, columns)
     entries[columns // 2] = -1
-    assert not cholesky.invert_(torch.diag(entries))
+    assert not invert(torch.diag(entries))
     assert not cholesky.upper_factor_(torch.diag(entries).double())
 
 

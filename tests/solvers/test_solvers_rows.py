@@ -81,7 +81,9 @@ def test_prox_admm_inverts_twice_for_the_whole_group(
     inverted = []
     invert = low_rank.invert_
     monkeypatch.setattr(
-        low_rank, "invert_", lambda matrix: inverted.append(matrix.shape) or invert(matrix)
+        low_rank,
+        "invert_",
+        lambda matrix, team: inverted.append(matrix.shape) or invert(matrix, team),
     )
     weight, inputs = layer(rows=30, columns=32)
     solver = solver_for(SolverSettings(method="prox_admm"))

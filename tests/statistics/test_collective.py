@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.config.solver import SolverSettings
+from pipeline.solvers.base import BaseSolver
+from pipeline.solvers.registry import solver_for
+from pipeline.solvers.types import Statistics
 from pipeline.statistics import all_reduce as collective
 from pipeline.statistics.accumulate import Accumulator, Sums, add_in_rank_order
 from pipeline.statistics.all_reduce import Collective, host_meeting
 from storage.errors import WorkerLostError
 from tests.support.processes import CONTEXT
+from tests.support.solver_cases import layer, statistics_of
 
 WORLD = 3
 HOST = "127.0.0.1"
@@ -81,6 +87,49 @@ def sum_and_save(rank: int, ports: Any, folder: Path, chunk: int) -> None:
     group.close()
 
 
+TEAMS = ((0, 2), (1, 2), (0, 1, 2))
+
+
+def solve_together(rank: int, ports: Any, folder: Path) -> None:
+    """Process: solves its rows of a layer in each team that it is in, twice."""
+    group = join(rank, ports, 60)
+    statistics, weight, solver = problem()
+    for team in TEAMS:
+        made = group.team(team)
+        assert (made is None) == (rank not in team)
+        if made is None:
+            continue
+        at, size = team.index(rank), len(team)
+        rows = slice(at * len(weight) // size, (at + 1) * len(weight) // size)
+        prepared = replace(solver.prepare(statistics), team=made)
+        for turn in range(2):
+            name = "-".join(map(str, (*team, "rows", at, turn)))
+            found = solver.solve(weight[rows], prepared).weight
+            sent = torch.tensor(group.take_sent())
+            save_file({"weight": found, "sent": sent}, folder / f"{name}.safetensors")
+    group.close()
+
+
+def problem() -> tuple[Statistics, torch.Tensor, BaseSolver]:
+    weight, inputs = layer(rows=96, columns=300, tokens=700)
+    return statistics_of(inputs), weight, solver_for(SolverSettings().resolved())
+
+
+def solve_until_lost(rank: int, ports: Any, ready: Any, errors: Any) -> None:
+    """Process: as `sum_until_lost`, with solves in a team of all."""
+    group = join(rank, ports, 120)
+    statistics, weight, solver = problem()
+    try:
+        for turn in range(1_000_000):
+            prepared = replace(solver.prepare(statistics), team=group.team((0, 1, 2)))
+            solver.solve(weight[:16], prepared)
+            if turn == 1:
+                ready.put(rank)
+    except WorkerLostError as error:
+        errors.put((rank, str(error)))
+        group.close()
+
+
 def sum_until_lost(rank: int, ports: Any, ready: Any, errors: Any) -> None:
     """Process: sums again and again; says when it has begun, and what ended it."""
     group = join(rank, ports, 120)
@@ -140,10 +189,31 @@ def test_bytes_are_those_of_adding_in_rank_order(tmp_path: Path, start: Start, c
             assert torch.equal(found["matrix"], expected.matrix)
 
 
+def test_teams_of_ranks_solve_to_the_bytes_of_one(tmp_path: Path, start: Start) -> None:
+    for process in start(solve_together, tmp_path):
+        process.join(60)
+        assert process.exitcode == 0
+    statistics, weight, solver = problem()
+    expected = solver.solve(weight, solver.prepare(statistics)).weight
+    for team in TEAMS:
+        for turn in range(2):
+            parts = [
+                load_file(tmp_path / f"{'-'.join(map(str, (*team, 'rows', at, turn)))}.safetensors")
+                for at in range(len(team))
+            ]
+            assert torch.equal(torch.cat([part["weight"] for part in parts]), expected)
+            # Two inverses, to each of the others: once the lower triangle, and its panels before.
+            sent = sum(int(part["sent"]) for part in parts) / (len(team) - 1)
+            assert 4 * 300**2 <= sent <= 2 * 12 * 300**2
+
+
+@pytest.mark.parametrize("work", [sum_until_lost, solve_until_lost])
 @pytest.mark.parametrize("victim", [0, 2])
-def test_the_survivors_of_a_killed_rank_are_told(start: Start, victim: int) -> None:
+def test_the_survivors_of_a_killed_rank_are_told(
+    start: Start, victim: int, work: Callable[..., None]
+) -> None:
     ready, errors = CONTEXT.Queue(), CONTEXT.Queue()
-    processes = start(sum_until_lost, ready, errors)
+    processes = start(work, ready, errors)
     for _ in range(WORLD):
         ready.get(timeout=60)
     os.kill(processes[victim].pid, signal.SIGKILL)

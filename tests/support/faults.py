@@ -151,9 +151,9 @@ class FaultyActor(RankActor):
             marks = tuple(dataclasses.replace(m, place=f"{m.place}-of-its-own") for m in marks)
         return super().check_folders(marks)
 
-    def join(self, host: str, port: int, backend: str, timeout: float) -> None:
+    def join(self, host: str, port: int, backend: str, timeout: float, nodes: int = 1) -> None:
         self._enter("join", None)
-        super().join(host, port, backend, timeout)
+        super().join(host, port, backend, timeout, nodes)
 
     def perform(self, call: Call[Any]) -> Any:
         phase, block = call.phase, call.block

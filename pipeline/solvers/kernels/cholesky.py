@@ -16,12 +16,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pipeline.runtime.split import deal
 from pipeline.runtime.threads import in_pieces, pieces_of
+from pipeline.solvers.types import Team
 
 # Columns of a block: on a CPU few, so that little is left to the small factors, which one thread
 # computes; elsewhere many, so that few operators are started.
 _BLOCK_CPU = 128
 _BLOCK = 512
+# Rows of a stripe of the lower triangle: narrow ones leave fewer entries above the diagonal that
+# are computed for nothing, wide ones are larger products.
+_STRIPE = 1024
 _BLOCK_FLOAT64 = 256
 _LEAST_ROWS = 128  # of a piece
 
@@ -37,21 +42,66 @@ def _at_a_time(matrix: Tensor, blocks: list[slice]) -> list[slice]:
     return [slice(blocks[0].start, blocks[-1].stop)]
 
 
-def invert_(matrix: Tensor) -> Tensor:
+def invert_(matrix: Tensor, team: Team | None = None) -> Tensor:
     """Replace a symmetric positive definite (C, C) by its inverse; returns whether it was definite.
+
+    The block sweep of `invert_blocks_`, on a CPU with narrow blocks and in pieces for threads. C^3
+    operations, on a CPU about the time of LAPACK on one thread. team: who has the same matrix and
+    calls this too; each member sweeps some of the pieces, and all get the same bytes as without.
+    """
+    return _sweep_blocks(matrix, *_division(matrix.shape[0], matrix.device.type), team)
+
+
+def invert_blocks_(matrix: Tensor, team: Team | None = None) -> Tensor:
+    """`invert_` as devices other than a CPU compute it: in wide blocks and stripes.
 
     The block sweep (Gauss-Jordan) of a symmetric matrix. Sweeping block k, with P the inverse of
     its pivot block, replaces the pivot by -P, multiplies its row and column by P, and subtracts
     A_rk P A_kr from the rest. After all blocks the matrix is minus the inverse. Each pivot is a
     Schur complement of a positive definite matrix, so no rows have to be exchanged.
-    Only the lower triangle is read and swept, in pieces of rows; the upper one is copied from it
-    at the end. C^3 operations, on a CPU about the time of LAPACK on one thread. Extra memory: two
-    C x block panels.
+    Only the lower triangle is read and swept, in stripes of rows; the upper one is copied from it
+    at the end. About C^3 operations (`sweep_operations`). Extra memory: two C x block panels.
     """
-    columns = matrix.shape[0]
-    pieces = pieces_of(columns, _LEAST_ROWS)
+    return _sweep_blocks(matrix, *_division(matrix.shape[0], "cuda"), team)
+
+
+def sweep_operations(columns: int, device: str) -> float:
+    """Operations of the products of `invert_` for C columns: C^3 and what is wasted.
+
+    device: a torch device type.
+    """
+    width, pieces = _division(columns, device)
+    area = sum(2.0 * (each.stop - each.start) * each.stop for each in pieces)
+    widths = [each.stop - each.start for each in _bounds(columns, width)]
+    return float(sum(area * width + 2.0 * columns * width * width for width in widths))
+
+
+def sweep_launches(columns: int) -> int:
+    """Kernels that `invert_blocks_` starts on a GPU for C columns, by counting."""
+    blocks, stripes = -(-columns // _BLOCK), -(-columns // _STRIPE)
+    return blocks * (stripes + 11) + 6 * stripes + 7
+
+
+def _division(columns: int, device: str) -> tuple[int, list[slice]]:
+    """The width of a block of the sweep, and the pieces of rows that a block is applied to."""
+    if device == "cpu":
+        return _BLOCK_CPU, pieces_of(columns, _LEAST_ROWS)
+    return _BLOCK, _bounds(columns, _STRIPE)
+
+
+def _sweep_blocks(
+    matrix: Tensor, width: int, pieces: list[slice], team: Team | None = None
+) -> Tensor:
+    """The sweep in blocks of `width` columns; the rest of the matrix in these pieces of rows.
+
+    Of a team each member keeps its own pieces up to date, and has the others' where it reads them.
+    """
+    owners = _owners(pieces, team)
+    own = [piece for piece, owner in zip(pieces, owners, strict=True) if _is_mine(team, owner)]
     sound = torch.ones((), dtype=torch.bool, device=matrix.device)
-    for block in _bounds(columns, _BLOCK_CPU if matrix.device.type == "cpu" else _BLOCK):
+    for block in _bounds(matrix.shape[0], width):
+        if team is not None:
+            _send_block(matrix, block, pieces, owners, team)
         factor, info = torch.linalg.cholesky_ex(matrix[block, block])
         sound &= info == 0
         pivot = torch.cholesky_inverse(factor)
@@ -60,17 +110,60 @@ def invert_(matrix: Tensor) -> Tensor:
         left, below = matrix[block, : block.start], matrix[block.stop :, block]
         column = torch.cat([left.T, torch.zeros_like(pivot), below])
         scaled = torch.empty_like(column)
-        in_pieces(partial(_sweep, matrix, column, pivot, scaled), pieces)
+        in_pieces(partial(_scale, column, pivot, scaled), _at_a_time(matrix, pieces))
+        in_pieces(partial(_sweep, matrix, column, scaled), own)
         below.copy_(scaled[block.stop :])
         left.copy_(scaled[: block.start].T)
         matrix[block, block] = -pivot
+    if team is not None:
+        for piece, owner in zip(pieces, owners, strict=True):
+            _send(matrix[piece, : piece.stop], owner, team)
     in_pieces(partial(_finish, matrix), pieces)
     return sound & torch.isfinite(matrix.diagonal()).all()
 
 
-def _sweep(matrix: Tensor, column: Tensor, pivot: Tensor, scaled: Tensor, rows: slice) -> None:
-    """One block of the sweep for some rows of the lower triangle; writes their `scaled`."""
+def _owners(pieces: list[slice], team: Team | None) -> list[int]:
+    """The member of the team that sweeps each piece: equal shares of the lower triangle."""
+    if team is None:
+        return [0] * len(pieces)
+    areas = {at: float(each.stop - each.start) * each.stop for at, each in enumerate(pieces)}
+    dealt = deal(list(areas), areas, team.size)
+    return [dealt[at] for at in areas]
+
+
+def _is_mine(team: Team | None, owner: int) -> bool:
+    return team is None or team.index == owner
+
+
+def _send_block(
+    matrix: Tensor, block: slice, pieces: list[slice], owners: list[int], team: Team
+) -> None:
+    """Gives all members the block's rows and columns of the lower triangle."""
+    for piece, owner in zip(pieces, owners, strict=True):
+        stop = min(piece.stop, block.stop)
+        rows = slice(min(max(piece.start, block.start), stop), stop)
+        below = slice(min(max(piece.start, block.stop), piece.stop), piece.stop)
+        for part in (matrix[rows, : block.stop], matrix[below, block]):
+            if len(part):
+                _send(part, owner, team)
+
+
+def _send(part: Tensor, owner: int, team: Team) -> None:
+    """Gives all members of the team the owner's entries of a part of the matrix."""
+    mine = _is_mine(team, owner)
+    packed = part.contiguous() if mine else part.new_empty(part.shape)
+    team.send(packed, owner)
+    if not mine:
+        part.copy_(packed)
+
+
+def _scale(column: Tensor, pivot: Tensor, scaled: Tensor, rows: slice) -> None:
+    """Some rows of the block's column times the inverse of its pivot, into `scaled`."""
     torch.mm(column[rows], pivot, out=scaled[rows])
+
+
+def _sweep(matrix: Tensor, column: Tensor, scaled: Tensor, rows: slice) -> None:
+    """One block of the sweep for some rows of the lower triangle."""
     matrix[rows, : rows.stop].addmm_(scaled[rows], column[: rows.stop].T, alpha=-1)
 
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pipeline.config.solver import SolverSettings
+from pipeline.config.solver import GpuProducts, SolverSettings
+from pipeline.runtime.device import tf32_products
 from pipeline.solvers.base import (
     BaseSolver,
     GroupData,
@@ -17,7 +18,13 @@ from pipeline.solvers.base import (
     solve_diagonal,
     support_change,
 )
-from pipeline.solvers.cost import OPERATIONS_PER_BYTE, OPERATIONS_PER_ENTRY, MethodCost, SolveCounts
+from pipeline.solvers.cost import (
+    OPERATIONS_PER_BYTE,
+    MethodCost,
+    SolveCounts,
+    elementwise_operations,
+)
+from pipeline.solvers.hessian import ScaledHessian
 from pipeline.solvers.kernels.prox_operator import operator_work, prox_operator
 from pipeline.solvers.masks import keep_mask
 from storage.errors import ConfigError
@@ -75,14 +82,14 @@ class ProxSolver(BaseSolver):
         if problem.shrinkage == 1:
             return solve_diagonal(original, problem, self.pattern)
         target, sizes = problem.scale_rows(original)
-        rate = 1 / prepared.eigenvalue
+        rate, rounded = 1 / prepared.eigenvalue, self._rounds(original.device.type)
         growth = self.settings.prox_growth
         limit = math.ceil(self._schedule())
         rows, strength, iterations = target, self.settings.prox_lambda, 0
         done = _two_of_four(rows)
         for iterations in range(1, limit + 1):
             change = rows - target
-            gradient = problem.multiply(change) if matrix is None else change @ matrix
+            gradient = gradient_of(change, problem, matrix, rounded)
             descended = rows - gradient.mul_(rate)
             pruned = prox_operator(descended, strength, kernels=self.settings.kernels)
             rows = torch.where(done, rows, pruned)
@@ -93,7 +100,12 @@ class ProxSolver(BaseSolver):
         mask = keep_mask(self.pattern, rows.abs())
         changed = support_change(rows != 0, (rows != 0) & mask, mask)
         weight = problem.unscale_rows(rows * mask, sizes)
-        return MethodResult(weight, mask, iterations, changed)
+        products: GpuProducts = "tf32" if rounded and matrix is not None else "float32"
+        return MethodResult(weight, mask, iterations, changed, products=products)
+
+    def _rounds(self, device: str) -> bool:
+        """Whether the iterations' products are TF32 on a device, by its torch type."""
+        return device == "cuda" and self.settings.gpu_products == "tf32"
 
     def _schedule(self) -> float:
         """Iterations until lambda reaches its largest value."""
@@ -103,7 +115,7 @@ class ProxSolver(BaseSolver):
     def method_cost(self, columns: int, device: str) -> MethodCost:
         """One product and one application of the operator per iteration."""
         _, moved = operator_work(self.settings.kernels, 1, columns, device)
-        elementwise = OPERATIONS_PER_ENTRY * columns + OPERATIONS_PER_BYTE * moved
+        elementwise = elementwise_operations(columns, device) + OPERATIONS_PER_BYTE * moved
         return MethodCost(_TYPICAL_ITERATIONS, per_row=_TYPICAL_ITERATIONS * elementwise)
 
     def method_counts(self, rows: int, columns: int, device: str) -> SolveCounts:
@@ -126,6 +138,16 @@ class ProxSolver(BaseSolver):
     def matrix_bytes(self, columns: float) -> float:
         """The scaled Hessian."""
         return 4.0 * columns * columns
+
+
+def gradient_of(
+    change: Tensor, problem: ScaledHessian, matrix: Tensor | None, rounded: bool
+) -> Tensor:
+    """change (R, C) times H~, which is `matrix` where it was formed; rounded: in TF32 on a GPU."""
+    if matrix is None:
+        return problem.multiply(change)
+    with tf32_products(rounded):
+        return change @ matrix
 
 
 def _two_of_four(rows: Tensor) -> Tensor:

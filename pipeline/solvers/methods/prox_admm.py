@@ -10,6 +10,15 @@ explicitly and twice: first at a small rho, which lets supports change, then at 
 spectrum of H~ calls for (`settled_penalty`). Where rho grows, U is scaled down by the same factor.
 After a fixed number of iterations the two largest of four are kept. Both inverses are shared by
 all rows of all layers of the group.
+
+On a GPU the products with the inverse are TF32: an iteration need not be exact, since it leads to a
+mask, and refinement then finds the weights in fp32. The inverse itself is fp32. There the first
+line is computed in the form that rounding harms least, which is the same number:
+
+    V <- W~0 + rho (Z - U - W~0) (H~ + rho I)^-1
+
+W~0 H~ is large along the leading directions of H~, and what rounding makes of it in the others the
+inverse does not make smaller (benchmarks/product_precision.py).
 """
 
 from __future__ import annotations
@@ -26,7 +35,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config.pattern import Pattern
-from pipeline.config.solver import GpuKernels
+from pipeline.config.solver import GpuKernels, SolverSettings
+from pipeline.runtime.device import tf32_products
 from pipeline.runtime.threads import in_pieces, row_pieces
 from pipeline.solvers.base import (
     BaseSolver,
@@ -37,17 +47,21 @@ from pipeline.solvers.base import (
 )
 from pipeline.solvers.cost import (
     INVERSE_PANEL,
-    INVERSE_SLOWDOWN,
     OPERATIONS_PER_BYTE,
-    OPERATIONS_PER_ENTRY,
+    TF32_SHARE,
     MethodCost,
     SolveCounts,
+    elementwise_operations,
     entry_bytes,
+    inverse_operations,
+    together_operations,
 )
 from pipeline.solvers.hessian import ScaledHessian, raise_damping
 from pipeline.solvers.inverse import Inverse, inverse_of
+from pipeline.solvers.kernels.cholesky import sweep_launches, sweep_operations
 from pipeline.solvers.kernels.prox_operator import operator_work, prox_operator
 from pipeline.solvers.masks import keep_mask
+from pipeline.solvers.types import Team
 
 HELP = "the proximal operator inside ADMM, which solves the quadratic exactly"
 # ADMM ends near the minimizer on its support: 12 steps lower the error by at most 0.2 % more.
@@ -64,7 +78,7 @@ class ProxAdmmSolver(BaseSolver):
     Memory beyond the Hessian: one C x C for the inverse (and two C x 512 panels where it is
     computed in blocks), and about nine (R, C), all fp32.
     Time: one product (R, C) x (C, C) per iteration, two at the start, one per refinement step,
-    about three for the report, and 2 C^3 operations for each of the two inverses. With n inputs in
+    about three for the report, and C^3 operations for each of the two inverses. With n inputs in
     place of the Hessian: two products (R, C) x (C, n) per iteration, and no C x C.
     """
 
@@ -91,37 +105,40 @@ class ProxAdmmSolver(BaseSolver):
         dense = problem.statistics.inputs is None
         buffer = torch.empty_like(problem.hessian) if dense else None
         while True:
-            result = self._iterate(original, problem, buffer)
+            result = self._iterate(original, problem, buffer, prepared.team)
             if result is not None:
                 return result
             problem = raise_damping(problem)
 
     def _iterate(
-        self, original: Tensor, problem: ScaledHessian, buffer: Tensor | None
+        self,
+        original: Tensor,
+        problem: ScaledHessian,
+        buffer: Tensor | None,
+        team: Team | None,
     ) -> MethodResult | None:
         """All iterations; None where H~ + rho I was not positive definite.
 
         The iterations with one inverse are run piece by piece of the rows, on several threads.
         original: (R, C) fp32. buffer: (C, C) fp32 for the inverse; None with inputs for a Hessian.
+        team: see `GroupData`.
         """
         settings = self.settings
-        early = inverse_of(problem, settings.admm_rho, buffer)
+        early = inverse_of(problem, settings.admm_rho, buffer, team)
         if early is None:
             return None
         settled = settings.admm_rho_factor * settled_penalty(early, problem, settings.admm_rho)
-        schedule = self._schedule(settled)
+        schedule, rounded = self._schedule(settled), self._rounds(original.device.type)
         pieces = row_pieces(original)
         states: dict[int, _Rows] = {}
 
         def first(rows: slice) -> None:
-            state = _Rows(
-                original[rows], problem, settings.admm_rho, self.pattern, settings.kernels
-            )
+            state = _Rows(original[rows], problem, settings, rounded)
             state.run(early, schedule[0])
             states[rows.start] = state
 
         in_pieces(first, pieces)
-        late = inverse_of(problem, schedule[0][-1][3], buffer) if schedule[1] else early
+        late = inverse_of(problem, schedule[0][-1][3], buffer, team) if schedule[1] else early
         if late is None:
             return None
         weight, mask = torch.empty_like(original), torch.empty_like(original, dtype=torch.bool)
@@ -133,7 +150,11 @@ class ProxAdmmSolver(BaseSolver):
             mask[rows], weight[rows], changed[rows] = state.result()
 
         in_pieces(rest, pieces)
-        return MethodResult(weight, mask, settings.admm_iterations, changed, problem=problem)
+        return MethodResult(
+            *(weight, mask, settings.admm_iterations, changed),
+            problem=problem,
+            products="tf32" if rounded else "float32",
+        )
 
     def _schedule(self, settled: float) -> tuple[list[Numbers], list[Numbers]]:
         """`Numbers` of the iterations with the first inverse, and of those with the second.
@@ -153,28 +174,38 @@ class ProxAdmmSolver(BaseSolver):
             strength *= settings.admm_lambda_growth
         return numbers[:switch], numbers[switch:]
 
+    def _rounds(self, device: str) -> bool:
+        """Whether the iterations' products are TF32 on a device, by its torch type."""
+        return device == "cuda" and self.settings.gpu_products == "tf32"
+
     def method_cost(self, columns: int, device: str) -> MethodCost:
-        """One product and one application of the operator per iteration, and two inverses."""
+        """One product and one application of the operator per iteration, and the inverses."""
         iterations = self.settings.admm_iterations
         _, moved = self._operator_work(1, columns, device)
-        elementwise = OPERATIONS_PER_ENTRY * columns + OPERATIONS_PER_BYTE * moved
+        elementwise = elementwise_operations(columns, device) + OPERATIONS_PER_BYTE * moved
         return MethodCost(
-            products=iterations + 1,
-            fixed=4.0 * columns**3 * INVERSE_SLOWDOWN,
+            products=iterations * TF32_SHARE + 1 if self._rounds(device) else iterations + 1,
+            fixed=self._inverses * inverse_operations(columns, device),
             per_row=iterations * elementwise,
         )
+
+    def together(self, columns: int, nodes: int) -> float:
+        """See `Costs`: the inverses."""
+        return self._inverses * together_operations(columns, nodes)
 
     def method_counts(self, rows: int, columns: int, device: str) -> SolveCounts:
         """The iterations, and the inverses, which are computed in panels."""
         iterations, inverses = self.settings.admm_iterations, self._inverses
         launches, moved = self._operator_work(rows, columns, device)
-        panels = -(-columns // INVERSE_PANEL)
+        rounded = iterations if self._rounds(device) else 0
         return SolveCounts(
-            products=1 + iterations,
+            products=1 + iterations - rounded,
+            rounded=rounded,
             steps=1 + iterations,
-            inverse=2.0 * inverses * float(columns) ** 3,
+            inverse=inverses * sweep_operations(columns, device),
+            inverses=inverses,
             moved=24.0 * inverses * columns * columns + iterations * moved,
-            operators=math.ceil(iterations * (12 + launches)) + inverses * 12 * panels,
+            operators=math.ceil(iterations * (12 + launches)) + inverses * sweep_launches(columns),
         )
 
     def _operator_work(self, rows: int, columns: int, device: str) -> tuple[float, float]:
@@ -204,27 +235,28 @@ class ProxAdmmSolver(BaseSolver):
 
 
 class _Rows:
-    """The state of the iteration for some rows (R, C), which depend on no others."""
+    """The state of the iteration for some rows (R, C), which depend on no others.
+
+    rounded: whether the products are TF32; the form is then the centered one of `stepper`.
+    """
 
     def __init__(
-        self,
-        original: Tensor,
-        problem: ScaledHessian,
-        rho: float,
-        pattern: Pattern,
-        gpu_kernels: GpuKernels,
+        self, original: Tensor, problem: ScaledHessian, settings: SolverSettings, rounded: bool
     ) -> None:
-        self.problem, self.pattern = problem, pattern
+        self.problem, self.pattern, self.rounded = problem, settings.parsed_pattern, rounded
         self.sparse, self.sizes = problem.scale_rows(original)
-        linear, dual = problem.multiply(self.sparse), torch.zeros_like(self.sparse)
-        self.right = torch.add(linear, self.sparse, alpha=rho)
-        self.product = torch.empty_like(dual)
-        self.step = stepper(dual, self.sparse, linear, pattern, gpu_kernels)
+        linear = self.sparse.neg() if rounded else problem.multiply(self.sparse)
+        dual, self.product = torch.zeros_like(self.sparse), torch.empty_like(self.sparse)
+        self.right = torch.add(linear, self.sparse, alpha=1 if rounded else settings.admm_rho)
+        self.step = stepper(
+            *(dual, self.sparse, linear, self.pattern, settings.kernels), centered=rounded
+        )
 
     def run(self, inverse: Inverse, schedule: Sequence[Numbers]) -> None:
         """The iterations with one inverse."""
         for numbers in schedule:
-            inverse.multiply(self.right, out=self.product)
+            with tf32_products(self.rounded):
+                inverse.multiply(self.right, out=self.product)
             self.right, self.product = self.product, self.right
             self.step(self.right, numbers)
 
@@ -255,18 +287,21 @@ def stepper(
     linear: Tensor,
     pattern: Pattern,
     gpu_kernels: GpuKernels = "triton",
+    centered: bool = False,
 ) -> Callable[[Tensor, Numbers], None]:
     """An iteration without its matrix product, as a function of V and `Numbers`; works in place.
 
     All are (R, C) fp32. dual: U, scaled by the given factor on return. sparse: Z. linear: W~0 H~.
     V is the product; on return it is the next right-hand side, linear + rho (Z - U).
-    gpu_kernels: see `prox_operator`.
+    centered: linear is -W~0 instead; V is then W~0 + rho times the product, and the right-hand side
+    Z - U - W~0. gpu_kernels: see `prox_operator`.
     On a CPU with numba the 2:4 step is one pass over memory. There, and with kernels `torch`, the
     operator takes _OPERATOR_STEPS steps of Newton's method: the error is far below the change of an
     iteration.
     """
     proximal = _proximal(pattern)
-    kernels = _numba_kernels() if proximal and dual.device.type == "cpu" else None
+    on_cpu = dual.device.type == "cpu" and not centered
+    kernels = _numba_kernels() if proximal and on_cpu else None
     if kernels is not None and dual.numel():
         step: Callable[[Tensor, Numbers], None] = kernels.stepper_numba(
             *(matrix.numpy() for matrix in (dual, sparse, linear)),
@@ -275,7 +310,7 @@ def stepper(
         return step
     projected = None if proximal else pattern
     return lambda product, numbers: advance_torch(
-        product, dual, sparse, linear, numbers, projected, gpu_kernels
+        product, dual, sparse, linear, numbers, projected, gpu_kernels, centered
     )
 
 
@@ -292,9 +327,13 @@ def advance_torch(
     numbers: Numbers,
     pattern: Pattern | None = None,
     gpu_kernels: GpuKernels = "triton",
+    centered: bool = False,
 ) -> None:
     """`stepper` without numba. pattern: to project on; None for the operator of 2:4."""
     strength, relaxation, shrink, rho = numbers
+    if centered:
+        product.mul_(rho * shrink).sub_(linear)  # rho * shrink: the rho of this iteration
+        rho = 1.0
     dual.add_(product.mul_(relaxation).add_(sparse, alpha=1 - relaxation))
     if pattern is None:
         steps = _OPERATOR_STEPS if gpu_kernels == "torch" else None

@@ -33,6 +33,13 @@ FLOAT64 = (
 ON_CPU = ("pipeline/solvers/mask_counts.py", "pipeline/solvers/kernels/trial_triton.py")
 # Where fp32 products may be those of TF32: of inputs that it represents exactly.
 TF32 = ("pipeline/statistics/accumulate.py",)
+# Where they are always those of TF32, which rounds: iterations of a solve. All else is refinement,
+# the report, and what a method computes once.
+ROUNDED = {
+    ("pipeline/solvers/inverse.py", "DenseInverse.multiply"),
+    ("pipeline/solvers/inverse.py", "LowRankInverse.multiply"),
+    ("pipeline/solvers/methods/prox.py", "gradient_of"),
+}
 
 
 class Checked(LocalExecutor):
@@ -83,7 +90,8 @@ def prune_on_gpu(model: Path, output: Path, **options: Any) -> OnGpu:
     with fake_gpu() as gpu:
         executor = Checked(options.get("workers", 1), gpu)
         prune_here(model, output, executor=executor, device="cuda", **(TINY | options))
-        check_products(gpu, options.get("dtype"))
+        rounded = options.get("gpu_products", "tf32") == "tf32"
+        check_products(gpu, options.get("dtype"), rounded)
         check_no_cpu(gpu)
         assert gpu.copied["up"]
         assert gpu.copied["down"]
@@ -92,14 +100,20 @@ def prune_on_gpu(model: Path, output: Path, **options: Any) -> OnGpu:
     return OnGpu(output, gpu, executor.held)
 
 
-def check_products(gpu: Record, dtype: str | None) -> None:
-    """Every matrix product has a precision that is meant where it is.
+def check_products(gpu: Record, dtype: str | None, rounded: bool = True) -> None:
+    """Every matrix product has a precision that is meant where it is; TF32 is off in the end.
 
     dtype: of the forward passes, by name; None: of any floating type. In this project's own code
-    fp32 is the rule.
+    fp32 is the rule. rounded: whether the iterations' products are TF32.
     """
-    bad = [each for each in gpu.products if not _is_meant(each, dtype)]
+    bad = [each for each in gpu.products if not _is_meant(each, dtype, rounded)]
     assert not bad, "\n".join(map(str, bad))
+    assert not torch.backends.cuda.matmul.allow_tf32, "TF32 is still allowed after the solve"
+
+
+def in_iterations(product: Product) -> bool:
+    """Whether a product is one of a solve's iterations."""
+    return (product.place.rpartition(":")[0], product.function) in ROUNDED
 
 
 def check_no_cpu(gpu: Record) -> None:
@@ -108,8 +122,10 @@ def check_no_cpu(gpu: Record) -> None:
     assert not [place for place in places if not place.startswith(ON_CPU)]
 
 
-def _is_meant(product: Product, dtype: str | None) -> bool:
+def _is_meant(product: Product, dtype: str | None, rounded: bool) -> bool:
     file = product.place.rpartition(":")[0]
+    if in_iterations(product):
+        return product.dtype == torch.float32 and product.tf32 == rounded
     if not product.exact or (product.tf32 and file not in TF32):
         return False
     if file.startswith("pipeline/") and not file.startswith(FORWARD):

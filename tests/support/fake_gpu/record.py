@@ -22,10 +22,12 @@ _FOR_OTHERS = "/pipeline/runtime/products.py"
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product. place: `pipeline/x/y.py:12`. dtype: of the operands. tf32: whether TF32 was
-    allowed and the operands were fp32. exact: whether TF32 represents all operands exactly."""
+    """A matrix product. place: `pipeline/x/y.py:12`. function: its name in that file, with its
+    class. dtype: of the operands. tf32: whether TF32 was allowed and the operands were fp32. exact:
+    whether TF32 represents all operands exactly."""
 
     place: str
+    function: str
     dtype: torch.dtype
     tf32: bool = False
     exact: bool = True
@@ -94,13 +96,23 @@ class Record:
 
 def place() -> str:
     """`file:line` of the innermost frame of this repository's or transformers' code."""
-    frame: FrameType | None = sys._getframe(1)
+    return _place()[0]
+
+
+def place_and_function() -> tuple[str, str]:
+    """`place`, and the qualified name of the function there."""
+    return _place()
+
+
+def _place() -> tuple[str, str]:
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
         if "/tests/" not in file and not file.endswith(_FOR_OTHERS):
             for folder in _OURS:
                 _, found, rest = file.rpartition(folder)
                 if found and ("site-packages" not in file or folder == "/transformers/"):
-                    return f"{folder[1:]}{rest}:{frame.f_lineno}"
+                    name = frame.f_code.co_qualname
+                    return f"{folder[1:]}{rest}:{frame.f_lineno}", name
         frame = frame.f_back
-    return "elsewhere"
+    return "elsewhere", ""

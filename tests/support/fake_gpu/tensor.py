@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from tests.support.fake_gpu.record import Product, Record, place
+from tests.support.fake_gpu.record import Product, Record, place, place_and_function
 
 CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
@@ -323,7 +323,7 @@ def _as_tf32(record: Record, name: str, args: tuple[Any, ...]) -> tuple[Any, ...
             rounded[_PRODUCTS[name].index(at)] if at in _PRODUCTS[name] else value
             for at, value in enumerate(args)
         )
-    record.products[Product(place(), first.dtype, tf32, exact)] += operations
+    record.products[Product(*place_and_function(), first.dtype, tf32, exact)] += operations
     return args
 
 

@@ -94,7 +94,7 @@ class BlockWorker(SolvePhases, Scoring, ScratchPhases):
         self.collective: Collective | None = None
         self.state = PassState()
         self._groups = Groups(self.forward)
-        self.loader = BlockLoader(self.skeleton, self.run, self.watch, self.forward.background)
+        self.loader = BlockLoader(self.run, self.forward)
 
     @torch.no_grad()
     def perform(self, phase: Call[T]) -> Outcome[T]:

@@ -61,7 +61,7 @@ class SliceWriter:
 
         Files that are full are written in the background; the caller may not change `rows`.
         """
-        each, at = rows[0].nbytes, 0
+        each, at = rows.shape[1] * rows.element_size(), 0
         while at < len(rows):
             room = (FILE_BYTES - self._bytes) // each
             if room < 1 and self._pending:

@@ -43,7 +43,8 @@ class Record:
     had a part in, by place. live, peak: bytes of all tensors on the GPU
     now, and at most. total: bytes of the GPU; more of them raise `torch.OutOfMemoryError`.
     collective: backend of torch.distributed that the process has joined with. streams: see
-    `tests.support.fake_gpu.streams`. pinned: bytes of all pinned host memory.
+    `tests.support.fake_gpu.streams`. pinned, most_pinned: bytes of all
+    pinned host memory now, and at most.
     """
 
     total: int = _TOTAL
@@ -57,6 +58,7 @@ class Record:
     live: int = 0
     peak: int = 0
     pinned: int = 0
+    most_pinned: int = 0
     streams: Streams = field(default_factory=Streams)
     _storages: set[int] = field(default_factory=set)
     _pinned: set[int] = field(default_factory=set)
@@ -83,6 +85,7 @@ class Record:
         number, size = storage._cdata, storage.nbytes()
         self._pinned.add(number)
         self.pinned += size
+        self.most_pinned = max(self.most_pinned, self.pinned)
         weakref.finalize(storage, self._unpin, number, size)
         return tensor
 

@@ -13,6 +13,7 @@ from pipeline.planning.counts import statistic_bytes, summed_bytes
 from pipeline.planning.rates import Rates
 from pipeline.planning.shapes.experts import most_sum_bytes
 from pipeline.planning.shapes.model import BlockShape, GroupShape, ModelShape
+from pipeline.runtime.background import FILE_THREADS
 from pipeline.runtime.split import batch_ranges, deal, even_range, in_passes, shard_ranges
 from pipeline.solvers.registry import solver_for
 from pipeline.worker.few_tokens import simpler_settings
@@ -29,7 +30,8 @@ class PlannedJob:
     hessian_memory: bytes of statistics that a worker may hold at once; None: half of a GPU's
     memory, no limit on a CPU. expert_tokens: as for `prune`. counted_share: of the calibration
     tokens, how many statistics are taken of. uneven: whether to plan for the most memory that any
-    routing to experts can take, instead of for even shares of the tokens.
+    routing to experts can take, instead of for even shares of the tokens. threads: CPU threads of a
+    worker without a GPU.
     """
 
     shape: ModelShape
@@ -48,6 +50,12 @@ class PlannedJob:
     expert_tokens: int = 0
     counted_share: float = 1.0
     uneven: bool = False
+    threads: int = 1
+
+    @property
+    def file_threads(self) -> int:
+        """How many files a worker hashes at a time; a GPU is taken to have the cores for it."""
+        return FILE_THREADS if self.rates.on_gpu else self.threads
 
     @property
     def per_node(self) -> int:

@@ -158,4 +158,5 @@ def _planned(skeleton: Skeleton, config: PruneConfig, workers: Sequence[FreeMemo
         in_process=config.executor == "local",
         hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
         expert_tokens=config.expert_tokens,
+        threads=config.threads or 1,
     )

@@ -35,8 +35,8 @@ from storage.run.activations import (
 from storage.run.directory import RunDirectory
 from storage.run.lock import require_owner
 
-# Activation shards that a GPU worker reads ahead, and that it writes behind. On a CPU it is one.
-_SHARDS_ON_GPU = 2
+SHARDS_ON_GPU = 2
+"""Activation shards that a GPU worker reads ahead, and writes behind; on a CPU it is one."""
 
 
 class Forward:
@@ -57,7 +57,7 @@ class Forward:
         self.store = self.run if self.scratch is None else self.scratch.store
         on_gpu = self.device.type == "cuda"
         self.file_threads = file_threads(self.device.type, job.threads)
-        self._shards = _SHARDS_ON_GPU if on_gpu else 1
+        self._shards = SHARDS_ON_GPU if on_gpu else 1
         self.reading = Background(self._shards)
         self.writing = Background(self.file_threads)
         self.staging = Staging(self.device)
@@ -236,32 +236,34 @@ class Forward:
         path = self.store.activations(block) / stored.name
         return open_activation_shard(path, sha256=stored.sha256)
 
-    def _begin(
-        self, block: int, batch_size: int, stored: StoredFile
-    ) -> Iterator[Tensor] | list[Moving]:
+    def _begin(self, block: int, batch_size: int, stored: StoredFile) -> Iterator[Moving]:
         """Opens an activation shard and begins to copy its batches to a GPU."""
         shard = self._open(block, stored)
         if self.device.type != "cuda":
-            return self._views(shard, batch_size)
-        with shard:
-            ranges = batch_ranges(shard.rows, batch_size)
-            return [self.staging.up(shard.read(start, stop)) for start, stop in ranges]
+            return self._staged(shard, batch_size)
+        moving = list(self._staged(shard, batch_size))
+        # Each is dropped when it is used.
+        return (moving.pop(0) for _ in range(len(moving)))
 
-    def _views(self, shard: ActivationShard, batch_size: int) -> Iterator[Tensor]:
-        """An activation shard's batches (n, seqlen, hidden) on the CPU, without a copy.
+    def _staged(self, shard: ActivationShard, batch_size: int) -> Iterator[Moving]:
+        """Copies an activation shard's batches to a GPU, one after another.
 
-        The mapping is private: a model that adds to its input in place changes the view, not the
-        file.
+        On a CPU they are views of the file's mapping, which is private: a model that adds to its
+        input in place changes the view, not the file.
         """
         with shard:
             for start, stop in batch_ranges(shard.rows, batch_size):
-                yield shard.read(start, stop)
+                yield self.staging.up(shard.read(start, stop))
 
-    def _arriving(self, batches: Iterator[Tensor] | list[Moving]) -> Iterator[Tensor]:
+    def _arriving(self, batches: Iterator[Moving]) -> Iterator[Tensor]:
         """An activation shard's batches (n, seqlen, hidden) on the device; safe to write to."""
-        for each in batches:
+        while True:
             with self.watch("io"):
-                batch = each if isinstance(each, Tensor) else each.tensor()
+                moving = next(batches, None)
+                if moving is None:
+                    return
+                batch = moving.tensor()
+            del moving
             self.watch.count("activations_read_bytes", batch.nbytes)
             yield batch
 

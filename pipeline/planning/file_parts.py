@@ -24,6 +24,11 @@ class FileParts:
         self.job, self.rates, self.shape = job, job.rates, job.shape
         self._shards = SHARDS_ON_GPU if self.rates.on_gpu else 1
 
+    def longest_lane(self) -> float:
+        """Bytes that one thread of the busiest worker hashes of the source's weight files."""
+        files = self.job.busiest_files
+        return max(sum(files) / self.job.file_threads, max(files, default=0.0))
+
     def load(self, size: float, sharers: int = 1) -> list[PhasePart]:
         """A worker reads `size` bytes: the same as all others (sharers 1), or a part of its own.
 

@@ -62,10 +62,10 @@ class PhaseModel:
 
     def fingerprint(self) -> Phase:
         """Hashes every weight file and checks it for NaN."""
-        job, total = self.job, float(self.shape.weight_bytes)
+        total = float(self.shape.weight_bytes)
         parts = (
             PhasePart("read", DISK, total / self.rates.disk_read),
-            PhasePart("hash and check", HASH, job.busiest_files / self.rates.check),
+            PhasePart("hash and check", HASH, self.files.longest_lane() / self.rates.check),
             self._dispatch,
         )
         return Phase(name="check weights", parts=parts, read=total)
@@ -86,13 +86,16 @@ class PhaseModel:
     def write(self) -> Phase:
         """Writes the output: copies weight files, with pruned tensors replaced, and syncs them."""
         job, total = self.job, float(self.shape.weight_bytes)
-        busiest = float(job.busiest_files)
+        busiest = sum(job.busiest_files)
         pruned = self.pruned_bytes()
         share = busiest / total if total else 0.0
+        # A block's files are verified together: as many as there are workers, or more.
+        lanes = min(job.file_threads, job.workers)
         parts = (
             PhasePart("read", DISK, (total + pruned) / self.rates.disk_read),
             PhasePart("write", DISK, total / self.rates.disk_write),
-            PhasePart("hash", HASH, (busiest + 2 * share * pruned) / self.rates.hash),
+            PhasePart("hash", HASH, busiest / self.rates.hash),
+            PhasePart("verify slices", HASH, 2 * share * pruned / lanes / self.rates.hash),
             PhasePart("copy", HOST, (busiest + share * pruned) / self.rates.copy),
             PhasePart("sync", LATENCY, 2 * self.rates.sync * len(self.shape.files)),
             self._dispatch,

@@ -192,14 +192,14 @@ class PlannedJob:
         return min(self.batch_size, self.nsamples)
 
     @cached_property
-    def busiest_files(self) -> int:
-        """Bytes of the weight files of the worker with most of them."""
+    def busiest_files(self) -> list[float]:
+        """Bytes of each weight file of the worker with most bytes of them."""
         sizes = dict(enumerate(map(float, self.shape.files)))
         owners = deal(list(sizes), sizes, self.workers)
-        loads = [0.0] * self.workers
+        files: list[list[float]] = [[] for _ in range(self.workers)]
         for index, owner in owners.items():
-            loads[owner] += sizes[index]
-        return int(max(loads))
+            files[owner].append(sizes[index])
+        return max(files, key=sum)
 
     def deal(self, block: BlockShape) -> list[list[tuple[GroupShape, int]]]:
         """For each worker, the groups of the block and how many rows of each it solves."""

@@ -118,10 +118,18 @@ class BlockWorker(SolvePhases, Scoring, ScratchPhases):
     # -- phases -----------------------------------------------------------------------------
 
     def fingerprint(self, files: list[str]) -> list[WeightFileFingerprint]:
-        """Hashes whole weight files, reading each once. Raises `ModelError` for NaN or Inf."""
+        """Hashes whole weight files, reading each once, several at a time.
+
+        Raises `ModelError` for NaN or Inf.
+        """
+        source, loaded = self.skeleton.files.source, self.skeleton.loaded
+
+        def fingerprint(file: str) -> WeightFileFingerprint:
+            return fingerprint_weight_file(source, file, loaded)
+
         with self.watch("load"):
-            source, loaded = self.skeleton.files.source, self.skeleton.loaded
-            return [fingerprint_weight_file(source, file, loaded) for file in files]
+            threads = self.forward.writing
+            return list(threads.ahead(fingerprint, files, threads.threads))
 
     def embed(self, stamp: str, only: Sequence[int] | None = None) -> list[StoredFile]:
         """Writes this rank's activation shards of the embedded tokens; `only`: some, by number."""
@@ -225,7 +233,8 @@ class BlockWorker(SolvePhases, Scoring, ScratchPhases):
         self, files: list[str], records: list[BlockRecord], folder: str
     ) -> list[StoredFile]:
         """Rewrites source weight files into `folder`, a path or URI, with the pruned tensors."""
-        replacement = Replacements(self.skeleton, self.run, records)
+        threads = self.forward.file_threads
+        replacement = Replacements(self.skeleton, self.run, records, threads)
         sending = Sending(self.run.uploads(), records, partial(require_owner, self.job.lock_file))
         with self.watch("io"):
             return write_files(self.skeleton.files, files, place(folder), replacement, sending)

@@ -43,7 +43,8 @@ class Forward:
     """Runs any block over the sequences of one rank.
 
     file_threads: how many files it hashes at a time. reading, writing: threads for files that are
-    read ahead and written behind. staging: copies from and to the device.
+    read ahead, and for files that are written behind or only hashed. staging: copies from and to
+    the device.
     """
 
     def __init__(

@@ -104,6 +104,17 @@ def test_a_pruned_layer_is_read_once(shape: ModelShape) -> None:
     assert parts["load weights", DISK] == pytest.approx(dense / job.rates.disk_read)
 
 
+def test_weight_files_are_hashed_side_by_side(shape: ModelShape) -> None:
+    many = replace(shape, files=(100, 500, 200, 300, 100))
+    for workers, busiest, longest in ((1, 1200, 500), (2, 600, 500), (5, 500, 500)):
+        job = on_gpus(many, workers)
+        assert sum(job.busiest_files) == busiest
+        assert FileParts(job).longest_lane() == longest
+    one = job_of(many, threads=1)
+    assert FileParts(one).longest_lane() == 1200
+    assert FileParts(replace(one, threads=2)).longest_lane() == 600
+
+
 def test_what_a_gpu_worker_pins_is_counted(shape: ModelShape) -> None:
     gpu, cpu = Plan(on_gpus(shape, 2)), Plan(job_of(shape, workers=2))
     moving = {"embed", "calibrate", "advance", "reduce", "solve"}

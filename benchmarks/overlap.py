@@ -7,7 +7,7 @@ The same job with all of them, and without each:
 One rank of one thread, the local executor, wanda, on a machine with a core to spare. The model is
 narrow on purpose: the time of a forward pass grows with the width for each byte of activations,
 so that narrow blocks on a CPU stand for wide ones on a GPU, where the disk is what holds up.
-"Without" replaces, in this process only, the thread behind by a call that is waited for. Compared
+"Without" replaces, in this process only, the threads behind by a call that is waited for. Compared
 are the shortest runs of each.
 """
 
@@ -37,7 +37,9 @@ from tests.support.jobs import prune_here, write_text
 from tests.support.tiny_models import save_tiny_model
 
 
-def in_turn(_: Background, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+def in_turn(
+    _: Background, function: Callable[[Any], Any], items: Iterable[Any], depth: int = 1
+) -> Iterator[Any]:
     """`Background.ahead`, not ahead."""
     return map(function, items)
 

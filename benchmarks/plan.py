@@ -20,11 +20,12 @@ from pipeline.config.solver import SolverSettings
 from pipeline.planning import phases
 from pipeline.planning import planned_job as planning
 from pipeline.planning.options import PlanConfig, planned_job
-from pipeline.planning.phase_parts import merge
+from pipeline.planning.parts.phase_parts import merge
 from pipeline.planning.plan import Plan
 from pipeline.planning.planned_job import PlannedJob
 from pipeline.planning.rates import gpu_rates
 from pipeline.planning.shapes.model import ModelShape, read_shape
+from pipeline.runtime.background import FILE_THREADS
 from pipeline.runtime.units import size_text
 from pipeline.solvers.cost import SolveCost
 from pipeline.solvers.registry import solve_cost
@@ -207,7 +208,8 @@ def assumptions() -> str:
         ("HBM", f"{rates.memory / tera:.2f} TB/s (70 % of 3.35)"),
         ("an iteration of a solve", "moves 92 bytes for each entry of the rows"),
         ("shared filesystem", f"{disk} in all; each node reads a weight once"),
-        ("SHA-256", f"{rates.hash / giga:.1f} GB/s a worker, one core with SHA extensions"),
+        ("SHA-256", f"{rates.hash / giga:.1f} GB/s a thread, on a core with SHA extensions"),
+        ("files hashed at a time", f"{FILE_THREADS} a worker, on as many cores"),
         ("SHA-256 and the check for NaN", f"{rates.check / giga:.1f} GB/s a worker"),
         ("file cache to GPU", f"{rates.copy / giga:.0f} GB/s a worker"),
         ("between GPUs of a node", f"{rates.link / giga:.0f} GB/s each way (60 % of NVLink's 450)"),
@@ -272,14 +274,16 @@ Llama-3.1-405B:
 - *Local copy of the weights*: every node reads each block's weights from the shared filesystem. The
   column assumes that reads and writes grow with the nodes (each with a disk of its own at 10 and
   5 GB/s).
-- *Slices not hashed again*: every rank verifies all of a block's row slices before it loads them.
+- *Slices not hashed again*: every rank verifies all of a block's row slices before it loads them,
+  several files at a time.
 
 ## Assumptions
 
 {assumptions}
 
 A plan adds up what the busiest rank does in each phase. Reads ahead and writes behind hide behind
-computation but for the first piece. Rows are dealt as the workers deal them.
+computation but for the first piece, and the shorter of the two behind the longer. Rows are dealt as
+the workers deal them.
 """
 
 if __name__ == "__main__":

@@ -102,16 +102,24 @@ class Advanced:
 
 
 @dataclass(frozen=True)
+class SliceFile:
+    """A file of row slices. ranges: layer → its rows that are in it, (start, stop)."""
+
+    stored: StoredFile
+    ranges: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class SolvedSlices:
     """One rank's row slices of a block's layers.
 
-    file: where they are stored; None if the rank had no rows. ranges: layer → its rows,
+    files: where they are stored; none if the rank had no rows. ranges: layer → its rows,
     (start, stop). reports: layer → a `SolveReport` of these rows as JSON, with the counts of
     `pipeline.solvers.mask_counts` under `mask`. costs: group → seconds and peak memory in bytes of
     this rank's solve.
     """
 
-    file: StoredFile | None
+    files: tuple[SliceFile, ...]
     ranges: dict[str, tuple[int, int]]
     reports: dict[str, dict[str, Any]]
     costs: dict[str, dict[str, float]]

@@ -119,6 +119,8 @@ class BlockSteps:
             if observed is None:
                 observed = self._calibrate(block, shards, 0, times)
             groups = [list(group.layers) for group in observed.groups]
+            if self.reconstruction is not None:
+                self.targets(block, times)  # now: the dense block is in memory
             for number in range(observed.passes):
                 if number:
                     self._calibrate(block, shards, number, times)

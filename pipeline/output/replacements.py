@@ -19,10 +19,14 @@ class Replacements:
     """
 
     def __init__(
-        self, skeleton: Skeleton, run: RunDirectory, records: Iterable[BlockRecord]
+        self,
+        skeleton: Skeleton,
+        run: RunDirectory,
+        records: Iterable[BlockRecord],
+        threads: int = 1,
     ) -> None:
-        """records: of the pruned blocks."""
-        self._skeleton, self._run = skeleton, run
+        """records: of the pruned blocks. threads: how many files are hashed at a time."""
+        self._skeleton, self._run, self._threads = skeleton, run, threads
         # Stored tensor → number of the expert (0 for a tensor of one layer) → its layer.
         self._owners: dict[str, dict[int, tuple[BlockRecord, str]]] = {}
         self._stacks: set[str] = set()
@@ -58,7 +62,7 @@ class Replacements:
     def _pruned(self, record: BlockRecord, layer: str) -> Tensor:
         directory = self._run.checkpoints(record.block)
         if record.block not in self._verified:
-            verify_record(directory, record)
+            verify_record(directory, record, self._threads)
             self._verified.add(record.block)
         weight = read_layer(directory, record, layer, verify=False)
         return self._skeleton.as_stored(record.block, layer, weight)

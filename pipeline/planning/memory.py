@@ -14,9 +14,12 @@ from pipeline.config.solver import AUTO
 from pipeline.planning.counts import padded
 from pipeline.planning.planned_job import PlannedJob
 from pipeline.planning.shapes.model import BlockShape, GroupShape
+from pipeline.runtime.split import sequences_per_shard
 from pipeline.solvers.registry import solver_for
 from pipeline.statistics.accumulate import panels
+from pipeline.worker.forward import SHARDS_ON_GPU
 from pipeline.worker.solve import MOST_ROWS
+from pipeline.worker.transfer.staging import PINNED_BYTES
 
 # Bytes of numba and its compiler in a CPU process that runs the proximal operator; measured.
 _NUMBA_BYTES = 70 * 2**20
@@ -80,17 +83,19 @@ def phase_memory(
     sums = sums_bytes(job, block)
     batch = job.largest_batch
     hidden = float(batch * job.seqlen * job.shape.hidden * size)
-    staged = staged_bytes(job, block)
+    staged = staged_bytes(job, block) + pinned_bytes(job)
     weights = float(block.parameters * size)
     peaks = {}
-    observed = hidden + batch * block.observed.live
+    observed = hidden + batch * block.observed.live + read_ahead_bytes(job)
     if before is None:
         # The arguments of the blocks are captured by running the embeddings with the first block.
         ends = float(job.shape.ends * size) + 2 * hidden
         peaks["calibrate"] = PeakBytes(weights + max(sums + observed, ends + observed), staged)
     else:
-        both = weights + float(before.parameters * size)
-        forward = max(hidden + batch * before.full.live, hidden + observed)
+        both = weights + float(before.parameters * size) + written_behind_bytes(job)
+        full = hidden + batch * before.full.live + read_ahead_bytes(job)
+        forward = max(full, hidden + observed)
+        staged = layers_ahead(job) * staged_bytes(job, before) + pinned_bytes(job)
         peaks["advance"] = PeakBytes(both + sums + forward, staged + 2 * hidden)
     peaks["reduce"] = _reduce(job, block)
     if job.halves > 1:
@@ -105,13 +110,45 @@ def staged_bytes(job: PlannedJob, block: BlockShape) -> float:
     return float(largest * job.shape.itemsize)
 
 
+def layers_ahead(job: PlannedJob) -> int:
+    """Pruned layers that are in host memory on their way to the device."""
+    return SHARDS_ON_GPU if job.rates.on_gpu else 1
+
+
+def pinned_bytes(job: PlannedJob) -> float:
+    """Bytes of pinned buffers, which a GPU worker keeps from its first copy on."""
+    return float(PINNED_BYTES) if job.rates.on_gpu and job.calibrates else 0.0
+
+
+def _shard_bytes(job: PlannedJob, most: int) -> float:
+    """Bytes of activation shards on a GPU: `most`, or as many as the busiest worker has."""
+    if not job.rates.on_gpu:
+        return 0.0
+    sequences = min(sequences_per_shard(job.batch_size), job.nsamples)
+    one = sequences * job.seqlen * job.shape.hidden * job.shape.forward_itemsize
+    return float(min(most, job.busiest[2]) * one)
+
+
+def read_ahead_bytes(job: PlannedJob) -> float:
+    """Bytes on a GPU of batches that wait to be used: of the current shard and the next ones."""
+    batch = job.largest_batch * job.seqlen * job.shape.hidden * job.shape.forward_itemsize
+    return max(0.0, _shard_bytes(job, SHARDS_ON_GPU + 1) - batch)
+
+
+def written_behind_bytes(job: PlannedJob) -> float:
+    """Bytes on a GPU of copies that wait to be written: of the current shard and the last ones."""
+    return _shard_bytes(job, SHARDS_ON_GPU + 1)
+
+
 def propagate_memory(job: PlannedJob, before: BlockShape) -> PeakBytes:
     """Peak of the forward of one block, pruned or dense, that computes the next block's inputs."""
     size = job.shape.forward_itemsize
     hidden = float(job.largest_batch * job.seqlen * job.shape.hidden * size)
     weights = float(before.parameters * size)
     live = job.largest_batch * before.full.live
-    return PeakBytes(weights + hidden + live, staged_bytes(job, before) + 2 * hidden)
+    moving = read_ahead_bytes(job) + written_behind_bytes(job)
+    staged = layers_ahead(job) * staged_bytes(job, before) + pinned_bytes(job)
+    return PeakBytes(weights + hidden + live + moving, staged + 2 * hidden)
 
 
 def _reduce(job: PlannedJob, block: BlockShape) -> PeakBytes:
@@ -123,7 +160,7 @@ def _reduce(job: PlannedJob, block: BlockShape) -> PeakBytes:
     if job.workers > 1 and not job.in_process:
         sums = max((job.counted([group]) for group in each), default=0.0)
         peak += (_BUFFERS + 2 / job.workers) * min(_CHUNK_BYTES, sums)
-    return PeakBytes(peak)
+    return PeakBytes(peak, pinned_bytes(job))
 
 
 def embed_memory(job: PlannedJob) -> PeakBytes:
@@ -131,7 +168,8 @@ def embed_memory(job: PlannedJob) -> PeakBytes:
     size = job.shape.forward_itemsize
     hidden = job.largest_batch * job.seqlen * job.shape.hidden * size
     table = float(job.shape.ends * job.shape.itemsize)
-    return PeakBytes(float(job.shape.ends * size + 2 * hidden), table)
+    device = float(job.shape.ends * size + 2 * hidden) + written_behind_bytes(job)
+    return PeakBytes(device, table + pinned_bytes(job))
 
 
 def _solve(job: PlannedJob, block: BlockShape, after: BlockShape | None) -> PeakBytes:
@@ -141,7 +179,7 @@ def _solve(job: PlannedJob, block: BlockShape, after: BlockShape | None) -> Peak
     there is one, are read into host memory.
     """
     itemsize, largest = job.shape.itemsize, PeakBytes(0.0)
-    ahead = ahead_bytes(job, after)
+    ahead = ahead_bytes(job, after) + pinned_bytes(job)
     # Equal groups (of experts) get equal shares: which expert gets most tokens is not known.
     each = {
         group: job.statistics([group] * count) / count
@@ -176,7 +214,7 @@ def _choose(job: PlannedJob, block: BlockShape) -> PeakBytes:
         ),
         default=0.0,
     )
-    return PeakBytes(job.statistics(block.groups) + largest)
+    return PeakBytes(job.statistics(block.groups) + largest, pinned_bytes(job))
 
 
 def solve_bytes(job: PlannedJob, group: GroupShape, rows: int) -> float:

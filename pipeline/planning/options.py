@@ -199,7 +199,7 @@ def planned_job(shape: ModelShape, config: PlanConfig, rates: Rates | None = Non
         hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
         expert_tokens=config.expert_tokens,
         reconstruct=config.reconstruction(),
-        threads=1 if on_gpus else threads_of(config),
+        threads=threads_of(config),
     )
 
 

@@ -1,7 +1,7 @@
 """How long each phase takes: the work of the busiest worker, divided by the rates.
 
 The time of a phase is the sum of its parts, and all workers wait for the slowest at its end.
-Reading ahead and writing behind overlap with the computation in a background thread: only their
+Reading ahead and writing behind overlap with the computation in background threads: only their
 first piece counts, and what takes longer than the computation. On a CPU hashing and copying use
 cores that compute, so they do not overlap.
 """
@@ -19,7 +19,8 @@ from pipeline.planning.memory import (
     propagate_memory,
     sums_products,
 )
-from pipeline.planning.phase_parts import (
+from pipeline.planning.parts.file_parts import FileParts
+from pipeline.planning.parts.phase_parts import (
     BANDWIDTH,
     COMPUTE,
     DISK,
@@ -31,11 +32,11 @@ from pipeline.planning.phase_parts import (
     PhasePart,
     merge,
 )
+from pipeline.planning.parts.solve_parts import group_parts
+from pipeline.planning.parts.train_parts import dense_memory, train_phase
 from pipeline.planning.planned_job import PlannedJob, Share
-from pipeline.planning.reconstruction import train_phase
 from pipeline.planning.shapes.model import BlockShape
 from pipeline.planning.shapes.profile import ForwardProfile
-from pipeline.planning.solve_parts import group_parts
 from pipeline.solvers.registry import solver_for
 
 # Trials of `--shrinkage auto` take about a quarter of the solve they choose for.
@@ -47,6 +48,7 @@ class PhaseModel:
 
     def __init__(self, job: PlannedJob) -> None:
         self.job, self.rates, self.shape = job, job.rates, job.shape
+        self.files = FileParts(job)
         self._dispatch = PhasePart("dispatch", LATENCY, job.rates.dispatch)
         plain = job.rates.on_gpu and self.shape.dtype == "float32"
         # The rate at which the products of statistics are computed.
@@ -60,10 +62,10 @@ class PhaseModel:
 
     def fingerprint(self) -> Phase:
         """Hashes every weight file and checks it for NaN."""
-        job, total = self.job, float(self.shape.weight_bytes)
+        total = float(self.shape.weight_bytes)
         parts = (
             PhasePart("read", DISK, total / self.rates.disk_read),
-            PhasePart("hash and check", HASH, job.busiest_files / self.rates.check),
+            PhasePart("hash and check", HASH, self.files.longest_lane() / self.rates.check),
             self._dispatch,
         )
         return Phase(name="check weights", parts=parts, read=total)
@@ -71,8 +73,8 @@ class PhaseModel:
     def embed(self) -> Phase:
         """Loads the embeddings, and writes the first activation store."""
         table = float(self.shape.ends * self.shape.itemsize)
-        loaded = self._load(table)
-        written, size = self._store_written()
+        loaded = self.files.load(table)
+        written, size = self.files.store_written()
         return Phase(
             name="embed",
             parts=(*loaded, *written, self._dispatch),
@@ -84,13 +86,16 @@ class PhaseModel:
     def write(self) -> Phase:
         """Writes the output: copies weight files, with pruned tensors replaced, and syncs them."""
         job, total = self.job, float(self.shape.weight_bytes)
-        busiest = float(job.busiest_files)
+        busiest = sum(job.busiest_files)
         pruned = self.pruned_bytes()
         share = busiest / total if total else 0.0
+        # A block's files are verified together: as many as there are workers, or more.
+        lanes = min(job.file_threads, job.workers)
         parts = (
             PhasePart("read", DISK, (total + pruned) / self.rates.disk_read),
             PhasePart("write", DISK, total / self.rates.disk_write),
-            PhasePart("hash", HASH, (busiest + 2 * share * pruned) / self.rates.hash),
+            PhasePart("hash", HASH, busiest / self.rates.hash),
+            PhasePart("verify slices", HASH, 2 * share * pruned / lanes / self.rates.hash),
             PhasePart("copy", HOST, (busiest + share * pruned) / self.rates.copy),
             PhasePart("sync", LATENCY, 2 * self.rates.sync * len(self.shape.files)),
             self._dispatch,
@@ -136,25 +141,28 @@ class PhaseModel:
                 phases.append(self._choose(part, memory["choose"]))
             phases.append(self._solve(part, memory["solve"], last))
         if self.job.reconstruct is not None:
-            phases += [self._dense(block), train_phase(self.job, block, (self._dispatch,))]
+            phases += [self._dense(block), train_phase(self.job, block, self.files, self._dispatch)]
         return phases
 
     def _dense(self, block: BlockShape) -> Phase:
-        """The dense forward of a block that computes the targets of its reconstruction."""
-        weights = float(block.parameters * self.shape.itemsize)
-        read, store = self._store_read()
-        written, size = self._store_written()
+        """The dense forward of a block that computes the targets of its reconstruction.
+
+        It has the weights from the calibration, if there was one.
+        """
+        weights = 0.0 if self.job.calibrates else float(block.parameters * self.shape.itemsize)
+        read, store = self.files.store_read()
+        written, size = self.files.store_written()
         computed = self._forward(block.full, "dense forward")
         parts = (
-            *self._load(weights),
+            *(self.files.load(weights) if weights else []),
             *computed,
-            *self._hide([*read, *written], computed, self.job.busiest[2]),
+            *self.files.hide(read, written, computed, self.job.busiest[2]),
             self._dispatch,
         )
         return Phase(
             name="dense",
-            parts=parts,
-            peak=propagate_memory(self.job, block),
+            parts=merge(parts),
+            peak=dense_memory(self.job, block),
             read=store + self.job.nodes * weights,
             written=size,
         )
@@ -163,12 +171,12 @@ class PhaseModel:
         """The dense forward of a block, which sums the statistics of its layers."""
         weights = float(block.parameters * self.shape.itemsize)
         table = float(self.shape.ends * self.shape.itemsize)
-        read, store = self._store_read()
+        read, store = self.files.store_read()
         computed = [*self._forward(block.observed, "dense forward"), *self._hessian(block)]
         parts = (
-            *self._load(weights + table),
+            *self.files.load(weights + table),
             *computed,
-            *self._hide(read, computed, self.job.busiest[2]),
+            *self.files.hide(read, [], computed, self.job.busiest[2]),
             self._dispatch,
         )
         return Phase(
@@ -180,57 +188,52 @@ class PhaseModel:
 
     def _advance(self, block: BlockShape, before: BlockShape, peak: PeakBytes) -> Phase:
         """Each batch through the previous block, pruned, and then through this one, dense."""
-        # This block's weights, unless the solve of the previous block has read them ahead.
-        more = 0.0 if before.groups else float(block.parameters * self.shape.itemsize)
+        weights = float(block.parameters * self.shape.itemsize)
+        # The solve of the previous block has read this block's weights ahead.
+        loaded = self.files.copied(weights) if before.groups else self.files.load(weights)
+        read = 0.0 if before.groups else weights
         observed = [*self._forward(block.observed, "dense forward"), *self._hessian(block)]
-        return self._pass("advance", before, observed, more, peak)
+        return self._pass("advance", before, observed, loaded, read, peak)
 
     def _propagate(self, before: BlockShape) -> Phase:
         """Each batch through the previous block, pruned or not, for a block that stays dense."""
-        return self._pass("propagate", before, [], 0.0, propagate_memory(self.job, before))
+        return self._pass("propagate", before, [], [], 0.0, propagate_memory(self.job, before))
 
     def _pass(
-        self, name: str, before: BlockShape, observed: list[PhasePart], more: float, peak: PeakBytes
+        self,
+        name: str,
+        before: BlockShape,
+        observed: list[PhasePart],
+        loaded: list[PhasePart],
+        weights: float,
+        peak: PeakBytes,
     ) -> Phase:
         """Each batch through the previous block, followed by the parts `observed`.
 
-        more: bytes of weights that are loaded besides those of the previous block.
+        loaded, weights: parts and bytes of the weights that are loaded besides those of the
+        previous block, of which the pruned ones are in row slices.
         """
-        weights = more + float(before.parameters * self.shape.itemsize)
+        dense = float((before.parameters - before.pruned) * self.shape.itemsize)
         slices = float(before.pruned * self.shape.itemsize)
-        read, store = self._store_read()
-        written, size = self._store_written()
+        read, store = self.files.store_read()
+        written, size = self.files.store_written()
         ran = "pruned forward" if before.groups else "forward of a block that stays dense"
         computed = [*self._forward(before.full, ran), *observed]
         parts = (
-            *self._load(weights + slices),
-            PhasePart("verify slices", HASH, slices / self.rates.hash),
+            *loaded,
+            *self.files.load(dense),
+            *self.files.load_slices(before),
             *computed,
-            *self._hide([*read, *written], computed, self.job.busiest[2]),
+            *self.files.hide(read, written, computed, self.job.busiest[2]),
             self._dispatch,
         )
         return Phase(
             name=name,
-            parts=parts,
+            parts=merge(parts),
             peak=peak,
-            read=store + self.job.nodes * (weights + slices),
+            read=store + self.job.nodes * (weights + dense + slices),
             written=size,
         )
-
-    def _hide(
-        self, beside: list[PhasePart], computed: list[PhasePart], pieces: int
-    ) -> list[PhasePart]:
-        """The parts `beside`, less what overlaps with the computation, as they run in `pieces`."""
-        busy = () if self.rates.on_gpu else (HASH, HOST)
-        shown = [part for part in beside if part.limit in busy]
-        hidden = [part for part in beside if part.limit not in busy]
-        total = sum(part.seconds for part in hidden)
-        if not total:
-            return shown
-        first = 1 / max(pieces, 1)
-        cover = (1 - first) * sum(part.seconds for part in computed)
-        share = max(first, 1 - cover / total)
-        return shown + [PhasePart(p.what, p.limit, share * p.seconds) for p in hidden]
 
     def _reduce(self, block: BlockShape, peak: PeakBytes) -> Phase:
         """Sums the statistics over the workers."""
@@ -273,30 +276,23 @@ class PhaseModel:
         job = self.job
         cache: dict[Share, list[PhasePart]] = {}
         computed: list[PhasePart] = []
-        most = 0.0
         for shares in job.deal(block):
-            parts, entries = list[PhasePart](), 0
+            parts = list[PhasePart]()
             for share in filter(lambda share: share.rows, shares):
                 if share not in cache:
                     cache[share] = group_parts(job, share.group, share.rows, share.team)
                 parts += cache[share]
-                entries += share.rows * share.group.columns
             if not computed or _sum(parts) > _sum(computed):
                 computed = parts
-            most = max(most, float(entries * self.shape.itemsize))
         slices = float(block.pruned * self.shape.itemsize)
-        parts = [*computed, *self._load(most, sharers=job.workers)]
+        most = max(self.files.slices(block), default=0.0)
+        parts = [*computed, *self.files.load(most, sharers=job.workers)]
         read = slices
         if after is not None and job.calibrates:
             ahead = float(after.parameters * self.shape.itemsize)
-            parts += self._hide(self._load(ahead), computed, 1 << 30)
+            parts += self.files.hide(self.files.load(ahead), [], computed, 1 << 30)
             read += ahead * job.nodes
-        parts += [
-            PhasePart("write slices", DISK, slices / self.rates.disk_write),
-            PhasePart("hash slices", HASH, most / self.rates.hash),
-            PhasePart("sync", LATENCY, 4 * self.rates.sync),
-            self._dispatch,
-        ]
+        parts += [*self.files.write_slices(block), self._dispatch]
         return Phase(name="solve", parts=merge(parts), peak=peak, read=read, written=slices)
 
     # -- parts of phases ------------------------------------------------------------------------
@@ -339,44 +335,6 @@ class PhaseModel:
             PhasePart("Hessian", COMPUTE, flops / rates.product(self._precision)),
             PhasePart("Hessian: copies", BANDWIDTH, moved / rates.memory),
         ]
-
-    def _load(self, size: float, sharers: int = 1) -> list[PhasePart]:
-        """A worker reads `size` bytes: the same as all others (sharers 1), or a part of its own.
-
-        A node reads the same bytes from the disk only once; else `sharers` workers read.
-        """
-        fetched = size * (self.job.nodes if sharers == 1 else sharers)
-        return [
-            PhasePart("load weights", DISK, fetched / self.rates.disk_read),
-            PhasePart("load weights", HOST, size / self.rates.copy),
-        ]
-
-    def _store_read(self) -> tuple[list[PhasePart], float]:
-        """Parts of reading an activation store, and its bytes."""
-        total, busiest, _ = self._store()
-        parts = [
-            PhasePart("read store", DISK, total / self.rates.disk_read),
-            PhasePart("verify store", HASH, busiest / self.rates.hash),
-        ]
-        if self.rates.on_gpu:
-            parts.append(PhasePart("read store", HOST, busiest / self.rates.copy))
-        return parts, total
-
-    def _store_written(self) -> tuple[list[PhasePart], float]:
-        """Parts of writing an activation store, and its bytes."""
-        total, busiest, shards = self._store()
-        parts = [
-            PhasePart("write store", DISK, total / self.rates.disk_write),
-            PhasePart("hash store", HASH, busiest / self.rates.hash),
-            PhasePart("sync", LATENCY, 2 * shards * self.rates.sync),
-        ]
-        return parts, total
-
-    def _store(self) -> tuple[float, float, int]:
-        """Bytes of an activation store; bytes and number of the busiest worker's shards of it."""
-        sequences, _, shards = self.job.busiest
-        one = float(self.job.seqlen * self.shape.hidden * self.shape.forward_itemsize)
-        return self.job.nsamples * one, sequences * one, shards
 
 
 def _sum(parts: Iterable[PhasePart]) -> float:

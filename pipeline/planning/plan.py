@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.planning.counts import store_bytes
 from pipeline.planning.memory import compiler_bytes, kept_by_allocator, sums_bytes
-from pipeline.planning.phase_parts import Phase
+from pipeline.planning.parts.phase_parts import Phase
 from pipeline.planning.phases import PhaseModel
 from pipeline.planning.planned_job import PlannedJob
 from pipeline.solvers.registry import solver_class

@@ -15,6 +15,7 @@ from pipeline.planning.counts import statistic_bytes, summed_bytes
 from pipeline.planning.rates import Rates
 from pipeline.planning.shapes.experts import most_sum_bytes
 from pipeline.planning.shapes.model import BlockShape, GroupShape, ModelShape
+from pipeline.runtime.background import FILE_THREADS
 from pipeline.runtime.split import batch_ranges, deal, even_range, in_passes, shard_ranges
 from pipeline.solvers.registry import solver_for
 from pipeline.worker.few_tokens import simpler_settings
@@ -42,8 +43,8 @@ class PlannedJob:
     hessian_memory: bytes of statistics that a worker may hold at once; None: half of a GPU's
     memory, no limit on a CPU. expert_tokens: as for `prune`. counted_share: of the calibration
     tokens, how many statistics are taken of. uneven: whether to plan for the most memory that any
-    routing to experts can take, instead of for even shares of the tokens. reconstruct: as for
-    workers. threads: of a worker, whose rates are those of all of them.
+    routing to experts can take, instead of for even shares of the tokens. reconstruct: how blocks
+    are reconstructed, if at all. threads: CPU threads of a worker without a GPU.
     """
 
     shape: ModelShape
@@ -64,6 +65,11 @@ class PlannedJob:
     uneven: bool = False
     reconstruct: Reconstruct | None = None
     threads: int = 1
+
+    @property
+    def file_threads(self) -> int:
+        """How many files a worker hashes at a time; a GPU is taken to have the cores for it."""
+        return FILE_THREADS if self.rates.on_gpu else self.threads
 
     @property
     def per_node(self) -> int:
@@ -205,14 +211,14 @@ class PlannedJob:
         return min(self.batch_size, self.nsamples)
 
     @cached_property
-    def busiest_files(self) -> int:
-        """Bytes of the weight files of the worker with most of them."""
+    def busiest_files(self) -> list[float]:
+        """Bytes of each weight file of the worker with most bytes of them."""
         sizes = dict(enumerate(map(float, self.shape.files)))
         owners = deal(list(sizes), sizes, self.workers)
-        loads = [0.0] * self.workers
+        files: list[list[float]] = [[] for _ in range(self.workers)]
         for index, owner in owners.items():
-            loads[owner] += sizes[index]
-        return int(max(loads))
+            files[owner].append(sizes[index])
+        return max(files, key=sum)
 
     def deal(self, block: BlockShape) -> list[list[Share]]:
         """For each worker, its shares of the block's groups, in the order in which it solves."""

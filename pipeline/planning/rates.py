@@ -46,10 +46,10 @@ class Rates:
     tf32: those of iterations of a solve on a GPU; statistics: the products that are summed to
     Hessians (TF32 for 16-bit inputs on GPUs); attention; inverse: the fp32 inverse, about C^3
     operations; factor: the float64 factor.
-    Bytes per second: memory: read and written by elementwise operators; hash: SHA-256, with the
-    copy to or from a file; copy: from a file in memory to a tensor on the device; check: hashed and
-    checked for NaN; disk_read, disk_write: all workers together; link: sent by a worker within a
-    node; network: sent by a worker between nodes.
+    Bytes per second: memory: read and written by elementwise operators; hash: SHA-256 by one
+    thread, with the copy to or from a file; copy: from a file in memory to a tensor on the device;
+    check: hashed and checked for NaN; disk_read, disk_write: all workers together; link: sent by a
+    worker within a node; network: sent by a worker between nodes.
     iteration: entries of the rows per second in an iteration of a solver, besides its product.
     Seconds: operator: to start an operator; sync: one fsync; dispatch: to start a phase and collect
     its results; start: to start the workers.

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from pipeline.models.text_forward import NOT_REACHED
-from pipeline.planning.phase_parts import Phase
+from pipeline.planning.parts.phase_parts import Phase
 from pipeline.planning.plan import PLAN_SCHEMA, Plan, scaling
 from pipeline.planning.shapes.model import ModelShape
 

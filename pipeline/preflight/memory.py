@@ -9,7 +9,7 @@ from pipeline.config.prune import PruneConfig
 from pipeline.models.selection import layers_to_prune
 from pipeline.models.skeleton import Skeleton
 from pipeline.planning.memory import sums_bytes
-from pipeline.planning.phase_parts import Phase
+from pipeline.planning.parts.phase_parts import Phase
 from pipeline.planning.plan import Plan, remedies
 from pipeline.planning.planned_job import PlannedJob
 from pipeline.planning.rates import cpu_rates, gpu_rates

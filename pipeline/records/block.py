@@ -99,9 +99,10 @@ def block_record(
         parts = [part for part in solved if name in part.ranges]
         parts.sort(key=lambda part: part.ranges[name])
         slices = [
-            LayerSlice(part.file.name, *part.ranges[name])
+            LayerSlice(file.stored.name, *file.ranges[name])
             for part in parts
-            if part.file is not None
+            for file in part.files
+            if name in file.ranges
         ]
         reports = [dict(part.reports[name]) for part in parts]
         masks[name] = merge_mask_counts([report.pop("mask") for report in reports])
@@ -113,7 +114,7 @@ def block_record(
         block=block,
         attempt=attempt,
         world=world,
-        files=tuple(part.file for part in solved if part.file is not None),
+        files=tuple(file.stored for part in solved for file in part.files),
         layers=records,
         results={**results, "masks": masks},
     )

@@ -23,7 +23,8 @@ import torch
 class Stopwatch:
     """Seconds by kind of work. Nested timings are exclusive: the outer one excludes the inner one.
 
-    On a GPU each start and end waits for the device, so that kernels count as the right kind.
+    On a GPU each start and end waits for what the thread has begun there, so that kernels count as
+    the right kind. Copies that other threads have begun go on.
     With `trace` each interval is kept as (kind, start in seconds since the epoch, seconds).
     """
 
@@ -50,7 +51,7 @@ class Stopwatch:
 
     def _switch(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         if self._running:
             kind, since = self._running[-1]
             elapsed = time.perf_counter() - since

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from pipeline.models.linears import as_held
-from pipeline.models.skeleton import Skeleton
 from pipeline.models.text_forward import text_forward
-from pipeline.runtime.background import Background
-from pipeline.runtime.stopwatch import Stopwatch
+from pipeline.worker.forward import Forward
+from pipeline.worker.transfer.staging import Moving
 from storage.run.checkpoints import BlockRecord, read_layer, verify_record
 from storage.run.directory import RunDirectory
 
@@ -20,11 +19,11 @@ from storage.run.directory import RunDirectory
 class BlockLoader:
     """Loads blocks of a model from the source's weight files and the run's checkpoints."""
 
-    def __init__(
-        self, skeleton: Skeleton, run: RunDirectory, watch: Stopwatch, background: Background
-    ) -> None:
-        self.skeleton, self.run, self.watch, self.device = skeleton, run, watch, watch.device
-        self._background = background
+    def __init__(self, run: RunDirectory, forward: Forward) -> None:
+        self.run, self.skeleton = run, forward.skeleton
+        self.watch, self.device = forward.watch, forward.device
+        self._reading, self._staging = forward.reading, forward.staging
+        self._file_threads = forward.file_threads
         self._prefetched: tuple[int, Future[nn.Module]] | None = None
 
     def ahead(self, block: int) -> None:
@@ -32,14 +31,15 @@ class BlockLoader:
         if block not in text_forward(self.skeleton).reached:
             return
         load = partial(self.skeleton.load_block, block, torch.device("cpu"))
-        self._prefetched = (block, self._background.submit(load))
+        self._prefetched = (block, self._reading.submit(load))
 
     def dense(self, block: int) -> nn.Module:
         """A block with the source's weights, on the device; uses what `ahead` has read."""
         with self.watch("load"):
             if self._prefetched is not None and self._prefetched[0] == block:
                 future, self._prefetched = self._prefetched[1], None
-                return self._counted(block, future.result().to(self.device))
+                module = self._staging.module_up(future.result(), self._reading)
+                return self._counted(block, module)
             return self._counted(block, self.skeleton.load_block(block, self.device))
 
     def pruned(self, block: int, record: BlockRecord | None) -> nn.Module:
@@ -56,17 +56,24 @@ class BlockLoader:
             self._counted(block, module)
             if record is not None:
                 self.watch.count("slices_read_bytes", sum(stored.bytes for stored in record.files))
-                directory = self.run.checkpoints(block)
-                verify_record(directory, record)
-                for layer in layers:
-                    weight = read_layer(directory, record, layer, verify=False)
-                    linear = module.get_submodule(layer)
-                    weight = as_held(linear, weight).contiguous()
-                    linear.weight = nn.Parameter(
-                        weight.to(device=self.device, dtype=self.skeleton.dtype),
-                        requires_grad=False,
-                    )
+                self._fill(block, module, record)
         return module
+
+    def _fill(self, block: int, module: nn.Module, record: BlockRecord) -> None:
+        """Gives a block its pruned layers. The next ones are read while one is copied to a GPU."""
+        directory = self.run.checkpoints(block)
+        verify_record(directory, record, self._file_threads)
+
+        def read(layer: str) -> Moving:
+            weight = read_layer(directory, record, layer, verify=False)
+            weight = as_held(module.get_submodule(layer), weight).contiguous()
+            return self._staging.up(weight.to(self.skeleton.dtype))
+
+        for layer, weight in zip(
+            record.layers, self._reading.ahead(read, record.layers), strict=True
+        ):
+            parameter = nn.Parameter(weight.tensor(), requires_grad=False)
+            module.get_submodule(layer).weight = parameter
 
     def _counted(self, block: int, module: nn.Module) -> nn.Module:
         """Counts the stored bytes of the tensors of `module` as read; returns `module`."""

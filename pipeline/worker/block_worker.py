@@ -95,7 +95,7 @@ class BlockWorker(SolvePhases, TrainingPhases, Scoring, ScratchPhases):
         self.collective: Collective | None = None
         self.state = PassState()
         self._groups = Groups(self.forward)
-        self.loader = BlockLoader(self.skeleton, self.run, self.watch, self.forward.background)
+        self.loader = BlockLoader(self.run, self.forward)
 
     @torch.no_grad()
     def perform(self, phase: Call[T]) -> Outcome[T]:
@@ -119,15 +119,23 @@ class BlockWorker(SolvePhases, TrainingPhases, Scoring, ScratchPhases):
     def forget(self) -> None:
         """Drops what is kept between the phases of a block."""
         super().forget()
-        self.training = None
+        self.training = self.calibrated = None
 
     # -- phases -----------------------------------------------------------------------------
 
     def fingerprint(self, files: list[str]) -> list[WeightFileFingerprint]:
-        """Hashes whole weight files, reading each once. Raises `ModelError` for NaN or Inf."""
+        """Hashes whole weight files, reading each once, several at a time.
+
+        Raises `ModelError` for NaN or Inf.
+        """
+        source, loaded = self.skeleton.files.source, self.skeleton.loaded
+
+        def fingerprint(file: str) -> WeightFileFingerprint:
+            return fingerprint_weight_file(source, file, loaded)
+
         with self.watch("load"):
-            source, loaded = self.skeleton.files.source, self.skeleton.loaded
-            return [fingerprint_weight_file(source, file, loaded) for file in files]
+            threads = self.forward.writing
+            return list(threads.ahead(fingerprint, files, threads.threads))
 
     def embed(self, stamp: str, only: Sequence[int] | None = None) -> list[StoredFile]:
         """Writes this rank's activation shards of the embedded tokens; `only`: some, by number."""
@@ -230,7 +238,8 @@ class BlockWorker(SolvePhases, TrainingPhases, Scoring, ScratchPhases):
         self, files: list[str], records: list[BlockRecord], folder: str
     ) -> list[StoredFile]:
         """Rewrites source weight files into `folder`, a path or URI, with the pruned tensors."""
-        replacement = Replacements(self.skeleton, self.run, records)
+        threads = self.forward.file_threads
+        replacement = Replacements(self.skeleton, self.run, records, threads)
         sending = Sending(self.run.uploads(), records, partial(require_owner, self.job.lock_file))
         with self.watch("io"):
             return write_files(self.skeleton.files, files, place(folder), replacement, sending)
@@ -261,6 +270,9 @@ class BlockWorker(SolvePhases, TrainingPhases, Scoring, ScratchPhases):
         sums = accumulators(module, pass_groups, needs, self.device, boundary)
         call = partial(self.forward.call, block)
         observer = BlockObserver(module, sums, call, self.watch, self.forward.counted())
+        # Where every expert was sent every token, the block's outputs are others.
+        again = self.job.reconstruct is not None and not self.job.all_experts
+        self.calibrated = (block, module) if again else None
         return observer, Observed(groups, len(passes)), pass_groups
 
     def _sums(

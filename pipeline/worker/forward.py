@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.messages import Job
 from pipeline.models.forward_capture import BlockCall, ModelEnds
 from pipeline.models.skeleton import Skeleton
-from pipeline.runtime.background import Background, Behind
+from pipeline.runtime.background import Background, Behind, file_threads
 from pipeline.runtime.not_finite import (
     first_not_finite,
     largest_inputs,
@@ -23,6 +23,7 @@ from pipeline.runtime.not_finite import (
 from pipeline.runtime.split import batch_ranges, even_range, second_half, shard_ranges
 from pipeline.runtime.stopwatch import Stopwatch
 from pipeline.worker.scratch import Scratch
+from pipeline.worker.transfer.staging import Moving, Staging
 from storage.errors import NumericalError
 from storage.files.hashing import StoredFile
 from storage.run.activations import (
@@ -34,9 +35,17 @@ from storage.run.activations import (
 from storage.run.directory import RunDirectory
 from storage.run.lock import require_owner
 
+SHARDS_ON_GPU = 2
+"""Activation shards that a GPU worker reads ahead, and writes behind; on a CPU it is one."""
+
 
 class Forward:
-    """Runs any block over the sequences of one rank."""
+    """Runs any block over the sequences of one rank.
+
+    file_threads: how many files it hashes at a time. reading, writing: threads for files that are
+    read ahead, and for files that are written behind or only hashed. staging: copies from and to
+    the device.
+    """
 
     def __init__(
         self, job: Job, rank: int, world: int, skeleton: Skeleton, watch: Stopwatch
@@ -47,7 +56,12 @@ class Forward:
         self.scratch = None if job.scratch is None else Scratch(job.scratch, self.run)
         # Where activation shards are.
         self.store = self.run if self.scratch is None else self.scratch.store
-        self.background = Background()
+        on_gpu = self.device.type == "cuda"
+        self.file_threads = file_threads(self.device.type, job.threads)
+        self._shards = SHARDS_ON_GPU if on_gpu else 1
+        self.reading = Background(self._shards)
+        self.writing = Background(self.file_threads)
+        self.staging = Staging(self.device)
         self._calls: dict[int, list[BlockCall]] = {}
         self._text: tuple[Tensor, Tensor | None] | None = None
 
@@ -170,16 +184,18 @@ class Forward:
         """This rank's inputs of a block: (number of the shard, of the first sequence, batch).
 
         A batch is (n, seqlen, hidden). shards: all shards, by number. only: as in `rank_shards`.
-        dense: they are of the dense model's own chain. The next shard is opened and compared with
-        its hash while the current one is used.
+        dense: they are of the dense model's own chain. The next shard is opened, compared with its
+        hash and copied to a GPU while the current one is used.
         """
         numbered = self.rank_shards(only)
-        opening = partial(self.open, block, dense=dense)
-        opened = self.background.ahead(opening, [shards[i] for i, _ in numbered])
+        files = [shards[index] for index, _ in numbered]
+        size = batch_size or self.job.batch_size
+        begin = partial(self._begin, block, size, dense=dense)
+        opened = self.reading.ahead(begin, files, self._shards)
         for index, (start, _) in numbered:
             with self.watch("io"):
-                shard = next(opened)
-            for batch in self._read(shard, batch_size or self.job.batch_size):
+                batches = next(opened)
+            for batch in self._arriving(batches):
                 yield index, start, batch
                 start += batch.shape[0]
 
@@ -195,8 +211,8 @@ class Forward:
                 ends = ModelEnds(self.skeleton, self.device, head=False)
             return ends.embed(self.tokens()[: min(self.job.batch_size, self.job.nsamples)])
         with self.watch("io"):
-            shard = self.open(block, shards[0])
-        return next(self._read(shard, self.job.batch_size))
+            batches = self._begin(block, self.job.batch_size, shards[0])
+        return next(self._arriving(batches))
 
     def write(
         self,
@@ -209,43 +225,66 @@ class Forward:
         """Writes activation shards of a block's inputs, under names that only this attempt uses.
 
         batches: (number of the shard, batch (n, seqlen, hidden)) in order. dense: as in
-        `rank_batches`. A shard is written while
-        the next one is computed. Batches are copied first, because the caller may go on to change
-        them in place.
+        `rank_batches`. A shard is written while the next one is computed; a GPU's is also copied to
+        the host then. Batches are copied first, because the caller may go on to change them in
+        place.
         """
-        written: list[StoredFile] = []
-        behind = Behind(self.background)
+        written: dict[int, StoredFile] = {}
+        behind = Behind(self.writing, self._shards)
         for index, shard in itertools.groupby(batches, key=lambda item: item[0]):
-            copies = [batch.to("cpu", copy=True) for _, batch in shard]
+            copies = [self.staging.down(batch) for _, batch in shard]
             folder = self.store.chain(dense).activations(block)
             path = folder / f"shard-{index:05d}.{stamp}.arrow"
             require_owner(self.job.lock_file)
 
-            def write(path: Path = path, copies: list[Tensor] = copies, index: int = index) -> None:
-                written.append(write_activation_shard(path, copies, block=block, index=index))
+            def write(path: Path = path, copies: list[Moving] = copies, index: int = index) -> None:
+                tensors = (copies.pop(0).tensor() for _ in range(len(copies)))
+                written[index] = write_activation_shard(path, tensors, block=block, index=index)
 
             with self.watch("io"):
                 behind.add(write)
         with self.watch("io"):
             behind.wait()
-        self.watch.count("activations_written_bytes", sum(stored.bytes for stored in written))
-        return written
+        self.watch.count("activations_written_bytes", sum(file.bytes for file in written.values()))
+        return [written[index] for index in sorted(written)]
 
     def open(self, block: int, stored: StoredFile, *, dense: bool = False) -> ActivationShard:
         """One activation shard, compared with its hash. dense: as in `rank_batches`."""
         path = self.store.chain(dense).activations(block) / stored.name
         return open_activation_shard(path, sha256=stored.sha256)
 
-    def _read(self, shard: ActivationShard, batch_size: int) -> Iterator[Tensor]:
-        """An activation shard's batches (n, seqlen, hidden) on the device; safe to write to."""
+    def _begin(
+        self, block: int, batch_size: int, stored: StoredFile, *, dense: bool = False
+    ) -> Iterator[Moving]:
+        """Opens an activation shard and begins to copy its batches to a GPU."""
+        shard = self.open(block, stored, dense=dense)
+        if self.device.type != "cuda":
+            return self._staged(shard, batch_size)
+        moving = list(self._staged(shard, batch_size))
+        # Each is dropped when it is used.
+        return (moving.pop(0) for _ in range(len(moving)))
+
+    def _staged(self, shard: ActivationShard, batch_size: int) -> Iterator[Moving]:
+        """Copies an activation shard's batches to a GPU, one after another.
+
+        On a CPU they are views of the file's mapping, which is private: a model that adds to its
+        input in place changes the view, not the file.
+        """
         with shard:
             for start, stop in batch_ranges(shard.rows, batch_size):
-                with self.watch("io"):
-                    # No copy on a CPU. The mapping is private: a model that adds to its input in
-                    # place changes this view, not the file.
-                    batch = shard.read(start, stop).to(self.device)
-                self.watch.count("activations_read_bytes", batch.nbytes)
-                yield batch
+                yield self.staging.up(shard.read(start, stop))
+
+    def _arriving(self, batches: Iterator[Moving]) -> Iterator[Tensor]:
+        """An activation shard's batches (n, seqlen, hidden) on the device; safe to write to."""
+        while True:
+            with self.watch("io"):
+                moving = next(batches, None)
+                if moving is None:
+                    return
+                batch = moving.tensor()
+            del moving
+            self.watch.count("activations_read_bytes", batch.nbytes)
+            yield batch
 
     def call(self, block: int, hidden_states: Tensor) -> BlockCall:
         """The arguments that the model calls the block with, captured once per batch size."""

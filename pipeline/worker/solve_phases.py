@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from pipeline.statistics.accumulate import HalvedStatistics, HalvedSums, merged
 from pipeline.statistics.all_reduce import Collective
 from pipeline.worker.block_loader import BlockLoader
 from pipeline.worker.few_tokens import least_tokens
+from pipeline.worker.forward import Forward
 from pipeline.worker.saved_layers import save_layer, saved_layers
 from pipeline.worker.solve import (
     TOO_FEW_TOKENS,
@@ -33,8 +35,8 @@ from pipeline.worker.solve import (
     solve_group,
     teams,
 )
+from pipeline.worker.transfer.slice_writer import SliceWriter
 from storage.errors import ModelError, NumericalError
-from storage.run.checkpoints import RowSlice, write_row_slices
 from storage.run.directory import RunDirectory
 from storage.run.lock import require_owner
 
@@ -65,6 +67,7 @@ class SolvePhases:
     watch: Stopwatch
     loader: BlockLoader
     collective: Collective | None
+    forward: Forward
     state: PassState
 
     def choose(self, block: int) -> dict[str, dict[str, Any]]:
@@ -95,7 +98,9 @@ class SolvePhases:
     def solve(
         self, block: int, stamp: str, choices: dict[str, dict[str, Any]] | None
     ) -> SolvedSlices:
-        """Solves this rank's rows of the pass's layers and writes them to one file.
+        """Solves this rank's rows of the pass's layers and writes them to files.
+
+        Files are written while the next layers are solved.
 
         choices: what `choose` returned, for all groups; None if nothing is chosen.
         Raises `NumericalError`, naming block and layer, for NaN or Inf.
@@ -111,39 +116,37 @@ class SolvePhases:
         joint = teams(settings, groups, shapes, dealt, kind, nodes)
         made = {name: self.collective.team(of) for name, of in joint.items() if self.collective}
         ranges = dealt[self.rank]
-        slices: dict[str, RowSlice] = {}
         reports: dict[str, dict[str, Any]] = {}
         costs: dict[str, dict[str, float]] = {}
-        # Those that ranks wait for each other in come first, on all ranks in the same order.
-        for group in sorted(groups, key=lambda group: group.name not in joint):
-            self._save_layers(block, group)
-            rows = {layer: ranges[layer] for layer in group.layers if layer in ranges}
-            halves = self.state.statistics.pop(group.name, ())
-            if not rows:
-                continue
-            choice = choices.get(group.name) if choices is not None else None
-            began = time.perf_counter()
-            team = made.get(group.name)
-            solved = self._solve_group(block, settings[group.name], rows, halves, choice, team)
-            costs[group.name] = {
-                "seconds": time.perf_counter() - began,
-                **peak_memory(self.device),
-            }
-            for layer, (stored, report) in solved.items():
-                slices[layer] = RowSlice(rows[layer][0], stored)
-                self.watch.count("solved_weights", stored.numel())
-                reports[layer] = report
-        self.forget()
-        if joint and self.collective is not None:
-            self.watch.count("inverses_sent_bytes", self.collective.take_sent())
-        if not slices:
-            return SolvedSlices(None, ranges, reports, costs)
-        path = self.run.checkpoints(block) / f"rank-{self.rank}.{stamp}.safetensors"
-        require_owner(self.job.lock_file)
-        with self.watch("io"):
-            file = write_row_slices(path, slices)
-        self.watch.count("slices_written_bytes", file.bytes)
-        return SolvedSlices(file, ranges, reports, costs)
+        guard = partial(require_owner, self.job.lock_file)
+        folder = self.run.checkpoints(block)
+        with SliceWriter(folder, self.rank, stamp, self.forward.writing, guard) as writer:
+            # Those that ranks wait for each other in come first, on all ranks in the same order.
+            for group in sorted(groups, key=lambda group: group.name not in joint):
+                self._save_layers(block, group)
+                rows = {layer: ranges[layer] for layer in group.layers if layer in ranges}
+                halves = self.state.statistics.pop(group.name, ())
+                if not rows:
+                    continue
+                choice = choices.get(group.name) if choices is not None else None
+                began = time.perf_counter()
+                team = made.get(group.name)
+                solved = self._solve_group(block, settings[group.name], rows, halves, choice, team)
+                costs[group.name] = {
+                    "seconds": time.perf_counter() - began,
+                    **peak_memory(self.device),
+                }
+                for layer, (stored, report) in solved.items():
+                    writer.add(layer, rows[layer][0], stored)
+                    self.watch.count("solved_weights", stored.numel())
+                    reports[layer] = report
+            self.forget()
+            if joint and self.collective is not None:
+                self.watch.count("inverses_sent_bytes", self.collective.take_sent())
+            with self.watch("io"):
+                files = writer.finish()
+        self.watch.count("slices_written_bytes", sum(file.stored.bytes for file in files))
+        return SolvedSlices(files, ranges, reports, costs)
 
     def forget(self) -> None:
         """Drops the statistics of an abandoned attempt or of a solved block."""

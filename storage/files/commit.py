@@ -25,13 +25,14 @@ import hashlib
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from storage.errors import CorruptFileError, RunDirectoryError
 from storage.files.checked_json import MAX_JSON_BYTES, decode_json, encode_json
-from storage.files.hashing import HashingStream
+from storage.files.hashing import HashingStream, StoredFile
 from storage.files.os_errors import explained, is_damage
 from storage.files.temporary import temporary_name
 
@@ -83,6 +84,26 @@ def verify_file(path: Path, sha256: str) -> None:
         raise CorruptFileError(f"{path}: cannot be read ({error.strerror})") from error
     if actual != sha256:
         raise CorruptFileError(f"{path}: sha256 is {actual[:12]}…, was {sha256[:12]}… when written")
+
+
+def verify_files(directory: Path, files: Sequence[StoredFile], threads: int = 1) -> None:
+    """`verify_file` of each of the files in `directory`, as many at a time as there are threads.
+
+    Hashing and reading release Python's lock. Of several damaged files the error names the first.
+    Returns or raises when no thread reads any more.
+    """
+
+    def verify(file: StoredFile) -> None:
+        verify_file(directory / file.name, file.sha256)
+
+    lanes = min(threads, len(files))
+    if lanes < 2:
+        for file in files:
+            verify(file)
+        return
+    with ThreadPoolExecutor(lanes, thread_name_prefix="prox24-verify") as pool:
+        for _ in pool.map(verify, files):
+            pass
 
 
 def fsync_directory(path: Path) -> None:

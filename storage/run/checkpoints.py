@@ -1,8 +1,9 @@
 """Block checkpoints: the row slices that the ranks solved, and the record that commits them.
 
 A row slice is a range of consecutive rows of one layer's pruned weight. Each rank writes its slices
-of a block to one safetensors file per pass; the driver publishes a `BlockRecord` that names the
-files with their hashes, and the file of every row slice. The record's existence is the commit.
+of a block to safetensors files, one or more per pass; the driver publishes a `BlockRecord` that
+names the files with their hashes, and the file of every row slice. The record's existence is the
+commit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from storage.errors import CorruptFileError
 from storage.files.checked_json import is_count
-from storage.files.commit import read_json, verify_file, write_new_file
+from storage.files.commit import read_json, verify_file, verify_files, write_new_file
 from storage.files.hashing import StoredFile, is_plain_name
 from storage.files.os_errors import is_damage
 from storage.model.safetensors_format import (
@@ -141,7 +142,7 @@ def read_block_record(path: Path) -> BlockRecord:
 
 
 def write_row_slices(path: Path, slices: Mapping[str, RowSlice]) -> StoredFile:
-    """Write one rank's row slices of a block to the new safetensors file `path`, durably.
+    """Write row slices of a block, all of one rank, to the new safetensors file `path`, durably.
 
     slices: layer → its rows. The file's metadata have each layer's rows as "start:stop". Raises
     ValueError for no slices, FileExistsError if `path` exists, ResourceError if the disk is full.
@@ -210,10 +211,12 @@ def _sizes(directory: Path, names: Iterable[str]) -> int:
         raise CorruptFileError(f"{error.filename}: {error.strerror}; redo the block") from error
 
 
-def verify_record(directory: Path, record: BlockRecord) -> None:
-    """Hash every file of the record; CorruptFileError for the first that does not match."""
-    for file in record.files:
-        verify_file(directory / file.name, file.sha256)
+def verify_record(directory: Path, record: BlockRecord, threads: int = 1) -> None:
+    """Hash every file of the record; CorruptFileError for the first that does not match.
+
+    threads: how many files are hashed at a time.
+    """
+    verify_files(directory, record.files, threads)
 
 
 def _read_slice(path: Path, layer: str, rows: torch.Tensor) -> None:

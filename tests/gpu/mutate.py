@@ -32,6 +32,7 @@ TESTS = [
     str(ROOT / "tests" / "gpu" / f"test_gpu_{name}")
     for name in (
         "others.py",
+        "staging.py",
         "solves.py",
         "collective.py::test_each_backend_is_given_tensors_that_it_can_send",
         "jobs.py",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.solvers.kernels import prox_operator
-from tests.support.fake_gpu import GpuTensor, Record, WrongDevice, fake_gpu
+from tests.support.fake_gpu import GpuTensor, NotWaited, Record, WrongDevice, fake_gpu
 from tests.support.fake_gpu import triton_stub as stub
 
 
@@ -150,6 +150,94 @@ def test_a_wait_is_counted(gpu: Record, name: str) -> None:
     function(x)
     # `cholesky` here also copies a matrix to the GPU.
     assert gpu.waits_of() == count + (name == "checked factor"), gpu.waits
+
+
+def pinned() -> Tensor:
+    """(12,) fp32 of ones."""
+    return torch.ones(12, pin_memory=True)
+
+
+def test_a_copy_that_does_not_block_is_done_when_it_must_be(gpu: Record) -> None:
+    """Until then its target is NaN, and its source is still to be read."""
+    side, source = torch.cuda.Stream(), pinned()
+    assert source.is_pinned()
+    assert source[3:].view(torch.int32).is_pinned()
+    assert not torch.ones(12).is_pinned()
+    with torch.cuda.stream(side):
+        there = source.to("cuda", non_blocking=True)
+    event = side.record_event()
+    assert not event.query()
+    assert there.inner.isnan().all()
+    source.fill_(2)
+    event.synchronize()
+    assert event.query()
+    assert there.inner.tolist() == [2] * 12
+    back = torch.zeros(12, pin_memory=True)
+    with torch.cuda.stream(side):
+        back.copy_(there, non_blocking=True)
+    assert back.isnan().all()
+    side.synchronize()
+    assert back.tolist() == [2] * 12
+
+
+ORDERED: dict[str, Callable[[Any, Any], Any]] = {
+    "an event": lambda side, event: torch.cuda.current_stream().wait_event(event),
+    "the event, by itself": lambda side, event: event.wait(),
+    "a stream": lambda side, event: torch.cuda.current_stream().wait_stream(side),
+    "the host, for an event": lambda side, event: event.synchronize(),
+    "the host, for a stream": lambda side, event: side.synchronize(),
+    "the host, for all": lambda side, event: torch.cuda.synchronize(),
+}
+
+
+@pytest.mark.parametrize("how", ORDERED)
+def test_a_stream_waits_for_another(gpu: Record, how: str) -> None:
+    side, default = torch.cuda.Stream(), torch.cuda.current_stream()
+    with torch.cuda.stream(side):
+        there = pinned().to("cuda", non_blocking=True)
+        assert torch.cuda.current_stream().queue is side.queue
+    event = side.record_event()
+    with pytest.raises(NotWaited, match="has not waited"):
+        there + 1
+    with pytest.raises(NotWaited):
+        torch.ones(12, pin_memory=True).copy_(there, non_blocking=True)
+    ORDERED[how](side, event)
+    with pytest.raises(NotWaited, match="record_stream"):
+        there + 1
+    there.record_stream(default)
+    assert (there + 1).tolist() == [2] * 12
+    # An event is a place in a queue: what comes after it is not waited for.
+    with torch.cuda.stream(side):
+        there.copy_(pinned(), non_blocking=True)
+    event.wait()
+    with pytest.raises(NotWaited, match="has not waited"):
+        there.sum()
+
+
+def test_copies_of_a_stream_are_in_order(gpu: Record) -> None:
+    side, source = torch.cuda.Stream(), pinned()
+    back = torch.zeros(12, pin_memory=True)
+    with torch.cuda.stream(side):
+        there = torch.zeros(12, device="cuda")
+        there.copy_(source, non_blocking=True)
+        back.copy_(there, non_blocking=True)
+        assert back.isnan().all()
+        there.mul_(3)  # comes after both
+    assert back.tolist() == [1] * 12
+    assert there.inner.tolist() == [3] * 12
+
+
+def test_a_computation_is_waited_for_by_a_copy(gpu: Record) -> None:
+    side, back = torch.cuda.Stream(), torch.zeros(12, pin_memory=True)
+    there = torch.ones(12, device="cuda") + 1
+    there.record_stream(side)
+    with torch.cuda.stream(side), pytest.raises(NotWaited):
+        back.copy_(there, non_blocking=True)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        back.copy_(there, non_blocking=True)
+    side.synchronize()
+    assert back.tolist() == [2] * 12
 
 
 def test_bytes_are_those_of_tensors_that_are_alive(gpu: Record) -> None:

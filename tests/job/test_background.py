@@ -69,3 +69,36 @@ def test_an_error_of_a_write_is_raised_at_the_next_or_the_end() -> None:
     with pytest.raises(OSError, match="disk full"):
         behind.wait()
     behind.wait()
+
+
+def test_several_are_made_ahead_in_order() -> None:
+    both, made = threading.Barrier(2), set[int]()
+
+    def make(number: int) -> int:
+        both.wait(60)  # two are made at a time
+        made.add(number)
+        return number * number
+
+    results = Background(2).ahead(make, range(6), depth=2)
+    assert next(results) == 0
+    assert made <= {0, 1}, "the third waits for a fourth, which comes when one more is used"
+    assert list(results) == [1, 4, 9, 16, 25]
+
+
+def test_several_writes_go_on_at_a_time() -> None:
+    gates, done = [threading.Event() for _ in range(3)], list[int]()
+
+    def write(number: int) -> None:
+        assert gates[number].wait(60)
+        done.append(number)
+
+    behind = Behind(Background(3), most=2)
+    for number in (0, 1):
+        behind.add(lambda number=number: write(number))  # type: ignore[misc]
+    gates[0].set()
+    behind.add(lambda: write(2))
+    assert done == [0], "a third waits for the first"
+    gates[2].set()
+    gates[1].set()
+    behind.wait()
+    assert sorted(done) == [0, 1, 2]

@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,12 @@ from pipeline.runtime.threads import (
     shares,
     threads,
 )
+from pipeline.worker import block_worker
+from storage.errors import ModelError
+from storage.model.files import WeightFileFingerprint, fingerprint_weight_file
+from storage.model.folder import ModelFolder
 from tests.models.test_real_model import first_blocks
-from tests.support.jobs import contents, write_text
+from tests.support.jobs import contents, prune_here, write_text
 from tests.support.processes import Driver, until
 from tests.support.tiny_models import save_tiny_model
 
@@ -184,3 +188,28 @@ def test_evaluations(bench: Bench) -> None:
         assert driver.wait() == 0, driver.errors()
         results.append(json.loads(driver.output()))
     assert all(result == results[0] for result in results)
+
+
+def test_weight_files_are_hashed_as_many_at_a_time_as_there_are_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several files that cannot be used the first is named."""
+    model = save_tiny_model(tmp_path / "model", weight_files=4)
+    both, bad = threading.Barrier(2), list[str]()
+
+    def hashed(source: ModelFolder, file: str, loaded: Set[str]) -> WeightFileFingerprint:
+        both.wait(60)
+        if file in bad:
+            raise ModelError(file)
+        return fingerprint_weight_file(source, file, loaded)
+
+    one = prune_here(model, tmp_path / "one", method="magnitude")
+    monkeypatch.setattr(block_worker, "fingerprint_weight_file", hashed)
+    two = prune_here(model, tmp_path / "two", method="magnitude", threads=2)
+    first, second = (contents(result.output) for result in (one, two))
+    files = sorted(name for name in first if name.endswith(".safetensors"))
+    assert len(files) == 4
+    assert all(first[name] == second[name] for name in files)
+    bad += files[1:3]
+    with pytest.raises(ModelError, match=files[1]):
+        prune_here(model, tmp_path / "three", method="magnitude", threads=2)

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from cluster.command_line import run
 from cluster.commands.plan import plan_text
 from pipeline.planning.options import PlanConfig, planned_job, size_of
+from pipeline.planning.parts.solve_parts import group_parts
 from pipeline.planning.plan import Plan, with_workers
 from pipeline.planning.planned_job import PlannedJob
 from pipeline.planning.rates import GPUS, Rates, cpu_rates, gpu_rates, load_rates, save_rates
 from pipeline.planning.shapes.model import ModelShape, read_shape
-from pipeline.planning.solve_parts import group_parts
 from pipeline.planning.to_json import plan_to_json
 from pipeline.runtime.free_memory import available_memory
 from pipeline.runtime.units import size_text

@@ -68,6 +68,8 @@ class TrainingPhases:
     forward: Forward
     collective: Collective | None
     training: BlockTraining | None = None
+    # The dense block that statistics were just taken of, and its number.
+    calibrated: tuple[int, nn.Module] | None = None
     peers: Exchange | None = None  # the ranks of one process; else they meet in the collective
 
     def dense(
@@ -82,7 +84,8 @@ class TrainingPhases:
 
         of_targets: whether `shards` are of the dense chain; else of the pruned one.
         """
-        module = self.loader.dense(block)
+        kept, self.calibrated = self.calibrated, None
+        module = kept[1] if kept is not None and kept[0] == block else self.loader.dense(block)
         outputs = (
             (index, self.forward.output(block, module, batch))
             for index, _, batch in self.forward.rank_batches(

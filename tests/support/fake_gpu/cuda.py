@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.fake_gpu.record import Record
+from tests.support.fake_gpu.streams import stream_types
 from tests.support.fake_gpu.tensor import CUDA, GpuTensor, WrongDevice, dispatch, is_cuda
 from tests.support.fake_gpu.triton_stub import triton_stub
 
@@ -45,7 +46,7 @@ class _Operators(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Gives a `device` without a number its number, and takes pinned memory for plain memory.
+    """Gives a `device` without a number its number, and notes which memory is pinned.
 
     Attention is one kernel on a GPU: the CPU's is taken for it.
     """
@@ -67,13 +68,13 @@ class _Functions(TorchFunctionMode):
         if func is Tensor.cuda:
             return args[0].to(CUDA, **{k: v for k, v in kwargs.items() if k == "non_blocking"})
         if func is Tensor.pin_memory:
-            return _pinned(args[0].clone())
+            return self.record.pin(args[0].clone())
         if func is Tensor.is_pinned:
-            return getattr(args[0], "fake_pinned", False)
+            return self.record.is_pinned(args[0])
         if func is functional.scaled_dot_product_attention:
             return _attention(self.record, func, args, kwargs)
         made = func(*args, **kwargs)
-        return _pinned(made) if pinned else made
+        return self.record.pin(made) if pinned else made
 
 
 class _Generator(torch.Generator):
@@ -81,11 +82,6 @@ class _Generator(torch.Generator):
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
         return super().__new__(cls, "cpu" if is_cuda(device) else device)
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    tensor.fake_pinned = True  # type: ignore[attr-defined]
-    return tensor
 
 
 def _numbered(value: Any) -> Any:
@@ -108,38 +104,6 @@ def _attention(record: Record, func: Any, args: tuple[Any, ...], kwargs: dict[st
     return GpuTensor(func(*inner, **options), record)
 
 
-class _Stream:
-    """A CUDA stream or event: there is one queue, and all work in it is done."""
-
-    record_of: Record
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        self.device = CUDA
-
-    def __enter__(self) -> _Stream:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        pass
-
-    def record(self, stream: Any = None) -> None:
-        """Does nothing: the work before it is done."""
-
-    def wait(self, stream: Any = None) -> None:
-        """Does nothing: the work before it is done."""
-
-    wait_event = wait_stream = wait
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        self.record_of.wait("synchronize")
-
-    def elapsed_time(self, end: Any) -> float:
-        return 0.001
-
-
 def _patches(record: Record) -> dict[str, Any]:
     """Functions of `torch.cuda`, by name."""
     properties = SimpleNamespace(
@@ -150,7 +114,20 @@ def _patches(record: Record) -> dict[str, Any]:
         minor=0,
         multi_processor_count=132,
     )
-    stream = type("Stream", (_Stream,), {"record_of": record})
+    stream, event, current = stream_types(record)
+
+    def synchronize(device: Any = None) -> None:
+        record.count_wait("synchronize")
+        record.streams.host_waits_for_all()
+
+    @contextlib.contextmanager
+    def on_stream(chosen: Any) -> Iterator[None]:
+        before, streams = record.streams.current, record.streams
+        streams.current = before if chosen is None else chosen.queue
+        try:
+            yield
+        finally:
+            streams.current = before
 
     def reset(device: Any = None) -> None:
         record.peak = record.live
@@ -163,7 +140,7 @@ def _patches(record: Record) -> dict[str, Any]:
         "current_device": lambda: 0,
         "set_device": lambda device: None,
         "device": lambda device: contextlib.nullcontext(),
-        "synchronize": lambda device=None: record.wait("synchronize"),
+        "synchronize": synchronize,
         "mem_get_info": lambda device=None: (record.total - record.live, record.total),
         "get_device_properties": lambda device=None: properties,
         "get_device_name": lambda device=None: properties.name,
@@ -175,10 +152,10 @@ def _patches(record: Record) -> dict[str, Any]:
         "reset_peak_memory_stats": reset,
         "empty_cache": lambda: None,
         "Stream": stream,
-        "Event": stream,
-        "stream": lambda chosen: chosen or contextlib.nullcontext(),
-        "current_stream": lambda device=None: stream(),
-        "default_stream": lambda device=None: stream(),
+        "Event": event,
+        "stream": on_stream,
+        "current_stream": lambda device=None: current(),
+        "default_stream": lambda device=None: stream(queue=record.streams.default),
     }
 
 

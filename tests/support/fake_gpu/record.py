@@ -11,6 +11,8 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from tests.support.fake_gpu.streams import Streams
+
 # Folders whose code is named as the place where something happened, the innermost call first.
 _OURS = ("/storage/", "/pipeline/", "/actors/", "/cluster/", "/transformers/")
 _TOTAL = 80 * 2**30
@@ -42,7 +44,9 @@ class Record:
     matrix products. launches: Triton kernels, by name. on_cpu: operators that no tensor on the GPU
     had a part in, by place. live, peak: bytes of all tensors on the GPU
     now, and at most. total: bytes of the GPU; more of them raise `torch.OutOfMemoryError`.
-    collective: backend of torch.distributed that the process has joined with.
+    collective: backend of torch.distributed that the process has joined with. streams: see
+    `tests.support.fake_gpu.streams`. pinned, most_pinned: bytes of all
+    pinned host memory now, and at most.
     """
 
     total: int = _TOTAL
@@ -55,7 +59,11 @@ class Record:
     collective: str | None = None
     live: int = 0
     peak: int = 0
+    pinned: int = 0
+    most_pinned: int = 0
+    streams: Streams = field(default_factory=Streams)
     _storages: set[int] = field(default_factory=set)
+    _pinned: set[int] = field(default_factory=set)
 
     def clear(self) -> None:
         """Starts all counts again; tensors that are alive stay counted."""
@@ -65,8 +73,31 @@ class Record:
         self.peak = self.live
 
     def wait(self, kind: str, times: int = 1) -> None:
-        """The host waits for the device."""
+        """The host waits for the current stream."""
+        self.count_wait(kind, times)
+        self.streams.host_waits(self.streams.current)
+
+    def count_wait(self, kind: str, times: int = 1) -> None:
+        """Counts that the host waits."""
         self.waits[kind, place()] += times
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        """Counts the memory of a CPU tensor as pinned until it is freed."""
+        storage = tensor.untyped_storage()
+        number, size = storage._cdata, storage.nbytes()
+        self._pinned.add(number)
+        self.pinned += size
+        self.most_pinned = max(self.most_pinned, self.pinned)
+        weakref.finalize(storage, self._unpin, number, size)
+        return tensor
+
+    def _unpin(self, number: int, size: int) -> None:
+        self._pinned.discard(number)
+        self.pinned -= size
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        """Whether a CPU tensor, or what it is a view of, is in pinned memory."""
+        return tensor.untyped_storage()._cdata in self._pinned
 
     def waits_of(self, *kinds: str) -> int:
         """Number of waits of these kinds; of all if none is named."""
@@ -85,12 +116,14 @@ class Record:
                 f"{(self.total - self.live) / 2**20:.2f} MiB is free."
             )
         self._storages.add(number)
+        self.streams.created(number)
         self.live += size
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._free, number, size)
 
     def _free(self, number: int, size: int) -> None:
         self._storages.discard(number)
+        self.streams.freed(number)
         self.live -= size
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.support.fake_gpu.record import Product, Record, place, place_and_function
+from tests.support.fake_gpu.streams import poison
 
 CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
@@ -118,6 +119,9 @@ class GpuTensor(Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def record_stream(self, stream: Any) -> None:
+        self.record.streams.record_stream(self.inner, stream.queue)
+
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
@@ -177,9 +181,28 @@ def dispatch(record: Record, func: Any, args: tuple[Any, ...], kwargs: Mapping[s
     if target is not None:
         inner_kwargs["device"] = _CPU
     if not operator.view:
+        _begin(record, on_gpu, _changed(operator, args, kwargs))
         _count(record, operator.name, args, kwargs)
     result = func(*_as_tf32(record, operator.name, inner_args), **inner_kwargs)
     return _wrapped(record, operator, on_gpu, result)
+
+
+def _changed(
+    operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[GpuTensor]:
+    """The tensors on the GPU that an operator writes to."""
+    return [
+        value
+        for argument, value in tensors_in(args, kwargs)
+        if argument in operator.changed and isinstance(value, GpuTensor)
+    ]
+
+
+def _begin(
+    record: Record, used: Sequence[GpuTensor], changed: Sequence[GpuTensor], *, late: bool = False
+) -> None:
+    """An operator on the current stream: see `Streams.begin`."""
+    record.streams.begin([t.inner for t in used], [t.inner for t in changed], late=late)
 
 
 def tensors_in(
@@ -263,25 +286,44 @@ def _copy(
             values["device"] = _CPU
         target = None
     here = isinstance(source, GpuTensor)
-    result = func(*map(inner, args), **values)
+    host = source if there else target
+    late = here != there and not blocking and host is not None and record.is_pinned(host)
+    used = [value for value in (source, target) if isinstance(value, GpuTensor)]
+    _begin(record, used, [target] if isinstance(target, GpuTensor) else [], late=late)
+    if late:
+        result = _later(record, func, args, values, source, target)
+    else:
+        result = func(*map(inner, args), **values)
     size = result.nbytes
     if here and there:
         record.kernels[name] += 1
     elif here:
         record.copied["down"] += size
-        if blocking or not _pinned(target if target is not None else result):
+        if not late:
             record.wait("copy from the GPU")
     elif there:
         record.copied["up"] += size
-        if blocking or not _pinned(source):
+        if not late:
             record.wait("copy to the GPU")
     if target is not None:
         return target
     return GpuTensor(result, record) if there else result
 
 
-def _pinned(tensor: Tensor) -> bool:
-    return getattr(tensor, "fake_pinned", False)
+def _later(
+    record: Record,
+    func: Any,
+    args: tuple[Any, ...],
+    values: dict[str, Any],
+    source: Tensor,
+    target: Tensor | None,
+) -> Tensor:
+    """Puts a copy into the current stream's queue; its target, which is garbage until then."""
+    origin: Tensor = inner(source)
+    into: Tensor = func(*map(inner, args), **values) if target is None else inner(target)
+    poison(into)
+    record.streams.put(lambda: into.copy_(origin))
+    return into
 
 
 def _count(record: Record, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.planning.counts import solve_counts
 from pipeline.planning.memory import rows_at_once
-from pipeline.planning.phase_parts import (
+from pipeline.planning.parts.phase_parts import (
     BANDWIDTH,
     COMPUTE,
     LATENCY,

@@ -59,7 +59,7 @@ def train_phase(job: PlannedJob, block: BlockShape, files: FileParts, dispatch: 
     judged = -(-len(held_out(job.nsamples)) // job.workers) * (how.epochs + 1) * parts
     learned = steps * parts * each
     products, attention = train_flops(job, block, steps * parts)
-    weights, itemsize = float(block.pruned), shape.forward_itemsize
+    weights = float(block.pruned)
     rate = rates.product(shape.dtype)
     layers = sum(len(group.layers) for group in block.groups)
     slices = weights * shape.itemsize

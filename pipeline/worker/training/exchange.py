@@ -25,7 +25,7 @@ class Exchange(Protocol):
         ...
 
     def swap(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """By rank, the (sizes[rank],) bytes that it has for this one. parts: what this has for it."""
+        """By rank, (sizes[rank],) bytes that it has for this one. parts: what this has for it."""
         ...
 
     def gather_parts(self, part: Tensor, sizes: Sequence[int]) -> list[Tensor]:

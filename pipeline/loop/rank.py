@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol
 if TYPE_CHECKING:
     from pipeline.messages import (
         Advanced,
+        BegunTraining,
         Likelihood,
         Observed,
         Reference,
@@ -115,8 +116,8 @@ class Rank(Protocol):
         record: BlockRecord,
         shards: list[StoredFile],
         targets: list[StoredFile],
-    ) -> float:
-        """Loads the solved block; returns the loss of the held-out sequences.
+    ) -> BegunTraining:
+        """Loads the solved block and judges it on the held-out sequences.
 
         targets: what the outputs are compared with, by number as `shards`.
         """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 from pipeline.loop.executor import Executor
 from pipeline.loop.rank import Call, Rank, call
 from pipeline.messages import Observed, Outcome, TrainedRows
+from pipeline.reconstruct.results import result_of
 from pipeline.reconstruct.schedule import goes_on
 from pipeline.records.times import PhaseTimes
 from pipeline.runtime.progress import Progress
@@ -68,7 +68,8 @@ def reconstruct(
     targets = steps.targets(block, times)
     steps.progress.phase("reconstruct", block)
     begin = call(Rank.begin_training, block, solved, shards, targets)
-    losses = [steps.timed(times, begin)[0].value]
+    begun = steps.timed(times, begin)[0].value
+    losses = [begun.held_out]
     learned: list[float] = []
     for epoch in range(how.epochs):
         if not goes_on(losses):
@@ -78,16 +79,19 @@ def reconstruct(
         learned.append(trained.learned)
         losses.append(trained.held_out)
     outcomes = steps.timed(times, call(Rank.end_training, block, steps.stamp()))
-    result = in_words(losses, learned)
-    record = solved if result["kept"] == "solved" else with_rows(solved, outcomes_of(outcomes))
+    rows = outcomes_of(outcomes)
+    result = result_of(losses, learned, begun.energy, untrained(solved, rows))
+    record = solved if result["kept"] == "solved" else with_rows(solved, rows)
     earlier = solved.results
     results = {
         **earlier,
         "phases": earlier["phases"] | {name: phase.to_json() for name, phase in times.items()},
         "seconds": earlier["seconds"] + time.perf_counter() - began,
         "workers": steps.executor.workers(),
+        # A resumed job may have others.
+        "solve_workers": earlier["workers"],
         "failures": list(dict.fromkeys([*earlier["failures"], *failures])),
-        "reconstruct": result | {"untrained": untrained(solved, outcomes_of(outcomes))},
+        "reconstruct": result,
     }
     return dataclasses.replace(
         record, attempt=steps.attempts, world=steps.executor.world, results=results
@@ -97,26 +101,6 @@ def reconstruct(
 def outcomes_of(outcomes: Sequence[Any]) -> list[TrainedRows]:
     """The ranks' rows."""
     return [outcome.value for outcome in outcomes]
-
-
-def in_words(losses: Sequence[float], learned: Sequence[float]) -> dict[str, Any]:
-    """What a record says of a reconstruction, as JSON.
-
-    losses: of the held-out sequences, before the first epoch and after each. learned: of the others
-    during each epoch. `before`, `after`: of the held-out ones, of the solved block and of what is
-    kept; `kept`: "solved", or the number of the epoch. Losses that are not finite are left out.
-    """
-    finite = [(loss, number) for number, loss in enumerate(losses) if math.isfinite(loss)]
-    best, number = min(finite, default=(None, 0), key=lambda item: (item[0], -item[1]))
-    return {
-        "before": losses[0] if math.isfinite(losses[0]) else None,
-        "after": best,
-        "kept": number or "solved",
-        "epochs": len(learned),
-        "held_out": [loss for loss in losses if math.isfinite(loss)],
-        "learned": [loss for loss in learned if math.isfinite(loss)],
-        "finite": all(map(math.isfinite, [*losses, *learned])),
-    }
 
 
 def with_rows(solved: BlockRecord, trained: Sequence[TrainedRows]) -> BlockRecord:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.messages import Job, TrainedEpoch, TrainedRows
+from pipeline.messages import BegunTraining, Job, TrainedEpoch, TrainedRows
 from pipeline.models.forward_capture import BlockCall
 from pipeline.models.skeleton import Skeleton
 from pipeline.runtime.stopwatch import Stopwatch
@@ -70,8 +70,8 @@ class TrainingPhases:
         record: BlockRecord,
         shards: list[StoredFile],
         targets: list[StoredFile],
-    ) -> float:
-        """Loads the solved block and opens its inputs and targets; the held-out sequences' loss."""
+    ) -> BegunTraining:
+        """Loads the solved block, opens its inputs and targets, and judges it as it is."""
         module = self.loader.pruned(block, record)
         layers = {
             layer: torch_dtype(item.dtype)
@@ -98,7 +98,7 @@ class TrainingPhases:
             self.peers or self.collective,
             self.watch,
         )
-        return self.training.losses[0]
+        return BegunTraining(self.training.losses[0], self.training.energy())
 
     def train(self, block: int, epoch: int) -> TrainedEpoch:
         """Runs one epoch of the block's reconstruction."""

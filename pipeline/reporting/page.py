@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from pipeline.output.dense_weights import dense_in_words
+from pipeline.reporting import reconstruction
 from pipeline.reporting.advice import advise
 from pipeline.reporting.layer_table import (
     Facts,
@@ -23,6 +24,7 @@ from pipeline.reporting.plots import (
     error_by_depth,
     error_by_kind,
     masks,
+    output_error_by_depth,
     time_and_memory,
     workers_timeline,
 )
@@ -46,10 +48,15 @@ _KINDS = {
     "reduce": "summing these over the workers",
     "choose": "choosing regularization",
     "solve": "solving for masks and weights",
+    "train": "training in the reconstruction of blocks",
     "io": "reading and writing activations and results",
     "load": "reading weights of the source",
     "other": "waiting for other workers or the driver, and dispatch",
 }
+_EXCHANGED = (
+    " All this was counted after the solve; then weights changed places (--reconstruct-mask "
+    "exchange)."
+)
 _INPUT_COUNTS = ("never", "rarely", "often")
 # Phases of the last run of the job that do not belong to a block.
 _AROUND_BLOCKS = {
@@ -72,7 +79,7 @@ def report_page(facts: Facts) -> str:
     options = {**facts.settings, **facts.solver}
     return template.render(
         title=_title(facts),
-        lead=[*_result_in_words(facts), _job_in_words(facts)],
+        lead=[*_result_in_words(facts), *reconstruction.lead(blocks), _job_in_words(facts)],
         advice=advise(
             *(facts.layers, blocks, options),
             tokens=facts.tokens,
@@ -80,6 +87,7 @@ def report_page(facts: Facts) -> str:
         ),
         meaning=_meaning(facts.layers),
         **_errors(facts),
+        **_reconstruction(blocks, options),
         **_mask(facts),
         **_times(facts),
         **_workers(facts),
@@ -224,6 +232,20 @@ def _errors(facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _reconstruction(
+    blocks: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    section = reconstruction.section(blocks, options)
+    if section["reconstruction"] is not None:
+        section["reconstruction"]["plot"] = _figure(
+            output_error_by_depth(blocks),
+            "Error of the blocks' outputs against depth, in percent of the energy of the target, "
+            "before and after their reconstruction. Broken lines: of the sequences learned from, "
+            "the mean over an epoch while its steps change the weights.",
+        )
+    return section
+
+
 def _error(value: float) -> str:
     return f"{value:.3f}" if value < math.inf else "undefined"
 
@@ -257,8 +279,15 @@ def _mask(facts: Facts) -> dict[str, Any]:
             "zero. Magnitude pruning would have kept "
             f"{100 * (share(too, kept) or 0):.1f} % of them, too: the lower, the more the method "
             "differs from it. No position in a group should be kept much more often than others."
+            + (_EXCHANGED if _exchanged(facts) else "")
         ),
     }  # fmt: skip
+
+
+def _exchanged(facts: Facts) -> bool:
+    """Whether weights may have changed places after the masks were counted."""
+    reconstructed = any(block.get("reconstruct") for block in facts.summary["blocks"])
+    return reconstructed and facts.settings.get("reconstruct_mask") == "exchange"
 
 
 def _times(facts: Facts) -> dict[str, Any]:

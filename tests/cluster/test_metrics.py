@@ -20,8 +20,8 @@ from tests.support.processes import until
 # Suffixes of base units, and of what has none.
 UNITS = ("_seconds", "_bytes", "_ratio")
 NO_UNIT = {
-    "prox24_blocks", "prox24_blocks_done", "prox24_block", "prox24_phase", "prox24_epoch", "prox24_retries",
-    "prox24_tokens", "prox24_solved_weights",
+    "prox24_blocks", "prox24_blocks_done", "prox24_block", "prox24_phase", "prox24_epoch",
+    "prox24_retries", "prox24_tokens", "prox24_solved_weights",
 }  # fmt: skip
 # What Ray and Prometheus add to every series.
 FOREIGN_LABELS = {"run"}

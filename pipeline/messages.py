@@ -130,14 +130,6 @@ class SolvedSlices:
 
 
 @dataclass(frozen=True)
-class BegunTraining:
-    """Of the held-out sequences: the solved block's mean loss, and that of an output of 0."""
-
-    held_out: float
-    energy: float
-
-
-@dataclass(frozen=True)
 class TrainedEpoch:
     """Mean losses of an epoch: of the sequences learned from, and after it of the held-out ones."""
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol
 if TYPE_CHECKING:
     from pipeline.messages import (
         Advanced,
-        BegunTraining,
         Likelihood,
         Observed,
         Reference,
@@ -110,14 +109,18 @@ class Rank(Protocol):
         """
         ...
 
+    def target_energy(self, block: int, targets: list[StoredFile]) -> dict[int, float]:
+        """Mean square of the targets, of each held-out sequence of the rank, by its number."""
+        ...
+
     def begin_training(
         self,
         block: int,
         record: BlockRecord,
         shards: list[StoredFile],
         targets: list[StoredFile],
-    ) -> BegunTraining:
-        """Loads the solved block and judges it on the held-out sequences.
+    ) -> float:
+        """Loads the solved block; returns the loss of the held-out sequences.
 
         targets: what the outputs are compared with, by number as `shards`.
         """

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from pipeline.loop.executor import Executor
 from pipeline.loop.rank import Call, Rank, call
 from pipeline.messages import Observed, Outcome, TrainedRows
-from pipeline.reconstruct.results import result_of
 from pipeline.reconstruct.schedule import goes_on
 from pipeline.records.times import PhaseTimes
 from pipeline.runtime.progress import Progress
@@ -66,10 +66,10 @@ def reconstruct(
     times: dict[str, PhaseTimes] = {}
     shards, _ = steps.inputs(block)
     targets = steps.targets(block, times)
+    squares = steps.timed(times, call(Rank.target_energy, block, targets))
     steps.progress.phase("reconstruct", block)
     begin = call(Rank.begin_training, block, solved, shards, targets)
-    begun = steps.timed(times, begin)[0].value
-    losses = [begun.held_out]
+    losses = [steps.timed(times, begin)[0].value]
     learned: list[float] = []
     for epoch in range(how.epochs):
         if not goes_on(losses):
@@ -79,28 +79,53 @@ def reconstruct(
         learned.append(trained.learned)
         losses.append(trained.held_out)
     outcomes = steps.timed(times, call(Rank.end_training, block, steps.stamp()))
-    rows = outcomes_of(outcomes)
-    result = result_of(losses, learned, begun.energy, untrained(solved, rows))
-    record = solved if result["kept"] == "solved" else with_rows(solved, rows)
+    result = in_words(losses, learned)
+    record = solved if result["kept"] == "solved" else with_rows(solved, outcomes_of(outcomes))
     earlier = solved.results
     results = {
         **earlier,
         "phases": earlier["phases"] | {name: phase.to_json() for name, phase in times.items()},
         "seconds": earlier["seconds"] + time.perf_counter() - began,
+        "target_energy": mean_energy([outcome.value for outcome in squares]),
+        "solve_workers": earlier["workers"],  # a resumed job may have others now
         "workers": steps.executor.workers(),
-        # A resumed job may have others.
-        "solve_workers": earlier["workers"],
         "failures": list(dict.fromkeys([*earlier["failures"], *failures])),
-        "reconstruct": result,
+        "reconstruct": result | {"untrained": untrained(solved, outcomes_of(outcomes))},
     }
     return dataclasses.replace(
         record, attempt=steps.attempts, world=steps.executor.world, results=results
     )
 
 
+def mean_energy(parts: Sequence[Mapping[int, float]]) -> float:
+    """The mean over the held-out sequences of all ranks, in one order on any number of them."""
+    squares = {number: square for part in parts for number, square in part.items()}
+    return math.fsum(squares[number] for number in sorted(squares)) / len(squares)
+
+
 def outcomes_of(outcomes: Sequence[Any]) -> list[TrainedRows]:
     """The ranks' rows."""
     return [outcome.value for outcome in outcomes]
+
+
+def in_words(losses: Sequence[float], learned: Sequence[float]) -> dict[str, Any]:
+    """What a record says of a reconstruction, as JSON.
+
+    losses: of the held-out sequences, before the first epoch and after each. learned: of the others
+    during each epoch. `before`, `after`: of the held-out ones, of the solved block and of what is
+    kept; `kept`: "solved", or the number of the epoch. Losses that are not finite are left out.
+    """
+    finite = [(loss, number) for number, loss in enumerate(losses) if math.isfinite(loss)]
+    best, number = min(finite, default=(None, 0), key=lambda item: (item[0], -item[1]))
+    return {
+        "before": losses[0] if math.isfinite(losses[0]) else None,
+        "after": best,
+        "kept": number or "solved",
+        "epochs": len(learned),
+        "held_out": [loss for loss in losses if math.isfinite(loss)],
+        "learned": [loss for loss in learned if math.isfinite(loss)],
+        "finite": all(map(math.isfinite, [*losses, *learned])),
+    }
 
 
 def with_rows(solved: BlockRecord, trained: Sequence[TrainedRows]) -> BlockRecord:

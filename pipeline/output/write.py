@@ -25,7 +25,7 @@ from pipeline.config.prune import PruneConfig
 from pipeline.models.skeleton import Skeleton
 from pipeline.output.few_tokens import few_tokens
 from pipeline.output.model_card import model_card
-from pipeline.reconstruct.results import totals
+from pipeline.reconstruct.results import result_of, totals
 from pipeline.records.block import block_error
 from pipeline.runtime.split import deal
 from pipeline.text.sequences import text_in_words
@@ -99,7 +99,7 @@ def describe_output(
         layer_results(records, skeleton.blocks_path),
         skeleton.files.source.stored_as,
     )
-    reconstruction = totals(record.results.get("reconstruct") for record in records)
+    reconstruction = totals(result_of(record.results) for record in records)
     results = {
         "schema_version": RESULT_SCHEMA,
         "job": job,
@@ -138,7 +138,7 @@ def describe_output(
 
 def _block_result(record: BlockRecord) -> dict[str, Any]:
     """A block's entry in `prox24.json`; `reconstruct`: see `pipeline.reconstruct.results`."""
-    trained = record.results.get("reconstruct")
+    trained = result_of(record.results)
     return {
         "block": record.block,
         "relative_error": block_error(record),

@@ -1,48 +1,43 @@
 """What a block's record says of its reconstruction, and that in words. Imports no torch.
 
-A record holds, as JSON, under `results["reconstruct"]`:
+A result is a JSON object:
 
 before, after: the mean squared error of the block's output on the held-out sequences, of the solved
     block and of what is kept; None where it was not finite.
 energy: what that error would be if the output were 0: the mean square of the targets.
-kept: "solved", or the number of the epoch, from 1.
+kept: "solved", or the number of the epoch, from 1; of a block in parts, how many epochs in all.
 epochs: how many were run. held_out: the error before the first of them and after each. learned:
     the mean error of the other sequences during each. Those that were not finite are left out.
 finite: whether all of them were.
 untrained: layers that were not trained: experts with too few tokens.
+parts: the same of each part, of a block that was trained in several.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Any
 
-PHASES = ("dense", "begin_training", "train", "end_training")
+PHASES = (
+    "dense", "target_energy", "begin_training", "begin_part", "train", "end_part", "end_training",
+)  # fmt: skip
 """The phases of a block that reconstruct it, in their order."""
 
 Result = Mapping[str, Any]
 
 
-def result_of(
-    losses: Sequence[float], learned: Sequence[float], energy: float, untrained: Sequence[str]
-) -> dict[str, Any]:
-    """The JSON object. losses: of the held-out sequences, before the first epoch and after each."""
-    finite = [(loss, number) for number, loss in enumerate(losses) if math.isfinite(loss)]
-    # Of equal ones the last, as the workers keep it.
-    best, number = min(finite, default=(None, 0), key=lambda item: (item[0], -item[1]))
-    return {
-        "before": losses[0] if math.isfinite(losses[0]) else None,
-        "after": best,
-        "energy": energy if math.isfinite(energy) else None,
-        "kept": number or "solved",
-        "epochs": len(learned),
-        "held_out": [loss for loss in losses if math.isfinite(loss)],
-        "learned": [loss for loss in learned if math.isfinite(loss)],
-        "finite": all(map(math.isfinite, [*losses, *learned])),
-        "untrained": list(untrained),
-    }
+def result_of(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result in a block's record, with `energy`; None if it was not reconstructed.
+
+    results: of the record.
+    """
+    trained = results.get("reconstruct")
+    if trained is None:
+        return None
+    energy = results["target_energy"]
+    return {**trained, "energy": energy if math.isfinite(energy) else None}
 
 
 def check_result(result: Any) -> None:
@@ -113,10 +108,30 @@ def totals(results: Iterable[Result | None]) -> dict[str, Any] | None:
     }
 
 
+def kept_in_words(result: Result) -> str:
+    """`solved`, `epoch 3`, or of a block in parts `5 epochs`."""
+    kept = result["kept"]
+    if kept == "solved":
+        return "solved"
+    return f"{kept} epochs" if "parts" in result else f"epoch {kept}"
+
+
+def learned_errors(result: Result) -> tuple[float | None, float | None]:
+    """The errors of the sequences learned from, in the first epoch and in the one that is kept.
+
+    In per cent, as `percent`. None where there was none.
+    """
+    last = result["parts"][-1] if result.get("parts") else result
+    learned, kept = result["learned"], last["kept"]
+    first = learned[0] if learned else None
+    at_end = None if kept == "solved" else last["learned"][kept - 1]
+    return percent(result, first), percent(result, at_end)
+
+
 def why_kept(result: Result) -> str | None:
     """Why a block keeps weights other than asked; None where nothing is out of the ordinary."""
     kept = result["kept"]
-    keeps = "it keeps its solved weights" if kept == "solved" else f"it keeps those of epoch {kept}"
+    keeps = f"it keeps its {'solved' if kept == 'solved' else 'best'} weights"
     if not result["finite"]:
         if result["before"] is None:
             return (
@@ -124,8 +139,8 @@ def why_kept(result: Result) -> str | None:
                 "held-out sequences"
             )
         return (
-            f"a loss in epoch {result['epochs']} of its reconstruction is not finite: {keeps}; a "
-            "lower --reconstruct-lr may help"
+            f"a loss of its reconstruction is not finite: {keeps}; a lower --reconstruct-lr may "
+            "help"
         )
     if kept == "solved":
         return f"no epoch of its reconstruction lowered the held-out error: {keeps}"

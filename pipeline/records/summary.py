@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pipeline.reconstruct.results import PHASES as RECONSTRUCTION_PHASES
-from pipeline.reconstruct.results import totals
+from pipeline.reconstruct.results import result_of, totals
 from pipeline.records.block import block_error
 from pipeline.records.schemas import ACTIVATIONS_SCHEMA, SUMMARY_SCHEMA
 from pipeline.records.times import Work, by_worker, sum_counts, timeline
@@ -60,7 +60,7 @@ def summarize(
             _block(record, [part for part in work if part.block == record.block])
             for record in records
         ],
-        "reconstruction": totals(record.results.get("reconstruct") for record in records),
+        "reconstruction": totals(result_of(record.results) for record in records),
         "wall": wall,
         "seconds": seconds,
         "memory": _peaks(peak_memory(), phases),
@@ -113,7 +113,7 @@ def _block(record: BlockRecord, work: Sequence[Work]) -> dict[str, Any]:
         "phases": {name: _phase(phase) for name, phase in phases},
         "groups": results["groups"],
         "choices": results["choices"],
-        "reconstruct": results.get("reconstruct"),
+        "reconstruct": result_of(results),
         "costs": results["costs"],
         "layers": {name: layer.results for name, layer in record.layers.items()},
         "masks": results.get("masks", {}),

@@ -53,10 +53,6 @@ _KINDS = {
     "load": "reading weights of the source",
     "other": "waiting for other workers or the driver, and dispatch",
 }
-_EXCHANGED = (
-    " All this was counted after the solve; then weights changed places (--reconstruct-mask "
-    "exchange)."
-)
 _INPUT_COUNTS = ("never", "rarely", "often")
 # Phases of the last run of the job that do not belong to a block.
 _AROUND_BLOCKS = {
@@ -279,15 +275,8 @@ def _mask(facts: Facts) -> dict[str, Any]:
             "zero. Magnitude pruning would have kept "
             f"{100 * (share(too, kept) or 0):.1f} % of them, too: the lower, the more the method "
             "differs from it. No position in a group should be kept much more often than others."
-            + (_EXCHANGED if _exchanged(facts) else "")
         ),
     }  # fmt: skip
-
-
-def _exchanged(facts: Facts) -> bool:
-    """Whether weights may have changed places after the masks were counted."""
-    reconstructed = any(block.get("reconstruct") for block in facts.summary["blocks"])
-    return reconstructed and facts.settings.get("reconstruct_mask") == "exchange"
 
 
 def _times(facts: Facts) -> dict[str, Any]:

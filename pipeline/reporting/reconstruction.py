@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.reconstruct.results import PHASES, digits, percent, totals, why_kept
+from pipeline.reconstruct.results import (
+    PHASES,
+    digits,
+    kept_in_words,
+    learned_errors,
+    percent,
+    totals,
+    why_kept,
+)
 
 _NAMED = 4  # layers that were not trained
 _TARGETS = {
@@ -92,15 +100,10 @@ def output_errors(blocks: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[i
         result = block.get("reconstruct")
         if result is None:
             continue
-        learned, kept = result["learned"], result["kept"]
-        losses = (
-            result["before"],
-            result["after"],
-            learned[0] if learned else None,
-            None if kept == "solved" else learned[kept - 1],
-        )
-        for points, loss in zip(lines.values(), losses, strict=True):
-            if (error := percent(result, loss)) is not None:
+        judged = (percent(result, result[name]) for name in ("before", "after"))
+        errors = (*judged, *learned_errors(result))
+        for points, error in zip(lines.values(), errors, strict=True):
+            if error is not None:
                 points.append((block["block"], error))
     return {name: points for name, points in lines.items() if points}
 
@@ -110,11 +113,18 @@ def _row(block: Mapping[str, Any]) -> tuple[Any, ...]:
     before, after = (percent(result, result[name]) for name in ("before", "after"))
     shown = ["undefined" if error is None else digits(error) for error in (before, after)]
     change = "" if not before or after is None else f"{100 * (after / before - 1):.1f}"
-    kept = result["kept"] if result["kept"] == "solved" else f"epoch {result['kept']}"
     phases = block.get("phases", {})
     seconds = sum(float(phases[name]["seconds"]) for name in PHASES if name in phases)
     remark = why_kept(result) or ""
-    return block["block"], *shown, change, kept, result["epochs"], f"{seconds:.1f}", remark
+    return (
+        block["block"],
+        *shown,
+        change,
+        kept_in_words(result),
+        result["epochs"],
+        f"{seconds:.1f}",
+        remark,
+    )
 
 
 def _untrained(blocks: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.messages import BegunTraining, Job, TrainedEpoch, TrainedRows
+from pipeline.messages import Job, TrainedEpoch, TrainedRows
 from pipeline.models.forward_capture import BlockCall
 from pipeline.models.skeleton import Skeleton
 from pipeline.runtime.stopwatch import Stopwatch
@@ -17,6 +17,7 @@ from pipeline.statistics.all_reduce import Collective
 from pipeline.worker.block_loader import BlockLoader
 from pipeline.worker.few_tokens import least_tokens
 from pipeline.worker.forward import Forward
+from pipeline.worker.training.energy import held_out_energy
 from pipeline.worker.training.exchange import Exchange
 from pipeline.worker.training.rank_training import RankTraining, TrainingPlan
 from storage.files.hashing import StoredFile
@@ -64,14 +65,19 @@ class TrainingPhases:
         )
         return self.forward.write(block + 1, stamp, outputs, dense=True)
 
+    def target_energy(self, block: int, targets: list[StoredFile]) -> dict[int, float]:
+        """Mean square of the targets, of each held-out sequence of the rank, by its number."""
+        with self.watch("io"):
+            return held_out_energy(self.forward, block, targets, self.job.nsamples)
+
     def begin_training(
         self,
         block: int,
         record: BlockRecord,
         shards: list[StoredFile],
         targets: list[StoredFile],
-    ) -> BegunTraining:
-        """Loads the solved block, opens its inputs and targets, and judges it as it is."""
+    ) -> float:
+        """Loads the solved block and opens its inputs and targets; the held-out sequences' loss."""
         module = self.loader.pruned(block, record)
         layers = {
             layer: torch_dtype(item.dtype)
@@ -98,7 +104,7 @@ class TrainingPhases:
             self.peers or self.collective,
             self.watch,
         )
-        return BegunTraining(self.training.losses[0], self.training.energy())
+        return self.training.losses[0]
 
     def train(self, block: int, epoch: int) -> TrainedEpoch:
         """Runs one epoch of the block's reconstruction."""

@@ -104,32 +104,19 @@ class RankTraining:
 
     def judge(self) -> float:
         """The mean loss of the held-out sequences of all ranks."""
+        numbers = held_out(self._plan.nsamples)
 
         def loss(number: int) -> float:
             with torch.no_grad():
                 inputs, target, counted = self._sequences[number]()
                 return float(squared_error(self._run(inputs), target, counted))
 
-        return self._of_held_out(loss)
-
-    def energy(self) -> float:
-        """What `judge` gives for a block whose output is 0: the scale of the losses."""
-
-        def square(number: int) -> float:
-            _, target, counted = self._sequences[number]()
-            return float(squared_error(torch.zeros_like(target), target, counted))
-
-        return self._of_held_out(square)
-
-    # -- parts of these ---------------------------------------------------------------------
-
-    def _of_held_out(self, loss: Callable[[int], float]) -> float:
-        """The mean of `loss` over the held-out sequences of all ranks."""
-        numbers = held_out(self._plan.nsamples)
         with self._watch("forward"):
             found = self._each(loss, [n for n in numbers if n in self._sequences])
         losses = [found.get(number, 0.0) for number in numbers]
         return float(self._sum(losses).mean())
+
+    # -- parts of these ---------------------------------------------------------------------
 
     def _step(self, batch: Sequence[int]) -> list[float]:
         """One step on all ranks; the losses of its sequences, of all ranks."""

@@ -97,12 +97,6 @@ def reconstruct(
     )
 
 
-def mean_energy(parts: Sequence[Mapping[int, float]]) -> float:
-    """The mean over the held-out sequences of all ranks, in one order on any number of them."""
-    squares = {number: square for part in parts for number, square in part.items()}
-    return math.fsum(squares[number] for number in sorted(squares)) / len(squares)
-
-
 def outcomes_of(outcomes: Sequence[Any]) -> list[TrainedRows]:
     """The ranks' rows."""
     return [outcome.value for outcome in outcomes]
@@ -148,3 +142,9 @@ def untrained(solved: BlockRecord, trained: Sequence[TrainedRows]) -> list[str]:
     """The layers that were not trained: experts with too few tokens."""
     known = {name for part in trained for name in part.ranges}
     return [name for name in solved.layers if name not in known]
+
+
+def mean_energy(parts: Sequence[Mapping[int, float]]) -> float:
+    """The mean over the held-out sequences of all ranks, in one order on any number of them."""
+    squares = {number: square for part in parts for number, square in part.items()}
+    return math.fsum(squares[number] for number in sorted(squares)) / len(squares)

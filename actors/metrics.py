@@ -44,9 +44,15 @@ METRICS: dict[str, Description] = {
     "prox24_blocks": Description("gauge", "Blocks of the model."),
     "prox24_blocks_done": Description("gauge", "Blocks that are committed."),
     "prox24_block": Description("gauge", "Number of the block in work."),
+    "prox24_epoch": Description("gauge", "Epoch of the present or last reconstruction."),
     "prox24_phase": Description("gauge", "1 for the phase in work, 0 for the others.", ("phase",)),
     "prox24_relative_error_ratio": Description(
         "gauge", "Relative error of a committed block, 0 to 1.", ("block",)
+    ),
+    "prox24_output_error_ratio": Description(
+        "gauge",
+        "Held-out error of a block's output, before and after its reconstruction, 0 to 1.",
+        ("block", "reconstruction"),
     ),
     "prox24_retries": Description("counter", "Attempts that failed and were made again."),
     "prox24_tokens": Description("counter", "Tokens that blocks were run on.", ("rank",)),

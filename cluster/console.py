@@ -9,6 +9,8 @@ from rich.progress import Progress
 
 from cluster.terminal import bar, print_labelled, shows_bars, terminal
 from pipeline.config.prune import PruneConfig
+from pipeline.reconstruct.results import digits
+from pipeline.runtime.progress import counted
 from pipeline.runtime.units import duration, size
 from storage.files.names import printable
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 SENT = "statistics_sent_bytes"
 _SHOWN_KINDS = 3
 _EVALUATING = "evaluating"
-# Lines of an evaluation, without a bar: no more than one in so many seconds.
+# Lines of an evaluation and of epochs, without a bar: no more than one in so many seconds.
 _BETWEEN_LINES = 10.0
 # Phases of no block that may take minutes, in words: where no bar names them, a line does.
 _ALONE = {
@@ -32,13 +34,16 @@ _ALONE = {
 class Console:
     """The `Progress` of the block loop, drawn for people."""
 
+    # Whether, without a bar, each block has a line.
+    _lines_of_blocks = True
+
     def __init__(self) -> None:
         self.console = terminal()
         self._bar: Progress | None = None
         self._task: Any = None
         self._title, self._blocks = "", 0
         self._started = self._block_started = self._told = time.monotonic()
-        self._fresh, self._in_blocks = 0, False
+        self._fresh, self._done, self._in_blocks = 0, 0, False
 
     def settings(self, model: str, output: str, config: PruneConfig) -> None:
         """What is about to be done."""
@@ -56,6 +61,7 @@ class Console:
                 f"{config.nsamples} x {config.seqlen} tokens of {config.dataset}, "
                 f"seed {config.seed}",
             ),
+            *_reconstruction(config),
             ("executor", config.executor),
         ]
         print_labelled(self.console, rows)
@@ -68,13 +74,13 @@ class Console:
         """Starts the bar, or starts it over."""
         self._title, self._blocks = title, blocks
         self._started = self._block_started = self._told = time.monotonic()
-        self._fresh, self._in_blocks = 0, False
+        self._fresh, self._done, self._in_blocks = 0, done, False
         if done:
             self.print(f"{done} of {blocks} blocks are already done; going on from there")
         if self._bar is not None:
             self._bar.reset(self._task, total=blocks, completed=done, description=title, error="")
         elif shows_bars(self.console):
-            self._bar = bar(self.console, "{task.completed:.0f}/{task.total:.0f}")
+            self._bar = bar(self.console, "{task.completed:.0f}/{task.total:.0f}", self._left)
             self._task = self._bar.add_task(title, total=blocks, completed=done, error="")
             self._bar.start()
 
@@ -86,37 +92,66 @@ class Console:
             self._started = self._block_started = time.monotonic()
         if self._bar is not None:
             where = name if block is None else f"block {block} {name}"
+            if block is not None and counted(name) is not None:
+                where = f"{block}: {name}"  # the room of a description is short
             self._bar.update(self._task, description=where)
         elif block is None and name in _ALONE:
             self.print(_ALONE[name])
+        elif block is not None and counted(name) is not None:
+            self._epoch(name, block)
         if self._title == _EVALUATING and self._in_blocks and name != "embed":
             # What follows the last block is of none.
             self._evaluating(self._blocks if block is None else block)
+
+    def _epoch(self, name: str, block: int) -> None:
+        """Now and then a line that says how far a long block is."""
+        if self._lines_of_blocks and time.monotonic() - self._told >= _BETWEEN_LINES:
+            self.print(f"block {block + 1}/{self._blocks}: {name}")
+            self._told = time.monotonic()
+
+    def _left(self) -> float | None:
+        """Seconds left: by the mean of the blocks so far, less what has gone by of this one."""
+        if not self._fresh:
+            return None
+        ended = self._block_started
+        pace = (ended - self._started) / self._fresh
+        gone = min(pace, time.monotonic() - ended)
+        return max(0.0, (self._blocks - self._done) * pace - gone)
 
     def _evaluating(self, done: int) -> None:
         """An evaluation reports the start of each block: it has no event for the end."""
         now = time.monotonic()
         if self._bar is not None:
+            if done > self._done:
+                self._fresh, self._done, self._block_started = done, done, now
             self._bar.update(self._task, completed=done)
         elif done > self._fresh and now - self._told >= _BETWEEN_LINES:
             left = (self._blocks - done) * (now - self._started) / done
             self.print(f"{_EVALUATING}: block {done}/{self._blocks} done  eta {duration(left)}")
             self._told, self._fresh = now, done
 
-    def block_done(self, block: int, relative_error: float | None) -> None:
+    def block_done(
+        self,
+        block: int,
+        relative_error: float | None,
+        output_error: tuple[float, float] | None = None,
+    ) -> None:
         """Moves the bar, or prints the block's line."""
         error = "" if relative_error is None else f"error {relative_error:.3f}%"
-        self._fresh += 1
+        now = time.monotonic()
+        took, self._block_started, self._told = now - self._block_started, now, now
+        self._fresh, self._done = self._fresh + 1, block + 1
         if self._bar is not None:
+            if output_error is not None:
+                error = f"output {'->'.join(map(digits, output_error))}%"
             self._bar.update(self._task, completed=block + 1, error=error)
             return
-        now = time.monotonic()
-        left = (self._blocks - block - 1) * (now - self._started) / self._fresh
+        if output_error is not None:
+            error += f"  output error {' -> '.join(map(digits, output_error))}%"
+        left = self._left() or 0.0
         self.print(
-            f"block {block + 1}/{self._blocks} done in {now - self._block_started:.1f} s  "
-            f"{error}  eta {duration(left)}"
+            f"block {block + 1}/{self._blocks} done in {took:.1f} s  {error}  eta {duration(left)}"
         )
-        self._block_started = now
 
     def attempt_failed(self, what: str, attempt: int, attempts: int, reason: str) -> None:
         """One line above the bar."""
@@ -158,6 +193,18 @@ class Console:
         page = result.run_directory / "report" / "report.html"
         if page.exists():
             self.print(f"report: {page}")
+
+
+def _reconstruction(config: PruneConfig) -> list[tuple[str, str]]:
+    """How blocks are reconstructed; nothing where they are not."""
+    if not config.reconstructs():
+        return []
+    what = (
+        f"of blocks, up to {config.reconstruct_epochs} epochs of steps of "
+        f"{config.reconstruct_batch}, learning rate {config.reconstruct_lr:g}, target "
+        f"{config.reconstruct_target}, mask {config.reconstruct_mask}"
+    )
+    return [("reconstruct", what)]
 
 
 def who_did_what(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -10,16 +10,25 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TextIO, cast
 
 import rich.box
 import rich.console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.runtime.units import duration
 from storage.files.names import printable
 from storage.files.os_errors import explained
 
@@ -39,10 +48,28 @@ def shows_bars(console: rich.console.Console) -> bool:
     return console.is_terminal and not console.is_dumb_terminal
 
 
-def bar(console: rich.console.Console, counted: str) -> Progress:
+class _TimeLeft(ProgressColumn):
+    """The time left as the caller knows it."""
+
+    def __init__(self, left: Callable[[], float | None]) -> None:
+        super().__init__()
+        self._left = left
+
+    def render(self, task: Task) -> Text:
+        """`2:05`, or `-:--` where it is not known yet."""
+        left = self._left()
+        return Text("-:--" if left is None else duration(left), style="progress.remaining")
+
+
+def bar(
+    console: rich.console.Console,
+    counted: str,
+    left: Callable[[], float | None] | None = None,
+) -> Progress:
     """A bar on one line: what is done, how much of it, time gone, time left, and `error`.
 
-    counted: how the amount is written, as a template of `task`. Tasks need the field `error`.
+    counted: how the amount is written, as a template of `task`. Tasks need the field `error`. left:
+    seconds left; by default they follow from the last 30 s, for amounts that grow all the time.
     """
     return Progress(
         TextColumn("{task.description:<20}", markup=False),
@@ -50,7 +77,7 @@ def bar(console: rich.console.Console, counted: str) -> Progress:
         TextColumn(counted),
         TimeElapsedColumn(),
         TextColumn("eta"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn() if left is None else _TimeLeft(left),
         TextColumn("{task.fields[error]}", markup=False),
         console=console,
     )

@@ -18,6 +18,7 @@ from rich.text import Text
 from cluster.command import Command
 from cluster.options import path_text
 from cluster.terminal import print_labelled, terminal
+from pipeline.reconstruct.results import digits
 from pipeline.records.status import find_run_directory, read_status
 from pipeline.runtime.units import duration, size
 
@@ -68,6 +69,8 @@ def _lines(status: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "disk", _disk(status["disk"])
     if errors := _errors(status["blocks"]["committed"]):
         yield "errors", errors
+    if errors := _output_errors(status["blocks"]["committed"]):
+        yield "output", errors
     for name in ("note", "error"):
         if status[name]:
             yield name, status[name]
@@ -123,7 +126,8 @@ def _attempts(failures: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
 
 
 def _disk(disk: dict[str, int]) -> str:
-    parts = ", ".join(f"{name} {size(disk[name])}" for name in ("activations", "checkpoints"))
+    names = ["activations", *(["targets"] if disk["targets"] else []), "checkpoints"]
+    parts = ", ".join(f"{name} {size(disk[name])}" for name in names)
     return f"{size(disk['bytes'])} used ({parts}); {size(disk['free'])} free"
 
 
@@ -132,6 +136,15 @@ def _errors(blocks: list[dict[str, Any]]) -> str:
     known = [block for block in blocks if block["relative_error"] is not None]
     return ", ".join(
         f"block {block['block']} {block['relative_error']:.3f}%" for block in known[-_SHOWN_BLOCKS:]
+    )
+
+
+def _output_errors(blocks: list[dict[str, Any]]) -> str:
+    """The last blocks' held-out errors, before and after their reconstruction."""
+    known = [(block["block"], error) for block in blocks if (error := block["output_error"])]
+    return ", ".join(
+        f"block {block} {digits(error['before'])} -> {digits(error['after'])}%"
+        for block, error in known[-_SHOWN_BLOCKS:]
     )
 
 

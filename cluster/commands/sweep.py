@@ -144,10 +144,17 @@ def _parsed(kind: type[Any], options: Mapping[str, Any], where: str) -> Any:
 class _SweepConsole(Console):
     """Without a terminal one line a run is enough, in place of one a block."""
 
-    def block_done(self, block: int, relative_error: float | None) -> None:
+    _lines_of_blocks = False
+
+    def block_done(
+        self,
+        block: int,
+        relative_error: float | None,
+        output_error: tuple[float, float] | None = None,
+    ) -> None:
         """Moves the bar where there is one."""
         if self.console.is_terminal:
-            super().block_done(block, relative_error)
+            super().block_done(block, relative_error, output_error)
 
 
 COMMAND = Command(

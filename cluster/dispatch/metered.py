@@ -5,7 +5,7 @@ from __future__ import annotations
 import ray
 
 from actors.metrics import Meter
-from pipeline.runtime.progress import Progress
+from pipeline.runtime.progress import Progress, counted
 
 
 class MeteredProgress:
@@ -23,8 +23,12 @@ class MeteredProgress:
         self._set("prox24_blocks_done", done)
 
     def phase(self, name: str, block: int | None = None) -> None:
-        """Records the phase, and the block it is of."""
+        """Records the phase, the block it is of, and the number of an epoch."""
         self._inner.phase(name, block)
+        if (parts := counted(name)) is not None:
+            # One phase, and its number beside it: not a label for each.
+            name, epoch, _ = parts
+            self._set("prox24_epoch", epoch)
         if self._phase not in (None, name):
             self._set("prox24_phase", 0, phase=str(self._phase))
         self._phase = name
@@ -32,12 +36,20 @@ class MeteredProgress:
         if block is not None:
             self._set("prox24_block", block)
 
-    def block_done(self, block: int, relative_error: float | None) -> None:
+    def block_done(
+        self,
+        block: int,
+        relative_error: float | None,
+        output_error: tuple[float, float] | None = None,
+    ) -> None:
         """Records the block and its error."""
-        self._inner.block_done(block, relative_error)
+        self._inner.block_done(block, relative_error, output_error)
         self._set("prox24_blocks_done", block + 1)
         if relative_error is not None:
             self._set("prox24_relative_error_ratio", relative_error / 100, block=str(block))
+        for when, error in zip(("before", "after"), output_error or (), strict=False):
+            ratio = error / 100
+            self._set("prox24_output_error_ratio", ratio, block=str(block), reconstruction=when)
 
     def attempt_failed(self, what: str, attempt: int, attempts: int, reason: str) -> None:
         """Counts the failure."""

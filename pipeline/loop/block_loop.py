@@ -19,6 +19,7 @@ from pipeline.loop.rank import Call, Rank, call
 from pipeline.loop.repair import Repairs
 from pipeline.loop.retry import AttemptHistory
 from pipeline.messages import Job, Likelihood, Outcome, Reference, SequenceDistance, Target
+from pipeline.reconstruct.results import notes, output_error, result_of
 from pipeline.records.block import block_error, deviations_in_words
 from storage.errors import CorruptFileError, Prox24Error, WorkerLostError, WorkerMemoryError
 from storage.files.commit import publish_json
@@ -145,8 +146,10 @@ class BlockLoop:
             record = steps.prune(block, failures)
             publish_json(steps.run.record(block), record.to_json(), guard=steps.lock.assert_held)
             steps.run.remove_solved(block, steps.lock.assert_held)
-            steps.progress.block_done(block, block_error(record))
-            for line in deviations_in_words(record, f"{steps.blocks_path}.{block}."):
+            trained = result_of(record.results)
+            steps.progress.block_done(block, block_error(record), output_error(trained))
+            name = f"{steps.blocks_path}.{block}"
+            for line in (*deviations_in_words(record, f"{name}."), *notes(trained, name)):
                 steps.progress.note(line)
 
         self.persist(f"block {block}", solve_and_commit)

@@ -53,6 +53,16 @@ _SETTINGS = {
     "blocksize": "blocksize",
     "refine": "refinement",
     "refine_steps": "refinement steps",
+    "reconstruct": "reconstruction",
+    "reconstruct_target": "reconstruction target",
+    "reconstruct_epochs": "reconstruction epochs, at most",
+    "reconstruct_batch": "sequences a step",
+    "reconstruct_lr": "first learning rate, relative",
+    "reconstruct_mask": "mask in the reconstruction",
+}
+_TARGETS = {
+    "dense-chain": "that of the dense model at this depth",
+    "dense-block": "that of the dense block for the same inputs",
 }
 
 
@@ -66,6 +76,7 @@ def model_card(
     dense: Mapping[str, str],
     license: str | None,
     stored_as: str = "",
+    reconstruction: Mapping[str, Any] | None = None,
 ) -> str:
     """The card as Markdown, with the front matter that the Hugging Face hub reads.
 
@@ -75,14 +86,16 @@ def model_card(
     `dense` added if the dense model was measured too; None if it was not measured. skipped: linear
     layers of the blocks that were not pruned, with the reason. dense: weights of the blocks that
     are never pruned, with the reason. license: that in the source's card, or None. stored_as: how a
-    source in few bits is stored, for people.
+    source in few bits is stored, for people. reconstruction: see
+    `pipeline.reconstruct.results.totals`; None where no block was reconstructed.
     """
     parts = [
         _front_matter(source_name, settings, license),
-        _introduction(source_name, settings, results, stored_as),
+        _introduction(source_name, settings, results, stored_as, reconstruction),
         _settings_table(settings),
         _skipped(skipped),
-        _error_tables(results),
+        _error_tables(results, reconstruction is not None),
+        _reconstruction(reconstruction, settings),
         _left_dense(dense),
         _perplexity(perplexity),
         _LOADING + (_NAMES_IN_BFLOAT16 if stored_as else _NAMES) + _RESULTS,
@@ -140,6 +153,7 @@ def _introduction(
     settings: Mapping[str, Any],
     results: Sequence[Mapping[str, Any]],
     stored_as: str,
+    reconstruction: Mapping[str, Any] | None,
 ) -> str:
     name = source_name.rsplit("/", 1)[-1]
     weights = sum(math.prod(result["shape"]) for result in results)
@@ -148,8 +162,45 @@ def _introduction(
         f"{_code(source_name)}, pruned to {_pattern_in_words(str(settings['pattern']))} by "
         f"prox24 with the method `{settings['method']}`. "
         f"{len(results)} linear layers with {weights:,} weights were pruned; every other tensor is "
-        f"that of the source, {_unchanged(stored_as)}. The model was not trained further."
+        f"that of the source, {_unchanged(stored_as)}. {_trained(reconstruction)}"
     )
+
+
+def _trained(reconstruction: Mapping[str, Any] | None) -> str:
+    if reconstruction is None:
+        return "The model was not trained further."
+    return (
+        "Each block was then reconstructed: its kept weights were trained, block by block, towards "
+        "outputs of the dense model (see below). The model as a whole was not trained further."
+    )
+
+
+def _reconstruction(reconstruction: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> str:
+    """What the reconstruction of the blocks came to; nothing where there was none."""
+    if reconstruction is None:
+        return ""
+    target = _TARGETS[settings["reconstruct_target"]]
+    lines = [
+        "## Reconstruction",
+        "After a block's layers were solved, its kept weights were trained so that the block's "
+        f"output on the calibration text is {target}. A tenth of the sequences took no part; by "
+        "their error the best epoch was kept, or the solved weights. Errors are in per cent of the "
+        "energy of the target, means over blocks:",
+    ]
+    if reconstruction["gain"] is not None:
+        before, after = (f"{reconstruction[name]:.4g}" for name in ("before", "after"))
+        row = (reconstruction["blocks"], before, after, f"{reconstruction['gain']:.2f} %")
+        lines.append(_table(("blocks", "error before", "error after", "lower by"), [row]))
+    else:
+        lines.append("Undefined: they are not finite, or the targets are 0.")
+    for name, what in (
+        ("kept_solved", "Blocks that keep their solved weights"),
+        ("not_finite", "Blocks in which a loss was not finite, so that they keep earlier weights"),
+        ("untrained", "Layers of experts that were not trained, for too few calibration tokens"),
+    ):
+        if reconstruction[name]:
+            lines.append(f"{what}: {reconstruction[name]:,}.")
+    return "\n\n".join(lines)
 
 
 def _unchanged(stored_as: str) -> str:
@@ -176,6 +227,8 @@ def _settings_table(settings: Mapping[str, Any]) -> str:
     if settings.get("refine") == "none":
         unused.add("refine_steps")
     unused |= {key for key in ("dense_first", "dense_last") if not settings.get(key)}
+    if not settings.get("reconstruct"):
+        unused |= {name for name in _SETTINGS if name.startswith("reconstruct")}
     if settings.get("calibrate_on") == "all":
         unused.add("calibrate_on")
     rows = [
@@ -202,7 +255,7 @@ def _skipped(skipped: Mapping[str, str]) -> str:
     return "Linear layers of the blocks that were not pruned:\n\n" + "\n".join(lines)
 
 
-def _error_tables(results: Sequence[Mapping[str, Any]]) -> str:
+def _error_tables(results: Sequence[Mapping[str, Any]], reconstructed: bool) -> str:
     if not results:
         return ""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
@@ -221,7 +274,8 @@ def _error_tables(results: Sequence[Mapping[str, Any]]) -> str:
     meanings = dict.fromkeys(_STATISTICS[result["statistic"]] for result in results)
     parts = [
         "## Error by layer",
-        f"Relative error in per cent: {'; or '.join(meanings)}.",
+        f"Relative error in per cent: {'; or '.join(meanings)}."
+        + (" Errors are those of the solve, before the reconstruction." if reconstructed else ""),
         _table(("layer", "shape", "layers", "mean", "worst", "worst in block"), by_kind),
         "The layers with the largest error:",
         _table(

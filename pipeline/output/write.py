@@ -25,6 +25,7 @@ from pipeline.config.prune import PruneConfig
 from pipeline.models.skeleton import Skeleton
 from pipeline.output.few_tokens import few_tokens
 from pipeline.output.model_card import model_card
+from pipeline.reconstruct.results import result_of, totals
 from pipeline.records.block import block_error
 from pipeline.runtime.split import deal
 from pipeline.text.sequences import text_in_words
@@ -98,6 +99,7 @@ def describe_output(
         layer_results(records, skeleton.blocks_path),
         skeleton.files.source.stored_as,
     )
+    reconstruction = totals(result_of(record.results) for record in records)
     results = {
         "schema_version": RESULT_SCHEMA,
         "job": job,
@@ -105,9 +107,8 @@ def describe_output(
         "source": source_name,
         # Of a source that is not in few bits the output has the very dtypes.
         **({"source_stored_as": stored_as} if stored_as else {}),
-        "blocks": [
-            {"block": record.block, "relative_error": block_error(record)} for record in records
-        ],
+        "blocks": [_block_result(record) for record in records],
+        "reconstruction": reconstruction,
         "layers": layers,
         "skipped_layers": list(skipped),
         "skipped_because": dict(skipped),
@@ -123,15 +124,26 @@ def describe_output(
     }
     card = model_card(
         source_name=source_name,
-        settings=card_settings(job, text),
+        settings=card_settings(job, text) | {"reconstruct": config.reconstructs() and "block"},
         results=layers,
         skipped=skipped,
         perplexity=perplexity,
         dense=dense,
         license=source_license(skeleton.files.folder),
         stored_as=stored_as,
+        reconstruction=reconstruction,
     )
     return card, json.dumps(results, indent=1) + "\n"
+
+
+def _block_result(record: BlockRecord) -> dict[str, Any]:
+    """A block's entry in `prox24.json`; `reconstruct`: see `pipeline.reconstruct.results`."""
+    trained = result_of(record.results)
+    return {
+        "block": record.block,
+        "relative_error": block_error(record),
+        **({} if trained is None else {"reconstruct": trained}),
+    }
 
 
 def files_of_ranks(skeleton: Skeleton, world: int) -> list[list[str]]:

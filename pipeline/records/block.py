@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.messages import SolvedSlices
+from pipeline.reconstruct.results import check_result, result_of
 from pipeline.solvers.mask_counts import merge_mask_counts
 from pipeline.solvers.types import SolveReport, merge_reports
 from storage.errors import CorruptFileError
@@ -37,6 +38,7 @@ def read_record(path: Path) -> BlockRecord:
         _require(_is_number(results["seconds"]), "seconds")
         for name in ("groups", "costs", "choices"):
             _require(name in results, name)
+        check_result(result_of(results))
         for phase in results["phases"].values():
             check_phase(phase)
     except (LookupError, TypeError, AttributeError, ValueError) as error:

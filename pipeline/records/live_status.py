@@ -65,9 +65,14 @@ class RecordedProgress:
             self._state["block_started"] = now
         self._write(phase=name, block=block, phase_started=now, around_blocks=around)
 
-    def block_done(self, block: int, relative_error: float | None) -> None:
+    def block_done(
+        self,
+        block: int,
+        relative_error: float | None,
+        output_error: tuple[float, float] | None = None,
+    ) -> None:
         """Records the start of the next block."""
-        self._inner.block_done(block, relative_error)
+        self._inner.block_done(block, relative_error, output_error)
         self._write(block_started=time.time())
 
     def attempt_failed(self, what: str, attempt: int, attempts: int, reason: str) -> None:

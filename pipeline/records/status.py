@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
+from pipeline.reconstruct.results import check_result, output_error
 from pipeline.records.schemas import MANIFEST_SCHEMA, SUMMARY_SCHEMA
 from storage.errors import CorruptFileError, RunDirectoryError
 from storage.files.checked_json import is_count
@@ -159,7 +160,9 @@ def _blocks(
     for block in committed:
         record = _record(run, run.record(block), problems, BLOCK_SCHEMA)
         results, layers = _mapping(record.get("results")), _mapping(record.get("layers"))
-        blocks.append(_metrics(block, record, results.get("seconds"), _error(layers)))
+        seconds, trained = results.get("seconds"), {**_mapping(results.get("reconstruct"))}
+        trained |= {"energy": results.get("target_energy")} if trained else {}
+        blocks.append(_metrics(block, record, seconds, _error(layers), trained or None))
     total = next((n for n in (manifest.get("blocks"), status.get("blocks")) if is_count(n)), None)
     summary = _record(run, run.report() / "summary.json", problems, SUMMARY_SCHEMA)
     reported = summary.get("blocks")
@@ -168,7 +171,10 @@ def _blocks(
     if finished:
         entries = [_mapping(entry) for entry in cast(list[Any], reported)]
         blocks = [
-            _metrics(n, entry, entry.get("seconds"), _number(entry.get("relative_error")))
+            _metrics(
+                *(n, entry, entry.get("seconds"), _number(entry.get("relative_error"))),
+                entry.get("reconstruct"),
+            )
             for n, entry in enumerate(entries)
         ]
         total = len(blocks)
@@ -176,14 +182,26 @@ def _blocks(
 
 
 def _metrics(
-    block: int, record: dict[str, Any], seconds: object, error: float | None
+    block: int, record: dict[str, Any], seconds: object, error: float | None, trained: object
 ) -> dict[str, Any]:
+    """A block's metrics. trained: the result of its reconstruction, if there was one."""
     return {
         "block": block,
         "relative_error": error,
+        "output_error": _output_error(trained),
         "seconds": _number(seconds),
         "workers": record["world"] if is_count(record.get("world")) else None,
     }
+
+
+def _output_error(trained: object) -> dict[str, float] | None:
+    """The held-out error of a reconstructed block's output in per cent, before and after."""
+    try:
+        check_result(trained)
+        pair = output_error(cast(Any, trained))
+    except (LookupError, TypeError, ValueError):
+        return None
+    return None if pair is None else {"before": pair[0], "after": pair[1]}
 
 
 def _error(layers: dict[str, Any]) -> float | None:
@@ -260,7 +278,7 @@ def _disk(run: RunDirectory) -> dict[str, int]:
     """Bytes in the run directory and its large parts, and bytes free on its filesystem."""
     parts = {
         name: 0 if (run.path / name).is_symlink() else RunDirectory(run.path / name).size()
-        for name in ("activations", "checkpoints")
+        for name in ("activations", "targets", "checkpoints")
     }
     free = 0
     with contextlib.suppress(OSError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from pipeline.reconstruct.results import PHASES as RECONSTRUCTION_PHASES
+from pipeline.reconstruct.results import result_of, totals
 from pipeline.records.block import block_error
 from pipeline.records.schemas import ACTIVATIONS_SCHEMA, SUMMARY_SCHEMA
 from pipeline.records.times import Work, by_worker, sum_counts, timeline
@@ -23,6 +25,8 @@ def summarize(
 ) -> dict[str, Any]:
     """The metrics of a finished job, over all its runs; each phase counts in its committed attempt.
 
+    reconstruction: the totals of the blocks' reconstructions; see `pipeline.reconstruct.results`.
+
     wall: seconds of all phases at the driver. seconds: the same time by kind of work, each the mean
     over ranks; "other" (waiting, dispatch) makes up the rest. memory: peak bytes of the driver
     (since its start) and of the largest worker (a Ray worker's by phase). workers, timeline: see
@@ -30,12 +34,12 @@ def summarize(
 
     blocks: the same of each block. Its `counts` and `phases` (wall `seconds`, peak bytes of the
     largest worker) include the computation of its inputs. `masks`: see
-    `pipeline.solvers.mask_counts`. `reconstruct`: see `pipeline.loop.reconstruction.in_words`; None
+    `pipeline.solvers.mask_counts`. `reconstruct`: see `pipeline.reconstruct.results`; None
     where the block was not reconstructed.
 
     If a file of times is damaged, `note` is called with its name, and the sums lack it.
     """
-    work = [Work(r.block, r.results.get("workers", []), r.results["phases"]) for r in records]
+    work = [part for record in records for part in _work(record)]
     for block in range(len(records)):
         path = run.report() / f"inputs-{block:03d}.json"
         if path.exists():
@@ -56,6 +60,7 @@ def summarize(
             _block(record, [part for part in work if part.block == record.block])
             for record in records
         ],
+        "reconstruction": totals(result_of(record.results) for record in records),
         "wall": wall,
         "seconds": seconds,
         "memory": _peaks(peak_memory(), phases),
@@ -77,6 +82,20 @@ def read_summary(run: RunDirectory) -> dict[str, Any]:
     return read_json(run.report() / "summary.json", SUMMARY_SCHEMA)
 
 
+def _work(record: BlockRecord) -> list[Work]:
+    """A block's solve and its reconstruction, which a resumed job may do with other workers."""
+    results = record.results
+    workers, phases = results.get("workers", []), results["phases"]
+    if "solve_workers" not in results:
+        return [Work(record.block, workers, phases)]
+    trained = {name: phase for name, phase in phases.items() if name in RECONSTRUCTION_PHASES}
+    solved = {name: phase for name, phase in phases.items() if name not in trained}
+    return [
+        Work(record.block, results["solve_workers"], solved),
+        Work(record.block, workers, trained),
+    ]
+
+
 def _block(record: BlockRecord, work: Sequence[Work]) -> dict[str, Any]:
     """A block's metrics. work: the phases of this block alone."""
     results = record.results
@@ -94,7 +113,7 @@ def _block(record: BlockRecord, work: Sequence[Work]) -> dict[str, Any]:
         "phases": {name: _phase(phase) for name, phase in phases},
         "groups": results["groups"],
         "choices": results["choices"],
-        "reconstruct": results.get("reconstruct"),
+        "reconstruct": result_of(results),
         "costs": results["costs"],
         "layers": {name: layer.results for name, layer in record.layers.items()},
         "masks": results.get("masks", {}),

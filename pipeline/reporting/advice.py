@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from pipeline.reconstruct.results import totals
 from pipeline.reporting.layer_table import by_kind
 from pipeline.solvers.base import NO_INPUT
 from pipeline.solvers.registry import solver_class
@@ -57,6 +58,7 @@ def advise(
         *_deviations(layers),
         *_little_text(layers, settings, tokens),
         *_unsettled(layers),
+        *_reconstruction(blocks),
         *_settings(settings),
         *([] if measured else [_MEASURE]),
     ]
@@ -169,6 +171,27 @@ def _unsettled(layers: Sequence[Mapping[str, Any]]) -> Iterator[Advice]:
             f"the last step still changed {100 * float(worst['support_change']):.1f} % of its mask "
             f"(more than 1 % in {len(moving)} layers).",
             str(solver_class(worst["method"]).unsettled_advice),
+        )
+
+
+def _reconstruction(blocks: Sequence[Mapping[str, Any]]) -> Iterator[Advice]:
+    together = totals(block.get("reconstruct") for block in blocks)
+    if together is None:
+        return
+    subject, count = "reconstruction", together["blocks"]
+    if together["not_finite"]:
+        yield Advice(
+            subject,
+            f"a loss was not finite in {together['not_finite']} of {count} blocks, which keep "
+            "earlier weights.",
+            "Lower --reconstruct-lr.",
+        )
+    elif 2 * together["kept_solved"] > count:
+        yield Advice(
+            subject,
+            f"{together['kept_solved']} of {count} blocks keep their solved weights: no epoch "
+            "lowered the error of the held-out sequences.",
+            "More text (--nsamples) or a lower --reconstruct-lr may help.",
         )
 
 

@@ -13,6 +13,7 @@ from storage.files.names import printable
 SETTINGS = "Settings that differ, and the models"
 ERRORS = "Relative error by kind of layer, %"
 OBJECTIVES = "Objective by kind of layer"
+RECONSTRUCTION = "Reconstruction: held-out error of the blocks' outputs"
 COSTS = "Time and memory"
 
 # Comparison with the dense model in `report/evaluation.json`: key, title and format.
@@ -23,10 +24,25 @@ _AGAINST_DENSE = (
     ("kullback_leibler", "KL, nats", ".4f"),
     ("same_token", "same top-1", ".4f"),
 )
+# Key of `pipeline.reconstruct.results.totals`, name, title and format.
+_TOTALS = (
+    ("before", "output_error before", "before, %", ".4g"),
+    ("after", "output_error after", "after, %", ".4g"),
+    ("gain", "output_error gain", "gain, %", ".2f"),
+    ("blocks", "blocks reconstructed", "blocks", ""),
+    ("kept_solved", "blocks kept solved", "kept solved", ""),
+    ("not_finite", "blocks not finite", "not finite", ""),
+    ("epochs", "epochs", "epochs", ""),
+)
 _MEMORY = ("driver_rss_bytes", "worker_rss_bytes", "worker_device_bytes")
 _STATISTIC_NOTE = (
     "Errors on different statistics are not comparable: `full` uses all second moments of a "
     "layer's inputs, `diagonal` only their diagonal, `none` only the weights."
+)
+_SOLVE_NOTE = (
+    "Errors and objectives of layers are those of the solve, before a reconstruction. Its own "
+    "errors are means over blocks, in percent of the energy of the targets; compare them between "
+    "runs with the same targets and text only."
 )
 _WORLD_NOTE = "Compare the times of runs on different numbers of workers, or machines, with care."
 
@@ -50,10 +66,13 @@ def comparison(runs: Sequence[RunSummary]) -> Table:
     columns = [*_settings(runs), *_model(runs)]
     columns += _by_kind(runs, "relative_error", ERRORS, ".3f")
     columns += _by_kind(runs, "objective", OBJECTIVES, ".4g")
+    columns += _reconstruction(runs)
     columns += _costs(runs)
     notes = []
     if len({run.statistic for run in runs}) > 1:
         notes.append(_STATISTIC_NOTE)
+    if any(run.reconstruction for run in runs):
+        notes.append(_SOLVE_NOTE)
     if len({run.world for run in runs}) > 1:
         notes.append(_WORLD_NOTE)
     return Table(tuple(run.name for run in runs), tuple(columns), tuple(notes))
@@ -100,6 +119,16 @@ def _by_kind(runs: Sequence[RunSummary], what: str, part: str, form: str) -> lis
 def _last_names_differ(kinds: Sequence[str]) -> bool:
     """Whether the last parts of the kinds' names, such as `q_proj`, are all different."""
     return len({kind.rsplit(".", 1)[-1] for kind in kinds}) == len(kinds)
+
+
+def _reconstruction(runs: Sequence[RunSummary]) -> list[Column]:
+    """What reconstructions came to; empty where no run has any."""
+    results = [run.reconstruction or {} for run in runs]
+    return [
+        Column(name, title, RECONSTRUCTION, tuple(result.get(key) for result in results), form)
+        for key, name, title, form in _TOTALS
+        if any(results)
+    ]
 
 
 def _costs(runs: Sequence[RunSummary]) -> list[Column]:

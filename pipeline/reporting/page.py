@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from pipeline.output.dense_weights import dense_in_words
+from pipeline.reporting import reconstruction
 from pipeline.reporting.advice import advise
 from pipeline.reporting.layer_table import (
     Facts,
@@ -23,6 +24,7 @@ from pipeline.reporting.plots import (
     error_by_depth,
     error_by_kind,
     masks,
+    output_error_by_depth,
     time_and_memory,
     workers_timeline,
 )
@@ -46,6 +48,7 @@ _KINDS = {
     "reduce": "summing these over the workers",
     "choose": "choosing regularization",
     "solve": "solving for masks and weights",
+    "train": "training in the reconstruction of blocks",
     "io": "reading and writing activations and results",
     "load": "reading weights of the source",
     "other": "waiting for other workers or the driver, and dispatch",
@@ -72,7 +75,7 @@ def report_page(facts: Facts) -> str:
     options = {**facts.settings, **facts.solver}
     return template.render(
         title=_title(facts),
-        lead=[*_result_in_words(facts), _job_in_words(facts)],
+        lead=[*_result_in_words(facts), *reconstruction.lead(blocks), _job_in_words(facts)],
         advice=advise(
             *(facts.layers, blocks, options),
             tokens=facts.tokens,
@@ -80,6 +83,7 @@ def report_page(facts: Facts) -> str:
         ),
         meaning=_meaning(facts.layers),
         **_errors(facts),
+        **_reconstruction(blocks, options),
         **_mask(facts),
         **_times(facts),
         **_workers(facts),
@@ -222,6 +226,20 @@ def _errors(facts: Facts) -> dict[str, Any]:
             for layer in worst
         ],
     }  # fmt: skip
+
+
+def _reconstruction(
+    blocks: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    section = reconstruction.section(blocks, options)
+    if section["reconstruction"] is not None:
+        section["reconstruction"]["plot"] = _figure(
+            output_error_by_depth(blocks),
+            "Error of the blocks' outputs against depth, in percent of the energy of the target, "
+            "before and after their reconstruction. Broken lines: of the sequences learned from, "
+            "the mean over an epoch while its steps change the weights.",
+        )
+    return section
 
 
 def _error(value: float) -> str:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 from pipeline.config.pattern import Pattern
+from pipeline.reconstruct.results import PHASES as RECONSTRUCTION_PHASES
 from pipeline.reporting.layer_table import (
     by_kind,
     error_of,
@@ -23,12 +24,14 @@ from pipeline.reporting.layer_table import (
     positions_kept,
     without_pauses,
 )
+from pipeline.reporting.reconstruction import output_errors
 from pipeline.runtime.units import duration
 
 # The colour-blind-safe palette of Okabe and Ito, and more colours for models with many kinds.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#637939",
             "#7B4173", "#999999")  # fmt: skip
-_PHASES = ("embed", "propagate", "advance", "calibrate", "reduce", "choose", "solve")
+_PHASES = ("embed", "propagate", "advance", "calibrate", "reduce", "choose", "solve",
+           *RECONSTRUCTION_PHASES)  # fmt: skip
 _WIDTH = 10.0  # inches
 _LEGEND: dict[str, Any] = {
     "loc": "upper left",
@@ -115,6 +118,33 @@ def error_by_depth(layers: Sequence[Mapping[str, Any]], blocks: Sequence[Mapping
         _scale(axes, "y", layers)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("block")
+        axes.legend(**_LEGEND)
+
+    return _image(draw, 4.0)
+
+
+def output_error_by_depth(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """Error of the outputs of reconstructed blocks against the block, before and after."""
+    lines = output_errors(blocks)
+    errors = [error for points in lines.values() for _, error in points if error > 0]
+
+    def draw(figure: Figure) -> None:
+        axes = _axes(figure)
+        marker = "." if len(blocks) > 40 else "o"
+        for name, points in lines.items():
+            own, after = name.startswith("learned"), "first" not in name and "before" not in name
+            axes.plot(
+                [block for block, _ in points], [error for _, error in points], label=name,
+                color=_colour(int(after)), linestyle="--" if own else "-", linewidth=1.2,
+                marker=marker, markersize=4,
+            )  # fmt: skip
+        if errors and max(errors) > 10 * min(errors):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("block")
+        axes.set_ylabel("error of the output, %")
         axes.legend(**_LEGEND)
 
     return _image(draw, 4.0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.reconstruct.results import totals
 from pipeline.records.evaluation import read_evaluation
 from pipeline.records.schemas import MANIFEST_SCHEMA
 from pipeline.records.status import find_run_directory, read_status
@@ -60,7 +61,8 @@ class RunSummary:
     kinds: by kind of layer, in model order. statistic: the form of H in the objectives, which are
     comparable only with the same form. wall: seconds of all phases. seconds: by kind of work.
     memory: peak bytes (see `pipeline.records.summary.summarize`). world: number of workers of the
-    last block. weight_files: name -> SHA-256 of the files of the source.
+    last block. weight_files: name -> SHA-256 of the files of the source. reconstruction: see
+    `pipeline.reconstruct.results.totals`.
     """
 
     name: str
@@ -73,6 +75,7 @@ class RunSummary:
     memory: dict[str, int]
     world: int
     weight_files: dict[str, str]
+    reconstruction: dict[str, Any] | None = None
 
     @property
     def whole(self) -> KindError:
@@ -134,6 +137,7 @@ def _run_summary(
         memory={who: int(value) for who, value in summary["memory"].items()},
         world=int(summary["blocks"][-1]["world"]),
         weight_files=dict(manifest["weight_files"]),
+        reconstruction=totals(block.get("reconstruct") for block in summary["blocks"]),
     )
 
 

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Protocol
+
+_COUNTED = re.compile(r"(.+) (\d+)/(\d+)")
+
+
+def counted(phase: str) -> tuple[str, int, int] | None:
+    """The name, number and total of a phase such as `reconstruct 3/8`; None for another one."""
+    match = _COUNTED.fullmatch(phase)
+    return None if match is None else (match[1], int(match[2]), int(match[3]))
 
 
 class Progress(Protocol):
@@ -13,11 +22,20 @@ class Progress(Protocol):
         ...
 
     def phase(self, name: str, block: int | None = None) -> None:
-        """A phase starts, of one block or of the whole job."""
+        """A phase starts, of one block or of the whole job; see `counted`."""
         ...
 
-    def block_done(self, block: int, relative_error: float | None) -> None:
-        """A block is committed. relative_error: in percent, None where it is unknown."""
+    def block_done(
+        self,
+        block: int,
+        relative_error: float | None,
+        output_error: tuple[float, float] | None = None,
+    ) -> None:
+        """A block is committed. relative_error: in percent, None where it is unknown.
+
+        output_error: the held-out error of its output in percent, before and after its
+        reconstruction; None where it was not reconstructed, or that is undefined.
+        """
         ...
 
     def attempt_failed(self, what: str, attempt: int, attempts: int, reason: str) -> None:
@@ -46,7 +64,12 @@ class Silent:
     def phase(self, name: str, block: int | None = None) -> None:
         """Nothing."""
 
-    def block_done(self, block: int, relative_error: float | None) -> None:
+    def block_done(
+        self,
+        block: int,
+        relative_error: float | None,
+        output_error: tuple[float, float] | None = None,
+    ) -> None:
         """Nothing."""
 
     def attempt_failed(self, what: str, attempt: int, attempts: int, reason: str) -> None:

@@ -20,8 +20,8 @@ from tests.support.processes import until
 # Suffixes of base units, and of what has none.
 UNITS = ("_seconds", "_bytes", "_ratio")
 NO_UNIT = {
-    "prox24_blocks", "prox24_blocks_done", "prox24_block", "prox24_phase", "prox24_retries",
-    "prox24_tokens", "prox24_solved_weights",
+    "prox24_blocks", "prox24_blocks_done", "prox24_block", "prox24_phase", "prox24_epoch",
+    "prox24_retries", "prox24_tokens", "prox24_solved_weights",
 }  # fmt: skip
 # What Ray and Prometheus add to every series.
 FOREIGN_LABELS = {"run"}
@@ -120,15 +120,21 @@ def test_what_the_driver_records(
     progress.phase("calibrate", 1)
     progress.attempt_failed("block 1", 1, 3, "lost")
     progress.phase("solve", 1)
-    progress.block_done(1, 12.5)
-    assert told == ["read text", "calibrate", "solve"]
+    progress.phase("reconstruct 1/8", 1)
+    progress.phase("reconstruct 2/8", 1)
+    progress.block_done(1, 12.5, (1.5, 1.25))
+    assert told == ["read text", "calibrate", "solve", "reconstruct 1/8", "reconstruct 2/8"]
     assert recorded == {
         ("prox24_blocks",): 4,
         ("prox24_blocks_done",): 2,
         ("prox24_block",): 1,
         ("prox24_phase", "read text"): 0,
         ("prox24_phase", "calibrate"): 0,
-        ("prox24_phase", "solve"): 1,
+        ("prox24_phase", "solve"): 0,
+        ("prox24_phase", "reconstruct"): 1,
+        ("prox24_epoch",): 2,
+        ("prox24_output_error_ratio", "1", "before"): 0.015,
+        ("prox24_output_error_ratio", "1", "after"): 0.0125,
         ("prox24_retries",): 1,
         ("prox24_relative_error_ratio", "1"): 0.125,
     }

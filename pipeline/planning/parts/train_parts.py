@@ -25,7 +25,7 @@ from pipeline.reconstruct.schedule import MOST_WEIGHTS, held_out, steps_in_epoch
 _WITH_BACKWARD = 3.0
 # The attention of a backward computes the scores again.
 _ATTENTION_WITH_BACKWARD = 3.5
-_SUM_BYTES, _STATE_BYTES = 8, 12
+_SUM_BYTES, _STATE_BYTES = 4, 12
 # Bytes that a step of Adam moves of each owned weight: the sum, its fp32 copy, the weight, two
 # moments, and intermediate results of these, read and written.
 _ADAM_BYTES = 100.0

@@ -1,8 +1,8 @@
 """What ranks exchange in each step: gradients to the owners of rows, and their new weights to all.
 
-An owner gets the gradient of every sequence by itself and adds them in the order of the sequences,
-in float64. So the division of the sequences over ranks does not show, and what is sent is no larger
-than the gradients: a rank has few sequences in a step. Layers are exchanged one by one, which
+An owner gets the gradient of every sequence by itself and adds them in the order of the sequences.
+So the division of the sequences over ranks does not show, and what is sent is no larger than the
+gradients: a rank has few sequences in a step. Layers are exchanged one by one, which
 bounds the memory of it.
 """
 
@@ -41,7 +41,7 @@ def rows_of(rows: int, rank: int, world: int) -> slice:
 def to_owner(
     gradients: Sequence[Tensor], counts: Sequence[int], rank: int, peers: Exchange | None
 ) -> Tensor:
-    """A layer's sum of the gradients of all sequences, (rows, C) float64, of this rank's rows.
+    """A layer's sum of the gradients of all sequences, (rows, C) fp32, of this rank's rows.
 
     gradients: (R, C) of this rank's sequences in a step, in their order; with none, of any shape
     (0, R, C). counts: how many sequences each rank has.
@@ -67,8 +67,8 @@ def to_owner(
 
 
 def in_order(gradients: Sequence[Tensor]) -> Tensor:
-    """The sum of gradients (R, C), one added after the other, in float64."""
-    total = gradients[0].double()
+    """The sum of gradients (R, C), one added after the other, in fp32."""
+    total = gradients[0].to(torch.float32, copy=True)
     for gradient in gradients[1:]:
         total += gradient
     return total

@@ -165,13 +165,18 @@ class RankTraining:
         losses = self._summed([mine.get(number, 0.0) for number in batch])
         if not math.isfinite(sum(losses)):
             return losses
-        for layer, state in self._owned.items():
-            with self._watch("reduce"):
-                own = self._to_owner(layer, found.pop(layer), batch)
-            with self._watch("train"):
-                state.step(own.div_(len(batch)).float(), factor)
-                stored = self._stored(layer)
-            self._install(layer, stored)
+        with self._watch("reduce"):
+            own = {layer: self._to_owner(layer, found.pop(layer), batch) for layer in self._owned}
+        stored: dict[str, Tensor] = {}
+
+        def update(layer: str) -> None:
+            self._owned[layer].step(own.pop(layer).mul_(1 / len(batch)), factor)
+            stored[layer] = self._stored(layer)
+
+        with self._watch("train"):
+            self._at_once(update, list(self._owned))
+        for layer in self._owned:
+            self._install(layer, stored.pop(layer))
         return losses
 
     def _gradients(self, batch: Sequence[int]) -> tuple[dict[str, list[Tensor]], dict[int, float]]:
@@ -196,13 +201,17 @@ class RankTraining:
                 for number in some:
                     losses[number], each = found.pop(number)
                     for layer, gradient in zip(kept, each, strict=True):
-                        kept[layer].append(as_held(self._modules[layer], gradient))
-                        if self._place.world == 1:
-                            kept[layer] = [in_order(kept[layer])]
+                        held = as_held(self._modules[layer], gradient)
+                        if self._place.world > 1:
+                            kept[layer].append(held)
+                        elif kept[layer]:
+                            kept[layer][0] += held
+                        else:
+                            kept[layer].append(in_order([held]))
         return kept, losses
 
     def _to_owner(self, layer: str, found: list[Tensor], batch: Sequence[int]) -> Tensor:
-        """The sum of all ranks' gradients of a layer, (rows, C) float64."""
+        """The sum of all ranks' gradients of a layer, (rows, C) fp32."""
         place = self._place
         counts = [sum(number in part for number in batch) for part in place.sequences]
         weight = self._modules[layer].weight
@@ -234,9 +243,13 @@ class RankTraining:
         def one(number: int) -> None:
             found[number] = work(number)
 
-        if self._watch.device.type == "cpu":
-            in_pieces(one, numbers)
-        else:
-            for number in numbers:
-                one(number)
+        self._at_once(one, numbers)
         return found
+
+    def _at_once(self, work: Callable[[T], None], items: Sequence[T]) -> None:
+        """Calls `work` with each item, on several threads on a CPU."""
+        if self._watch.device.type == "cpu":
+            in_pieces(work, items)
+        else:
+            for item in items:
+                work(item)

@@ -256,7 +256,7 @@ def _block_steps(job: PruneJob, executor: Executor) -> BlockSteps:
         chooses=any(each.shrinkage == AUTO for each in settings),
         hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
         scratch=config.scratch_dir is not None,
-        reconstruction=config.reconstruction(config.seed),
+        reconstruction=config.reconstruction(config.nsamples, config.seed),
     )
 
 
@@ -285,7 +285,7 @@ def _message(job: PruneJob, threads: int, tokens: StoredFile) -> Job:
         expert_tokens=config.expert_tokens,
         all_experts=config.calibrate_all_experts,
         attn_implementation=config.attn_implementation,
-        reconstruct=config.reconstruction(config.seed),
+        reconstruct=config.reconstruction(config.nsamples, config.seed),
     )
 
 

@@ -31,6 +31,17 @@ class Reconstruct:
     dense_chain: bool
 
 
+def default_batch(nsamples: int) -> int:
+    """Sequences of a step: about sixteen steps an epoch, so that few sequences still give many.
+
+    It does not depend on the number of workers, which would change the result.
+    """
+    batch = 1
+    while batch < 16 and 32 * batch <= nsamples:
+        batch *= 2
+    return batch
+
+
 def unless_reconstructed(config: Any) -> str | None:
     """The condition of the options of the reconstruction."""
     if config.reconstructs():
@@ -48,7 +59,7 @@ class ReconstructOptions:
     """
 
     reconstruct: Reconstruction = option(
-        "none",
+        "auto",
         "after a block's layers are solved, train its kept weights so that the block's output is "
         "that of the dense model: `block`, `none`, or `auto`: for method prox_admm",
     )
@@ -57,9 +68,10 @@ class ReconstructOptions:
         "passes over the calibration sequences in a block's reconstruction, at most",
         unused=unless_reconstructed,
     )
-    reconstruct_batch: int = option(
-        4,
-        "sequences in one step of the reconstruction",
+    reconstruct_batch: int | None = option(
+        None,
+        "sequences in one step of the reconstruction; unset: a sixteenth of --nsamples, rounded down "
+        "to a power of two, 1 to 16",
         unused=unless_reconstructed,
     )
     reconstruct_lr: float = option(
@@ -93,13 +105,13 @@ class ReconstructOptions:
             return getattr(self, "method", None) == "prox_admm"
         return self.reconstruct == "block"
 
-    def reconstruction(self, seed: int = 0) -> Reconstruct | None:
-        """How blocks are reconstructed; None where they are not."""
+    def reconstruction(self, nsamples: int, seed: int = 0) -> Reconstruct | None:
+        """How blocks are reconstructed on so many sequences; None where they are not."""
         if not self.reconstructs():
             return None
         return Reconstruct(
             epochs=self.reconstruct_epochs,
-            batch=self.reconstruct_batch,
+            batch=self.reconstruct_batch or default_batch(nsamples),
             learning_rate=self.reconstruct_lr,
             seed=seed,
             exchange=self.reconstruct_mask == "exchange",

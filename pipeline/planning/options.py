@@ -198,7 +198,7 @@ def planned_job(shape: ModelShape, config: PlanConfig, rates: Rates | None = Non
         in_process=config.executor == "local",
         hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
         expert_tokens=config.expert_tokens,
-        reconstruct=config.reconstruction(),
+        reconstruct=config.reconstruction(config.nsamples),
         threads=threads_of(config),
     )
 

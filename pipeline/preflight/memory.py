@@ -163,6 +163,6 @@ def _planned(skeleton: Skeleton, config: PruneConfig, workers: Sequence[FreeMemo
         in_process=config.executor == "local",
         hessian_memory=None if config.hessian_memory is None else config.hessian_memory * 1e9,
         expert_tokens=config.expert_tokens,
-        reconstruct=config.reconstruction(),
+        reconstruct=config.reconstruction(config.nsamples),
         threads=config.threads or 1,
     )

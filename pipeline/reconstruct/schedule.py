@@ -17,8 +17,8 @@ from pipeline.runtime.split import in_passes
 HELD_OUT_SHARE = 10
 # The mask of `exchange` is fixed after this share of the steps.
 EXCHANGE_SHARE = 0.6
-# Weights that are trained at once: a worker has a gradient (2 or 4 bytes) of each. It does not depend
-# on the machine, because the division decides the bytes of the result.
+# Weights that are trained at once: a worker has a gradient (2 or 4 bytes) of each. It does not
+# depend on the machine, because the division decides the bytes of the result.
 MOST_WEIGHTS = 1 << 32
 # Epochs without a lower loss of the held-out sequences after which a reconstruction ends.
 PATIENCE = 3

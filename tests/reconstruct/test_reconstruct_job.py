@@ -26,7 +26,9 @@ from tests.support.plain_prune import job_tokens
 from tests.support.plain_reconstruct import reconstruct_in_memory
 from tests.support.tiny_models import save_tiny_model
 
-OPTIONS: dict[str, Any] = {"reconstruct": "block", "reconstruct_epochs": 3}
+OPTIONS: dict[str, Any] = {
+    "reconstruct": "block", "reconstruct_epochs": 3, "reconstruct_batch": 4,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

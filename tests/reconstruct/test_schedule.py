@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from pipeline.config.reconstruct import default_batch
 from pipeline.reconstruct import schedule
 from pipeline.reconstruct.schedule import (
     PATIENCE,
@@ -46,6 +47,14 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     orders = {str(steps_of_epoch(40, 4, epoch, seed)) for epoch in range(4) for seed in range(4)}
     assert len(orders) == 16
     assert steps_of_epoch(40, 4, 1, 2) == steps_of_epoch(40, 4, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("nsamples", "batch"),
+    [(1, 1), (8, 1), (31, 1), (32, 2), (40, 2), (128, 8), (256, 16), (9999, 16)],
+)
+def test_an_epoch_has_about_sixteen_steps(nsamples: int, batch: int) -> None:
+    assert default_batch(nsamples) == batch
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -127,10 +127,14 @@ class SolvedSlices:
 
 @dataclass(frozen=True)
 class TrainedEpoch:
-    """Mean losses of an epoch: of the sequences learned from, and after it of the held-out ones."""
+    """Mean losses of an epoch: of the sequences learned from, and after it of the held-out ones.
+
+    varying: operators without a kernel on this device whose result is the same in every run.
+    """
 
     learned: float
     held_out: float
+    varying: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,8 @@ class ReconstructOptions:
     )
     reconstruct_batch: int | None = option(
         None,
-        "sequences in one step of the reconstruction; unset: a sixteenth of --nsamples, rounded down "
-        "to a power of two, 1 to 16",
+        "sequences in one step of the reconstruction; unset: a sixteenth of --nsamples, rounded "
+        "down to a power of two, 1 to 16",
         unused=unless_reconstructed,
     )
     reconstruct_lr: float = option(

@@ -93,15 +93,18 @@ def _train_part(
     block, part = which
     losses = [steps.timed(times, call(Rank.begin_part, block, part))[0].value]
     learned: list[float] = []
+    varying: set[str] = set()
     for epoch in range(how.epochs):
         if not goes_on(losses):
             break
         steps.progress.phase(f"reconstruct {epoch + 1}/{how.epochs}", block)
-        trained = steps.timed(times, call(Rank.train, block, epoch))[0].value
+        outcomes = steps.timed(times, call(Rank.train, block, epoch))
+        varying.update(name for outcome in outcomes for name in outcome.value.varying)
+        trained = outcomes[0].value
         learned.append(trained.learned)
         losses.append(trained.held_out)
     steps.timed(times, call(Rank.end_part, block))
-    return in_words(losses, learned)
+    return in_words(losses, learned) | {"varying": sorted(varying)}
 
 
 def in_words(losses: Sequence[float], learned: Sequence[float]) -> dict[str, Any]:
@@ -141,6 +144,7 @@ def together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "held_out": [loss for part in parts for loss in part["held_out"]],
         "learned": [loss for part in parts for loss in part["learned"]],
         "finite": all(part["finite"] for part in parts),
+        "varying": sorted({name for part in parts for name in part["varying"]}),
         "parts": list(parts),
     }
 

@@ -10,6 +10,7 @@ epochs: how many were run. held_out: the error before the first of them and afte
     the mean error of the other sequences during each. Those that were not finite are left out.
 finite: whether all of them were.
 untrained: layers that were not trained: experts with too few tokens.
+varying: operators of the backward whose kernels may round differently in every run.
 parts: the same of each part, of a block that was trained in several.
 """
 
@@ -49,7 +50,8 @@ def check_result(result: Any) -> None:
     lists += [*result["learned"], *(number for number in numbers if number is not None)]
     counts = (kept == "solved" or type(kept) is int) and type(epochs) is int
     known = all(type(number) in (int, float) and math.isfinite(number) for number in lists)
-    words = all(isinstance(name, str) for name in result["untrained"])
+    names = [*result["untrained"], *result["varying"]]
+    words = all(isinstance(name, str) for name in names)
     if not (counts and known and words and isinstance(result["finite"], bool)):
         raise ValueError("the result of a reconstruction")
 
@@ -158,5 +160,10 @@ def notes(result: Result | None, name: str) -> list[str]:
         lines.append(
             f"{name}.{layers[0]}{more}: not reconstructed: experts with too few tokens keep their "
             "solved weights (--expert-tokens, --nsamples)"
+        )
+    if result["varying"]:
+        lines.append(
+            f"{name}: its reconstruction may differ in the last digits from run to run: "
+            f"{', '.join(result['varying'])} on this device; --attn-implementation eager may help"
         )
     return lines

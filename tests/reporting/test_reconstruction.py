@@ -64,6 +64,7 @@ def result(**changes: Any) -> dict[str, Any]:
         "before": 2.0, "after": 1.5, "energy": 100.0, "kept": 2, "epochs": 3,
         "held_out": [2.0, 1.75, 1.5, 1.6], "learned": [3.0, 2.5, 2.25], "finite": True,
         "untrained": [],
+        "varying": [],
     }  # fmt: skip
     return whole | changes
 

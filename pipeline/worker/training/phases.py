@@ -27,6 +27,7 @@ from pipeline.worker.few_tokens import least_tokens
 from pipeline.worker.forward import Forward
 from pipeline.worker.training.energy import held_out_energy
 from pipeline.worker.training.exchange import Exchange
+from pipeline.worker.training.kernels import repeatable
 from pipeline.worker.training.rank_training import Place, RankTraining, Sequences, TrainingPlan
 from storage.files.hashing import StoredFile
 from storage.model.safetensors_format import torch_dtype
@@ -162,8 +163,9 @@ class TrainingPhases:
         """Runs one epoch of the part."""
         current = self._state().current
         assert current is not None, f"block {block} has not begun"
-        own, judged = current.epoch(epoch)
-        return TrainedEpoch(own, judged)
+        with repeatable(self.device) as varying:
+            own, judged = current.epoch(epoch)
+        return TrainedEpoch(own, judged, tuple(sorted(varying)))
 
     def end_part(self, block: int) -> None:
         """Has the block's weights as they were best, for the next part and the end."""

@@ -51,6 +51,11 @@ SOLVER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 CALIBRATED = dict.fromkeys(("dtype", "batch_size", "nsamples", "seqlen"), MAGNITUDE)
 EXPERTS = dict.fromkeys(("expert_tokens", "calibrate_all_experts"), MAGNITUDE)
 HESSIANS = {"hessian_memory": WANDA}
+RECONSTRUCTION = dict.fromkeys(
+    ("reconstruct_epochs", "reconstruct_batch", "reconstruct_lr", "reconstruct_target",
+     "reconstruct_mask"),
+    ({"method": "wanda"}, {"method": "wanda", "reconstruct": "block"}),
+)  # fmt: skip
 RAY = dict.fromkeys(
     ("gpus_per_worker", "ray_address", "open_dashboard", "phase_timeout", "on_lost_node",
      "node_wait", "placement_timeout", "network_interface", "collective"),
@@ -62,7 +67,7 @@ BY_METHODS = {
     for name in ("damping", "shrinkage", "refine_steps", "prox_lambda", "prox_growth", "kernels")
 }
 CONDITIONAL: dict[type[Any], dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
-    PruneConfig: SOLVER | CALIBRATED | EXPERTS | HESSIANS | RAY | {
+    PruneConfig: SOLVER | CALIBRATED | EXPERTS | HESSIANS | RECONSTRUCTION | RAY | {
         "dataset": MAGNITUDE,
         "seed": ({"method": "magnitude", "eval_dataset": "x"}, {"save_layers": "*"}),
         **dict.fromkeys(
@@ -78,7 +83,7 @@ CONDITIONAL: dict[type[Any], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
         ("dataset", "text_column", "chat_template", "bos", "dataset_revision", "seqlen"), WITH_TASKS
     ),
     SolveConfig: BY_METHODS | {"blocksize": ({"methods": "prox"}, {"methods": "all"})},
-    PlanConfig: SOLVER | CALIBRATED | EXPERTS | HESSIANS | {
+    PlanConfig: SOLVER | CALIBRATED | EXPERTS | HESSIANS | RECONSTRUCTION | {
         "gpu": ({}, {"gpus": 8}),
         "gpu_memory": ({}, {"gpus": 8}),
         "threads": ({"gpus": 8}, {}),
@@ -88,7 +93,7 @@ CONDITIONAL: dict[type[Any], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
 }  # fmt: skip
 _EVERYWHERE = {"device", "workers", "threads", "trace", "trust_remote_code", "verbose", "debug"}
 _OF_LAYERS = {"include", "exclude", "blocks", "dense_first", "dense_last", "override",
-              "skip_unsupported", "pattern", "refine", "method"}  # fmt: skip
+              "skip_unsupported", "pattern", "refine", "method", "reconstruct"}  # fmt: skip
 ALWAYS: dict[type[Any], set[str]] = {
     PruneConfig: _EVERYWHERE | _OF_LAYERS | {
         "executor", "eval_dataset", "save_layers", "run_dir", "no_report", "overwrite", "force",

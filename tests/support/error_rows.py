@@ -60,6 +60,9 @@ ROWS: dict[str, Row] = {
     "damping": pruning("--damping inf", SOLVER, "--damping must be a finite number"),
     "shrinkage": pruning("--shrinkage 2", SOLVER, " must lie in [0, 1]"),
     "blocksize": pruning("--blocksize 0", SOLVER, " must be at least 1, not "),
+    "reconstruct lr": pruning(
+        "--reconstruct-lr 0", "pipeline/config/reconstruct", " must be above 0"
+    ),
     "prox lambda": pruning("--method prox --prox-lambda 0", SOLVER, " must be above 0"),
     "prox growth": pruning("--method prox --prox-growth 1", SOLVER, " must be 1.0005 or more"),
     "pattern N:M": pruning("--pattern 4:2", "pipeline/config/pattern", " must keep N of M with"),

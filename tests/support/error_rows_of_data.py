@@ -216,7 +216,7 @@ ROWS_OF_DATA: dict[str, Row] = {
         "plan {model} --rates {d}/r",
         "pipeline/planning/rates",
         " missing or unknown",
-        files={"r": '{"schema_version": 1, "x": 1}'},
+        files={"r": '{"schema_version": 2, "x": 1}'},
     ),
     "plan no mapping": Row(
         "plan {model} --rates {d}/r",

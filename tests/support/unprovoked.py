@@ -34,6 +34,7 @@ UNPROVOKED: dict[str, list[str]] = {
         "tests/storage/test_lock.py, test_commit.py and tests/job make some of them and look at "
         "the class."
     ): [
+        "pipeline/worker/training/in_process: another rank of this process has failed",
         "storage/files/commit: <path>: not written, another",
         "storage/files/commit: <path>: not committed, anoth",
         "storage/model/folder: ...: changed while it was re",
@@ -76,7 +77,7 @@ UNPROVOKED: dict[str, list[str]] = {
         "storage/output/weight_files: ...: not what it was when th",
         "storage/run/activations: <path>: malformed schema met",
         "storage/run/activations: <path>: schema_version is ..",
-        "storage/run/activations: <path>: not a readable <kind",
+        "storage/run/activations: <path>: not a readable tokens file (",
         "storage/run/checkpoints: <directory>: the record of b",
         "storage/run/checkpoints: <directory>: the row slices of block <block>, <layer>, d",
         "storage/run/checkpoints: <directory>: the row slices of block <block>, <layer>, a",
@@ -172,7 +173,7 @@ UNPROVOKED: dict[str, list[str]] = {
         "pipeline/config/methods: <origin> must have HELP, a s",
         "pipeline/config/pattern: width <columns> is not divis",
         "pipeline/config/solver: unknown refine <refine>: cho",
-        "pipeline/config/solver: unknown kernels <kernels>: c",
+        "pipeline/config/solver: unknown <name> <value>: choose one",
         "pipeline/config/solver: admm_lambda_growth <admm_lam",
         "pipeline/config/solver: admm_relaxation <admm_relaxa",
         "pipeline/evaluation/lm_eval_tasks: --tasks-folder <folder> is n",

@@ -18,24 +18,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+SOLVE_ONLY = ["--method", "prox_admm", "--reconstruct", "none"]
 ROWS: dict[str, list[str]] = {
     "magnitude": ["--method", "magnitude"],
     "wanda": ["--method", "wanda"],
     "sparsegpt": ["--method", "sparsegpt"],
     "sparsegpt+cg": ["--method", "sparsegpt", "--refine", "cg"],
     "prox+cg": ["--method", "prox"],
-    "prox_admm": ["--method", "prox_admm"],
+    "prox_admm, solved only": SOLVE_ONLY,
     "sparsegpt+cg, shrinkage 0.03": [
         *("--method", "sparsegpt", "--refine", "cg"),
         *("--damping", "0.001", "--shrinkage", "0.03"),
     ],
-    "prox_admm, damping 0.01": ["--method", "prox_admm", "--damping", "0.01", "--shrinkage", "0"],
-    "prox_admm, shrinkage 0.03": [
-        *("--method", "prox_admm", "--damping", "0.001", "--shrinkage", "0.03"),
-    ],
-    "prox_admm, shrinkage auto": ["--method", "prox_admm", "--shrinkage", "auto"],
+    "prox_admm, damping 0.01": [*SOLVE_ONLY, "--damping", "0.01", "--shrinkage", "0"],
+    "prox_admm, shrinkage 0.03": [*SOLVE_ONLY, "--damping", "0.001", "--shrinkage", "0.03"],
+    "prox_admm, shrinkage auto": [*SOLVE_ONLY, "--shrinkage", "auto"],
+    "prox_admm": [],
+    "wanda, reconstructed": ["--method", "wanda", "--reconstruct", "block"],
+    "sparsegpt, reconstructed": ["--method", "sparsegpt", "--reconstruct", "block"],
 }
-KINDS = ("forward", "hessian", "reduce", "choose", "solve", "io", "load", "other")
+KINDS = ("forward", "hessian", "reduce", "choose", "solve", "train", "io", "load", "other")
 
 
 def split_text(text: Path, folder: Path) -> tuple[Path, Path]:

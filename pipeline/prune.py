@@ -156,7 +156,7 @@ def prune(
                 # The job was killed after the output was renamed: only the cleanup is left.
                 return _conclude(job)
         check_output(output, run, lock, config.overwrite, skeleton.files)
-        if note := adapter_note(skeleton.files.folder, source):
+        for note in filter(None, (adapter_note(skeleton.files.folder, source), config.left_out())):
             progress.note(note)
         run.sweep_uncommitted(guard=lock.assert_held)
         return _run(job, traced(make_executor, config.trace), manifest)

@@ -56,13 +56,17 @@ RAY = dict.fromkeys(
      "node_wait", "placement_timeout", "network_interface", "collective"),
     LOCALLY,
 )  # fmt: skip
+RECONSTRUCT = dict.fromkeys(
+    (f"reconstruct_{name}" for name in ("epochs", "batch", "lr", "target", "mask")),
+    ({"reconstruct": "none"}, {"reconstruct": "block"}),
+)
 WITH_TASKS = ({"tasks": "arc_easy"}, {})
 BY_METHODS = {
     name: ({"methods": "wanda,magnitude"}, {"methods": "wanda,prox", "refine": "cg"})
     for name in ("damping", "shrinkage", "refine_steps", "prox_lambda", "prox_growth", "kernels")
 }
 CONDITIONAL: dict[type[Any], dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
-    PruneConfig: SOLVER | CALIBRATED | EXPERTS | HESSIANS | RAY | {
+    PruneConfig: SOLVER | CALIBRATED | EXPERTS | HESSIANS | RECONSTRUCT | RAY | {
         "dataset": MAGNITUDE,
         "seed": ({"method": "magnitude", "eval_dataset": "x"}, {"save_layers": "*"}),
         **dict.fromkeys(
@@ -78,7 +82,7 @@ CONDITIONAL: dict[type[Any], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
         ("dataset", "text_column", "chat_template", "bos", "dataset_revision", "seqlen"), WITH_TASKS
     ),
     SolveConfig: BY_METHODS | {"blocksize": ({"methods": "prox"}, {"methods": "all"})},
-    PlanConfig: SOLVER | CALIBRATED | EXPERTS | HESSIANS | {
+    PlanConfig: SOLVER | CALIBRATED | EXPERTS | HESSIANS | RECONSTRUCT | {
         "gpu": ({}, {"gpus": 8}),
         "gpu_memory": ({}, {"gpus": 8}),
         "threads": ({"gpus": 8}, {}),
@@ -88,7 +92,7 @@ CONDITIONAL: dict[type[Any], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
 }  # fmt: skip
 _EVERYWHERE = {"device", "workers", "threads", "trace", "trust_remote_code", "verbose", "debug"}
 _OF_LAYERS = {"include", "exclude", "blocks", "dense_first", "dense_last", "override",
-              "skip_unsupported", "pattern", "refine", "method"}  # fmt: skip
+              "skip_unsupported", "pattern", "refine", "method", "reconstruct"}  # fmt: skip
 ALWAYS: dict[type[Any], set[str]] = {
     PruneConfig: _EVERYWHERE | _OF_LAYERS | {
         "executor", "eval_dataset", "save_layers", "run_dir", "no_report", "overwrite", "force",

@@ -346,7 +346,7 @@ def _write_weight_files(
         dealt = files_of_ranks(job.skeleton, steps.executor.world)
         calls = [call(Rank.write_output, files, records, location(place)) for files in dealt]
         outcomes = steps.executor.run(calls)
-        # No later phase reads activations, which a repair may have left: an evaluation makes others.
+        # A repair may have left activations, which no later phase reads.
         steps.run.remove_all_activations(steps.lock.assert_held)
         if steps.scratch:
             steps.on_all(call(Rank.clear_scratch))

@@ -156,7 +156,7 @@ def prune(
                 # The job was killed after the output was renamed: only the cleanup is left.
                 return _conclude(job)
         check_output(output, run, lock, config.overwrite, skeleton.files)
-        if note := adapter_note(skeleton.files.folder, source):
+        for note in filter(None, (adapter_note(skeleton.files.folder, source), config.left_out())):
             progress.note(note)
         run.sweep_uncommitted(guard=lock.assert_held)
         return _run(job, traced(make_executor, config.trace), manifest)
@@ -346,8 +346,9 @@ def _write_weight_files(
         dealt = files_of_ranks(job.skeleton, steps.executor.world)
         calls = [call(Rank.write_output, files, records, location(place)) for files in dealt]
         outcomes = steps.executor.run(calls)
+        # A repair may have left activations, which no later phase reads.
+        steps.run.remove_all_activations(steps.lock.assert_held)
         if steps.scratch:
-            # No later phase reads activations: an evaluation starts its ranks anew.
             steps.on_all(call(Rank.clear_scratch))
         written = [stored for outcome in outcomes for stored in outcome.value]
         return sorted(written, key=lambda file: file.name), records
@@ -371,8 +372,7 @@ def _perplexity(job: PruneJob, steps: BlockSteps, folder: Place) -> dict[str, An
 def _conclude(job: PruneJob) -> PruneResult:
     """Cleans up after the output is complete, and writes the report."""
     forget_uploads(job.run, job.output, job.lock)
-    summary = _tidy(job)
-    if summary and not job.config.no_report:
+    if (summary := _tidy(job)) and not job.config.no_report:
         leave_report(job.run, job.output, job.identity, job.lock, job.progress)
     return PruneResult(job.output, job.run.path, summary)
 
@@ -385,8 +385,8 @@ def _tidy(job: PruneJob) -> dict[str, Any]:
     the records it was made from may be gone.
     """
     run, lock = job.run, job.lock
-    for block in reversed(range(job.blocks + 1)):
-        run.remove_activations(block, lock.assert_held)
+    run.remove_all_activations(lock.assert_held)
+    for block in reversed(range(job.blocks)):
         run.remove_checkpoint(block, lock.assert_held)
     lock.assert_held()  # a driver that was replaced in the meantime reports that, even now
     run.scratch().unlink(missing_ok=True)

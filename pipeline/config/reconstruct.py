@@ -13,6 +13,9 @@ Reconstruction = Literal["auto", "none", "block"]
 Target = Literal["dense-chain", "dense-block"]
 MaskRule = Literal["fixed", "exchange"]
 
+LEAST_SEQUENCES = 2
+"""Of a calibration: one to learn from, one to judge."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruct:
@@ -48,7 +51,8 @@ def unless_reconstructed(config: Any) -> str | None:
         return None
     if config.reconstruct == "none":
         return "with --reconstruct none blocks are not reconstructed"
-    return "--reconstruct auto leaves this method's blocks as they are (--reconstruct block)"
+    why: str | None = config.left_out()
+    return why or "--reconstruct auto leaves this method's blocks as they are (--reconstruct block)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +79,7 @@ class ReconstructOptions:
         unused=unless_reconstructed,
     )
     reconstruct_lr: float = option(
-        1.6e-3,
+        8e-3,
         "first learning rate of the reconstruction, as a share of the root mean square of a "
         "layer's kept weights",
         unused=unless_reconstructed,
@@ -98,12 +102,38 @@ class ReconstructOptions:
             require(self, name, at_least=1)
         if not 0 < self.reconstruct_lr < math.inf:
             raise ConfigError(f"--reconstruct-lr must be above 0, not {self.reconstruct_lr}")
+        if self.reconstruct == "block" and (why := self.too_few_sequences()) is not None:
+            raise ConfigError(f"--reconstruct block: {why}")
+
+    def too_few_sequences(self) -> str | None:
+        """Why the calibration cannot be divided in what is learned from and what judges, or None.
+
+        The config with these options says how many sequences there are.
+        """
+        count = getattr(self, "nsamples", LEAST_SEQUENCES)
+        if count >= LEAST_SEQUENCES:
+            return None
+        return (
+            "some calibration sequences judge and the others are learned from: --nsamples must be "
+            f"at least {LEAST_SEQUENCES}, not {count}"
+        )
+
+    def left_out(self) -> str | None:
+        """Why `auto` leaves blocks as they are that it would reconstruct; None if it does not."""
+        if self.reconstruct != "auto" or not self._suits():
+            return None
+        why = self.too_few_sequences()
+        return None if why is None else f"--reconstruct auto leaves blocks as they are: {why}"
 
     def reconstructs(self) -> bool:
         """Whether blocks are reconstructed, with the method that these options go with."""
         if self.reconstruct == "auto":
-            return getattr(self, "method", None) == "prox_admm"
+            return self._suits() and self.too_few_sequences() is None
         return self.reconstruct == "block"
+
+    def _suits(self) -> bool:
+        """Whether the method is one that `auto` reconstructs after."""
+        return getattr(self, "method", None) == "prox_admm"
 
     def reconstruction(self, nsamples: int, seed: int = 0) -> Reconstruct | None:
         """How blocks are reconstructed on so many sequences; None where they are not."""

@@ -73,10 +73,7 @@ class BlockLoop:
             self._prune_block(block)
             self.begun = block + 1
         if steps.keeps_inputs:
-            for block in range(steps.blocks + 1):
-                run.targets().remove_activations(block, steps.lock.assert_held)
-                if block < steps.blocks:
-                    run.remove_activations(block, steps.lock.assert_held)
+            run.remove_all_activations(steps.lock.assert_held)
             self.persist("the scratch", lambda _: steps.sweep_scratch())
 
     def losses(self) -> list[float]:

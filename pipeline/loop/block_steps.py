@@ -193,12 +193,15 @@ class BlockSteps:
                 first -= 1
         if run.activation_record(after).exists():
             first = after
+        for older in range(first):
+            run.remove_activations(older, self.lock.assert_held)
         for current in range(first, after):
             self._dense(current, times)
             run.remove_activations(current, self.lock.assert_held)
-        for older in range(first):
-            run.remove_activations(older, self.lock.assert_held)
-        self.sweep_scratch()
+            if current == 0 and block > 0:
+                # The embedded tokens, from which a chain that was lost begins again.
+                self.run.remove_activations(0, self.lock.assert_held)
+            self.sweep_scratch()
         return read_inputs(run.activation_record(after))
 
     def sweep_scratch(self) -> None:

@@ -109,10 +109,6 @@ class Rank(Protocol):
         """
         ...
 
-    def target_energy(self, block: int, targets: list[StoredFile]) -> dict[int, float]:
-        """Mean square of the targets, of each held-out sequence of the rank, by its number."""
-        ...
-
     def begin_training(
         self,
         block: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 from pipeline.config.reconstruct import Reconstruct
@@ -59,7 +59,6 @@ def reconstruct(
     times: dict[str, PhaseTimes] = {}
     shards, _ = steps.inputs(block)
     targets = steps.targets(block, times)
-    squares = steps.timed(times, call(Rank.target_energy, block, targets))
     steps.progress.phase("reconstruct", block)
     begin = call(Rank.begin_training, block, solved, shards, targets)
     parts = [
@@ -75,7 +74,6 @@ def reconstruct(
         **record.results,
         "phases": earlier["phases"] | {name: phase.to_json() for name, phase in times.items()},
         "seconds": earlier["seconds"] + time.perf_counter() - began,
-        "target_energy": mean_energy([outcome.value for outcome in squares]),
         "solve_workers": earlier["workers"],  # a resumed job may have others now
         "workers": steps.executor.workers(),
         "failures": list(dict.fromkeys([*earlier["failures"], *failures])),
@@ -173,9 +171,3 @@ def untrained(solved: BlockRecord, trained: Sequence[TrainedRows]) -> list[str]:
     """The layers that were not trained: experts with too few tokens."""
     known = {name for part in trained for name in part.ranges}
     return [name for name in solved.layers if name not in known]
-
-
-def mean_energy(parts: Sequence[Mapping[int, float]]) -> float:
-    """The mean over the held-out sequences of all ranks, in one order on any number of them."""
-    squares = {number: square for part in parts for number, square in part.items()}
-    return math.fsum(squares[number] for number in sorted(squares)) / len(squares)

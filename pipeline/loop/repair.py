@@ -281,17 +281,21 @@ class Repairs:
     def _solve(self, block: int) -> BlockRecord:
         """Solves the block again; its record is not committed.
 
-        Recomputing its inputs needs room for two activation stores beside the job's current one,
-        which is deleted if there is not enough.
+        Recomputing its inputs needs room for two activation stores, and its targets for a third,
+        beside those that the job is at, which are deleted if there is not enough.
         """
-        for later in self.run.committed_activations():
-            if later > block:
+        stores = 2 if self.steps.reconstruction is None else 3
+        for chain, first in ((self.run, block + 1), (self.run.targets(), block + 2)):
+            for later in chain.committed_activations():
+                if later < first:
+                    continue
                 with contextlib.suppress(CorruptFileError):
-                    store = read_inputs(self.run.activation_record(later))
-                    needed = 2 * sum(file.bytes for file in store)
+                    store = read_inputs(chain.activation_record(later))
+                    needed = stores * sum(file.bytes for file in store)
                     # Free space on the nodes' scratch is not known here.
                     if self.steps.scratch or shutil.disk_usage(self.run.path).free < needed:
-                        self.run.remove_activations(later, self._guard)
+                        chain.remove_activations(later, self._guard)
+        self.steps.sweep_scratch()
         return self.steps.prune(block, self._failures, commit_solved=False)
 
     def _drop(self, block: int, files: Iterable[StoredFile]) -> None:

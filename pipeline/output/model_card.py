@@ -185,7 +185,7 @@ def _reconstruction(reconstruction: Mapping[str, Any] | None, settings: Mapping[
         "After a block's layers were solved, its kept weights were trained so that the block's "
         f"output on the calibration text is {target}. A tenth of the sequences took no part; by "
         "their error the best epoch was kept, or the solved weights. Errors are in per cent of the "
-        "energy of the target, means over blocks:",
+        "energy of a token, means over tokens and blocks:",
     ]
     if reconstruction["gain"] is not None:
         before, after = (f"{reconstruction[name]:.4g}" for name in ("before", "after"))

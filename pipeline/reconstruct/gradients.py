@@ -8,16 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Of the median square of a sequence's tokens: the least one that an error is compared with.
+_LEAST_SIZE = 1e-3
+
 Run = Callable[[Tensor], Tensor]
 """A block's forward pass: (1, seqlen, hidden) -> the same shape."""
 
 
-def squared_error(output: Tensor, target: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Mean squared difference of two outputs (1, seqlen, hidden), a scalar fp32.
+def relative_error(output: Tensor, target: Tensor, counted: Tensor | None = None) -> Tensor:
+    """The mean over tokens of |output - target|^2 / |target|^2, a scalar fp32.
 
-    counted: (1, seqlen) bool, the tokens to take the mean of; None for all; 0 where there is none.
+    From some block on, residual streams hold a few tokens that are a thousand times larger than the
+    others. In a mean of squared errors nothing else would count. output, target: (1, seqlen,
+    hidden). counted: (1, seqlen) bool, the tokens to take the mean of; None for all; 0 where there
+    is none. A token that is very small beside the others is taken to be larger.
     """
-    error = (output.float() - target.float()).square().mean(dim=-1)
+    wanted = target.float()
+    size = wanted.square().mean(dim=-1)
+    least = _LEAST_SIZE * size.median() + torch.finfo(torch.float32).tiny
+    error = (output.float() - wanted).square().mean(dim=-1) / torch.maximum(size, least)
     if counted is None:
         return error.mean()
     return (error * counted).sum() / counted.sum().clamp(min=1)
@@ -39,7 +48,7 @@ def gradients(
     (1, seqlen, hidden); inputs may be changed by the block.
     """
     with torch.enable_grad():
-        loss = squared_error(run(inputs), target, counted)
+        loss = relative_error(run(inputs), target, counted)
         # The sum over the elements, divided by the root of the number of tokens.
         scale = target.numel() / target.shape[1] ** 0.5
         found: Any = torch.autograd.grad(loss * scale, list(weights), allow_unused=True)

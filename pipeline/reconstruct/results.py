@@ -2,9 +2,9 @@
 
 A result is a JSON object:
 
-before, after: the mean squared error of the block's output on the held-out sequences, of the solved
-    block and of what is kept; None where it was not finite.
-energy: what that error would be if the output were 0: the mean square of the targets.
+before, after: the error of the block's output on the held-out sequences, of the solved block and of
+    what is kept; None where it was not finite. The error is that of `gradients.relative_error`: 1
+    where the output is 0.
 kept: "solved", or the number of the epoch, from 1; of a block in parts, how many epochs in all.
 epochs: how many were run. held_out: the error before the first of them and after each. learned:
     the mean error of the other sequences during each. Those that were not finite are left out.
@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 PHASES = (
-    "dense", "target_energy", "begin_training", "begin_part", "train", "end_part", "end_training",
+    "dense", "begin_training", "begin_part", "train", "end_part", "end_training",
 )  # fmt: skip
 """The phases of a block that reconstruct it, in their order."""
 
@@ -30,15 +30,12 @@ Result = Mapping[str, Any]
 
 
 def result_of(results: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The result in a block's record, with `energy`; None if it was not reconstructed.
+    """The result in a block's record; None if it was not reconstructed.
 
     results: of the record.
     """
-    trained = results.get("reconstruct")
-    if trained is None:
-        return None
-    energy = results["target_energy"]
-    return {**trained, "energy": energy if math.isfinite(energy) else None}
+    result: dict[str, Any] | None = results.get("reconstruct")
+    return result
 
 
 def check_result(result: Any) -> None:
@@ -46,7 +43,7 @@ def check_result(result: Any) -> None:
     if result is None:
         return
     kept, epochs, lists = result["kept"], result["epochs"], [*result["held_out"]]
-    numbers = [result[name] for name in ("before", "after", "energy")]
+    numbers = [result[name] for name in ("before", "after")]
     lists += [*result["learned"], *(number for number in numbers if number is not None)]
     counts = (kept == "solved" or type(kept) is int) and type(epochs) is int
     known = all(type(number) in (int, float) and math.isfinite(number) for number in lists)
@@ -56,10 +53,9 @@ def check_result(result: Any) -> None:
         raise ValueError("the result of a reconstruction")
 
 
-def percent(result: Result, loss: float | None) -> float | None:
-    """An error in per cent of the energy of the targets; None where it is undefined."""
-    energy = result["energy"]
-    return None if loss is None or not energy else 100 * loss / energy
+def percent(error: float | None) -> float | None:
+    """An error in per cent."""
+    return None if error is None else 100 * error
 
 
 def output_error(result: Result | None) -> tuple[float, float] | None:
@@ -69,7 +65,7 @@ def output_error(result: Result | None) -> tuple[float, float] | None:
     """
     if result is None:
         return None
-    before, after = (percent(result, result[name]) for name in ("before", "after"))
+    before, after = (percent(result[name]) for name in ("before", "after"))
     return None if before is None or after is None else (before, after)
 
 
@@ -127,7 +123,7 @@ def learned_errors(result: Result) -> tuple[float | None, float | None]:
     learned, kept = result["learned"], last["kept"]
     first = learned[0] if learned else None
     at_end = None if kept == "solved" else last["learned"][kept - 1]
-    return percent(result, first), percent(result, at_end)
+    return percent(first), percent(at_end)
 
 
 def why_kept(result: Result) -> str | None:

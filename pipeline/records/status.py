@@ -160,8 +160,7 @@ def _blocks(
     for block in committed:
         record = _record(run, run.record(block), problems, BLOCK_SCHEMA)
         results, layers = _mapping(record.get("results")), _mapping(record.get("layers"))
-        seconds, trained = results.get("seconds"), {**_mapping(results.get("reconstruct"))}
-        trained |= {"energy": results.get("target_energy")} if trained else {}
+        seconds, trained = results.get("seconds"), _mapping(results.get("reconstruct"))
         blocks.append(_metrics(block, record, seconds, _error(layers), trained or None))
     total = next((n for n in (manifest.get("blocks"), status.get("blocks")) if is_count(n)), None)
     summary = _record(run, run.report() / "summary.json", problems, SUMMARY_SCHEMA)

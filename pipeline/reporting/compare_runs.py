@@ -41,8 +41,8 @@ _STATISTIC_NOTE = (
 )
 _SOLVE_NOTE = (
     "Errors and objectives of layers are those of the solve, before a reconstruction. Its own "
-    "errors are means over blocks, in percent of the energy of the targets; compare them between "
-    "runs with the same targets and text only."
+    "errors are means over blocks and tokens, in percent of the tokens' energy; compare them "
+    "between runs with the same targets and text only."
 )
 _WORLD_NOTE = "Compare the times of runs on different numbers of workers, or machines, with care."
 

@@ -235,7 +235,7 @@ def _reconstruction(
     if section["reconstruction"] is not None:
         section["reconstruction"]["plot"] = _figure(
             output_error_by_depth(blocks),
-            "Error of the blocks' outputs against depth, in percent of the energy of the target, "
+            "Error of the blocks' outputs against depth, in percent of the energy of each token, "
             "before and after their reconstruction. Broken lines: of the sequences learned from, "
             "the mean over an epoch while its steps change the weights.",
         )

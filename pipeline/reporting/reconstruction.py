@@ -38,7 +38,7 @@ def in_words(results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         change = f"{results['gain']:.1f} % lower"
         text += (
             f" In the mean of {blocks} block{'s' if blocks > 1 else ''} it is {change}: "
-            f"{digits(results['after'])} % of the energy of the target, after "
+            f"{digits(results['after'])} % of the energy of a token, after "
             f"{digits(results['before'])} %."
         )
     if kept:
@@ -100,7 +100,7 @@ def output_errors(blocks: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[i
         result = block.get("reconstruct")
         if result is None:
             continue
-        judged = (percent(result, result[name]) for name in ("before", "after"))
+        judged = (percent(result[name]) for name in ("before", "after"))
         errors = (*judged, *learned_errors(result))
         for points, error in zip(lines.values(), errors, strict=True):
             if error is not None:
@@ -110,7 +110,7 @@ def output_errors(blocks: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[i
 
 def _row(block: Mapping[str, Any]) -> tuple[Any, ...]:
     result = block["reconstruct"]
-    before, after = (percent(result, result[name]) for name in ("before", "after"))
+    before, after = (percent(result[name]) for name in ("before", "after"))
     shown = ["undefined" if error is None else digits(error) for error in (before, after)]
     change = "" if not before or after is None else f"{100 * (after / before - 1):.1f}"
     phases = block.get("phases", {})

@@ -161,6 +161,12 @@ class RunDirectory:
         """
         self._remove(self.activations(block), guard)
 
+    def remove_all_activations(self, guard: Callable[[], None] | None = None) -> None:
+        """Delete the inputs and the targets of all blocks. `guard` as in `remove_activations`."""
+        for area in (_INPUTS, _TARGETS):
+            for directory in reversed(self._block_directories(area)):
+                self._remove(directory, guard)
+
     def remove_checkpoint(self, block: int, guard: Callable[[], None] | None = None) -> None:
         """Delete the record of `block`, then its row slices; for a job whose output is complete.
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.reconstruct.gradients import Run, squared_error
+from pipeline.reconstruct.gradients import Run, relative_error
 from pipeline.worker.training import rank_training
 from tests.support.fake_gpu.jobs import TINY, prune_on_gpu
 from tests.support.jobs import prune_here, tensors
@@ -37,7 +37,7 @@ def no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
         run: Run, weights: Sequence[Tensor], inputs: Tensor, target: Tensor, counted: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         with torch.no_grad():
-            loss = squared_error(run(inputs), target, counted)
+            loss = relative_error(run(inputs), target, counted)
             return loss, [(weight.detach() * loss).to(weight.dtype) for weight in weights]
 
     monkeypatch.setattr(rank_training, "gradients", stand_in)

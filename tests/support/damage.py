@@ -50,6 +50,14 @@ KINDS = {
     "saved layer": r"layers/.+\.safetensors",
 }
 
+# Those of a job with --reconstruct, beside the others. Its row slices are solved ones.
+TRAINED_KINDS = {
+    "targets record": r"targets/block-\d{3}/record\.json",
+    "target shard": r"targets/block-\d{3}/shard-\d{5}\.[0-9a-f]+-\d+\.arrow",
+    "solved record": r"checkpoints/block-\d{3}/solved\.json",
+    "trained slices": r"checkpoints/block-\d{3}/trained-\d+\.[0-9a-f]+-\d+\.safetensors",
+}
+
 
 def flip(path: Path) -> None:
     """One bit of the middle byte."""
@@ -80,7 +88,8 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 def kind_of(name: str) -> str | None:
     """The kind of a file by its path in the run directory; None for one that is not known."""
-    return next((kind for kind, path in KINDS.items() if re.fullmatch(path, name)), None)
+    kinds = KINDS | TRAINED_KINDS
+    return next((kind for kind, path in kinds.items() if re.fullmatch(path, name)), None)
 
 
 def of_kind(run: Path, kind: str) -> list[Path]:

@@ -80,6 +80,16 @@ ROWS: dict[str, Row] = {
     "halves": pruning(
         "--shrinkage auto --nsamples 1", "pipeline/config/prune", "compares two halves"
     ),
+    "one sequence": pruning(
+        "--reconstruct block --nsamples 1",
+        "pipeline/config/reconstruct",
+        "--reconstruct block: ",
+    ),
+    "reconstruct rate": pruning(
+        "--reconstruct block --reconstruct-lr 0",
+        "pipeline/config/reconstruct",
+        "--reconstruct-lr must be above 0",
+    ),
     "without effect": pruning(
         "--method magnitude --damping 0.1", "pipeline/config/effect", "leave"
     ),

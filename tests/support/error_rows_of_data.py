@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.planning.rates import RATES_SCHEMA
 from tests.support.error_row import (
     CHAT,
     GOOD,
@@ -216,7 +217,7 @@ ROWS_OF_DATA: dict[str, Row] = {
         "plan {model} --rates {d}/r",
         "pipeline/planning/rates",
         " missing or unknown",
-        files={"r": '{"schema_version": 2, "x": 1}'},
+        files={"r": f'{{"schema_version": {RATES_SCHEMA}, "x": 1}}'},
     ),
     "plan no mapping": Row(
         "plan {model} --rates {d}/r",

@@ -71,7 +71,8 @@ def _train(
     def loss(sequence: int) -> Tensor:
         only = slice(sequence, sequence + 1)
         output = _through(model, number, tokens[only], inputs[only])
-        return (output - target[only]).square().mean()
+        each = (output - target[only]).square().sum(dim=2) / target[only].square().sum(dim=2)
+        return each.mean()
 
     def judge() -> float:
         with torch.no_grad():

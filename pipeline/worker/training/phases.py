@@ -25,7 +25,6 @@ from pipeline.statistics.all_reduce import Collective
 from pipeline.worker.block_loader import BlockLoader
 from pipeline.worker.few_tokens import least_tokens
 from pipeline.worker.forward import Forward
-from pipeline.worker.training.energy import held_out_energy
 from pipeline.worker.training.exchange import Exchange
 from pipeline.worker.training.kernels import repeatable
 from pipeline.worker.training.rank_training import Place, RankTraining, Sequences, TrainingPlan
@@ -95,11 +94,6 @@ class TrainingPhases:
             )
         )
         return self.forward.write(block + 1, stamp, outputs, dense=True)
-
-    def target_energy(self, block: int, targets: list[StoredFile]) -> dict[int, float]:
-        """Mean square of the targets, of each held-out sequence of the rank, by its number."""
-        with self.watch("io"):
-            return held_out_energy(self.forward, block, targets, self.job.nsamples)
 
     def begin_training(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.models.linears import as_held
 from pipeline.reconstruct.adam import RowAdam, first_rate
-from pipeline.reconstruct.gradients import Run, gradients, squared_error
+from pipeline.reconstruct.gradients import Run, gradients, relative_error
 from pipeline.reconstruct.schedule import freezes, held_out, rate, steps_in_epoch, steps_of_epoch
 from pipeline.runtime.stopwatch import Stopwatch
 from pipeline.runtime.threads import in_pieces, threads
@@ -144,7 +144,7 @@ class RankTraining:
         def loss(number: int) -> float:
             with torch.no_grad():
                 inputs, target, counted = self._sequences[number]()
-                return float(squared_error(self._run(inputs), target, counted))
+                return float(relative_error(self._run(inputs), target, counted))
 
         with self._watch("forward"):
             found = self._each(loss, [n for n in numbers if n in self._sequences])

@@ -28,6 +28,7 @@ from tests.support.tiny_models import save_tiny_model
 
 OPTIONS: dict[str, Any] = {
     "reconstruct": "block", "reconstruct_epochs": 3, "reconstruct_batch": 4,
+    "reconstruct_lr": 1.6e-3,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Workers on Ray that are lost while they reconstruct a block, which goes on from what is solved."""
+"""Workers on Ray that are lost while they reconstruct a block: it goes on from what is solved."""
 
 from __future__ import annotations
 

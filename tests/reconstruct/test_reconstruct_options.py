@@ -87,8 +87,8 @@ def test_weights_change_places_with_every_pattern(
 ) -> None:
     shared = {"pattern": pattern, "dataset": str(write_text(tmp_path / "text.txt"))}
     prune_here(model, tmp_path / "solved", **shared)
-    exchange = {"reconstruct_mask": "exchange", "reconstruct_lr": 0.02}
-    prune_here(model, tmp_path / "out", **shared, **OPTIONS, **exchange)
+    exchange = {"reconstruct_mask": "exchange", "reconstruct_lr": 0.2, "reconstruct_epochs": 4}
+    prune_here(model, tmp_path / "out", **shared, **(OPTIONS | exchange))
     solved, moved = dict(tensors(tmp_path / "solved")), 0
     for name, tensor in tensors(tmp_path / "out"):
         if ".layers." not in name or "proj" not in name:
@@ -133,9 +133,8 @@ def test_the_disk_is_checked_for_a_third_store(
     monkeypatch.setattr(disk, "_require", lambda uses: needs.append(uses[0][1]))
     stores: list[int] = []
     monkeypatch.setattr(
-        job_of, "check_scratch_space", lambda _, store, *, stores: each.append(stores)
+        job_of, "check_scratch_space", lambda _, __, **named: stores.append(named["stores"])
     )
-    each = stores
     text = str(write_text(tmp_path / "text.txt"))
     for name, options in (("plain", {}), ("trained", OPTIONS)):
         prune_here(model, tmp_path / name, dataset=text, **options)

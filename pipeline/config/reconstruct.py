@@ -40,9 +40,8 @@ def unless_reconstructed(config: Any) -> str | None:
         return None
     if config.reconstruct == "none":
         return "with --reconstruct none blocks are not reconstructed"
-    if (why := config.left_out()) is not None:
-        return why
-    return "--reconstruct auto leaves this method's blocks as they are (--reconstruct block)"
+    why: str | None = config.left_out()
+    return why or "--reconstruct auto leaves this method's blocks as they are (--reconstruct block)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ class ReconstructOptions:
     reconstruct_mask: MaskRule = option(
         "fixed",
         "`fixed`: the reconstruction keeps the solved mask; `exchange`: weights may change places "
-        "in the first 60 % of its steps (N:M patterns)",
+        "in the first 60 % of its steps",
         unused=unless_reconstructed,
     )
 

@@ -93,7 +93,7 @@ class ReconstructOptions:
     reconstruct_mask: MaskRule = option(
         "fixed",
         "`fixed`: the reconstruction keeps the solved mask; `exchange`: weights may change places "
-        "in the first 60 % of its steps (N:M patterns)",
+        "in the first 60 % of its steps",
         unused=unless_reconstructed,
     )
 

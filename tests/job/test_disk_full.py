@@ -10,6 +10,7 @@ import re
 import resource
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,13 +41,28 @@ WRITERS = {
     "card": r"partial.*/README",
     "results": r"partial.*/prox24\.json",
 }
+# The same of a job with --reconstruct.
+TRAINED: dict[str, Any] = {"reconstruct": "block", "reconstruct_epochs": 1}
+WRITERS_OF_TRAINED = {
+    "target shard": r"targets/block-002/shard-00001",
+    "targets record": r"targets/block-002/\.record",
+    "solved record": r"checkpoints/block-001/\.solved",
+    "trained slices": r"checkpoints/block-001/trained-1",
+}
 QUICK = {"activation shard", "row slices"}
-LARGE = {"activation shard", "row slices", "weight file"}  # several pages: one still fits
+LARGE = {
+    "activation shard",
+    "row slices",
+    "weight file",
+    "target shard",
+    "trained slices",
+}  # several pages: one still fits
 
 
 def command(tiny: Tiny, folder: Path) -> list[str]:
     """`prox24 prune` with output and run directory in `folder`."""
-    options = OPTIONS | {"dataset": tiny.text, "executor": "local", "run_dir": folder / "run"}
+    fixed = {"dataset": tiny.text, "executor": "local", "run_dir": folder / "run"}
+    options = OPTIONS | fixed | tiny.options
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     return ["prune", str(tiny.model), str(folder / "output"), *flags]
 
@@ -58,9 +74,10 @@ def check_whole(run: RunDirectory) -> None:
     for block in run.committed_blocks():
         for file in read_block_record(run.record(block)).files:
             assert damage(run.checkpoints(block) / file.name, file, hashed=True) is None
-    for block in run.committed_activations():
-        for file in read_inputs(run.activation_record(block)):
-            assert damage(run.activations(block) / file.name, file, hashed=True) is None
+    for chain in (run, run.targets()):
+        for block in chain.committed_activations():
+            for file in read_inputs(chain.activation_record(block)):
+                assert damage(chain.activations(block) / file.name, file, hashed=True) is None
     if run.manifest.exists():
         read_tokens(run.tokens())
 
@@ -94,6 +111,23 @@ def test_a_full_disk(tiny: Tiny, tmp_path: Path, writer: str) -> None:
     """Exit code 2 and what to do; with room again the same command ends with the same bytes."""
     spare = 4096 if writer in LARGE else 0
     in_a_process(full_disk, tmp_path / "log", tiny, tmp_path / "disk", WRITERS[writer], spare)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return Tiny.make(tmp_path_factory.mktemp("trained"), hidden=32, **TRAINED)
+
+
+@pytest.mark.parametrize(
+    "writer",
+    [
+        pytest.param(w, marks=() if w == "trained slices" else pytest.mark.slow)
+        for w in WRITERS_OF_TRAINED
+    ],
+)
+def test_a_full_disk_in_a_reconstruction(trained: Tiny, tmp_path: Path, writer: str) -> None:
+    spare, pattern = 4096 if writer in LARGE else 0, WRITERS_OF_TRAINED[writer]
+    in_a_process(full_disk, tmp_path / "log", trained, tmp_path / "disk", pattern, spare)
 
 
 def limited_files(log: Path, tiny: Tiny, folder: Path) -> None:

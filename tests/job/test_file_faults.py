@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -30,6 +31,8 @@ NUMBERS = (
 )  # fmt: skip
 QUICK_POINTS = 12
 QUICK_SCENE = "a block"
+# The files and folders of a reconstruction: of a block that is solved, and of one that is trained.
+RECONSTRUCTION = r"targets|solved|block-001/rank-|trained-"
 QUICK_CASES = 8  # of faults of all kinds, played to the end
 
 
@@ -62,6 +65,15 @@ def test_each_file_that_may_not_be_read(scene: Scene) -> None:
 
 def test_faults_of_all_kinds(scene: Scene) -> None:
     cases = scene.cases()
+    played(scene, cases[:: len(cases) // QUICK_CASES])
+
+
+def test_faults_of_what_a_reconstruction_writes(tmp_path: Path) -> None:
+    """A solved block's record and slices, trained slices, targets: some faults of each."""
+    scene = SCENES["a solved block"](tmp_path)
+    found = [(re.search(RECONSTRUCTION, case.path), case) for case in scene.cases()]
+    cases = [case for match, case in found if match]
+    assert {match[0] for match, _ in found if match} == set(RECONSTRUCTION.split("|"))
     played(scene, cases[:: len(cases) // QUICK_CASES])
 
 

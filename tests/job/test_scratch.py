@@ -66,18 +66,20 @@ class Nodes(LocalExecutor):
 
 
 class Whole:
-    """A model, a text, and the output of a job without scratch."""
+    """A model, a text, and the output of a job without scratch. `more`: options of the jobs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **more: Any) -> None:
+        self.options = OPTIONS | more
         self.model = save_tiny_model(folder / "tiny", blocks=3)
         self.text = write_text(folder / "text.txt", 2048)
-        options = {**OPTIONS, "dataset": str(self.text)}
+        options = {**self.options, "dataset": str(self.text)}
         self.expected = contents(prune_here(self.model, folder / "expected", **options).output)
 
 
 class Case:
     def __init__(self, whole: Whole, folder: Path) -> None:
         self.model, self.text, self.expected = whole.model, whole.text, whole.expected
+        self.options = whole.options
         self.folder, self.scratch = folder, folder / "scratch"
         self.scratch.mkdir()
 
@@ -88,7 +90,7 @@ class Case:
         config = PruneConfig(
             executor="local",
             **SMALL,
-            **OPTIONS,
+            **self.options,
             dataset=str(self.text),
             scratch_dir=str(self.scratch),
         )

@@ -7,12 +7,14 @@ is about all other files.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.loop.rank import Call
+from pipeline.messages import Outcome
 from tests.support.damage import (
     BLOCKS,
     DAMAGES,
@@ -73,7 +75,13 @@ class Watched(Interrupting):
         if self._before is not None:
             self._before(phase, block)
         self.phases.append((phase, block))
-        self.stores.append(stores(self.folder))
+
+    def run(self, calls: Sequence[Call[Any]]) -> list[Outcome[Any]]:
+        """Counts when a phase has written, and the driver has deleted nothing yet."""
+        try:
+            return super().run(calls)
+        finally:
+            self.stores.append(stores(self.folder))
 
     def of(self, block: int) -> list[str]:
         return [phase for phase, number in self.phases if number == block]

@@ -37,6 +37,8 @@ POINTS = {
     "solver": "pipeline.worker.solve_phases:solve_group",
     "write": "storage.files.commit:HashingWriter.write",
     "outputs": "pipeline.worker.forward:_finite",
+    "gradient": "pipeline.worker.training.rank_training:RankTraining._to_owner",
+    "judge": "pipeline.worker.training.rank_training:RankTraining.judge",
     "loss": "pipeline.models.forward_capture:ModelEnds.logits",
 }
 

@@ -318,6 +318,7 @@ RICH = (
     "--eval-dataset={}/in/text.txt",
 )  # fmt: skip
 SCRATCH = (*PLAIN, "--scratch-dir={}/extra")
+TRAINED = (*PLAIN, "--reconstruct=block", "--reconstruct-epochs=2")
 
 
 def _killed(at: str | None, arguments: Sequence[str] = PLAIN) -> Callable[[Path], Scene]:
@@ -328,8 +329,10 @@ def _after(*arguments: str, prints: bool = True) -> Callable[[Path], Scene]:
     return lambda folder: Scene(folder, fill, arguments, before=(RICH,), prints=prints)
 
 
-def _running(phase: str, block: int | None) -> Callable[[Path], Scene]:
-    return lambda folder: RunningScene(folder, fill, PLAIN, phase=phase, block=block)
+def _running(
+    phase: str, block: int | None, arguments: Sequence[str] = PLAIN
+) -> Callable[[Path], Scene]:
+    return lambda folder: RunningScene(folder, fill, arguments, phase=phase, block=block)
 
 
 def _alone(*arguments: str, prints: bool = True) -> Callable[[Path], Scene]:
@@ -348,6 +351,9 @@ SCENES: dict[str, Callable[[Path], Scene]] = {
     "while the model is written": _running("write_output", None),
     "a rich job": _killed("before link state/run/checkpoints/block-001/record", RICH),
     "on scratch": _killed("after link state/run/activations/block-001/record", SCRATCH),
+    "a solved block": _killed("after link state/run/checkpoints/block-001/solved", TRAINED),
+    "a reconstructed block": _killed("after link state/run/checkpoints/block-001/record", TRAINED),
+    "while block 1 is trained": _running("train", 1, TRAINED),
     "status": _after("status", "{}/state/run", prints=False),
     "report": _after("report", "{}/state/run"),
     "compare": _after("compare", "{}/state/run", "--output={}/extra/tables"),

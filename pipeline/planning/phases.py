@@ -10,7 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pipeline.planning.counts import hessian_flops, reduced_bytes, solve_counts
+from pipeline.planning.counts import (
+    hessian_flops,
+    reduce_moved,
+    reduce_operators,
+    reduced_bytes,
+    solve_counts,
+)
 from pipeline.planning.memory import (
     PeakBytes,
     ahead_bytes,
@@ -20,6 +26,7 @@ from pipeline.planning.memory import (
     rows_at_once,
     sums_products,
 )
+from pipeline.planning.pass_parts import PassParts
 from pipeline.planning.phase_parts import (
     BANDWIDTH,
     COMPUTE,
@@ -32,9 +39,7 @@ from pipeline.planning.phase_parts import (
     PhasePart,
     merge,
 )
-from pipeline.planning.planned_job import PlannedJob
 from pipeline.planning.shapes.model import BlockShape, GroupShape
-from pipeline.planning.shapes.profile import ForwardProfile
 from pipeline.solvers.cost import objective_share
 from pipeline.solvers.registry import solver_for
 
@@ -42,15 +47,8 @@ from pipeline.solvers.registry import solver_for
 _CHOICE_SHARE = 0.25
 
 
-class PhaseModel:
+class PhaseModel(PassParts):
     """The phases of a job, one method each."""
-
-    def __init__(self, job: PlannedJob) -> None:
-        self.job, self.rates, self.shape = job, job.rates, job.shape
-        self._dispatch = PhasePart("dispatch", LATENCY, job.rates.dispatch)
-        plain = job.rates.on_gpu and self.shape.dtype == "float32"
-        # The rate at which the products of statistics are computed.
-        self._precision = "float32" if plain else "statistics"
 
     # -- phases that run once -------------------------------------------------------------------
 
@@ -127,7 +125,8 @@ class PhaseModel:
             if self.job.calibrates and (number or before is None):
                 peak = memory["calibrate"]
                 ahead = ahead_bytes(self.job, after) if number else 0.0
-                phases.append(self._calibrate(part, PeakBytes(peak.device, peak.host + ahead)))
+                peak = PeakBytes(peak.device, peak.host + ahead)
+                phases.append(self._calibrate(part, peak, first=not number))
             elif self.job.calibrates and before is not None:
                 phases.append(self._advance(part, before, memory["advance"]))
             if "reduce" in memory:
@@ -137,14 +136,19 @@ class PhaseModel:
             phases.append(self._solve(part, memory["solve"], last))
         return phases
 
-    def _calibrate(self, block: BlockShape, peak: PeakBytes) -> Phase:
-        """The dense forward of a block, which sums the statistics of its layers."""
+    def _calibrate(self, block: BlockShape, peak: PeakBytes, first: bool) -> Phase:
+        """The dense forward of a block, which sums the statistics of its layers.
+
+        first: whether a rank also finds what it keeps for all blocks, with a batch of its own.
+        """
         weights = float(block.parameters * self.shape.itemsize)
         table = float(self.shape.ends * self.shape.itemsize)
         read, store = self._store_read()
         computed = [*self._forward(block.observed, "dense forward"), *self._hessian(block)]
+        finding = self._finding(block) if first else []
         parts = (
             *self._load(weights + table),
+            *finding,
             *computed,
             *self._hide(read, computed, self.job.busiest[2]),
             self._dispatch,
@@ -158,30 +162,40 @@ class PhaseModel:
 
     def _advance(self, block: BlockShape, before: BlockShape, peak: PeakBytes) -> Phase:
         """Each batch through the previous block, pruned, and then through this one, dense."""
-        # This block's weights, unless the solve of the previous block has read them ahead.
-        more = 0.0 if before.groups else float(block.parameters * self.shape.itemsize)
+        # The solve of the previous block, if there was one, has read this block's weights ahead.
+        weights = float(block.parameters * self.shape.itemsize)
+        more, ahead = (0.0, weights) if before.groups else (weights, 0.0)
         observed = [*self._forward(block.observed, "dense forward"), *self._hessian(block)]
-        return self._pass("advance", before, observed, more, peak)
+        return self._pass("advance", before, observed, more, ahead, peak)
 
     def _propagate(self, before: BlockShape) -> Phase:
         """Each batch through the previous block, pruned or not, for a block that stays dense."""
-        return self._pass("propagate", before, [], 0.0, propagate_memory(self.job, before))
+        return self._pass("propagate", before, [], 0.0, 0.0, propagate_memory(self.job, before))
 
     def _pass(
-        self, name: str, before: BlockShape, observed: list[PhasePart], more: float, peak: PeakBytes
+        self,
+        name: str,
+        before: BlockShape,
+        observed: list[PhasePart],
+        more: float,
+        ahead: float,
+        peak: PeakBytes,
     ) -> Phase:
         """Each batch through the previous block, followed by the parts `observed`.
 
-        more: bytes of weights that are loaded besides those of the previous block.
+        more, ahead: bytes of weights that are loaded besides those of the previous block, and of
+        those that are in host memory already.
         """
-        weights = more + float(before.parameters * self.shape.itemsize)
+        # Of a pruned block only what is not pruned is read from the source.
+        weights = more + float((before.parameters - before.pruned) * self.shape.itemsize)
         slices = float(before.pruned * self.shape.itemsize)
         read, store = self._store_read()
         written, size = self._store_written()
         ran = "pruned forward" if before.groups else "forward of a block that stays dense"
-        computed = [*self._forward(before.full, ran), *observed]
+        computed = [*self._forward(before.full, ran), *self._checked(), *observed]
         parts = (
             *self._load(weights + slices),
+            *self._to_device("load weights", ahead),
             PhasePart("verify slices", HASH, slices / self.rates.hash),
             *computed,
             *self._hide([*read, *written], computed, self.job.busiest[2]),
@@ -213,22 +227,26 @@ class PhaseModel:
     def _reduce(self, block: BlockShape, peak: PeakBytes) -> Phase:
         """Sums the statistics over the workers."""
         job, rates = self.job, self.rates
-        added, products = 0.0, 0.0
+        added, products, operators = 0.0, 0.0, 0.0
         for group in block.groups:
             inputs = job.inputs(group)
             full = solver_for(job.settings_of(group)).needs == "full"
             # Inputs that are few in total are gathered, in fp32, instead of summed as products.
             kept = inputs is not None and full
-            added += 4.0 * (inputs or 0) * group.columns if kept else job.counted([group])
+            size = 4.0 * (inputs or 0) * group.columns if kept else job.counted([group])
+            added += size
+            operators += reduce_operators(size, group.columns, job.workers)
             if full and not kept and not sums_products(job, group):
                 products += hessian_flops(job.busiest_tokens(group), group.columns)
         sent = reduced_bytes(added, job.workers)
         # Traffic to other nodes uses the network, the rest the links inside a node.
         outside = (job.workers - job.per_node) / max(job.workers - 1, 1) if job.nodes > 1 else 0.0
+        moved = reduce_moved(added, job.workers) if rates.on_gpu else 0.0
         parts = (
             PhasePart("between nodes", NETWORK, sent * outside / rates.network),
             PhasePart("inside a node", NETWORK, sent * (1 - outside) / rates.link),
-            PhasePart("add", BANDWIDTH, 8.0 * added / rates.memory if rates.on_gpu else 0.0),
+            PhasePart("add", BANDWIDTH, moved / rates.memory),
+            PhasePart("operators", LATENCY, operators * rates.operator),
             PhasePart("Hessian", COMPUTE, products / rates.product(self._precision)),
             self._dispatch,
         )
@@ -267,9 +285,10 @@ class PhaseModel:
         read = slices
         if after is not None and job.calibrates:
             ahead = float(after.parameters * self.shape.itemsize)
-            parts += self._hide(self._load(ahead), computed, 1 << 30)
+            parts += self._hide(self._load(ahead, what="read ahead"), computed, 1 << 30)
             read += ahead * job.nodes
         parts += [
+            *self._to_device("copy back", most),
             PhasePart("write slices", DISK, slices / self.rates.disk_write),
             PhasePart("hash slices", HASH, most / self.rates.hash),
             PhasePart("sync", LATENCY, 4 * self.rates.sync),
@@ -316,83 +335,6 @@ class PhaseModel:
         compute = count * flops / self.rates.product(precision)
         memory = count * moved / self.rates.memory if self.rates.on_gpu else 0.0
         return PhasePart(what, BANDWIDTH if memory > compute else COMPUTE, max(compute, memory))
-
-    def _forward(self, profile: ForwardProfile, what: str) -> list[PhasePart]:
-        """The forward of all batches of the busiest worker through one block."""
-        job, rates = self.job, self.rates
-        sequences, batches, _ = job.busiest
-        flops = profile.products / rates.product(self.shape.dtype)
-        # The output is checked for NaN: read once, a mask written and read.
-        checked = 2.0 * job.seqlen * self.shape.hidden * self.shape.forward_itemsize
-        return [
-            PhasePart(f"{what}: products", COMPUTE, sequences * flops),
-            PhasePart(
-                f"{what}: attention", COMPUTE, sequences * profile.attention / rates.attention
-            ),
-            PhasePart(
-                f"{what}: elementwise",
-                BANDWIDTH,
-                sequences * (profile.moved + checked) / rates.memory,
-            ),
-            PhasePart(f"{what}: operators", LATENCY, batches * profile.operators * rates.operator),
-        ]
-
-    def _hessian(self, block: BlockShape) -> list[PhasePart]:
-        """The sums of second moments of the busiest worker in one block."""
-        job, rates = self.job, self.rates
-        batches = job.busiest[1]
-        flops, moved = 0.0, 0.0
-        for group in block.groups:
-            seen = job.busiest_tokens(group)
-            moved += seen * group.columns * (self.shape.forward_itemsize + 4)
-            if sums_products(job, group):
-                flops += hessian_flops(seen, group.columns)
-                # Product written and read, float64 sums read and written; upper triangles only.
-                moved += batches * 13.5 * group.columns**2 if rates.on_gpu else 0.0
-            elif solver_for(job.settings_of(group)).needs != "full":
-                moved += 12.0 * seen * group.columns
-        return [
-            PhasePart("Hessian", COMPUTE, flops / rates.product(self._precision)),
-            PhasePart("Hessian: copies", BANDWIDTH, moved / rates.memory),
-        ]
-
-    def _load(self, size: float, sharers: int = 1) -> list[PhasePart]:
-        """A worker reads `size` bytes: the same as all others (sharers 1), or a part of its own.
-
-        A node reads the same bytes from the disk only once; else `sharers` workers read.
-        """
-        fetched = size * (self.job.nodes if sharers == 1 else sharers)
-        return [
-            PhasePart("load weights", DISK, fetched / self.rates.disk_read),
-            PhasePart("load weights", HOST, size / self.rates.copy),
-        ]
-
-    def _store_read(self) -> tuple[list[PhasePart], float]:
-        """Parts of reading an activation store, and its bytes."""
-        total, busiest, _ = self._store()
-        parts = [
-            PhasePart("read store", DISK, total / self.rates.disk_read),
-            PhasePart("verify store", HASH, busiest / self.rates.hash),
-        ]
-        if self.rates.on_gpu:
-            parts.append(PhasePart("read store", HOST, busiest / self.rates.copy))
-        return parts, total
-
-    def _store_written(self) -> tuple[list[PhasePart], float]:
-        """Parts of writing an activation store, and its bytes."""
-        total, busiest, shards = self._store()
-        parts = [
-            PhasePart("write store", DISK, total / self.rates.disk_write),
-            PhasePart("hash store", HASH, busiest / self.rates.hash),
-            PhasePart("sync", LATENCY, 2 * shards * self.rates.sync),
-        ]
-        return parts, total
-
-    def _store(self) -> tuple[float, float, int]:
-        """Bytes of an activation store; bytes and number of the busiest worker's shards of it."""
-        sequences, _, shards = self.job.busiest
-        one = float(self.job.seqlen * self.shape.hidden * self.shape.forward_itemsize)
-        return self.job.nsamples * one, sequences * one, shards
 
 
 def _sum(parts: Iterable[PhasePart]) -> float:

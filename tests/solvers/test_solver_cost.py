@@ -92,7 +92,7 @@ def test_plain_torch_operations_are_counted(method: str) -> None:
         for kernels in get_args(GpuKernels)
     )
     before, after = (each.method_counts(1024, 4096, "cuda") for each in (triton, plain))
-    assert after.operators > 10 * before.operators
+    assert after.operators > 5 * before.operators
     assert after.moved > before.moved
     assert plain.cost(4096, "cuda").per_row > triton.cost(4096, "cuda").per_row
     assert triton.method_counts(64, 64, "cpu") == plain.method_counts(64, 64, "cpu")

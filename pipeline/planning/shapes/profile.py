@@ -31,8 +31,8 @@ class ForwardProfile:
 
     products, attention: floating-point operations of matrix products and of attention (causal
     attention counts only the half that is not masked). moved: bytes that all other operators read
-    and write. operators: number of operators, products included. live: the most bytes of
-    intermediate results at once, without the input; in an observed forward with the fp32 copy of
+    and write. operators: number of operators, products and attention included. live: the most bytes
+    of intermediate results at once, without the input; in an observed forward with the fp32 copy of
     a layer's input, from which statistics are computed.
     """
 
@@ -55,7 +55,7 @@ class _Attention(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = 0.0
+        self.flops, self.operators = 0.0, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -65,6 +65,7 @@ class _Attention(TorchFunctionMode):
             query, key, value = given["query"], given["key"], given["value"]
             scores = query.shape[:-1].numel() * key.shape[-2]
             share = 0.5 if given.get("is_causal") else 1.0
+            self.operators += 1
             self.flops += 2.0 * share * scores * (query.shape[-1] + value.shape[-1])
             return query.new_empty((*query.shape[:-1], value.shape[-1]))
         return func(*args, **kwargs)
@@ -202,7 +203,7 @@ def profile_forward(
         products=counter.products,
         attention=attention.flops,
         moved=counter.moved,
-        operators=counter.operators,
+        operators=counter.operators + attention.operators,
         live=counter.peak,
     )
 

@@ -174,7 +174,7 @@ class ProxAdmmSolver(BaseSolver):
             steps=1 + iterations,
             inverse=2.0 * inverses * float(columns) ** 3,
             moved=24.0 * inverses * columns * columns + iterations * moved,
-            operators=math.ceil(iterations * (12 + launches)) + inverses * 12 * panels,
+            operators=math.ceil(iterations * (12 + launches)) + inverses * (44 * panels + 100),
         )
 
     def _operator_work(self, rows: int, columns: int, device: str) -> tuple[float, float]:

@@ -112,10 +112,13 @@ def reduced_bytes(size: float, world: int) -> float:
     return 2.0 * (world - 1) / world * size
 
 
-def reduce_operators(size: float, columns: int, world: int) -> float:
-    """Operators to sum the `size` bytes of a group over workers, and to make statistics of them."""
+def reduce_operators(size: float, columns: int, world: int, full: bool) -> float:
+    """Operators to sum the `size` bytes of a group over workers, and to make statistics of them.
+
+    full: whether there is a matrix, in panels.
+    """
     exchanged = -(-size // REDUCED_AT_ONCE) * (world + 3) if world > 1 else 0.0
-    return exchanged + 2 * len(panels(columns)) + 2
+    return exchanged + (2 * len(panels(columns)) + 2 if full else 1)
 
 
 def reduce_moved(size: float, world: int) -> float:
@@ -132,8 +135,8 @@ def observing_operators(columns: int, batches: int, products: bool) -> float:
 
     products: whether products are summed, in panels.
     """
-    each = 1 + 2 * len(panels(columns)) if products else 4
-    return batches * each + 12
+    each, checks = (1 + 2 * len(panels(columns)), 12) if products else (4, 8)
+    return batches * each + checks
 
 
 def store_bytes(nsamples: int, seqlen: int, hidden: int, itemsize: int) -> int:

@@ -20,7 +20,7 @@ from pipeline.solvers.registry import solver_for
 
 # Operators around the blocks while a rank finds what blocks are called with: masks, rotary tables,
 # their comparison for two texts. Counted for Llama (benchmarks/gpu_counts.py).
-_CAPTURING = 70
+_CAPTURING = 45
 # Operators that look for NaN in the output of a block.
 _CHECKING = 5
 

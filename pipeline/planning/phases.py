@@ -45,6 +45,8 @@ from pipeline.solvers.registry import solver_for
 
 # Trials of `--shrinkage auto` take about a quarter of the solve they choose for.
 _CHOICE_SHARE = 0.25
+# Operators of a layer's checks, conversion and report, for any number of rows.
+_PER_LAYER = 75
 
 
 class PhaseModel(PassParts):
@@ -235,7 +237,7 @@ class PhaseModel(PassParts):
             kept = inputs is not None and full
             size = 4.0 * (inputs or 0) * group.columns if kept else job.counted([group])
             added += size
-            operators += reduce_operators(size, group.columns, job.workers)
+            operators += reduce_operators(size, group.columns, job.workers, full)
             if full and not kept and not sums_products(job, group):
                 products += hessian_flops(job.busiest_tokens(group), group.columns)
         sent = reduced_bytes(added, job.workers)
@@ -311,6 +313,7 @@ class PhaseModel(PassParts):
             *(self.job.solved_with(group), rows, columns, self.shape.itemsize, device),
             inputs=self.job.inputs(group),
         )
+        operators = counts.operators + _PER_LAYER * len(group.layers)
         entries = float(rows) * columns
         one = 2.0 * entries * columns
         square, share = float(columns) * columns, objective_share(columns)
@@ -324,7 +327,7 @@ class PhaseModel(PassParts):
             PhasePart("factor, same on all", COMPUTE, counts.factor / rates.factor),
             PhasePart("iterations", BANDWIDTH, counts.steps * entries / rates.iteration),
             PhasePart("passes over H and W", BANDWIDTH, counts.moved / rates.memory),
-            PhasePart("operators", LATENCY, counts.operators * rates.operator),
+            PhasePart("operators", LATENCY, operators * rates.operator),
         ]
         return parts
 

@@ -91,6 +91,16 @@ def test_distances(model: Path, tmp_path: Path, gpu: Record) -> None:
     assert first[1]["against_first"]["jensen_shannon"] > 0
 
 
+def test_all_around_the_blocks_goes_to_it(model: Path, gpu: Record) -> None:
+    """Also what the constructor has computed, such as rotary frequencies."""
+    skeleton = open_skeleton(model, dtype=None, trust_remote_code=False)
+    ends = skeleton.load_ends(torch.device("cuda"), head=True)
+    tensors = {name: each for name, each in (*ends.named_parameters(), *ends.named_buffers())}
+    devices = {name: each.device.type for name, each in tensors.items() if not each.is_meta}
+    assert any("inv_freq" in name for name in devices)
+    assert set(devices.values()) == {"cuda"}, devices
+
+
 def test_a_cpu_is_used_where_it_is_asked_for(model: Path, tmp_path: Path, gpu: Record) -> None:
     prune_here(model, tmp_path / "out", method="wanda", device="cpu")
     assert not gpu.kernels

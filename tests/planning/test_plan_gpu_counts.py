@@ -54,11 +54,12 @@ def _few(name: str) -> float:
 Found = tuple[PlannedJob, dict[str, Counts]]
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[("prox_admm", 1), ("prox_admm", 2), ("sparsegpt", 2)])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """A job on some GPUs, and what its phases do."""
     folder = tmp_path_factory.mktemp("counts")
-    path, job = job_on_gpus(folder, gpus=request.param)
+    method, gpus = request.param
+    path, job = job_on_gpus(folder, method=method, gpus=gpus)
     return job, count_phases(path, job, folder)
 
 

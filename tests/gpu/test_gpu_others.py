@@ -95,7 +95,7 @@ def test_all_around_the_blocks_goes_to_it(model: Path, gpu: Record) -> None:
     """Also what the constructor has computed, such as rotary frequencies."""
     skeleton = open_skeleton(model, dtype=None, trust_remote_code=False)
     ends = skeleton.load_ends(torch.device("cuda"), head=True)
-    tensors = {name: each for name, each in (*ends.named_parameters(), *ends.named_buffers())}
+    tensors = dict([*ends.named_parameters(), *ends.named_buffers()])
     devices = {name: each.device.type for name, each in tensors.items() if not each.is_meta}
     assert any("inv_freq" in name for name in devices)
     assert set(devices.values()) == {"cuda"}, devices

@@ -32,6 +32,7 @@ from storage.run.layer_files import write_layer_file
 from tests.support.fake_gpu import Record, fake_gpu
 from tests.support.fake_gpu.jobs import Checked, check_products
 from tests.support.jobs import prune_here, write_text
+from tests.support.multimodal import save_wrapper
 
 TinyModel = Callable[..., Path]
 
@@ -91,14 +92,19 @@ def test_distances(model: Path, tmp_path: Path, gpu: Record) -> None:
     assert first[1]["against_first"]["jensen_shannon"] > 0
 
 
-def test_all_around_the_blocks_goes_to_it(model: Path, gpu: Record) -> None:
-    """Also what the constructor has computed, such as rotary frequencies."""
-    skeleton = open_skeleton(model, dtype=None, trust_remote_code=False)
-    ends = skeleton.load_ends(torch.device("cuda"), head=True)
-    tensors = dict([*ends.named_parameters(), *ends.named_buffers()])
-    devices = {name: each.device.type for name, each in tensors.items() if not each.is_meta}
-    assert any("inv_freq" in name for name in devices)
-    assert set(devices.values()) == {"cuda"}, devices
+def test_all_around_the_blocks_goes_to_it(model: Path, tmp_path: Path) -> None:
+    """Also what a constructor has computed, and what stands in a vision tower's place."""
+    tower = save_wrapper(tmp_path / "llava", "llava")
+    for path, some in ((model, "inv_freq"), (tower, "vision_tower")):
+        with fake_gpu() as gpu:
+            skeleton = open_skeleton(path, dtype=None, trust_remote_code=False)
+            ends = skeleton.load_ends(torch.device("cuda"), head=True)
+            tensors = dict([*ends.named_parameters(), *ends.named_buffers()])
+            devices = {name: each.device.type for name, each in tensors.items() if not each.is_meta}
+            assert any(some in name for name in devices)
+            assert set(devices.values()) == {"cuda"}, devices
+            del ends, tensors, skeleton
+        assert gpu.live == 0
 
 
 def test_a_cpu_is_used_where_it_is_asked_for(model: Path, tmp_path: Path, gpu: Record) -> None:

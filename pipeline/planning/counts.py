@@ -16,6 +16,9 @@ from pipeline.statistics.accumulate import panels, statistics_bytes
 
 _POWER_STEPS = 64
 _OBJECTIVE_ROWS = 2048
+# Operators of a joint method on a group for any number of rows: scales, first right-hand sides,
+# masks, checks. Counted for prox_admm (benchmarks/gpu_counts.py).
+_JOINT_OPERATORS = 300
 # Weights of a mask that are counted at once, and operators for them.
 MASK_CHUNK = 1 << 20
 MASK_OPERATORS = 50
@@ -66,6 +69,7 @@ def solve_counts(
         moved += (150.0 + 17.0 * (refine + 1)) * entries  # scaled twice, and back
         if settings.refine == "gradient":
             moved += 4.0 * columns * columns * _POWER_STEPS
+    operators += _JOINT_OPERATORS if solver.joint else 0
     # Objectives: at zero, before and after refinement, and of the weight rounded to its dtype.
     evaluations = 2 + bool(refine) + (itemsize != 4)
     if full:

@@ -248,7 +248,8 @@ def solve_bytes(job: PlannedJob, group: GroupShape, rows: int) -> float:
         matrices = solver.matrix_bytes_of_inputs(padded(rows), columns, inputs)
     if not solver.separable:
         row_matrices += _ROWS_HELD_SORTING
-    change = 16.0 * min(rows, _OBJECTIVE_ROWS) * columns if full else 0.0
+    # Objectives are computed when a joint method has freed its own matrices.
+    change = 16.0 * min(rows, _OBJECTIVE_ROWS) * columns if full and not solver.joint else 0.0
     held = matrices + 4.0 * row_matrices * entries + change
     if settings.refine != "none":
         held = max(held, 4.0 * _ROWS_HELD_REFINING * entries)

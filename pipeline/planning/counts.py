@@ -11,6 +11,7 @@ from dataclasses import replace
 from pipeline.config.solver import SolverSettings
 from pipeline.runtime.split import ROW_TILE
 from pipeline.solvers.cost import SolveCounts
+from pipeline.solvers.mask_counts import rows_at_once
 from pipeline.solvers.registry import solver_for
 from pipeline.statistics.accumulate import panels, statistics_bytes
 
@@ -19,8 +20,7 @@ _OBJECTIVE_ROWS = 2048
 # Operators of a joint method on a group for any number of rows: scales, first right-hand sides,
 # masks, checks. Counted for prox_admm (benchmarks/gpu_counts.py).
 _JOINT_OPERATORS = 300
-# Weights of a mask that are counted at once, and operators for them.
-MASK_CHUNK = 1 << 20
+# Operators to count a chunk of a mask.
 MASK_OPERATORS = 50
 # Bytes that a sum over workers exchanges at once (`pipeline/statistics/all_reduce.py`).
 REDUCED_AT_ONCE = 1 << 28
@@ -76,14 +76,14 @@ def solve_counts(
         wide = evaluations
         chunks = -(-rows // _OBJECTIVE_ROWS)
         moved += evaluations * (6.0 * columns * columns * chunks + 80.0 * entries)
-        operators += evaluations * 8 * chunks * -(-columns // 256)
+        operators += evaluations * 6 * chunks * -(-columns // 256)
         moved += 60.0 * columns * columns  # checks, and the estimate of shrinkage
         operators += 12 * -(-columns // 256)
     else:
         moved += evaluations * 40.0 * entries
         operators += evaluations * 8
     # The counts of masks (`solvers/mask_counts.py`), in chunks of rows.
-    operators += MASK_OPERATORS * -(-rows // max(1, MASK_CHUNK // columns))
+    operators += MASK_OPERATORS * -(-rows // rows_at_once(columns, device))
     return replace(
         counts, products=products, wide=wide, steps=steps, moved=moved, operators=operators
     )

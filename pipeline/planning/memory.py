@@ -189,6 +189,7 @@ def embed_memory(job: PlannedJob) -> PeakBytes:
 def _solve(job: PlannedJob, block: BlockShape, after: BlockShape | None) -> PeakBytes:
     """The largest peak of any worker while it solves one group after another.
 
+    On a GPU each memory has its own: the worker with most on its GPU may not have most on the host.
     Statistics of a group are freed after its solve. Meanwhile the weights of the next block, if
     there is one, are read into host memory.
     """
@@ -207,7 +208,9 @@ def _solve(job: PlannedJob, block: BlockShape, after: BlockShape | None) -> Peak
                 slices = float(rows * group.columns * itemsize)
                 device = left + solve_bytes(job, group, rows)
                 host = ahead + solved + 2 * slices
-                if device + host > largest.device + largest.host:
+                if job.rates.on_gpu:
+                    largest = PeakBytes(max(device, largest.device), max(host, largest.host))
+                elif device + host > largest.device + largest.host:
                     largest = PeakBytes(device, host)
                 solved += slices
             left -= each[group]

@@ -59,7 +59,7 @@ def _timed_sum(rank: int, world: int, device: str) -> float:
     gathered = torch.empty_like(sent)
     _ALL_GATHER(gathered, received.view(world, _ENTRIES).sum(dim=0))
     expected = world * (world + 1) / 2
-    if not bool((gathered.cpu() == expected).all()):
+    if not bool((gathered == expected).all()):
         raise RuntimeError(f"the sum is {float(gathered[0])}, not {expected}")
     dist.destroy_process_group()
     return time.monotonic() - began

@@ -31,8 +31,8 @@ _KEPT_BYTES = 256 * 2**20
 _CHUNK_BYTES = 1 << 28
 _BUFFERS = 3
 _OBJECTIVE_ROWS = 2048
-# (R, C) fp32 matrices that a refinement holds.
-_ROWS_HELD_REFINING = 9
+# (R, C) fp32 matrices that a refinement holds, two masks among them. The inverse is gone by then.
+_ROWS_HELD_REFINING = 10.5
 # The same for sorting scores with an unstructured pattern: values and 64-bit indices.
 _ROWS_HELD_SORTING = 6
 
@@ -153,14 +153,28 @@ def propagate_memory(job: PlannedJob, before: BlockShape) -> PeakBytes:
 
 def _reduce(job: PlannedJob, block: BlockShape) -> PeakBytes:
     """Group by group, sums are exchanged through buffers and converted to statistics."""
-    each = set(block.groups)
-    # The few inputs that a worker has kept become a matrix where those of all workers are many.
-    widest = max((job.statistics([g]) + job.counted([g]) * g.kept for g in each), default=0.0)
-    peak = max(sums_bytes(job, block), job.statistics(block.groups)) + widest
-    if job.workers > 1 and not job.in_process:
-        sums = max((job.counted([group]) for group in each), default=0.0)
-        peak += (_BUFFERS + 2 / job.workers) * min(_CHUNK_BYTES, sums)
-    return PeakBytes(peak, pinned_bytes(job))
+    each = Counter(block.groups)
+    sums, statistics = job.sums(block.groups), job.statistics(block.groups)
+    peak = left = sums
+    done = 0.0
+    for group, count in each.items():
+        own = job.statistics([group])
+        # The few inputs that a worker has kept become a matrix where those of all are many.
+        own += job.counted([group]) * group.kept
+        buffers = 0.0
+        if job.workers > 1 and not job.in_process:
+            chunk = min(_CHUNK_BYTES, job.counted([group]))
+            buffers = (_BUFFERS + (1 if job.rates.on_gpu else 2) / job.workers) * chunk
+        # Of many equal groups, the sums shrink and the statistics grow one by one.
+        after_sums = left - job.sums([group] * count)
+        after = done + job.statistics([group] * count)
+        peak = max(
+            peak,
+            left + done + max(own, buffers),
+            after_sums + job.sums([group]) + after + own * group.kept,
+        )
+        left, done = after_sums, after
+    return PeakBytes(max(peak, statistics), pinned_bytes(job))
 
 
 def embed_memory(job: PlannedJob) -> PeakBytes:
@@ -175,6 +189,7 @@ def embed_memory(job: PlannedJob) -> PeakBytes:
 def _solve(job: PlannedJob, block: BlockShape, after: BlockShape | None) -> PeakBytes:
     """The largest peak of any worker while it solves one group after another.
 
+    On a GPU each memory has its own: the worker with most on its GPU may not have most on the host.
     Statistics of a group are freed after its solve. Meanwhile the weights of the next block, if
     there is one, are read into host memory.
     """
@@ -193,7 +208,9 @@ def _solve(job: PlannedJob, block: BlockShape, after: BlockShape | None) -> Peak
                 slices = float(rows * group.columns * itemsize)
                 device = left + solve_bytes(job, group, rows)
                 host = ahead + solved + 2 * slices
-                if device + host > largest.device + largest.host:
+                if job.rates.on_gpu:
+                    largest = PeakBytes(max(device, largest.device), max(host, largest.host))
+                elif device + host > largest.device + largest.host:
                     largest = PeakBytes(device, host)
                 solved += slices
             left -= each[group]
@@ -226,20 +243,21 @@ def solve_bytes(job: PlannedJob, group: GroupShape, rows: int) -> float:
     full = solver.needs == "full"
     rows = min(rows, rows_at_once(group))
     entries = padded(rows) * columns
-    row_matrices = solver.rows_held
+    row_matrices = float(solver.rows_held)
     inputs = job.inputs(group)
     if inputs is None or not full:
         matrices = solver.matrix_bytes(columns)
     else:
         matrices = solver.matrix_bytes_of_inputs(padded(rows), columns, inputs)
-    if settings.refine != "none":
-        row_matrices = max(row_matrices, _ROWS_HELD_REFINING)
     if not solver.separable:
         row_matrices += _ROWS_HELD_SORTING
-    if settings.shrinkage == AUTO:
-        matrices += 4.0 * columns * columns  # the sum of both halves
-    change = 16.0 * min(rows, _OBJECTIVE_ROWS) * columns if full else 0.0
-    return matrices + entries * (4.0 * row_matrices + job.shape.itemsize) + change
+    # Objectives are computed when a joint method has freed its own matrices.
+    change = 16.0 * min(rows, _OBJECTIVE_ROWS) * columns if full and not solver.joint else 0.0
+    held = matrices + 4.0 * row_matrices * entries + change
+    if settings.refine != "none":
+        held = max(held, 4.0 * _ROWS_HELD_REFINING * entries)
+    both = 4.0 * columns * columns if settings.shrinkage == AUTO else 0.0  # the sum of both halves
+    return held + both + entries * job.shape.itemsize
 
 
 def rows_at_once(group: GroupShape) -> int:

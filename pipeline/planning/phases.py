@@ -10,7 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pipeline.planning.counts import hessian_flops, reduced_bytes
+from pipeline.planning.counts import (
+    hessian_flops,
+    reduce_moved,
+    reduce_operators,
+    reduced_bytes,
+)
 from pipeline.planning.memory import (
     PeakBytes,
     ahead_bytes,
@@ -20,6 +25,7 @@ from pipeline.planning.memory import (
     sums_products,
 )
 from pipeline.planning.parts.file_parts import FileParts
+from pipeline.planning.parts.pass_parts import PassParts
 from pipeline.planning.parts.phase_parts import (
     BANDWIDTH,
     COMPUTE,
@@ -36,7 +42,6 @@ from pipeline.planning.parts.solve_parts import group_parts
 from pipeline.planning.parts.train_parts import dense_memory, train_phase
 from pipeline.planning.planned_job import PlannedJob, Share
 from pipeline.planning.shapes.model import BlockShape
-from pipeline.planning.shapes.profile import ForwardProfile
 from pipeline.solvers.registry import solver_for
 
 # Trials of `--shrinkage auto` take about a quarter of the solve they choose for.
@@ -48,11 +53,8 @@ class PhaseModel:
 
     def __init__(self, job: PlannedJob) -> None:
         self.job, self.rates, self.shape = job, job.rates, job.shape
-        self.files = FileParts(job)
+        self.files, self.passes = FileParts(job), PassParts(job)
         self._dispatch = PhasePart("dispatch", LATENCY, job.rates.dispatch)
-        plain = job.rates.on_gpu and self.shape.dtype == "float32"
-        # The rate at which the products of statistics are computed.
-        self._precision = "float32" if plain else "statistics"
 
     # -- phases that run once -------------------------------------------------------------------
 
@@ -132,7 +134,8 @@ class PhaseModel:
             if self.job.calibrates and (number or before is None):
                 peak = memory["calibrate"]
                 ahead = ahead_bytes(self.job, after) if number else 0.0
-                phases.append(self._calibrate(part, PeakBytes(peak.device, peak.host + ahead)))
+                peak = PeakBytes(peak.device, peak.host + ahead)
+                phases.append(self._calibrate(part, peak, first=not number))
             elif self.job.calibrates and before is not None:
                 phases.append(self._advance(part, before, memory["advance"]))
             if "reduce" in memory:
@@ -152,7 +155,7 @@ class PhaseModel:
         weights = 0.0 if self.job.calibrates else float(block.parameters * self.shape.itemsize)
         read, store = self.files.store_read()
         written, size = self.files.store_written()
-        computed = self._forward(block.full, "dense forward")
+        computed = [*self.passes.forward(block.full, "dense forward"), *self.passes.checked()]
         parts = (
             *(self.files.load(weights) if weights else []),
             *computed,
@@ -167,14 +170,18 @@ class PhaseModel:
             written=size,
         )
 
-    def _calibrate(self, block: BlockShape, peak: PeakBytes) -> Phase:
-        """The dense forward of a block, which sums the statistics of its layers."""
+    def _calibrate(self, block: BlockShape, peak: PeakBytes, first: bool) -> Phase:
+        """The dense forward of a block, which sums the statistics of its layers.
+
+        first: whether a rank also finds what it keeps for all blocks, with a batch of its own.
+        """
         weights = float(block.parameters * self.shape.itemsize)
         table = float(self.shape.ends * self.shape.itemsize)
         read, store = self.files.store_read()
-        computed = [*self._forward(block.observed, "dense forward"), *self._hessian(block)]
+        computed = self._observed(block)
         parts = (
             *self.files.load(weights + table),
+            *(self.passes.finding(block) if first else []),
             *computed,
             *self.files.hide(read, [], computed, self.job.busiest[2]),
             self._dispatch,
@@ -192,8 +199,12 @@ class PhaseModel:
         # The solve of the previous block has read this block's weights ahead.
         loaded = self.files.copied(weights) if before.groups else self.files.load(weights)
         read = 0.0 if before.groups else weights
-        observed = [*self._forward(block.observed, "dense forward"), *self._hessian(block)]
-        return self._pass("advance", before, observed, loaded, read, peak)
+        return self._pass("advance", before, self._observed(block), loaded, read, peak)
+
+    def _observed(self, block: BlockShape) -> list[PhasePart]:
+        """The dense forward of a block, with the sums of its layers' statistics."""
+        forward = self.passes.forward(block.observed, "dense forward")
+        return [*forward, *self.passes.hessian(block)]
 
     def _propagate(self, before: BlockShape) -> Phase:
         """Each batch through the previous block, pruned or not, for a block that stays dense."""
@@ -218,7 +229,7 @@ class PhaseModel:
         read, store = self.files.store_read()
         written, size = self.files.store_written()
         ran = "pruned forward" if before.groups else "forward of a block that stays dense"
-        computed = [*self._forward(before.full, ran), *observed]
+        computed = [*self.passes.forward(before.full, ran), *self.passes.checked(), *observed]
         parts = (
             *loaded,
             *self.files.load(dense),
@@ -238,23 +249,27 @@ class PhaseModel:
     def _reduce(self, block: BlockShape, peak: PeakBytes) -> Phase:
         """Sums the statistics over the workers."""
         job, rates = self.job, self.rates
-        added, products = 0.0, 0.0
+        added, products, operators = 0.0, 0.0, 0.0
         for group in block.groups:
             inputs = job.inputs(group)
             full = solver_for(job.settings_of(group)).needs == "full"
             # Inputs that are few in total are gathered, in fp32, instead of summed as products.
             kept = inputs is not None and full
-            added += 4.0 * (inputs or 0) * group.columns if kept else job.counted([group])
+            size = 4.0 * (inputs or 0) * group.columns if kept else job.counted([group])
+            added += size
+            operators += reduce_operators(size, group.columns, job.workers, full)
             if full and not kept and not sums_products(job, group):
                 products += hessian_flops(job.busiest_tokens(group), group.columns)
         sent = reduced_bytes(added, job.workers)
         # Traffic to other nodes uses the network, the rest the links inside a node.
         outside = (job.workers - job.per_node) / max(job.workers - 1, 1) if job.nodes > 1 else 0.0
+        moved = reduce_moved(added, job.workers) if rates.on_gpu else 0.0
         parts = (
             PhasePart("between nodes", NETWORK, sent * outside / rates.network),
             PhasePart("inside a node", NETWORK, sent * (1 - outside) / rates.link),
-            PhasePart("add", BANDWIDTH, 8.0 * added / rates.memory if rates.on_gpu else 0.0),
-            PhasePart("Hessian", COMPUTE, products / rates.product(self._precision)),
+            PhasePart("add", BANDWIDTH, moved / rates.memory),
+            PhasePart("operators", LATENCY, operators * rates.operator),
+            PhasePart("Hessian", COMPUTE, products / rates.product(self.passes.precision)),
             self._dispatch,
         )
         return Phase(name="reduce", parts=parts, peak=peak, sent=sent * job.workers)
@@ -290,51 +305,11 @@ class PhaseModel:
         read = slices
         if after is not None and job.calibrates:
             ahead = float(after.parameters * self.shape.itemsize)
-            parts += self.files.hide(self.files.load(ahead), [], computed, 1 << 30)
+            read_ahead = self.files.load(ahead, what="read ahead")
+            parts += self.files.hide(read_ahead, [], computed, 1 << 30)
             read += ahead * job.nodes
         parts += [*self.files.write_slices(block), self._dispatch]
         return Phase(name="solve", parts=merge(parts), peak=peak, read=read, written=slices)
-
-    # -- parts of phases ------------------------------------------------------------------------
-
-    def _forward(self, profile: ForwardProfile, what: str) -> list[PhasePart]:
-        """The forward of all batches of the busiest worker through one block."""
-        job, rates = self.job, self.rates
-        sequences, batches, _ = job.busiest
-        flops = profile.products / rates.product(self.shape.dtype)
-        # The output is checked for NaN: read once, a mask written and read.
-        checked = 2.0 * job.seqlen * self.shape.hidden * self.shape.forward_itemsize
-        return [
-            PhasePart(f"{what}: products", COMPUTE, sequences * flops),
-            PhasePart(
-                f"{what}: attention", COMPUTE, sequences * profile.attention / rates.attention
-            ),
-            PhasePart(
-                f"{what}: elementwise",
-                BANDWIDTH,
-                sequences * (profile.moved + checked) / rates.memory,
-            ),
-            PhasePart(f"{what}: operators", LATENCY, batches * profile.operators * rates.operator),
-        ]
-
-    def _hessian(self, block: BlockShape) -> list[PhasePart]:
-        """The sums of second moments of the busiest worker in one block."""
-        job, rates = self.job, self.rates
-        batches = job.busiest[1]
-        flops, moved = 0.0, 0.0
-        for group in block.groups:
-            seen = job.busiest_tokens(group)
-            moved += seen * group.columns * (self.shape.forward_itemsize + 4)
-            if sums_products(job, group):
-                flops += hessian_flops(seen, group.columns)
-                # Product written and read, float64 sums read and written; upper triangles only.
-                moved += batches * 13.5 * group.columns**2 if rates.on_gpu else 0.0
-            elif solver_for(job.settings_of(group)).needs != "full":
-                moved += 12.0 * seen * group.columns
-        return [
-            PhasePart("Hessian", COMPUTE, flops / rates.product(self._precision)),
-            PhasePart("Hessian: copies", BANDWIDTH, moved / rates.memory),
-        ]
 
 
 def _sum(parts: Iterable[PhasePart]) -> float:

@@ -11,7 +11,10 @@ from torch import Tensor
 from pipeline.config.pattern import Pattern
 from pipeline.solvers.masks import keep_mask
 
-_CHUNK_WEIGHTS = 1 << 20  # weights counted at once: little memory compared with a solve
+# Weights counted at once: little memory compared with a solve. On a GPU, where each chunk is some
+# fifty kernels and a wait, they are more.
+_CHUNK_WEIGHTS = 1 << 20
+_CHUNK_WEIGHTS_GPU = 1 << 24
 _WIDEST_GROUP = 8  # up to this M each of the 2^M possible sets of positions is counted
 
 
@@ -34,7 +37,7 @@ def mask_counts(
     width = pattern.group if pattern.group <= _WIDEST_GROUP else 0
     groups = torch.zeros(1 << width, dtype=torch.int64, device=pruned.device)
     bits = 1 << torch.arange(width, device=pruned.device)
-    step = max(1, _CHUNK_WEIGHTS // max(columns, 1))
+    step = rows_at_once(columns, pruned.device.type)
     for start in range(0, rows, step):
         kept = pruned[start : start + step] != 0
         magnitude = keep_mask(pattern, dense[start : start + step].abs())
@@ -53,6 +56,11 @@ def mask_counts(
         "by_column": by_column,
         "along_norm": along,
     }
+
+
+def rows_at_once(columns: int, device: str) -> int:
+    """Rows of so many weights that `mask_counts` counts at once; device: a torch device type."""
+    return max(1, (_CHUNK_WEIGHTS_GPU if device == "cuda" else _CHUNK_WEIGHTS) // max(columns, 1))
 
 
 def _standardized(moments: Tensor) -> Tensor:

@@ -45,13 +45,15 @@ def objective(weight: Tensor, original: Tensor, statistics: Statistics | None) -
             moments = 1.0 if diagonal is None else diagonal.double() / tokens
             total[part] = (change.square() * moments).sum(dim=1)
             continue
+        summed = total[part]
         for left in range(0, columns, _COLUMN_CHUNK):
             panel = slice(left, min(left + _COLUMN_CHUNK, columns))
+            entries = hessian[: panel.stop, panel].double()
             # H is symmetric: the blocks above the diagonal blocks count twice.
-            product = change[:, panel] @ hessian[panel, panel].double()
-            product.addmm_(change[:, :left], hessian[:left, panel].double(), alpha=2)
-            total[part] += (product * change[:, panel]).sum(dim=1)
-        total[part] /= tokens
+            product = change[:, panel] @ entries[left:]
+            product.addmm_(change[:, :left], entries[:left], alpha=2)
+            summed += (product * change[:, panel]).sum(dim=1)
+        summed /= tokens
     # H is positive semidefinite, so a negative value is rounding.
     return total.clamp_(min=0)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.doctor.sums import sum_over_workers
 from pipeline.solvers.kernels.cholesky import invert_, invert_blocks_
 from pipeline.statistics.accumulate import Accumulator, Sums, add_in_rank_order
 from pipeline.statistics.all_reduce import Collective, host_meeting
@@ -133,3 +134,11 @@ def test_each_backend_is_given_tensors_that_it_can_send(backend: str) -> None:
             assert total.matrix.is_cuda
         finally:
             group.close()
+
+
+def test_the_sum_of_the_doctor_is_one_of_gpus() -> None:
+    with fake_gpu() as gpu:
+        found = sum_over_workers(0, 1, HOST, 0, "nccl", "cuda", 60.0)
+        assert (found["error"], gpu.collective) == (None, "nccl")
+        assert found["alone_seconds"] > 0
+        assert not gpu.on_cpu

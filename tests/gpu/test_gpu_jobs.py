@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.models.skeleton import open_skeleton
+from tests.support.counted import ON_RESPONSES, cut_turns
 from tests.support.fake_gpu.jobs import (
     TINY,
     prune_on_gpu,
@@ -56,6 +57,15 @@ def test_the_bytes_of_the_cpu(tiny_model: TinyModel, tmp_path: Path, name: str) 
     model = small(tiny_model)
     job = prune_on_gpu(model, tmp_path / "gpu", **SAME_BYTES[name])
     expected = dict(tensors(on_cpu(model, tmp_path / "cpu", **SAME_BYTES[name])))
+    for tensor_name, tensor in tensors(job.output):
+        assert torch.equal(tensor, expected[tensor_name]), tensor_name
+
+
+def test_some_tokens_count(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = small(tiny_model)
+    options = {"method": "sparsegpt", "nsamples": 8, "cut": cut_turns, **ON_RESPONSES}
+    job = prune_on_gpu(model, tmp_path / "gpu", **options)
+    expected = dict(tensors(on_cpu(model, tmp_path / "cpu", **options)))
     for tensor_name, tensor in tensors(job.output):
         assert torch.equal(tensor, expected[tensor_name]), tensor_name
 

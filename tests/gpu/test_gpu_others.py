@@ -15,6 +15,7 @@ from torch import nn
 from pipeline.config.evaluate import EvalConfig
 from pipeline.config.pattern import Pattern
 from pipeline.config.solve import SolveConfig
+from pipeline.config.solver import SolverSettings
 from pipeline.evaluation.likelihood import log_likelihoods
 from pipeline.evaluation.perplexity import compare, evaluate
 from pipeline.models.skeleton import open_skeleton
@@ -24,14 +25,17 @@ from pipeline.runtime.progress import Silent
 from pipeline.solve_layer import solve_layer
 from pipeline.solvers.kernels.prox_operator import prox_operator
 from pipeline.solvers.masks import holds
+from pipeline.solvers.registry import solver_for
 from pipeline.speed.machine import Machine
 from pipeline.speed.products import Product, measure_products
 from pipeline.speed.whole import Workload, measure_model
+from pipeline.statistics.accumulate import Accumulator
 from pipeline.worker.local_executor import LocalExecutor
 from storage.run.layer_files import write_layer_file
 from tests.support.fake_gpu import Record, fake_gpu
-from tests.support.fake_gpu.jobs import Checked, check_products
+from tests.support.fake_gpu.jobs import Checked, check_no_cpu, check_products
 from tests.support.jobs import prune_here, write_text
+from tests.support.multimodal import save_wrapper
 
 TinyModel = Callable[..., Path]
 
@@ -91,6 +95,21 @@ def test_distances(model: Path, tmp_path: Path, gpu: Record) -> None:
     assert first[1]["against_first"]["jensen_shannon"] > 0
 
 
+def test_all_around_the_blocks_goes_to_it(model: Path, tmp_path: Path) -> None:
+    """Also what a constructor has computed, and what stands in a vision tower's place."""
+    tower = save_wrapper(tmp_path / "llava", "llava")
+    for path, some in ((model, "inv_freq"), (tower, "vision_tower")):
+        with fake_gpu() as gpu:
+            skeleton = open_skeleton(path, dtype=None, trust_remote_code=False)
+            ends = skeleton.load_ends(torch.device("cuda"), head=True)
+            tensors = dict([*ends.named_parameters(), *ends.named_buffers()])
+            devices = {name: each.device.type for name, each in tensors.items() if not each.is_meta}
+            assert any(some in name for name in devices)
+            assert set(devices.values()) == {"cuda"}, devices
+            del ends, tensors, skeleton
+        assert gpu.live == 0
+
+
 def test_a_cpu_is_used_where_it_is_asked_for(model: Path, tmp_path: Path, gpu: Record) -> None:
     prune_here(model, tmp_path / "out", method="wanda", device="cpu")
     assert not gpu.kernels
@@ -122,6 +141,24 @@ def test_a_strength_on_the_cpu(gpu: Record, lam: Any) -> None:
     z = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     found = prox_operator(z.to("cuda"), lam)
     assert torch.equal(found.cpu(), prox_operator(z, lam))
+
+
+def test_the_operator_in_plain_torch_operations(gpu: Record) -> None:
+    z = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    found = prox_operator(z.to("cuda"), 0.3, kernels="torch")
+    assert not gpu.launches
+    torch.testing.assert_close(found.cpu(), prox_operator(z, 0.3), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_without_inputs(gpu: Record) -> None:
+    sums = Accumulator(16, "full", torch.device("cuda"))
+    sums.add(torch.zeros(2, 8, 16, device="cuda"), sequences=2)
+    solver = solver_for(SolverSettings())
+    weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).to("cuda")
+    solution = solver.solve(weight, solver.prepare(sums.statistics()))
+    assert solution.report.dead_inputs == 16
+    assert solution.weight.is_cuda
+    check_no_cpu(gpu)
 
 
 def test_masks_that_were_taken_before_the_model_went_to_the_gpu(gpu: Record) -> None:

@@ -70,13 +70,14 @@ def test_products_of_iterations_are_tf32_on_a_gpu_alone() -> None:
     )
     iterations = rounded.settings.admm_iterations
     on_gpu, before = (each.method_counts(1024, 8192, "cuda") for each in (rounded, plain))
-    assert (on_gpu.products, on_gpu.rounded) == (1, iterations)
+    # The centered form needs no product of the weights themselves.
+    assert (on_gpu.products, on_gpu.rounded) == (0, iterations)
     assert (before.products, before.rounded) == (1 + iterations, 0)
     one = 2.0 * 8192**2
     saved = plain.cost(8192, "cuda").per_row - rounded.cost(8192, "cuda").per_row
-    assert saved == pytest.approx(iterations * one * (1 - 50 / 412))
+    assert saved == pytest.approx(one * (1 + iterations * (1 - 50 / 412)))
     whole = solve_counts(SolverSettings(), 1024, 8192, 2, "cuda")
-    assert (whole.products, whole.rounded) == (1 + 7, iterations)
+    assert (whole.products, whole.rounded) == (7, iterations)
     few = solve_counts(SolverSettings(), 1024, 8192, 2, "cuda", inputs=1024.0)
     assert few.rounded == iterations * 2 / 8
 

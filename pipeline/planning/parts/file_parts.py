@@ -29,7 +29,7 @@ class FileParts:
         files = self.job.busiest_files
         return max(sum(files) / self.job.file_threads, max(files, default=0.0))
 
-    def load(self, size: float, sharers: int = 1) -> list[PhasePart]:
+    def load(self, size: float, sharers: int = 1, what: str = "load weights") -> list[PhasePart]:
         """A worker reads `size` bytes: the same as all others (sharers 1), or a part of its own.
 
         A node reads the same bytes from the disk only once; else `sharers` workers read. What all
@@ -37,8 +37,8 @@ class FileParts:
         """
         fetched = size * (self.job.nodes if sharers == 1 else sharers)
         parts = [
-            PhasePart("load weights", DISK, fetched / self.rates.disk_read),
-            PhasePart("load weights", HOST, size / self.rates.copy),
+            PhasePart(what, DISK, fetched / self.rates.disk_read),
+            PhasePart(what, HOST, size / self.rates.copy),
         ]
         if sharers == 1:
             parts.append(PhasePart("verify weights", HASH, size / self.rates.hash))
@@ -48,6 +48,10 @@ class FileParts:
         """Weights that were read ahead are copied to a GPU, two tensors at a time."""
         seconds = size / self.rates.copy / SHARDS_ON_GPU if self.rates.on_gpu else 0.0
         return [PhasePart("copy weights", HOST, seconds)]
+
+    def copied_back(self, size: float) -> list[PhasePart]:
+        """What a GPU has computed is copied to the host."""
+        return [PhasePart("copy back", HOST, size / self.rates.copy)] if self.rates.on_gpu else []
 
     def load_slices(self, block: BlockShape) -> list[PhasePart]:
         """Every worker verifies and reads all row slices of a block, two layers at a time."""
@@ -71,7 +75,7 @@ class FileParts:
             PhasePart("hash slices", HASH, most / self.rates.hash),
             PhasePart("sync", LATENCY, 4 * self.rates.sync),
         ]
-        return in_lanes(disk, rest, lanes)
+        return [*self.copied_back(most), *in_lanes(disk, rest, lanes)]
 
     def slices(self, block: BlockShape) -> list[float]:
         """Bytes of each worker's row slices of a block."""
@@ -95,6 +99,7 @@ class FileParts:
         disk = PhasePart("write store", DISK, total / self.rates.disk_write)
         rest = [
             PhasePart("hash store", HASH, busiest / self.rates.hash),
+            *self.copied_back(busiest),
             PhasePart("sync", LATENCY, 2 * shards * self.rates.sync),
         ]
         return in_lanes(disk, rest, min(self._shards, shards)), total

@@ -17,6 +17,9 @@ from pipeline.planning.rates import Rates
 from pipeline.planning.shapes.model import GroupShape
 from pipeline.solvers.cost import objective_share, together_bytes, together_latency
 
+# Operators of a layer's checks, conversion and report, for any number of rows.
+_PER_LAYER = 75
+
 
 def group_parts(job: PlannedJob, group: GroupShape, rows: int, team: int = 1) -> list[PhasePart]:
     """The solve of `rows` rows of a group, with the work that is the same on every worker.
@@ -33,6 +36,7 @@ def group_parts(job: PlannedJob, group: GroupShape, rows: int, team: int = 1) ->
     counts = solve_counts(
         *(settings, rows, columns, job.shape.itemsize, device), inputs=job.inputs(group)
     )
+    operators = counts.operators + _PER_LAYER * len(group.layers)
     entries = float(rows) * columns
     one = 2.0 * entries * columns
     square, share = float(columns) * columns, objective_share(columns)
@@ -49,7 +53,7 @@ def group_parts(job: PlannedJob, group: GroupShape, rows: int, team: int = 1) ->
         PhasePart("factor, same on all", COMPUTE, counts.factor / rates.factor),
         PhasePart("iterations", BANDWIDTH, counts.steps * entries / rates.iteration),
         PhasePart("passes over H and W", BANDWIDTH, counts.moved / rates.memory),
-        PhasePart("operators", LATENCY, counts.operators * rates.operator),
+        PhasePart("operators", LATENCY, operators * rates.operator),
     ]
 
 

@@ -31,8 +31,8 @@ class ForwardProfile:
 
     products, attention: floating-point operations of matrix products and of attention (causal
     attention counts only the half that is not masked). moved: bytes that all other operators read
-    and write. operators: number of operators, products included. live: the most bytes of
-    intermediate results at once, without the input; in an observed forward with the fp32 copy of
+    and write. operators: number of operators, products and attention included. live: the most bytes
+    of intermediate results at once, without the input; in an observed forward with the fp32 copy of
     a layer's input, from which statistics are computed. saved: bytes that a backward needs.
     """
 
@@ -56,7 +56,7 @@ class _Attention(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = 0.0
+        self.flops, self.operators = 0.0, 0
         self.given = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,6 +69,7 @@ class _Attention(TorchFunctionMode):
             share = 0.5 if given.get("is_causal") else 1.0
             # What its own backward needs: what it was given, and what it gives.
             self.given += sum(_bytes(each) for each in (query, key, value, query))
+            self.operators += 1
             self.flops += 2.0 * share * scores * (query.shape[-1] + value.shape[-1])
             return query.new_empty((*query.shape[:-1], value.shape[-1]))
         return func(*args, **kwargs)
@@ -207,7 +208,7 @@ def profile_forward(
         products=counter.products,
         attention=attention.flops,
         moved=counter.moved,
-        operators=counter.operators,
+        operators=counter.operators + attention.operators,
         live=counter.peak,
     )
 

@@ -70,6 +70,8 @@ DEFAULTS = {"damping": 0.001, "shrinkage": "estimate", "refine": "cg", "refine_s
 # lambda, relaxation, the factor on U, and rho of the next iteration.
 Numbers = tuple[float, float, float, float]
 _OPERATOR_STEPS = 2  # of Newton's method
+# Read and written per entry in an iteration of the centered form, which is another right-hand side.
+_CENTERED_BYTES = 20.0
 
 
 class ProxAdmmSolver(BaseSolver):
@@ -184,7 +186,7 @@ class ProxAdmmSolver(BaseSolver):
         _, moved = self._operator_work(1, columns, device)
         elementwise = elementwise_operations(columns, device) + OPERATIONS_PER_BYTE * moved
         return MethodCost(
-            products=iterations * TF32_SHARE + 1 if self._rounds(device) else iterations + 1,
+            products=iterations * TF32_SHARE if self._rounds(device) else iterations + 1,
             fixed=self._inverses * inverse_operations(columns, device),
             per_row=iterations * elementwise,
         )
@@ -198,8 +200,9 @@ class ProxAdmmSolver(BaseSolver):
         iterations, inverses = self.settings.admm_iterations, self._inverses
         launches, moved = self._operator_work(rows, columns, device)
         rounded = iterations if self._rounds(device) else 0
+        moved += _CENTERED_BYTES * rows * columns if rounded else 0.0
         return SolveCounts(
-            products=1 + iterations - rounded,
+            products=0 if rounded else 1 + iterations,
             rounded=rounded,
             steps=1 + iterations,
             inverse=inverses * sweep_operations(columns, device),

@@ -158,7 +158,7 @@ class Staging:
             for owner in module.modules()
             for named in (owner.named_parameters, owner.named_buffers)
             for name, value in named(recurse=False)
-            if not value.is_meta
+            if not _absent(value)
         ]
         # Parameters that are tied stay one.
         each = {id(value): value for _, _, value in owned}
@@ -186,6 +186,11 @@ class Staging:
             yield buffer, event
         finally:
             self._free.put((buffer, event))
+
+
+def _absent(tensor: Tensor) -> bool:
+    """Whether a tensor has no values, as a tensor that was not loaded."""
+    return tensor.is_meta
 
 
 def _event() -> torch.cuda.Event:

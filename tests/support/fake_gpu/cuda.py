@@ -99,8 +99,16 @@ def _attention(record: Record, func: Any, args: tuple[Any, ...], kwargs: dict[st
     if not all(on_gpu):
         raise WrongDevice("Expected query, key, value and mask to be on the same device")
     record.kernels["scaled_dot_product_attention"] += 1
+    query, key, value = tensors[:3]
+    share = 0.5 if kwargs.get("is_causal") else 1.0  # what is masked is not computed
+    scores = query.shape[:-1].numel() * key.shape[-2]
+    operations = int(2 * share * scores * (query.shape[-1] + value.shape[-1]))
+    record.attention[query.dtype] += operations
     inner = [value.inner if isinstance(value, GpuTensor) else value for value in args]
     options = {k: v.inner if isinstance(v, GpuTensor) else v for k, v in kwargs.items()}
+    if not record.data:  # torch would make the matrix of scores, which no kernel stores
+        shape = (*query.shape[:-1], value.shape[-1])
+        return GpuTensor(query.inner.new_empty(shape), record)  # type: ignore[attr-defined]
     return GpuTensor(func(*inner, **options), record)
 
 

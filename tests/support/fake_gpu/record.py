@@ -47,6 +47,10 @@ class Record:
     collective: backend of torch.distributed that the process has joined with. streams: see
     `tests.support.fake_gpu.streams`. pinned, most_pinned: bytes of all
     pinned host memory now, and at most.
+    Also attention, by dtype: operations of attention; factored, by dtype: of small factorizations
+    and triangular solves; moved: bytes that all other kernels read and write; highest: the largest
+    `peak` since `clear`, which a reset of torch's peaks does not change.
+    data: False for tensors without data (see `without_data`).
     """
 
     total: int = _TOTAL
@@ -57,11 +61,16 @@ class Record:
     launches: Counter[str] = field(default_factory=Counter)
     on_cpu: Counter[str] = field(default_factory=Counter)
     collective: str | None = None
+    attention: Counter[torch.dtype] = field(default_factory=Counter)
+    factored: Counter[torch.dtype] = field(default_factory=Counter)
+    moved: int = 0
     live: int = 0
     peak: int = 0
     pinned: int = 0
     most_pinned: int = 0
     streams: Streams = field(default_factory=Streams)
+    highest: int = 0
+    data: bool = True
     _storages: set[int] = field(default_factory=set)
     _pinned: set[int] = field(default_factory=set)
 
@@ -70,7 +79,8 @@ class Record:
         for counts in vars(self).values():
             if isinstance(counts, Counter):
                 counts.clear()
-        self.peak = self.live
+        self.peak = self.highest = self.live
+        self.moved = 0
 
     def wait(self, kind: str, times: int = 1) -> None:
         """The host waits for the current stream."""
@@ -119,6 +129,7 @@ class Record:
         self.streams.created(number)
         self.live += size
         self.peak = max(self.peak, self.live)
+        self.highest = max(self.highest, self.live)
         weakref.finalize(storage, self._free, number, size)
 
     def _free(self, number: int, size: int) -> None:

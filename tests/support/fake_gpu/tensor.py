@@ -16,6 +16,15 @@ from torch import Tensor
 
 from tests.support.fake_gpu.record import Product, Record, place, place_and_function
 from tests.support.fake_gpu.streams import poison
+from tests.support.fake_gpu.without_data import (
+    META,
+    factor_operations,
+    moved_bytes,
+    on_host,
+    result_of,
+    to_host,
+    without,
+)
 
 CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
@@ -66,6 +75,9 @@ class GpuTensor(Tensor):
 
     inner: Tensor
     record: Record
+    # Without data: the operator that made it, and its values where a caller has stated them.
+    made_by: str = ""
+    stated: Tensor | None = None
 
     @staticmethod
     def __new__(cls, inner: Tensor, record: Record) -> GpuTensor:
@@ -123,6 +135,8 @@ class GpuTensor(Tensor):
         self.record.streams.record_stream(self.inner, stream.queue)
 
     def data_ptr(self) -> int:
+        if self.inner.is_meta:  # without memory: what tells storages apart, and views in them
+            return self.inner.untyped_storage()._cdata + self.inner.storage_offset()
         return self.inner.data_ptr()
 
 
@@ -167,23 +181,31 @@ def dispatch(record: Record, func: Any, args: tuple[Any, ...], kwargs: Mapping[s
     if not on_gpu and not is_cuda(target):
         if not operator.view:
             record.on_cpu[place()] += 1
-        return func(*args, **kwargs)
+        return func(*args, **kwargs) if record.data else on_host(func, args, kwargs)
     if operator.name in _COPIES:
         return _copy(record, operator.name, func, args, kwargs)
     if on_gpu:
         _same_device(operator, args, kwargs)
     inner_args = tuple(map(inner, args))
     inner_kwargs = {name: inner(value) for name, value in kwargs.items()}
+    if not record.data:
+        inner_args, inner_kwargs = without(inner_args), without(inner_kwargs)
     if target is not None and not is_cuda(target):
         if torch.device(target).type != "meta":
             raise NotImplementedError(f"{operator.name} from cuda:0 to {target}")
         return func(*inner_args, **inner_kwargs)  # a tensor of that shape, without data
     if target is not None:
-        inner_kwargs["device"] = _CPU
+        inner_kwargs["device"] = _CPU if record.data else META
     if not operator.view:
         _begin(record, on_gpu, _changed(operator, args, kwargs))
         _count(record, operator.name, args, kwargs)
-    result = func(*_as_tf32(record, operator.name, inner_args), **inner_kwargs)
+    inner_args = _as_tf32(record, operator.name, inner_args)
+    if record.data:
+        result = func(*inner_args, **inner_kwargs)
+    else:
+        result = result_of(func, operator.name, inner_args, inner_kwargs, made_by(args))
+    if not operator.view and operator.name not in _PRODUCTS:
+        record.moved += moved_bytes(operator.name, inner_args, inner_kwargs, result)
     return _wrapped(record, operator, on_gpu, result)
 
 
@@ -203,6 +225,11 @@ def _begin(
 ) -> None:
     """An operator on the current stream: see `Streams.begin`."""
     record.streams.begin([t.inner for t in used], [t.inner for t in changed], late=late)
+
+
+def made_by(args: Sequence[Any]) -> str:
+    """The operator that made the first argument; "" if that is unknown."""
+    return str(getattr(args[0], "made_by", "")) if args else ""
 
 
 def tensors_in(
@@ -229,8 +256,10 @@ def _wrapped(record: Record, operator: _Operator, on_gpu: Sequence[GpuTensor], r
             if tensor.shape != tensor.inner.shape or tensor.stride() != tensor.inner.stride():
                 raise NotImplementedError(f"{operator.name} changed a shape in place")
     known = {id(tensor.inner): tensor for tensor in on_gpu}
-
-    return _wrap(result, known, record)
+    wrapped = _wrap(result, known, record)
+    if isinstance(wrapped, GpuTensor):
+        wrapped.made_by = made_by(on_gpu) if operator.view else operator.name
+    return wrapped
 
 
 def _wrap(value: Any, known: Mapping[int, GpuTensor], record: Record) -> Any:
@@ -286,17 +315,24 @@ def _copy(
             values["device"] = _CPU
         target = None
     here = isinstance(source, GpuTensor)
+    inner_args = tuple(map(inner, args))
+    if not record.data:
+        inner_args = without(inner_args)
+        values |= {"device": META} if "device" in values else {}
     host = source if there else target
     late = here != there and not blocking and host is not None and record.is_pinned(host)
     used = [value for value in (source, target) if isinstance(value, GpuTensor)]
     _begin(record, used, [target] if isinstance(target, GpuTensor) else [], late=late)
-    if late:
+    if late and record.data:
         result = _later(record, func, args, values, source, target)
     else:
-        result = func(*map(inner, args), **values)
+        result = func(*inner_args, **values)
     size = result.nbytes
+    if not record.data and here and not there and target is None:
+        result = to_host(result, source.made_by, source.stated)
     if here and there:
         record.kernels[name] += 1
+        record.moved += source.nbytes + size
     elif here:
         record.copied["down"] += size
         if not late:
@@ -352,13 +388,15 @@ def _finds_indices(name: str, args: tuple[Any, ...]) -> bool:
 
 def _as_tf32(record: Record, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Records a matrix product; returns its arguments, fp32 ones rounded if TF32 is allowed."""
+    if operations := factor_operations(name, args):
+        record.factored[args[0].dtype] += operations
     if name not in _PRODUCTS:
         return args
     first, second = (args[at] for at in _PRODUCTS[name])
     operations = 2 * first.numel() * (second.shape[-1] if second.dim() > 1 else 1)
     tf32 = first.dtype == torch.float32 and torch._C._get_cublas_allow_tf32()
     exact = True
-    if tf32:
+    if tf32 and record.data:
         rounded = [_round_to_tf32(operand) for operand in (first, second)]
         exact = all(map(torch.equal, rounded, (first, second)))
         args = tuple(

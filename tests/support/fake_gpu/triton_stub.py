@@ -111,6 +111,10 @@ class _Kernel:
                     f"{__name__} has no stand-in for the kernel {self.name}: add one to STAND_INS"
                 )
             self.record.launches[self.name] += 1
+            tensors = [value for value in args if isinstance(value, Tensor)]
+            self.record.moved += sum(value.nbytes for value in tensors)
+            if not self.record.data:
+                return
             inner = [value.inner if isinstance(value, GpuTensor) else value for value in args]
             with _disable_current_modes():  # what the stand-in computes is no work of the CPU
                 STAND_INS[self.name](sizes, *inner, **options)

@@ -25,7 +25,11 @@ from tests.support.processes import Driver
 from tests.support.tiny_models import save_tiny_model
 
 # Two blocks, two ranks, two weight files: everything that happens more than once happens twice.
-OPTIONS = ("--nsamples=4", "--seqlen=16", "--batch-size=2", "--threads=1", "--workers=2")
+# A later `--reconstruct=block` wins.
+OPTIONS = (
+    *("--nsamples=4", "--seqlen=16", "--batch-size=2", "--threads=1", "--workers=2"),
+    "--reconstruct=none",
+)
 
 
 def save_dense(folder: Path) -> Path:

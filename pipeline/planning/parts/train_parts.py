@@ -136,7 +136,7 @@ def dense_memory(job: PlannedJob, block: BlockShape) -> PeakBytes:
 def train_memory(job: PlannedJob, block: BlockShape) -> PeakBytes:
     """Peak of a training: the block, what a backward needs, gradients, sums, and owned rows.
 
-    A GPU also has all of its sequences.
+    All of the worker's sequences are in memory, too: on a GPU, or as pages of their files.
     """
     how, shape = job.reconstruct, job.shape
     assert how is not None
@@ -152,6 +152,6 @@ def train_memory(job: PlannedJob, block: BlockShape) -> PeakBytes:
     sums = trained * _SUM_BYTES if job.workers == 1 else 0.0
     owned = trained / job.workers * (_STATE_BYTES + 2 * shape.itemsize + 1)
     exchanged = 2 * largest * itemsize * ours + largest / job.workers * _SUM_BYTES
-    resident = job.busiest[0] * hidden if job.rates.on_gpu else 0.0
+    resident = job.busiest[0] * hidden
     device = block.parameters * itemsize + learning + gradients + sums + owned + exchanged
     return PeakBytes(device + resident, block.pruned / job.workers * shape.itemsize)

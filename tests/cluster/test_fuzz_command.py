@@ -23,7 +23,7 @@ from tests.support.hostile import documents, dump, examples, spoiled
 from tests.support.jobs import contents, prune_here, write_text
 from tests.support.tiny_models import save_tiny_model
 
-OPTIONS = {"method": "wanda", "nsamples": 4, "seqlen": 16, "threads": 1}
+OPTIONS = {"method": "wanda", "nsamples": 4, "seqlen": 16, "threads": 1, "reconstruct": "auto"}
 
 
 class Stopped(LocalExecutor):

@@ -32,7 +32,9 @@ class Bench:
         self.model = save_tiny_model(folder / "tiny", weight_files=3)
         (self.model / "README.md").write_text("---\nlicense: mit\n---\n")
         self.text = write_text(folder / "text.txt", 4096)
-        self.options: dict[str, Any] = {"method": "wanda", "dataset": str(self.text)}
+        self.options: dict[str, Any] = {
+            "method": "wanda", "dataset": str(self.text), "reconstruct": "auto",
+        }  # fmt: skip
         self.number = 0
         put(self.model, ObjectFolder.parse(self.source))
 

@@ -213,6 +213,7 @@ def test_killed_and_resumed_without_the_scratch(case: Case, at: str) -> None:
         *("prune", case.model, case.folder / "out", "--executor", "local", "--method", "wanda"),
         *("--workers", "2", "--threads", "1", "--dataset", case.text, "--nsamples", "8"),
         *("--seqlen", "32", "--batch-size", "2", "--scratch-dir", "$PROX24_TEST_SCRATCH/a"),
+        *("--reconstruct", "none"),
     ]
     environment = {"PROX24_TEST_SCRATCH": str(case.scratch)}
     injection = Injection(case.folder, at, signal.SIGKILL)

@@ -21,7 +21,9 @@ from tests.support.processes import Driver, until
 from tests.support.tiny_models import save_tiny_model
 
 BLOCKS = 8
-OPTIONS = {"nsamples": 8, "seqlen": 32, "batch_size": 2, "threads": 1, "workers": 2}
+OPTIONS = {
+    "nsamples": 8, "seqlen": 32, "batch_size": 2, "threads": 1, "workers": 2, "reconstruct": "auto",
+}  # fmt: skip
 
 
 class Bench:

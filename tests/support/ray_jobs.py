@@ -30,6 +30,7 @@ QUICK_TO_NOTICE = {
 }
 OPTIONS: dict[str, Any] = {
     "nsamples": 8, "seqlen": 32, "batch_size": 2, "threads": 1, "workers": 2,
+    "reconstruct": "none",  # test_ray_reconstruct.py loses workers in it
 }  # fmt: skip
 
 

@@ -230,6 +230,13 @@ def test_weights_are_not_read(tiny_model: TinyModel, tmp_path: Path) -> None:
     assert read_shape(folder, seqlen=SEQLEN) == whole
 
 
+def test_a_shape_is_the_same_each_time(tiny_model: TinyModel) -> None:
+    """What a backward needs is told apart by the address of its memory, which may be used again."""
+    folder = tiny_model("llama")
+    once = read_shape(folder, seqlen=SEQLEN)
+    assert all(read_shape(folder, seqlen=SEQLEN) == once for _ in range(20))
+
+
 def test_blocks_of_one_structure_are_looked_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

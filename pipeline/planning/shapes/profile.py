@@ -218,16 +218,17 @@ def saved_bytes(block: nn.Module, call: BlockCall, hidden_states: Tensor) -> int
 
     Weights and inputs are not counted. Raises `ModelError` as `profile_forward` does.
     """
-    known = {t.untyped_storage()._cdata for t in (*block.parameters(), *block.buffers())}
-    known.add(hidden_states.untyped_storage()._cdata)
+    given = (*block.parameters(), *block.buffers(), hidden_states)
+    # By address, which another storage could get if one of them were freed.
+    known = {t.untyped_storage()._cdata: t.untyped_storage() for t in given}
     total = 0
 
     def keep(tensor: Tensor) -> Tensor:
         nonlocal total
         key = tensor.untyped_storage()._cdata
         if key not in known:
-            known.add(key)
-            total += tensor.untyped_storage().nbytes()
+            known[key] = tensor.untyped_storage()
+            total += known[key].nbytes()
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)

@@ -34,7 +34,6 @@ UNPROVOKED: dict[str, list[str]] = {
         "tests/storage/test_lock.py, test_commit.py and tests/job make some of them and look at "
         "the class."
     ): [
-        "pipeline/worker/training/in_process: another rank of this process has failed",
         "storage/files/commit: <path>: not written, another",
         "storage/files/commit: <path>: not committed, anoth",
         "storage/model/folder: ...: changed while it was re",

@@ -32,7 +32,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     folder = tmp_path_factory.mktemp("hosts")
     model = save_tiny_model(folder / "model", blocks=BLOCKS, weight_files=2)
     text = write_text(folder / "text.txt")
-    return model, text, undisturbed(model, text, folder / "whole", **WORKERS)
+    return model, text, undisturbed(model, text, folder / "whole", reconstruct="auto", **WORKERS)
 
 
 @pytest.fixture(scope="module")

@@ -89,8 +89,7 @@ class Case:
         """A job on these nodes; what the user was told."""
         config = PruneConfig(
             executor="local",
-            **SMALL,
-            **self.options,
+            **(SMALL | self.options),
             dataset=str(self.text),
             scratch_dir=str(self.scratch),
         )

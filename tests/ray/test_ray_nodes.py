@@ -17,7 +17,8 @@ from tests.support.ray_jobs import QUICK_TO_NOTICE, STORE_BYTES, RayJob, ray_clu
 from tests.support.tiny_models import save_tiny_model
 
 BLOCKS = 5
-WORKERS = {"workers": 3, "nsamples": 12}
+# With a reconstruction a block takes long enough to lose a node in.
+WORKERS = {"workers": 3, "nsamples": 12, "reconstruct": "auto"}
 
 Source = tuple[Path, Path, dict[str, bytes]]
 

@@ -101,7 +101,6 @@ class Rank(Protocol):
         shards: Sequence[StoredFile],
         of_targets: bool,
         stamp: str,
-        only: Sequence[int] | None = None,
     ) -> list[StoredFile]:
         """Runs the dense block; writes its outputs as targets: the dense next block's inputs.
 
@@ -201,8 +200,8 @@ class Rank(Protocol):
         """
         ...
 
-    def drop_shards(self, block: int, names: list[str], dense: bool) -> None:
-        """Deletes activation shards by name. dense: they are targets."""
+    def drop_shards(self, block: int, names: list[str]) -> None:
+        """Deletes activation shards by name."""
         ...
 
     def sweep_scratch(self, kept: Mapping[str, list[str]]) -> None:

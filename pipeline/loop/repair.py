@@ -301,7 +301,7 @@ class Repairs:
     def _drop(self, block: int, files: Iterable[StoredFile]) -> None:
         if self.steps.scratch:
             names = [file.name for file in files]
-            self.steps.on_all(call(Rank.drop_shards, block, names, False))
+            self.steps.on_all(call(Rank.drop_shards, block, names))
             return
         directory = self.run.activations(block)
         for file in files:

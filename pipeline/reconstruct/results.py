@@ -140,7 +140,7 @@ def why_kept(result: Result) -> str | None:
             f"a loss of its reconstruction is not finite: {keeps}; a lower --reconstruct-lr may "
             "help"
         )
-    if kept == "solved":
+    if kept == "solved" and result["epochs"]:
         return f"no epoch of its reconstruction lowered the held-out error: {keeps}"
     return None
 

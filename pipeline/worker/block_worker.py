@@ -169,6 +169,7 @@ class BlockWorker(SolvePhases, TrainingPhases, Scoring, ScratchPhases):
 
     def reduce(self) -> None:
         """Sums the partial sums over all ranks and makes statistics of them, group by group."""
+        self.calibrated = None  # the targets are there: a solve needs the memory
         for name in list(self.state.sums):
             halves = self.state.sums.pop(name)
             if self.collective is not None:

@@ -248,7 +248,7 @@ class Forward:
         self.watch.count("activations_written_bytes", sum(file.bytes for file in written.values()))
         return [written[index] for index in sorted(written)]
 
-    def open(self, block: int, stored: StoredFile, *, dense: bool = False) -> ActivationShard:
+    def _open(self, block: int, stored: StoredFile, *, dense: bool = False) -> ActivationShard:
         """One activation shard, compared with its hash. dense: as in `rank_batches`."""
         path = self.store.chain(dense).activations(block) / stored.name
         return open_activation_shard(path, sha256=stored.sha256)
@@ -257,7 +257,7 @@ class Forward:
         self, block: int, batch_size: int, stored: StoredFile, *, dense: bool = False
     ) -> Iterator[Moving]:
         """Opens an activation shard and begins to copy its batches to a GPU."""
-        shard = self.open(block, stored, dense=dense)
+        shard = self._open(block, stored, dense=dense)
         if self.device.type != "cuda":
             return self._staged(shard, batch_size)
         moving = list(self._staged(shard, batch_size))

@@ -79,10 +79,10 @@ class Scratch:
         missing = f"missing from the scratch of {platform.node()}"
         return {i: missing if s == "missing" else s for i, s in states.items() if s is not None}
 
-    def drop(self, block: int, names: Sequence[str], dense: bool) -> None:
-        """Deletes activation shards by name. dense: they are targets."""
+    def drop(self, block: int, names: Sequence[str]) -> None:
+        """Deletes activation shards by name."""
         for name in names:
-            (self.store.chain(dense).activations(block) / name).unlink(missing_ok=True)
+            (self.store.activations(block) / name).unlink(missing_ok=True)
 
     def sweep(self, kept: Mapping[str, Sequence[str]]) -> None:
         """Deletes every activation shard that `kept`, folder → names, does not list."""

@@ -30,9 +30,9 @@ class ScratchPhases:
         rank_shards = {index: shards[index] for index, _ in self.forward.rank_shards()}
         return self._scratch().damaged(block, rank_shards, hashed, dense)
 
-    def drop_shards(self, block: int, names: list[str], dense: bool) -> None:
+    def drop_shards(self, block: int, names: list[str]) -> None:
         """Deletes activation shards by name."""
-        self._scratch_of_owner().drop(block, names, dense)
+        self._scratch_of_owner().drop(block, names)
 
     def sweep_scratch(self, kept: Mapping[str, list[str]]) -> None:
         """Deletes every activation shard that `kept`, folder → names, does not list."""

@@ -245,6 +245,11 @@ def test_a_block_in_parts() -> None:
     ("changes", "said"),
     [
         ({}, []),
+        # All of its layers are experts' with too few tokens: the line below says so.
+        (
+            {"kept": "solved", "epochs": 0, "before": None, "after": None, "untrained": ["e.1.up"]},
+            ["model.layers.7.e.1.up: not reconstructed: experts with too few tokens"],
+        ),
         (
             {"kept": "solved", "after": 0.02},
             ["no epoch of its reconstruction lowered the held-out"],

@@ -30,7 +30,6 @@ from pipeline.worker.training.kernels import repeatable
 from pipeline.worker.training.rank_training import Place, RankTraining, Sequences, TrainingPlan
 from storage.files.hashing import StoredFile
 from storage.model.safetensors_format import torch_dtype
-from storage.run.activations import ActivationShard
 from storage.run.checkpoints import BlockRecord, RowSlice, write_row_slices
 from storage.run.directory import RunDirectory
 from storage.run.lock import require_owner
@@ -79,7 +78,6 @@ class TrainingPhases:
         shards: Sequence[StoredFile],
         of_targets: bool,
         stamp: str,
-        only: Sequence[int] | None = None,
     ) -> list[StoredFile]:
         """Runs the dense block and writes its outputs as targets: inputs of the dense next block.
 
@@ -89,9 +87,7 @@ class TrainingPhases:
         module = kept[1] if kept is not None and kept[0] == block else self.loader.dense(block)
         outputs = (
             (index, self.forward.output(block, module, batch))
-            for index, _, batch in self.forward.rank_batches(
-                block, shards, only=only, dense=of_targets
-            )
+            for index, _, batch in self.forward.rank_batches(block, shards, dense=of_targets)
         )
         return self.forward.write(block + 1, stamp, outputs, dense=True)
 
@@ -128,13 +124,7 @@ class TrainingPhases:
         state, how = self._state(), self.job.reconstruct
         assert how is not None
         layers = state.parts[part]
-        plan = TrainingPlan(
-            nsamples=self.job.nsamples,
-            batch=how.batch,
-            epochs=how.epochs,
-            learning_rate=how.learning_rate,
-            seed=how.seed * 10_007 + block,
-        )
+        plan = TrainingPlan(how, self.job.nsamples, block)
         sequences = [range(*self.forward.sequences_of(rank)) for rank in range(self.world)]
         place = Place(self.rank, sequences, self.peers or self.collective)
         make: Callable[[str, slice, Tensor, float], RowAdam] = _fixed
@@ -230,25 +220,25 @@ class TrainingPhases:
     def _sequences(
         self, block: int, shards: Sequence[StoredFile], targets: Sequence[StoredFile]
     ) -> dict[int, Callable[[], tuple[Tensor, Tensor, Tensor | None]]]:
-        """What reads each of this rank's sequences: its input, its target, its counted tokens."""
-        counted = self.forward.counted()
-        found: dict[int, Callable[[], tuple[Tensor, Tensor, Tensor | None]]] = {}
-        for index, (start, stop) in self.forward.rank_shards():
-            with self.watch("io"):
-                inputs = self.forward.open(block, shards[index])
-                outputs = self.forward.open(block + 1, targets[index], dense=True)
-            for number in range(start, stop):
-                some = None if counted is None else counted[number : number + 1].to(self.device)
-                read: Any = partial(self._read, inputs, outputs, number - start, some)
-                found[number] = read
-        return found
+        """What reads each of this rank's sequences: its input, its target, its counted tokens.
 
-    def _read(
-        self, inputs: ActivationShard, outputs: ActivationShard, row: int, counted: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        # A copy of the input: a block may change it in place, and it is read in every epoch.
-        batch = inputs.read(row, row + 1).to(self.device, copy=True)
-        return batch, outputs.read(row, row + 1).to(self.device), counted
+        They stay where they are read to: on the GPU, or as views of the mapped files.
+        """
+        counted = self.forward.counted()
+        inputs, outputs = (
+            {start: batch for _, start, batch in batches}
+            for batches in (
+                self.forward.rank_batches(block, shards, batch_size=1),
+                self.forward.rank_batches(block + 1, targets, batch_size=1, dense=True),
+            )
+        )
+
+        def read(number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+            some = None if counted is None else counted[number : number + 1].to(self.device)
+            # A copy: a block may change its input in place, and it is read in every epoch.
+            return inputs[number].clone(), outputs[number], some
+
+        return {number: partial(read, number) for number in inputs}
 
 
 def _fixed(_: str, __: slice, weight: Tensor, rate: float) -> RowAdam:
@@ -266,11 +256,13 @@ def input_squares(
         for layer, module in modules.items()
     }
 
-    def hook(layer: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        sums[layer] += inputs[0].flatten(0, -2).float().square().sum(dim=0).double()
+    def hook(layer: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs: Tensor = args[0] if args else kwargs["input"]
+        sums[layer] += inputs.flatten(0, -2).float().square().sum(dim=0).double()
 
     handles = [
-        module.register_forward_pre_hook(partial(hook, layer)) for layer, module in modules.items()
+        module.register_forward_pre_hook(partial(hook, layer), with_kwargs=True)
+        for layer, module in modules.items()
     ]
     with watch("forward"):
         for read in state.sequences.values():

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.reconstruct import Reconstruct
 from pipeline.models.linears import as_held
 from pipeline.reconstruct.adam import RowAdam, first_rate
 from pipeline.reconstruct.gradients import Run, gradients, relative_error
@@ -33,27 +34,27 @@ T = TypeVar("T")
 
 Sequences = Mapping[int, Callable[[], tuple[Tensor, Tensor, Tensor | None]]]
 """Number of each of the rank's sequences -> what reads it: the block's input and the target,
-(1, seqlen, hidden), both to be changed at will, and the counted tokens (1, seqlen), None: all."""
+(1, seqlen, hidden), the first of them to be changed at will, and the counted tokens (1, seqlen),
+None: all."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TrainingPlan:
-    """What decides the steps, the same on every rank.
+    """What decides the steps, the same on every rank. nsamples: calibration sequences."""
 
-    nsamples: calibration sequences. batch: of a step. epochs: at most. learning_rate: relative, see
-    `first_rate`. seed: of the order.
-    """
-
+    how: Reconstruct
     nsamples: int
-    batch: int
-    epochs: int
-    learning_rate: float
-    seed: int
+    block: int
 
     @property
     def steps(self) -> int:
         """Steps of all epochs."""
-        return self.epochs * steps_in_epoch(self.nsamples, self.batch)
+        return self.how.epochs * steps_in_epoch(self.nsamples, self.how.batch)
+
+    def epoch(self, number: int) -> list[list[int]]:
+        """The sequences of each step of an epoch."""
+        seed = self.how.seed * 10_007 + self.block
+        return steps_of_epoch(self.nsamples, self.how.batch, number, seed)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class RankTraining:
         for layer in layers:
             weight = self._weight(layer)
             squares = float(weight.double().square().sum())
-            first = first_rate(squares, int((weight != 0).sum()), plan.learning_rate)
+            first = first_rate(squares, int((weight != 0).sum()), plan.how.learning_rate)
             rows = self.rows(layer)
             self._owned[layer] = make(layer, rows, weight[rows], first)
             self._modules[layer].weight.requires_grad_(True)
@@ -119,8 +120,8 @@ class RankTraining:
 
         Either is not finite where a loss was not; the epoch ends there.
         """
-        plan, total, count = self._plan, 0.0, 0
-        for batch in steps_of_epoch(plan.nsamples, plan.batch, number, plan.seed):
+        total, count = 0.0, 0
+        for batch in self._plan.epoch(number):
             losses = self._step(batch)
             total, count = total + sum(losses), count + len(losses)
             if not math.isfinite(total):

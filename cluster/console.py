@@ -197,11 +197,13 @@ class Console:
 
 def _reconstruction(config: PruneConfig) -> list[tuple[str, str]]:
     """How blocks are reconstructed; nothing where they are not."""
-    if not config.reconstructs():
+    how = config.reconstruction(config.nsamples)
+    if how is None:
         return []
+    steps = f"{how.batch} sequence{'s' if how.batch > 1 else ''}"
     what = (
-        f"of blocks, up to {config.reconstruct_epochs} epochs of steps of "
-        f"{config.reconstruct_batch}, learning rate {config.reconstruct_lr:g}, target "
+        f"of blocks, up to {how.epochs} epochs in steps of {steps}, learning rate "
+        f"{how.learning_rate:g}, target "
         f"{config.reconstruct_target}, mask {config.reconstruct_mask}"
     )
     return [("reconstruct", what)]

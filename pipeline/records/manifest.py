@@ -64,6 +64,8 @@ def describe_job(
     settings = config.what()
     del settings["dataset"]
     settings |= text_identity(config)
+    if (how := config.reconstruction(config.nsamples)) is not None:
+        settings["reconstruct_batch"] = how.batch  # an unset one depends on nsamples
     if config.eval_dataset is not None:
         settings["eval_dataset"] = data_identity(config.eval_dataset)
     return {

@@ -54,6 +54,21 @@ def test_an_option_without_effect_is_refused(
     assert not (tmp_path / "out.run").exists()
 
 
+def test_with_defaults_what_was_chosen_is_said_and_recorded(model: Path, tmp_path: Path) -> None:
+    """No option of the reconstruction is given; 33 sequences make a step of two."""
+    output = tmp_path / "out"
+    arguments = ["prune", model, output, "--dataset", write_text(tmp_path / "text.txt")]
+    arguments += ["--executor=local", "--threads=1", "--nsamples=33", "--seqlen=16"]
+    driver = Driver(arguments, tmp_path / "log")
+    assert driver.wait() == 0, driver.errors()
+    said = " ".join((driver.output() + driver.errors()).split())
+    assert "up to 8 epochs in steps of 2 sequences, learning rate 0.008" in said
+    assert "None" not in said
+    settings = json.loads((output / "prox24.json").read_text())["job"]["settings"]
+    assert (settings["reconstruct"], settings["reconstruct_batch"]) == ("auto", 2)
+    assert "| sequences a step | `2` |" in (output / "README.md").read_text()
+
+
 def test_why_auto_leaves_blocks_as_they_are() -> None:
     given = ["reconstruct_epochs"]
     assert not unused_options(PruneConfig(reconstruct="auto"), given)

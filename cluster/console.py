@@ -17,7 +17,6 @@ from storage.files.names import printable
 if TYPE_CHECKING:
     from pipeline.prune import PruneResult
 
-SENT = "statistics_sent_bytes"
 _SHOWN_KINDS = 3
 _EVALUATING = "evaluating"
 # Lines of an evaluation and of epochs, without a bar: no more than one in so many seconds.
@@ -216,10 +215,13 @@ def who_did_what(summary: dict[str, Any]) -> list[tuple[str, str]]:
         seconds = sorted(worker["seconds"].items(), key=lambda item: -item[1])
         parts = ", ".join(f"{kind} {value:.1f} s" for kind, value in seconds[:_SHOWN_KINDS])
         counts = worker["counts"]
-        wrote = sum(n for name, n in counts.items() if name.endswith("_written_bytes"))
+        sent, wrote = (
+            sum(n for name, n in counts.items() if name.endswith(f"_{what}_bytes"))
+            for what in ("sent", "written")
+        )
         what = (
             f"on {worker['host']} (process {worker['pid']}): {ranges(worker['blocks'])}; {parts}; "
-            f"sent {size(counts.get(SENT, 0))}, wrote {size(wrote)}, "
+            f"sent {size(sent)}, wrote {size(wrote)}, "
             f"peak {worker['peak_bytes'] / 2**20:.0f} MiB"
         )
         lines.append((f"worker {worker['rank']}", what))

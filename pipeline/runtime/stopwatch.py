@@ -3,8 +3,9 @@
 A worker also counts (`Stopwatch.count`): `tokens` that blocks were run on, `solved_weights`, bytes
 that were moved (`activations_read_bytes`, `activations_written_bytes`, `weights_read_bytes`,
 `slices_read_bytes`, `slices_written_bytes`, `output_written_bytes`, and to other workers
-`statistics_sent_bytes` and `inverses_sent_bytes`), and `statistics_bytes`, the size of the sums.
-Bytes are those of tensors or files: reading a file again to compare its hash does not count.
+`statistics_sent_bytes`, `inverses_sent_bytes` and `training_sent_bytes`), and `statistics_bytes`,
+the size of the sums. Bytes are those of tensors or files: reading a file again to compare its hash
+does not count.
 """
 
 from __future__ import annotations

@@ -49,6 +49,10 @@ def test_a_worker_killed_amid_a_step(source: Source, address: str, tmp_path: Pat
     assert contents(job.output) == expected
     (struck,) = job.plan.struck(fault)
     assert [solves(job, block) for block in range(BLOCKS)] == [1, 1, 1]
+    sent = [block["counts"] for block in result.summary["blocks"]]
+    assert all(each["training_sent_bytes"] > 0 for each in sent)
+    # What a training sends does not count as the next block's statistics.
+    assert len({each["statistics_sent_bytes"] for each in sent}) == 1
     failures = [block["failures"] for block in result.summary["blocks"]]
     assert [len(each) for each in failures] == [0, 1, 0]
     assert f"phase train: worker 1 (process {struck['pid']} on " in failures[1][0]

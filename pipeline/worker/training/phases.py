@@ -141,6 +141,7 @@ class TrainingPhases:
             self.watch,
             make,
         )
+        self._count_sent()
         return state.current.losses[0]
 
     def train(self, block: int, epoch: int) -> TrainedEpoch:
@@ -149,6 +150,7 @@ class TrainingPhases:
         assert current is not None, f"block {block} has not begun"
         with repeatable(self.device) as varying:
             own, judged = current.epoch(epoch)
+        self._count_sent()
         return TrainedEpoch(own, judged, tuple(sorted(varying)))
 
     def end_part(self, block: int) -> None:
@@ -158,6 +160,7 @@ class TrainingPhases:
         for layer, best in state.current.end().items():
             state.best[layer] = RowSlice(state.current.rows(layer).start, best.cpu() + 0.0)
         state.current = None
+        self._count_sent()
 
     def end_training(self, block: int, stamp: str) -> TrainedRows:
         """Writes the rows that this rank owns, as they were best, and drops the state."""
@@ -181,6 +184,11 @@ class TrainingPhases:
         return TrainedRows(file, ranges, masks)
 
     # -- parts of these ---------------------------------------------------------------------
+
+    def _count_sent(self) -> None:
+        """Counts what this rank has sent to others since the last call."""
+        if self.collective is not None:
+            self.watch.count("training_sent_bytes", self.collective.take_sent())
 
     def _least(self, block: int, layer: str) -> int:
         """Fewest tokens with which a layer is trained: see `pipeline.worker.few_tokens`."""

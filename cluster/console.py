@@ -204,6 +204,7 @@ def _reconstruction(config: PruneConfig) -> list[tuple[str, str]]:
         f"of blocks, up to {how.epochs} epochs in steps of {steps}, learning rate "
         f"{how.learning_rate:g}, target "
         f"{config.reconstruct_target}, mask {config.reconstruct_mask}"
+        f"{', norms too' if how.norms else ''}"
     )
     return [("reconstruct", what)]
 

@@ -142,11 +142,13 @@ class TrainedRows:
     """One rank's rows of a reconstructed block's layers: file and ranges as in `SolvedSlices`.
 
     masks: the counts of `pipeline.solvers.mask_counts` of layers whose masks may have changed.
+    norms: the norms among them -> dtype as stored (safetensors name), the same on all ranks.
     """
 
     file: StoredFile | None
     ranges: dict[str, tuple[int, int]]
     masks: dict[str, dict[str, Any]]
+    norms: dict[str, str]
 
 
 @dataclass(frozen=True)

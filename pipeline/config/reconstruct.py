@@ -23,7 +23,7 @@ class Reconstruct:
 
     epochs: at most. batch: sequences of a step. seed: of the order of the sequences. exchange:
     whether weights may change places. dense_chain: whether the targets are the dense model's own
-    activations.
+    activations. norms: whether the block's norms are trained too.
     """
 
     epochs: int
@@ -32,6 +32,7 @@ class Reconstruct:
     seed: int
     exchange: bool
     dense_chain: bool
+    norms: bool = False
 
 
 def default_batch(nsamples: int) -> int:
@@ -97,6 +98,12 @@ class ReconstructOptions:
         unused=unless_reconstructed,
     )
 
+    reconstruct_norms: bool = option(
+        False,
+        "the reconstruction trains the weights and biases of a block's norms too",
+        unused=unless_reconstructed,
+    )
+
     def __post_init__(self) -> None:
         for name in ("reconstruct_epochs", "reconstruct_batch"):
             require(self, name, at_least=1)
@@ -146,4 +153,5 @@ class ReconstructOptions:
             seed=seed,
             exchange=self.reconstruct_mask == "exchange",
             dense_chain=self.reconstruct_target == "dense-chain",
+            norms=self.reconstruct_norms,
         )

@@ -17,7 +17,7 @@ from pipeline.records.times import PhaseTimes
 from pipeline.runtime.progress import Progress
 from pipeline.solvers.mask_counts import merge_mask_counts
 from storage.files.hashing import StoredFile
-from storage.run.checkpoints import BlockRecord, LayerSlice
+from storage.run.checkpoints import BlockRecord, LayerRecord, LayerSlice
 
 T = TypeVar("T")
 
@@ -77,7 +77,8 @@ def reconstruct(
         "solve_workers": earlier["workers"],  # a resumed job may have others now
         "workers": steps.executor.workers(),
         "failures": list(dict.fromkeys([*earlier["failures"], *failures])),
-        "reconstruct": together(parts) | {"untrained": untrained(solved, trained)},
+        "reconstruct": together(parts)
+        | {"untrained": untrained(solved, trained), "norms": len(record.norms)},
     }
     return dataclasses.replace(
         record, attempt=steps.attempts, world=steps.executor.world, results=results
@@ -148,23 +149,33 @@ def together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def with_rows(solved: BlockRecord, trained: Sequence[TrainedRows]) -> BlockRecord:
-    """The solved record with the trained rows in place of the layers' solved ones."""
-    layers = {}
+    """The solved record with the trained rows in place of the layers' solved ones, and norms."""
+    layers, norms = {}, {}
     for name, layer in solved.layers.items():
-        slices = tuple(
-            LayerSlice(part.file.name, *part.ranges[name])
-            for part in trained
-            if part.file is not None and name in part.ranges
-        )
+        slices = _slices(name, trained)
         layers[name] = dataclasses.replace(layer, slices=slices) if slices else layer
+    for name, dtype in trained[0].norms.items():
+        slices = _slices(name, trained)
+        norms[name] = LayerRecord((max(part.stop for part in slices), 1), dtype, slices, {})
     masks = dict(solved.results["masks"])
     for name in {name for part in trained for name in part.masks}:
         masks[name] = merge_mask_counts([p.masks[name] for p in trained if name in p.masks])
-    named = {part.file for layer in layers.values() for part in layer.slices}
+    named = {part.file for item in (*layers.values(), *norms.values()) for part in item.slices}
     written: list[StoredFile] = [part.file for part in trained if part.file is not None]
     files = [file for file in (*solved.files, *written) if file.name in named]
     results = {**solved.results, "masks": masks}
-    return dataclasses.replace(solved, files=tuple(files), layers=layers, results=results)
+    return dataclasses.replace(
+        solved, files=tuple(files), layers=layers, norms=norms, results=results
+    )
+
+
+def _slices(name: str, trained: Sequence[TrainedRows]) -> tuple[LayerSlice, ...]:
+    """Where the trained rows of a layer or norm are."""
+    return tuple(
+        LayerSlice(part.file.name, *part.ranges[name])
+        for part in trained
+        if part.file is not None and name in part.ranges
+    )
 
 
 def untrained(solved: BlockRecord, trained: Sequence[TrainedRows]) -> list[str]:

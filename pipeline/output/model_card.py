@@ -59,6 +59,7 @@ _SETTINGS = {
     "reconstruct_batch": "sequences a step",
     "reconstruct_lr": "first learning rate, relative",
     "reconstruct_mask": "mask in the reconstruction",
+    "reconstruct_norms": "norms are trained",
 }
 _TARGETS = {
     "dense-chain": "that of the dense model at this depth",
@@ -161,7 +162,8 @@ def _introduction(
         f"# {_escape(name)}, pruned to {settings['pattern']}\n\n"
         f"{_code(source_name)}, pruned to {_pattern_in_words(str(settings['pattern']))} by "
         f"prox24 with the method `{settings['method']}`. "
-        f"{len(results)} linear layers with {weights:,} weights were pruned; every other tensor is "
+        f"{len(results)} linear layers with {weights:,} weights were pruned; every other tensor"
+        f"{', but for trained norms,' if _norms(reconstruction) else ''} is "
         f"that of the source, {_unchanged(stored_as)}. {_trained(reconstruction)}"
     )
 
@@ -169,10 +171,17 @@ def _introduction(
 def _trained(reconstruction: Mapping[str, Any] | None) -> str:
     if reconstruction is None:
         return "The model was not trained further."
+    norms = " and its norms" if _norms(reconstruction) else ""
     return (
-        "Each block was then reconstructed: its kept weights were trained, block by block, towards "
-        "outputs of the dense model (see below). The model as a whole was not trained further."
+        f"Each block was then reconstructed: its kept weights{norms} were trained, block by block, "
+        "towards outputs of the dense model (see below). The model as a whole was not trained "
+        "further."
     )
+
+
+def _norms(reconstruction: Mapping[str, Any] | None) -> int:
+    """How many weights and biases of norms were trained."""
+    return 0 if reconstruction is None else int(reconstruction["norms"])
 
 
 def _reconstruction(reconstruction: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> str:
@@ -197,6 +206,7 @@ def _reconstruction(reconstruction: Mapping[str, Any] | None, settings: Mapping[
         ("kept_solved", "Blocks that keep their solved weights"),
         ("not_finite", "Blocks in which a loss was not finite, so that they keep earlier weights"),
         ("untrained", "Layers of experts that were not trained, for too few calibration tokens"),
+        ("norms", "Weights and biases of norms that were trained"),
     ):
         if reconstruction[name]:
             lines.append(f"{what}: {reconstruction[name]:,}.")

@@ -1,4 +1,4 @@
-"""The pruned layers, from the checkpoints, as they replace tensors of the source's weight files."""
+"""The pruned layers and trained norms that replace tensors of the source's weight files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
+from pipeline.models.norms import trained_norm
 from pipeline.models.skeleton import Skeleton
 from storage.run.checkpoints import BlockRecord, read_layer, verify_record
 from storage.run.directory import RunDirectory
@@ -38,6 +39,9 @@ class Replacements:
                 self._owners.setdefault(name, {})[number] = record, layer
                 if part is not None:
                     self._stacks.add(name)
+            for norm in record.norms:
+                name = trained_norm(skeleton, record.block, norm)
+                self._owners.setdefault(name, {})[0] = record, norm
         self._verified: set[int] = set()
 
     def __call__(self, name: str) -> Iterable[Tensor] | None:
@@ -65,4 +69,6 @@ class Replacements:
             verify_record(directory, record, self._threads)
             self._verified.add(record.block)
         weight = read_layer(directory, record, layer, verify=False)
+        if layer in record.norms:
+            return weight.view(-1)
         return self._skeleton.as_stored(record.block, layer, weight)

@@ -21,6 +21,7 @@ from pipeline.config.pattern import Pattern
 from pipeline.config.prune import ModelOptions
 from pipeline.formats.open_model import open_model
 from pipeline.models.linears import is_transposed
+from pipeline.models.norms import trainable_norms
 from pipeline.models.selection import choices_of
 from pipeline.models.skeleton import Skeleton, open_skeleton
 from pipeline.output.write import RESULT_FILE, RESULT_SCHEMA
@@ -75,7 +76,8 @@ def verify(
     Checks that names, shapes, dtypes, headers and index are the source's; that the weight files
     have the hashes in prox24.json; that every linear of a block is pruned or listed as skipped;
     that every pruned layer obeys its pattern; that all values that are loaded are finite; and that
-    all other tensors and files are the source's byte by byte.
+    all other tensors and files are the source's byte by byte, but for norms that are listed as
+    trained.
 
     advance: called with a file's name, the bytes read so far, and the bytes in all.
 
@@ -118,10 +120,11 @@ def read_results(output: ModelFiles) -> dict[str, Any]:
         for file_ in results["weight_files"]:
             _text(file_["name"]), _text(file_["sha256"])
         skipped = [_text(name) for name in results["skipped_layers"]]
+        norms = [_text(name) for name in results["trained_norms"]]
         rules = recorded_rules(results["job"]["settings"])
     except (ValueError, KeyError, TypeError, RecursionError, Prox24Error) as error:
         raise CorruptFileError(f"{path}: not written by this prox24, or altered") from error
-    return {**results, "skipped_layers": skipped, "rules": rules}
+    return {**results, "skipped_layers": skipped, "trained_norms": norms, "rules": rules}
 
 
 def recorded_rules(settings: dict[str, Any]) -> LayerRules:
@@ -172,6 +175,7 @@ class _Check:
         # Stored tensor → number of the expert, if it stacks all of a block's, or 0 → pruned layer.
         self._pruned: dict[str, dict[int, _Pruned]] = {}
         self._stacks = {part.tensor for part in skeleton.parts.values()}
+        self._norms: set[str] = set()  # stored tensors that were trained
         self._open: dict[str, Readable] = {}
         # A name may be in several files, where no one loads it.
         self._in_source = {
@@ -209,6 +213,7 @@ class _Check:
             transposed = is_transposed(module) if part is None else part.transposed
             pruned = _Pruned(layer["name"], Pattern.parse(layer["pattern"]), transposed)
             self._pruned.setdefault(weight, {})[0 if part is None else part.index] = pruned
+        self._trained_norms()
         named = {
             layer["name"]: str(Pattern.parse(layer["pattern"])) for layer in self._results["layers"]
         }
@@ -226,6 +231,19 @@ class _Check:
                     self._problem(f"{name}: {actual}, but the job's options say {asked or 'dense'}")
         for name in sorted(named.keys() - known):
             self._problem(f"{name}: pruned, but it is no layer to prune (a router, perhaps)")
+
+    def _trained_norms(self) -> None:
+        """Takes down which tensors are norms that were trained."""
+        may = {
+            f"{self._skeleton.block_prefix(block)}{norm}"
+            for block in range(len(self._skeleton.blocks))
+            for norm in trainable_norms(self._skeleton, block)
+        }
+        for name in self._results["trained_norms"]:
+            if name not in may:
+                self._problem(f"{name}: trained, but it is no norm of a block")
+            elif (stored := self._skeleton.tensor_name(name)) is not None:
+                self._norms.add(stored)
 
     def side_files(self) -> None:
         """Checks that config, index, tokenizer and other side files are the source's."""
@@ -311,7 +329,7 @@ class _Check:
                 rows = rows.T if pruned.transposed else rows
                 zeros += int((rows == 0).sum())
                 obeys &= not pruned.pattern.structured or holds(pruned.pattern, rows)
-            elif theirs is not None:
+            elif theirs is not None and entry.name not in self._norms:
                 same &= torch.equal(raw, self._range(theirs, at, len(raw)))
         if not finite:
             self._problem(f"{entry.name}: holds NaN or Inf")

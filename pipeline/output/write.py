@@ -110,6 +110,11 @@ def describe_output(
         "blocks": [_block_result(record) for record in records],
         "reconstruction": reconstruction,
         "layers": layers,
+        "trained_norms": [
+            f"{skeleton.blocks_path}.{record.block}.{norm}"
+            for record in records
+            for norm in record.norms
+        ],
         "skipped_layers": list(skipped),
         "skipped_because": dict(skipped),
         "dense_weights": dict(dense),

@@ -17,6 +17,8 @@ from pipeline.solvers.masks import keep_mask
 _BETA_1, _BETA_2 = 0.9, 0.999
 # Gradients have the scale of the model's activations: it is no more than a guard against 0 / 0.
 _EPSILON = 1e-30
+# A larger factor has no fp32: whatever it is multiplied with, a loss will not be finite.
+_LARGEST = torch.finfo(torch.float32).max
 # Of the smallest kept weight of its group: how large a pruned one is at the start of an exchange.
 _HIDDEN_SHARE = 0.9
 
@@ -24,13 +26,13 @@ _HIDDEN_SHARE = 0.9
 class RowAdam:
     """The weights of some rows, which it trains, with Adam's two moments.
 
-    weight: (rows, C) of any float dtype, kept where it is not 0. rate: the first learning rate, in
-    units of the weights.
+    weight: (rows, C) of any float dtype. rate: the first learning rate, in units of the weights.
+    whole: whether all weights are trained; else those that are not 0, and the others stay 0.
     """
 
-    def __init__(self, weight: Tensor, rate: float) -> None:
+    def __init__(self, weight: Tensor, rate: float, *, whole: bool = False) -> None:
         self._weight, self._rate = weight.float().clone(), rate
-        self._mask = self._weight != 0
+        self._mask = torch.ones_like(self._weight, dtype=torch.bool) if whole else weight != 0
         self._first = torch.zeros_like(self._weight)
         self._second = torch.zeros_like(self._weight)
         self._steps = 0
@@ -43,7 +45,8 @@ class RowAdam:
         self._second.mul_(_BETA_2).addcmul_(gradient, gradient, value=1 - _BETA_2)
         first_bias, second_bias = 1 - _BETA_1**self._steps, 1 - _BETA_2**self._steps
         spread = (self._second / second_bias).sqrt_().add_(_EPSILON)
-        self._weight.addcdiv_(self._first, spread, value=-self._rate * factor / first_bias)
+        size = min(self._rate * factor / first_bias, _LARGEST)
+        self._weight.addcdiv_(self._first, spread, value=-size)
 
     def weight(self) -> Tensor:
         """The weights now, (rows, C) fp32, 0 where they are pruned."""

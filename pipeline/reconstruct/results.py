@@ -9,7 +9,8 @@ kept: "solved", or the number of the epoch, from 1; of a block in parts, how man
 epochs: how many were run. held_out: the error before the first of them and after each. learned:
     the mean error of the other sequences during each. Those that were not finite are left out.
 finite: whether all of them were.
-untrained: layers that were not trained: experts with too few tokens.
+untrained: layers that were not trained: experts with too few tokens. norms: how many weights and
+    biases of norms were.
 varying: operators of the backward whose kernels may round differently in every run.
 parts: the same of each part, of a block that was trained in several.
 """
@@ -45,7 +46,8 @@ def check_result(result: Any) -> None:
     kept, epochs, lists = result["kept"], result["epochs"], [*result["held_out"]]
     numbers = [result[name] for name in ("before", "after")]
     lists += [*result["learned"], *(number for number in numbers if number is not None)]
-    counts = (kept == "solved" or type(kept) is int) and type(epochs) is int
+    counts = kept == "solved" or type(kept) is int
+    counts = counts and type(epochs) is int and type(result["norms"]) is int
     known = all(type(number) in (int, float) and math.isfinite(number) for number in lists)
     names = [*result["untrained"], *result["varying"]]
     words = all(isinstance(name, str) for name in names)
@@ -87,8 +89,9 @@ def totals(results: Iterable[Result | None]) -> dict[str, Any] | None:
     """The reconstructed blocks together; None where there is none.
 
     blocks: their number. kept_solved: how many keep their solved weights. not_finite: how many had
-    a loss that was not finite. untrained: number of layers that were not trained. epochs: of all
-    blocks. before, after: means of `output_error`; gain: see `gain`; None where undefined.
+    a loss that was not finite. untrained: number of layers that were not trained. norms: of weights
+    and biases of norms that were. epochs: of all blocks. before, after: means of `output_error`;
+    gain: see `gain`; None where undefined.
     """
     some = [result for result in results if result is not None]
     if not some:
@@ -99,6 +102,7 @@ def totals(results: Iterable[Result | None]) -> dict[str, Any] | None:
         "kept_solved": sum(result["kept"] == "solved" for result in some),
         "not_finite": sum(not result["finite"] for result in some),
         "untrained": sum(len(result["untrained"]) for result in some),
+        "norms": sum(result["norms"] for result in some),
         "epochs": sum(result["epochs"] for result in some),
         "before": fmean(before for before, _ in pairs) if pairs else None,
         "after": fmean(after for _, after in pairs) if pairs else None,

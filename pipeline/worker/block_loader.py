@@ -60,7 +60,10 @@ class BlockLoader:
         return module
 
     def _fill(self, block: int, module: nn.Module, record: BlockRecord) -> None:
-        """Gives a block its pruned layers. The next ones are read while one is copied to a GPU."""
+        """Gives a block its pruned layers, and its norms where they were trained.
+
+        The next ones are read while one is copied to a GPU.
+        """
         directory = self.run.checkpoints(block)
         verify_record(directory, record, self._file_threads)
 
@@ -74,6 +77,10 @@ class BlockLoader:
         ):
             parameter = nn.Parameter(weight.tensor(), requires_grad=False)
             module.get_submodule(layer).weight = parameter
+        for norm in record.norms:
+            stored = read_layer(directory, record, norm, verify=False)
+            with torch.no_grad():
+                module.get_parameter(norm).copy_(stored.view(-1))
 
     def _counted(self, block: int, module: nn.Module) -> nn.Module:
         """Counts the stored bytes of the tensors of `module` as read; returns `module`."""

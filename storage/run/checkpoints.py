@@ -92,7 +92,8 @@ class BlockRecord:
     """The record that commits a block.
 
     attempt: number of the attempt that made it. world: number of ranks. files: all files that the
-    record needs, in the block's checkpoint directory. layers: path in the block → record. results:
+    record needs, in the block's checkpoint directory. layers: path in the block → record. norms:
+    path of a norm's weight or bias that was trained → record; a vector (n,) is (n, 1). results:
     facts of the block as a whole (times, groups, choices), any JSON.
     """
 
@@ -101,6 +102,7 @@ class BlockRecord:
     world: int
     files: tuple[StoredFile, ...]
     layers: dict[str, LayerRecord]
+    norms: dict[str, LayerRecord] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     schema_version: int = BLOCK_SCHEMA
 
@@ -113,6 +115,7 @@ class BlockRecord:
             "world": self.world,
             "files": [file.to_json() for file in self.files],
             "layers": {name: layer.to_json() for name, layer in self.layers.items()},
+            "norms": {name: norm.to_json() for name, norm in self.norms.items()},
             "results": self.results,
         }
 
@@ -124,13 +127,14 @@ class BlockRecord:
         numbers = [record.get(key) for key in ("schema_version", "block", "attempt", "world")]
         if not isinstance(files, list) or not all(map(is_count, numbers)):
             raise _malformed(source)
-        layers = _object(record.get("layers"), source)
+        layers, norms = (_object(record.get(key), source) for key in ("layers", "norms"))
         return BlockRecord(
             block=record["block"],
             attempt=record["attempt"],
             world=record["world"],
             files=tuple(StoredFile.from_json(file, source) for file in files),
             layers={name: LayerRecord.from_json(item, source) for name, item in layers.items()},
+            norms={name: LayerRecord.from_json(item, source) for name, item in norms.items()},
             results=_object(record.get("results"), source),
             schema_version=record["schema_version"],
         )
@@ -163,7 +167,7 @@ def write_row_slices(path: Path, slices: Mapping[str, RowSlice]) -> StoredFile:
 def read_layer(
     directory: Path, record: BlockRecord | Mapping[str, Any], layer: str, *, verify: bool = True
 ) -> torch.Tensor:
-    """The whole pruned weight (R, C) of a layer, in its stored dtype on the CPU.
+    """The whole pruned weight (R, C) of a layer, or a norm, in its stored dtype on the CPU.
 
     directory: of the record's files. verify: compare the hash of each file that is read; False if
     `verify_record` has done so. Raises CorruptFileError, naming the file, if one is missing or
@@ -171,7 +175,7 @@ def read_layer(
     """
     if not isinstance(record, BlockRecord):
         record = BlockRecord.from_json(record, str(directory))
-    item = record.layers.get(layer)
+    item = record.layers.get(layer) or record.norms.get(layer)
     if item is None:
         raise CorruptFileError(f"{directory}: the record of block {record.block} lacks {layer}")
     hashes = {file.name: file.sha256 for file in record.files}

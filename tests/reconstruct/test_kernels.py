@@ -43,7 +43,8 @@ def test_attention_on_a_gpu_takes_no_kernel_that_varies() -> None:
 def test_the_note_names_them() -> None:
     result = {
         "before": 2.0, "after": 1.0, "kept": 1, "epochs": 1, "held_out": [2.0, 1.0],
-        "learned": [2.0], "finite": True, "untrained": [], "varying": ["cumsum_cuda_kernel"],
+        "learned": [2.0], "finite": True, "untrained": [], "norms": 0,
+        "varying": ["cumsum_cuda_kernel"],
     }  # fmt: skip
     (line,) = notes(result, "model.layers.3")
     assert line.startswith("model.layers.3: its reconstruction may differ")

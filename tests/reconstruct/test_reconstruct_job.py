@@ -48,10 +48,12 @@ def blocks_of(output: Path) -> list[dict[str, Any]]:
     return [block["reconstruct"] for block in summary["blocks"]]
 
 
-@pytest.mark.parametrize("target", ["dense-chain", "dense-block"])
-def test_it_is_the_plain_loop(model: Path, tmp_path: Path, target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "norms"), [("dense-chain", False), ("dense-block", False), ("dense-chain", True)]
+)
+def test_it_is_the_plain_loop(model: Path, tmp_path: Path, target: str, norms: bool) -> None:
     output = tmp_path / "out"
-    prune_here(model, output, reconstruct_target=target, **OPTIONS)
+    prune_here(model, output, reconstruct_target=target, reconstruct_norms=norms, **OPTIONS)
     plain = AutoModelForCausalLM.from_pretrained(model)
     names = [
         [
@@ -71,6 +73,7 @@ def test_it_is_the_plain_loop(model: Path, tmp_path: Path, target: str) -> None:
         share=1.6e-3,
         seed=0,
         dense_chain=target == "dense-chain",
+        norms=norms,
     )
     ours = [(block["before"], block["after"]) for block in blocks_of(output)]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=1e-4, atol=0)

@@ -61,7 +61,7 @@ def result(**changes: Any) -> dict[str, Any]:
     whole = {
         "before": 0.02, "after": 0.015, "kept": 2, "epochs": 3,
         "held_out": [0.02, 0.0175, 0.015, 0.016], "learned": [0.03, 0.025, 0.0225], "finite": True,
-        "untrained": [],
+        "untrained": [], "norms": 0,
         "varying": [],
     }  # fmt: skip
     return whole | changes
@@ -247,7 +247,7 @@ def test_a_block_in_parts() -> None:
         ({}, []),
         # All of its layers are experts' with too few tokens: the line below says so.
         (
-            {"kept": "solved", "epochs": 0, "before": None, "after": None, "untrained": ["e.1.up"]},
+            {"kept": "solved", "epochs": 0, "before": None, "after": None, "untrained": ["e.1.up"], "norms": 0},
             ["model.layers.7.e.1.up: not reconstructed: experts with too few tokens"],
         ),
         (

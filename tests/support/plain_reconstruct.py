@@ -24,6 +24,7 @@ def reconstruct_in_memory(
     share: float,
     seed: int,
     dense_chain: bool = True,
+    norms: bool = False,
 ) -> list[tuple[float, float]]:
     """Prunes and reconstructs a model in place; the held-out losses of each block: before, after.
 
@@ -44,7 +45,14 @@ def reconstruct_in_memory(
             for epoch in range(epochs)
             for step in steps_of_epoch(len(tokens), batch, epoch, seed * 10_007 + number)
         ]
-        outcome.append(_train(model, number, names, (tokens, before, target), steps, epochs, share))
+        trained = [f"{name}.weight" for name in names]
+        if norms:
+            block = f"model.layers.{number}."
+            trained += [name for name in dict(model.named_parameters())
+                        if name.startswith(block) and "norm" in name]  # fmt: skip
+        outcome.append(
+            _train(model, number, trained, (tokens, before, target), steps, epochs, share)
+        )
     return outcome
 
 
@@ -58,8 +66,8 @@ def _train(
     share: float,
 ) -> tuple[float, float]:
     tokens, inputs, target = data
-    weights = [model.get_submodule(name).weight for name in names]
-    masks = [weight != 0 for weight in weights]
+    weights = [model.get_parameter(name) for name in names]
+    masks = [(weight != 0) | (weight.dim() == 1) for weight in weights]
     groups = []
     for weight, mask in zip(weights, masks, strict=True):
         weight.requires_grad_(True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pipeline.config.pattern import Pattern
 from pipeline.messages import Job, TrainedEpoch, TrainedRows
 from pipeline.models.linears import linear_shape
+from pipeline.models.norms import trainable_norms
 from pipeline.models.selection import settings_of
 from pipeline.models.skeleton import Skeleton
 from pipeline.reconstruct.adam import ExchangingAdam, RowAdam
@@ -39,13 +40,15 @@ from storage.run.lock import require_owner
 class BlockTraining:
     """What a rank keeps from `begin_training` to `end_training`.
 
-    module, run: the pruned block and its forward. dtypes: of the layers that are trained, as
-    stored. parts: these layers, as they are trained one part after another. squares: sums of the
-    layers' squared inputs, (C,) float64, with an exchange. best: what this rank will write.
+    module, run: the pruned block and its forward. norms: its norms that are trained -> dtype as
+    stored (safetensors name). dtypes: of the layers and norms that are trained, as stored. parts:
+    their names, as they are trained one part after another. squares: sums of the layers' squared
+    inputs, (C,) float64, with an exchange. best: what this rank will write.
     """
 
     module: nn.Module
     run: Run
+    norms: dict[str, str]
     dtypes: dict[str, torch.dtype]
     parts: list[list[str]]
     sequences: Sequences
@@ -109,12 +112,16 @@ class TrainingPhases:
             if item.results["statistic"] == "none"
             or item.results["tokens"] >= self._least(block, layer)
         }
-        like = torch.empty(1, self.job.seqlen, 0)
+        how, like = self.job.reconstruct, torch.empty(1, self.job.seqlen, 0)
+        norms = trainable_norms(self.skeleton, block) if how is not None and how.norms else {}
+        sizes = {norm: module.get_parameter(norm).numel() for norm in norms}
+        dtypes = norms | {layer: item.dtype for layer, item in layers.items()}
         self.training = BlockTraining(
             module,
             partial(self.forward.call(block, like).run, module),
-            {layer: torch_dtype(item.dtype) for layer, item in layers.items()},
-            parts({layer: math.prod(item.shape) for layer, item in layers.items()}),
+            norms,
+            {name: torch_dtype(dtype) for name, dtype in dtypes.items()},
+            parts(sizes | {layer: math.prod(item.shape) for layer, item in layers.items()}),
             self._sequences(block, shards, targets),
         )
         return len(self.training.parts)
@@ -127,10 +134,9 @@ class TrainingPhases:
         plan = TrainingPlan(how, self.job.nsamples, block)
         sequences = [range(*self.forward.sequences_of(rank)) for rank in range(self.world)]
         place = Place(self.rank, sequences, self.peers or self.collective)
-        make: Callable[[str, slice, Tensor, float], RowAdam] = _fixed
         if how.exchange:
-            state.squares |= input_squares(state, layers, place, self.watch)
-            make = partial(self._exchanging, block)
+            linears = [layer for layer in layers if layer not in state.norms]
+            state.squares |= input_squares(state, linears, place, self.watch)
         state.current = RankTraining(
             state.module,
             state.run,
@@ -139,7 +145,7 @@ class TrainingPhases:
             plan,
             place,
             self.watch,
-            make,
+            partial(self._trainer, block),
         )
         self._count_sent()
         return state.current.losses[0]
@@ -175,13 +181,13 @@ class TrainingPhases:
             if layer in state.squares
         }
         if not slices:
-            return TrainedRows(None, ranges, masks)
+            return TrainedRows(None, ranges, masks, state.norms)
         path = self.run.checkpoints(block) / f"trained-{self.rank}.{stamp}.safetensors"
         require_owner(self.job.lock_file)
         with self.watch("io"):
             file = write_row_slices(path, slices)
         self.watch.count("slices_written_bytes", file.bytes)
-        return TrainedRows(file, ranges, masks)
+        return TrainedRows(file, ranges, masks, state.norms)
 
     # -- parts of these ---------------------------------------------------------------------
 
@@ -198,11 +204,11 @@ class TrainingPhases:
         assert self.training is not None, "no block has begun"
         return self.training
 
-    def _exchanging(
-        self, block: int, layer: str, rows: slice, weight: Tensor, rate: float
-    ) -> RowAdam:
-        """What trains rows of a layer whose weights may change places."""
+    def _trainer(self, block: int, layer: str, rows: slice, weight: Tensor, rate: float) -> RowAdam:
+        """What trains rows of a layer or norm. With an exchange weights may change places."""
         state = self._state()
+        if layer in state.norms or layer not in state.squares:
+            return RowAdam(weight, rate, whole=layer in state.norms)
         dense = self._dense_rows(block, layer, rows)
         scale = (state.squares[layer] / max(self.job.nsamples * self.job.seqlen, 1)).sqrt()
         pattern = self._pattern(block, layer)
@@ -247,11 +253,6 @@ class TrainingPhases:
             return inputs[number].clone(), outputs[number], some
 
         return {number: partial(read, number) for number in inputs}
-
-
-def _fixed(_: str, __: slice, weight: Tensor, rate: float) -> RowAdam:
-    """What trains rows of a layer whose mask stays as it was solved."""
-    return RowAdam(weight, rate)
 
 
 def input_squares(

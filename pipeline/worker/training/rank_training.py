@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config.reconstruct import Reconstruct
-from pipeline.models.linears import as_held
 from pipeline.reconstruct.adam import RowAdam, first_rate
 from pipeline.reconstruct.gradients import Run, gradients, relative_error
 from pipeline.reconstruct.schedule import freezes, held_out, rate, steps_in_epoch, steps_of_epoch
@@ -29,6 +28,7 @@ from pipeline.worker.training.exchange import (
     to_all,
     to_owner,
 )
+from pipeline.worker.training.trained import Trained
 
 T = TypeVar("T")
 
@@ -75,11 +75,12 @@ class Place:
 
 
 class RankTraining:
-    """Trains layers of a block.
+    """Trains layers of a block, and its norms.
 
-    block: the pruned block, on the device. run: its forward. layers: layer -> the dtype in which
-    its weight is stored. A forward always sees weights as they would be stored. make: makes what
-    trains the rows that the rank owns, from the layer's name, the rows, their weight and the rate.
+    block: the pruned block, on the device. run: its forward. layers: path of a layer, or of a
+    norm's weight or bias -> the dtype in which it is stored. A forward always sees weights as they
+    would be stored. make: makes what trains the rows that the rank owns, from the layer's name, the
+    rows, their weight and the rate.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class RankTraining:
         watch: Stopwatch,
         make: Callable[[str, slice, Tensor, float], RowAdam],
     ) -> None:
-        self._modules: dict[str, Any] = {layer: block.get_submodule(layer) for layer in layers}
+        self._trained = {layer: Trained.of(block, layer) for layer in layers}
         self._run, self._sequences, self._plan = run, sequences, plan
         self._place, self._watch, self._dtypes = place, watch, layers
         self._owned: dict[str, RowAdam] = {}
@@ -103,7 +104,7 @@ class RankTraining:
             first = first_rate(squares, int((weight != 0).sum()), plan.how.learning_rate)
             rows = self.rows(layer)
             self._owned[layer] = make(layer, rows, weight[rows], first)
-            self._modules[layer].weight.requires_grad_(True)
+            self._trained[layer].parameter.requires_grad_(True)
         self._done = 0
         self._best = {
             layer: self._weight(layer)[self.rows(layer)].to(dtype, copy=True)
@@ -135,7 +136,7 @@ class RankTraining:
         """Puts the best weights into the block, and returns the rows (r, C) that the rank owns."""
         for layer, best in self._best.items():
             self._install(layer, best)
-            self._modules[layer].weight.requires_grad_(False)
+            self._trained[layer].parameter.requires_grad_(False)
         return self._best
 
     def judge(self) -> float:
@@ -185,9 +186,9 @@ class RankTraining:
 
         The gradients are those of each sequence, in order; on a rank that is alone their sum.
         """
-        weights = [module.weight for module in self._modules.values()]
+        weights = [trained.parameter for trained in self._trained.values()]
         numbers = [number for number in batch if number in self._sequences]
-        kept: dict[str, list[Tensor]] = {layer: [] for layer in self._modules}
+        kept: dict[str, list[Tensor]] = {layer: [] for layer in self._trained}
         losses: dict[int, float] = {}
 
         def learn(number: int) -> tuple[float, list[Tensor]]:
@@ -202,7 +203,7 @@ class RankTraining:
                 for number in some:
                     losses[number], each = found.pop(number)
                     for layer, gradient in zip(kept, each, strict=True):
-                        held = as_held(self._modules[layer], gradient)
+                        held = self._trained[layer].as_matrix(gradient)
                         if self._place.world > 1:
                             kept[layer].append(held)
                         elif kept[layer]:
@@ -215,8 +216,8 @@ class RankTraining:
         """The sum of all ranks' gradients of a layer, (rows, C) fp32."""
         place = self._place
         counts = [sum(number in part for number in batch) for part in place.sequences]
-        weight = self._modules[layer].weight
-        empty = as_held(self._modules[layer], weight).new_empty(0, *self._weight(layer).shape)
+        weight = self._weight(layer)
+        empty = weight.new_empty(0, *weight.shape)
         return to_owner(found or [empty], counts, place.rank, place.peers)
 
     def _stored(self, layer: str) -> Tensor:
@@ -231,8 +232,8 @@ class RankTraining:
 
     def _weight(self, layer: str) -> Tensor:
         """A layer's weight (R, C) in the block: a view."""
-        module = self._modules[layer]
-        return as_held(module, module.weight.detach())
+        trained = self._trained[layer]
+        return trained.as_matrix(trained.parameter.detach())
 
     def _summed(self, losses: Sequence[float]) -> list[float]:
         return summed(losses, self._place.peers, self._watch.device)

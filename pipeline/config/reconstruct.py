@@ -46,6 +46,11 @@ def default_batch(nsamples: int) -> int:
     return batch
 
 
+def default_epochs(nsamples: int) -> int:
+    """Epochs at most: 8, and up to 16 where fewer than 64 sequences give few steps."""
+    return min(16, max(8, 512 // max(nsamples, 1)))
+
+
 def unless_reconstructed(config: Any) -> str | None:
     """The condition of the options of the reconstruction."""
     if config.reconstructs():
@@ -68,9 +73,10 @@ class ReconstructOptions:
         "after a block's layers are solved, train its kept weights so that the block's output is "
         "that of the dense model: `block`, `none`, or `auto`: for method prox_admm",
     )
-    reconstruct_epochs: int = option(
-        8,
-        "passes over the calibration sequences in a block's reconstruction, at most",
+    reconstruct_epochs: int | None = option(
+        None,
+        "passes over the calibration sequences in a block's reconstruction, at most; unset: 512 "
+        "divided by --nsamples, 8 to 16",
         unused=unless_reconstructed,
     )
     reconstruct_batch: int | None = option(
@@ -80,7 +86,7 @@ class ReconstructOptions:
         unused=unless_reconstructed,
     )
     reconstruct_lr: float = option(
-        8e-3,
+        16e-3,
         "first learning rate of the reconstruction, as a share of the root mean square of a "
         "layer's kept weights",
         unused=unless_reconstructed,
@@ -92,9 +98,9 @@ class ReconstructOptions:
         unused=unless_reconstructed,
     )
     reconstruct_mask: MaskRule = option(
-        "fixed",
-        "`fixed`: the reconstruction keeps the solved mask; `exchange`: weights may change places "
-        "in the first 60 % of its steps",
+        "exchange",
+        "`exchange`: weights may change places in the first 60 % of the reconstruction's steps; "
+        "`fixed`: it keeps the solved mask",
         unused=unless_reconstructed,
     )
 
@@ -147,7 +153,7 @@ class ReconstructOptions:
         if not self.reconstructs():
             return None
         return Reconstruct(
-            epochs=self.reconstruct_epochs,
+            epochs=self.reconstruct_epochs or default_epochs(nsamples),
             batch=self.reconstruct_batch or default_batch(nsamples),
             learning_rate=self.reconstruct_lr,
             seed=seed,

@@ -94,7 +94,7 @@ def _train_part(
     learned: list[float] = []
     varying: set[str] = set()
     for epoch in range(how.epochs):
-        if not goes_on(losses):
+        if not goes_on(losses, how.epochs):
             break
         steps.progress.phase(f"reconstruct {epoch + 1}/{how.epochs}", block)
         outcomes = steps.timed(times, call(Rank.train, block, epoch))

@@ -7,6 +7,7 @@ of every step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -76,13 +77,15 @@ def parts(sizes: Mapping[str, int]) -> list[list[str]]:
     return in_passes(sizes, MOST_WEIGHTS)
 
 
-def goes_on(losses: Sequence[float]) -> bool:
+def goes_on(losses: Sequence[float], epochs: int) -> bool:
     """Whether another epoch may lower the loss of the held-out sequences.
 
-    losses: before the first epoch and after each. False where the last of them is not finite, or
-    the lowest is `PATIENCE` epochs old.
+    losses: before the first epoch and after each. epochs: at most. False where the last of them is
+    not finite, or the lowest is `PATIENCE` epochs old. While the rate is high and weights change
+    places, the loss may rise, and most of what it falls by comes later: these epochs are counted
+    from `EXCHANGE_SHARE` of all on.
     """
-    if not torch.isfinite(torch.tensor(losses[-1])):
+    if not math.isfinite(losses[-1]):
         return False
     lowest = min(range(len(losses)), key=lambda index: losses[index])
-    return len(losses) - 1 - lowest < PATIENCE
+    return len(losses) - 1 - max(lowest, EXCHANGE_SHARE * epochs) < PATIENCE

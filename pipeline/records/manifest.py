@@ -65,7 +65,8 @@ def describe_job(
     del settings["dataset"]
     settings |= text_identity(config)
     if (how := config.reconstruction(config.nsamples)) is not None:
-        settings["reconstruct_batch"] = how.batch  # an unset one depends on nsamples
+        # Unset ones depend on nsamples.
+        settings |= {"reconstruct_batch": how.batch, "reconstruct_epochs": how.epochs}
     if config.eval_dataset is not None:
         settings["eval_dataset"] = data_identity(config.eval_dataset)
     return {

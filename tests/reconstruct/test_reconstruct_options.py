@@ -172,7 +172,7 @@ def test_status_names_the_phase(
     arguments = ["prune", model, output, "--dataset", write_text(tmp_path / "text.txt")]
     arguments += ["--executor=local", "--threads=1", "--nsamples=4", "--seqlen=32"]
     arguments += ["--reconstruct=block", "--reconstruct-epochs=3"]
-    driver = Driver(arguments, tmp_path / "log", first=partial(kill_in_step, 30, signal.SIGSTOP))
+    driver = Driver(arguments, tmp_path / "log", first=partial(kill_in_step, 5, signal.SIGSTOP))
     try:
         until(lambda: any(p.status() == "stopped" for p in driver.session()), "its stop")
         assert run(["status", str(output), "--json"]) == 0

@@ -84,14 +84,19 @@ def test_large_blocks_are_trained_in_parts() -> None:
 
 class TestGoesOn:
     def test_while_the_loss_falls(self) -> None:
-        assert goes_on([3.0])
-        assert goes_on([3.0, 2.0, 1.0])
+        assert goes_on([3.0], 4)
+        assert goes_on([3.0, 2.0, 1.0], 4)
 
     def test_not_after_epochs_without_a_lower_one(self) -> None:
         losses = [3.0, 2.0, *([2.5] * (PATIENCE - 1))]
-        assert goes_on(losses)
-        assert not goes_on([*losses, 2.5])
+        assert goes_on(losses, 1)
+        assert not goes_on([*losses, 2.5], 1)
+
+    def test_not_before_the_mask_is_fixed_and_the_rate_is_low(self) -> None:
+        losses = [3.0, *([3.5] * 8)]
+        assert goes_on(losses, 10)  # 8 of 10 epochs done; counted from 6 on
+        assert not goes_on([*losses, 3.5], 10)
 
     def test_not_after_one_that_is_not_finite(self) -> None:
-        assert not goes_on([3.0, math.nan])
-        assert not goes_on([3.0, math.inf])
+        assert not goes_on([3.0, math.nan], 9)
+        assert not goes_on([3.0, math.inf], 9)

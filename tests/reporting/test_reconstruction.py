@@ -247,7 +247,14 @@ def test_a_block_in_parts() -> None:
         ({}, []),
         # All of its layers are experts' with too few tokens: the line below says so.
         (
-            {"kept": "solved", "epochs": 0, "before": None, "after": None, "untrained": ["e.1.up"], "norms": 0},
+            {
+                "kept": "solved",
+                "epochs": 0,
+                "before": None,
+                "after": None,
+                "untrained": ["e.1.up"],
+                "norms": 0,
+            },
             ["model.layers.7.e.1.up: not reconstructed: experts with too few tokens"],
         ),
         (

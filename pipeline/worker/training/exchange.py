@@ -2,19 +2,22 @@
 
 An owner gets the gradient of every sequence by itself and adds them in the order of the sequences.
 So the division of the sequences over ranks does not show, and what is sent is no larger than the
-gradients: a rank has few sequences in a step. Layers are exchanged one by one, which
-bounds the memory of it.
+gradients: a rank has few sequences in a step. Large layers are exchanged one by one, which bounds
+the memory of it, and small ones together (`bundles`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pipeline.runtime.split import even_range
+from pipeline.runtime.split import even_range, in_passes
+
+_BUNDLE_BYTES = 1 << 26
 
 
 class Exchange(Protocol):
@@ -38,32 +41,60 @@ def rows_of(rows: int, rank: int, world: int) -> slice:
     return slice(*even_range(rows, rank, world))
 
 
-def to_owner(
-    gradients: Sequence[Tensor], counts: Sequence[int], rank: int, peers: Exchange | None
-) -> Tensor:
-    """A layer's sum of the gradients of all sequences, (rows, C) fp32, of this rank's rows.
+def bundles(layers: Mapping[str, tuple[int, Hashable]]) -> list[list[str]]:
+    """Layers that are exchanged together, in order: a call to each peer costs as much as 100 KB.
 
-    gradients: (R, C) of this rank's sequences in a step, in their order; with none, of any shape
-    (0, R, C). counts: how many sequences each rank has.
+    layers: name -> the bytes of a gradient, and its dtypes, which are the same in a bundle. One has
+    at most `_BUNDLE_BYTES`, or a single layer, which bounds the memory of an exchange.
     """
-    rows, columns = gradients[0].shape[-2:]
+    alike: list[dict[str, int]] = []
+    last: Hashable = None
+    for name, (size, dtypes) in layers.items():
+        if not alike or dtypes != last:
+            alike.append({})
+        alike[-1][name], last = size, dtypes
+    return [bundle for sizes in alike for bundle in in_passes(sizes, _BUNDLE_BYTES)]
+
+
+def to_owner(
+    layers: Sequence[Sequence[Tensor]], counts: Sequence[int], rank: int, peers: Exchange | None
+) -> list[Tensor]:
+    """Of each layer of a bundle the sum of all sequences' gradients, (rows, C) fp32, own rows.
+
+    layers: of each its gradients, (R, C) each, of this rank's sequences in a step, in their order;
+    with none, a single one of (0, R, C). counts: how many sequences each rank has.
+    """
     world = len(counts)
-    own = rows_of(rows, rank, world)
     if peers is None or world == 1:
-        return in_order(gradients)
-    mine = torch.stack(list(gradients)) if counts[rank] else gradients[0]
+        return [in_order(gradients) for gradients in layers]
+    shapes = [gradients[0].shape[-2:] for gradients in layers]
     parts = [
-        mine[:, rows_of(rows, each, world)].reshape(-1).view(torch.uint8) for each in range(world)
+        torch.cat(
+            [
+                gradient[..., rows_of(rows, each, world), :].reshape(-1)
+                for (rows, _), gradients in zip(shapes, layers, strict=True)
+                for gradient in gradients
+            ]
+        )
+        for each in range(world)
     ]
-    one = (own.stop - own.start) * columns * mine.element_size()
-    received = peers.swap(parts, [count * one for count in counts])
-    return in_order(
-        [
-            sequence
-            for part, count in zip(received, counts, strict=True)
-            for sequence in part.view(mine.dtype).view(count, own.stop - own.start, columns)
-        ]
+    own = [(_count(rows, rank, world), columns) for rows, columns in shapes]
+    one = sum(map(math.prod, own))
+    dtype, size = parts[0].dtype, parts[0].element_size()
+    received = peers.swap(
+        [part.view(torch.uint8) for part in parts], [count * one * size for count in counts]
     )
+    # By layer, then by rank, the gradients of its sequences.
+    pieces = [
+        torch.split(part.view(dtype), [count * math.prod(shape) for shape in own])
+        for part, count in zip(received, counts, strict=True)
+    ]
+    return [
+        in_order(
+            [g for part, n in zip(each, counts, strict=True) for g in part.view(n, *shape).unbind()]
+        )
+        for shape, each in zip(own, zip(*pieces, strict=True), strict=True)
+    ]
 
 
 def in_order(gradients: Sequence[Tensor]) -> Tensor:
@@ -74,16 +105,37 @@ def in_order(gradients: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def to_all(own: Tensor, rows: int, world: int, peers: Exchange | None) -> Tensor:
-    """A layer of `rows` rows, (R, C), from the rows (r, C) that each rank owns, in their dtype."""
+def to_all(
+    own: Sequence[Tensor], rows: Sequence[int], world: int, peers: Exchange | None
+) -> list[Tensor]:
+    """The layers of a bundle, (R, C) each, from the rows (r, C) that each rank owns, of one dtype.
+
+    rows: R of each layer.
+    """
     if peers is None or world == 1:
-        return own
-    shares = [rows_of(rows, each, world) for each in range(world)]
-    width = own.shape[1] * own.element_size()
-    sizes = [(share.stop - share.start) * width for share in shares]
+        return list(own)
+    shares = [
+        [_count(count, each, world) * part.shape[1] for count, part in zip(rows, own, strict=True)]
+        for each in range(world)
+    ]
     # As bytes: not every backend knows every dtype.
-    parts = peers.gather_parts(own.reshape(-1).view(torch.uint8), sizes)
-    return torch.cat([part.contiguous().view(own.dtype) for part in parts]).view(rows, -1)
+    mine, dtype = torch.cat([part.reshape(-1) for part in own]), own[0].dtype
+    sizes = [sum(share) * mine.element_size() for share in shares]
+    gathered = peers.gather_parts(mine.view(torch.uint8), sizes)
+    pieces = [
+        torch.split(part.contiguous().view(dtype), share)
+        for part, share in zip(gathered, shares, strict=True)
+    ]
+    return [
+        torch.cat(each).view(count, -1)
+        for count, each in zip(rows, zip(*pieces, strict=True), strict=True)
+    ]
+
+
+def _count(rows: int, rank: int, world: int) -> int:
+    """How many of a layer's rows a rank owns."""
+    start, stop = even_range(rows, rank, world)
+    return stop - start
 
 
 def summed(values: Sequence[float], peers: Exchange | None, device: torch.device) -> list[float]:

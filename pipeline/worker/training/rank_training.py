@@ -22,6 +22,7 @@ from pipeline.runtime.stopwatch import Stopwatch
 from pipeline.runtime.threads import in_pieces, threads
 from pipeline.worker.training.exchange import (
     Exchange,
+    bundles,
     in_order,
     rows_of,
     summed,
@@ -105,6 +106,13 @@ class RankTraining:
             rows = self.rows(layer)
             self._owned[layer] = make(layer, rows, weight[rows], first)
             self._trained[layer].parameter.requires_grad_(True)
+        self._bundles = bundles(
+            {
+                layer: (weight.nbytes, (weight.dtype, dtype))
+                for layer, dtype in layers.items()
+                for weight in [self._weight(layer)]
+            }
+        )
         self._done = 0
         self._best = {
             layer: self._weight(layer)[self.rows(layer)].to(dtype, copy=True)
@@ -134,9 +142,9 @@ class RankTraining:
 
     def end(self) -> dict[str, Tensor]:
         """Puts the best weights into the block, and returns the rows (r, C) that the rank owns."""
-        for layer, best in self._best.items():
-            self._install(layer, best)
-            self._trained[layer].parameter.requires_grad_(False)
+        self._install(dict(self._best))
+        for trained in self._trained.values():
+            trained.parameter.requires_grad_(False)
         return self._best
 
     def judge(self) -> float:
@@ -168,7 +176,9 @@ class RankTraining:
         if not math.isfinite(sum(losses)):
             return losses
         with self._watch("reduce"):
-            own = {layer: self._to_owner(layer, found.pop(layer), batch) for layer in self._owned}
+            own: dict[str, Tensor] = {}
+            for bundle in self._bundles:
+                own |= self._to_owner({layer: found.pop(layer) for layer in bundle}, batch)
         stored: dict[str, Tensor] = {}
 
         def update(layer: str) -> None:
@@ -177,8 +187,7 @@ class RankTraining:
 
         with self._watch("train"):
             self._at_once(update, list(self._owned))
-        for layer in self._owned:
-            self._install(layer, stored.pop(layer))
+        self._install(stored)
         return losses
 
     def _gradients(self, batch: Sequence[int]) -> tuple[dict[str, list[Tensor]], dict[int, float]]:
@@ -212,23 +221,31 @@ class RankTraining:
                             kept[layer].append(in_order([held]))
         return kept, losses
 
-    def _to_owner(self, layer: str, found: list[Tensor], batch: Sequence[int]) -> Tensor:
-        """The sum of all ranks' gradients of a layer, (rows, C) fp32."""
+    def _to_owner(
+        self, found: Mapping[str, list[Tensor]], batch: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """The sums of all ranks' gradients of a bundle's layers, (rows, C) fp32."""
         place = self._place
         counts = [sum(number in part for number in batch) for part in place.sequences]
-        weight = self._weight(layer)
-        empty = weight.new_empty(0, *weight.shape)
-        return to_owner(found or [empty], counts, place.rank, place.peers)
+        gradients = [each or [self._weight(layer)[None][:0]] for layer, each in found.items()]
+        return dict(zip(found, to_owner(gradients, counts, place.rank, place.peers), strict=True))
 
     def _stored(self, layer: str) -> Tensor:
         """The rows that this rank owns, as they would be stored now."""
         return self._owned[layer].weight().to(self._dtypes[layer], copy=True)
 
-    def _install(self, layer: str, own: Tensor) -> None:
-        """Puts all ranks' rows of a layer into the block."""
-        weight, place = self._weight(layer), self._place
+    def _install(self, own: dict[str, Tensor]) -> None:
+        """Puts all ranks' rows of the layers into the block; `own` is emptied."""
+        place = self._place
         with self._watch("reduce"):
-            weight.copy_(to_all(own, len(weight), place.world, place.peers))
+            for bundle in self._bundles:
+                weights = [self._weight(layer) for layer in bundle]
+                mine = [own.pop(layer) for layer in bundle]
+                rows = [len(weight) for weight in weights]
+                for weight, new in zip(
+                    weights, to_all(mine, rows, place.world, place.peers), strict=True
+                ):
+                    weight.copy_(new)
 
     def _weight(self, layer: str) -> Tensor:
         """A layer's weight (R, C) in the block: a view."""

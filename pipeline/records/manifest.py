@@ -24,7 +24,7 @@ from storage.run.lock import RunLock
 
 # Increased by every change that gives other bytes for the same job: a resumed job must not mix the
 # results of two versions.
-SOLVER_VERSION = 7
+SOLVER_VERSION = 8
 # The keys of a manifest that are read, with their types.
 _KEYS = {
     "job": dict,

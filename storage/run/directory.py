@@ -39,7 +39,7 @@ from storage.files.temporary import is_temporary
 
 logger = logging.getLogger(__name__)
 
-BLOCK_SCHEMA = 1
+BLOCK_SCHEMA = 2
 """The schema number of a block's record."""
 RECORD_NAME = "record.json"
 SOLVED_NAME = "solved.json"

@@ -82,13 +82,46 @@ class TestExchange:
         row, column = 3, int((~mask[3]).nonzero()[0])
         gradient = torch.zeros(12, 8)
         gradient[row, column] = -torch.sign(weight[row, column])
-        for _ in range(400):
+        for _ in range(2000):
             state.step(gradient.clone(), 1.0)
         now = state.weight()
         assert now[row, column] != 0
         assert holds(PATTERN, now)
         others = [number for number in range(12) if number != row]
         assert torch.equal(now[others], (weight * mask)[others])
+
+    def test_a_pruned_weight_must_be_larger_by_a_third_or_so(self) -> None:
+        """It moves a quarter as fast as a kept one, and waits for an even step."""
+        weight = torch.tensor([[4.0, 3.0, 2.7, 0.1]])
+        mask = torch.tensor([[True, True, False, False]])
+        state = ExchangingAdam(weight * mask, 0.1, weight, torch.ones(4), PATTERN)
+        entered = 0
+        for number in range(1, 100):
+            state.step(torch.tensor([[0.0, 0.0, -1.0, 0.0]]), 1.0)
+            if not entered and state.weight()[0, 2] != 0:
+                entered = number
+        # From 2.7 to 1.3 * 3 at 0.1 / 4 a step.
+        assert entered == 48
+        assert torch.allclose(state.weight()[0, 2], torch.tensor(2.7 + 48 * 0.025 + 51 * 0.1))
+
+    def test_once_fixed_the_pruned_ones_are_gone(self) -> None:
+        state, _, _ = self._state()
+        for gradient in _gradients(5):
+            state.step(gradient, 1.0)
+        state.freeze()
+        fixed = state.weight().clone()
+        state.step(torch.zeros(12, 8), 1.0)
+        assert torch.equal(state.weight() != 0, fixed != 0)
+        assert holds(PATTERN, state.weight())
+
+    def test_weights_without_any_input_stay(self) -> None:
+        """As those of an expert that no token reaches."""
+        weight, _ = _layer()
+        mask = keep_mask(PATTERN, weight.abs())
+        state = ExchangingAdam(weight * mask, 1e-2, weight, torch.zeros(8), PATTERN)
+        for _ in range(10):
+            state.step(torch.zeros(12, 8), 1.0)
+        assert torch.equal(state.weight(), weight * mask)
 
     def test_once_fixed_it_stays(self) -> None:
         state, _, mask = self._state()

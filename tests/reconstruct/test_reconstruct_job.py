@@ -49,11 +49,19 @@ def blocks_of(output: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("target", "norms"), [("dense-chain", False), ("dense-block", False), ("dense-chain", True)]
+    "changed",
+    [
+        {},
+        {"reconstruct_lr": 0.01},  # many weights change places
+        {"reconstruct_mask": "fixed"},
+        {"reconstruct_target": "dense-block"},
+        {"reconstruct_norms": True},
+    ],
+    ids=str,
 )
-def test_it_is_the_plain_loop(model: Path, tmp_path: Path, target: str, norms: bool) -> None:
+def test_it_is_the_plain_loop(model: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
     output = tmp_path / "out"
-    prune_here(model, output, reconstruct_target=target, reconstruct_norms=norms, **OPTIONS)
+    prune_here(model, output, **(OPTIONS | changed))
     plain = AutoModelForCausalLM.from_pretrained(model)
     names = [
         [
@@ -70,10 +78,11 @@ def test_it_is_the_plain_loop(model: Path, tmp_path: Path, target: str, norms: b
         SolverSettings(method="prox_admm").resolved(),
         epochs=3,
         batch=4,
-        share=1.6e-3,
+        share=(OPTIONS | changed)["reconstruct_lr"],
         seed=0,
-        dense_chain=target == "dense-chain",
-        norms=norms,
+        dense_chain="reconstruct_target" not in changed,
+        norms="reconstruct_norms" in changed,
+        exchange="reconstruct_mask" not in changed,
     )
     ours = [(block["before"], block["after"]) for block in blocks_of(output)]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses), rtol=1e-4, atol=0)
@@ -109,7 +118,7 @@ def test_after_any_method_and_pattern(
 ) -> None:
     shared = {"method": method, "pattern": pattern}
     prune_here(model, tmp_path / "solved", **shared)
-    prune_here(model, tmp_path / "trained", **shared, **OPTIONS)
+    prune_here(model, tmp_path / "trained", **shared, **OPTIONS, reconstruct_mask="fixed")
     solved, changed = dict(tensors(tmp_path / "solved")), 0
     for name, tensor in tensors(tmp_path / "trained"):
         if name.startswith("model.layers.0."):  # later blocks have other inputs

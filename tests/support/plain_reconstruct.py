@@ -25,6 +25,7 @@ def reconstruct_in_memory(
     seed: int,
     dense_chain: bool = True,
     norms: bool = False,
+    exchange: bool = False,
 ) -> list[tuple[float, float]]:
     """Prunes and reconstructs a model in place; the held-out losses of each block: before, after.
 
@@ -50,10 +51,40 @@ def reconstruct_in_memory(
             block = f"model.layers.{number}."
             trained += [name for name in dict(model.named_parameters())
                         if name.startswith(block) and "norm" in name]  # fmt: skip
-        outcome.append(
-            _train(model, number, trained, (tokens, before, target), steps, epochs, share)
-        )
+        data, source = (tokens, before, target), dense if exchange else None
+        outcome.append(_train(model, number, trained, data, steps, epochs, share, source))
     return outcome
+
+
+class _Trained:
+    """A parameter of the model: what it is trained from, and what of it the model sees."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        self.weight, self.master = weight, torch.nn.Parameter(weight.detach().clone())
+        self.mask = (weight.detach() != 0) | (weight.dim() == 1)
+        self.size = float(weight.detach()[self.mask].square().mean().sqrt())
+        self.scale: Tensor | None = None
+        weight.requires_grad_(True)
+
+    def exchange(self, dense: Tensor, scale: Tensor) -> None:
+        """Begins an exchange of 2:4: pruned weights are the dense ones, below 0.9 of the kept."""
+        self.scale, four = scale, (len(dense), -1, 4)
+        sizes = (self.master.detach() * scale).abs()
+        least = sizes.masked_fill(~self.mask, torch.inf).view(four).min(dim=2, keepdim=True)[0]
+        hidden = ((dense * scale).view(four).clamp(-0.9 * least, 0.9 * least)).view_as(dense)
+        self.master.data = torch.where(self.mask, self.master.data, hidden / scale)
+
+    def choose(self) -> None:
+        """The two largest of four, where a kept weight counts 1.3-fold."""
+        assert self.scale is not None
+        sizes = (self.master.detach() * self.scale).abs() * torch.where(self.mask, 1.3, 1.0)
+        order = sizes.view(-1, 4).argsort(dim=1, descending=True)
+        mask = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :2], True)
+        self.mask = mask.view_as(self.mask)
+
+    def show(self) -> None:
+        """Gives the model what it sees."""
+        self.weight.data.copy_(self.master.data * self.mask)
 
 
 def _train(
@@ -64,15 +95,16 @@ def _train(
     steps: Sequence[Sequence[int]],
     epochs: int,
     share: float,
+    dense: torch.nn.Module | None,
 ) -> tuple[float, float]:
+    """dense: the model before pruning, with an exchange."""
     tokens, inputs, target = data
-    weights = [model.get_parameter(name) for name in names]
-    masks = [(weight != 0) | (weight.dim() == 1) for weight in weights]
-    groups = []
-    for weight, mask in zip(weights, masks, strict=True):
-        weight.requires_grad_(True)
-        size = float(weight.detach()[mask].square().mean().sqrt())
-        groups.append({"params": [weight], "lr": share * size})
+    trained = {name: _Trained(model.get_parameter(name)) for name in names}
+    groups = [{"params": [each.master], "lr": share * each.size} for each in trained.values()]
+    if dense is not None:
+        scales = _input_scales(model, number, tokens, inputs)
+        for name, scale in scales.items():
+            trained[name].exchange(dense.get_parameter(name).detach(), scale)
     optimizer = torch.optim.Adam(groups, eps=1e-30)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(steps))
 
@@ -87,22 +119,61 @@ def _train(
             return float(torch.stack([loss(s) for s in held_out(len(tokens))]).mean())
 
     first = lowest = judge()
-    kept = [weight.detach().clone() for weight in weights]
+    kept = [each.weight.detach().clone() for each in trained.values()]
     for position, step in enumerate(steps):
-        optimizer.zero_grad()
+        free = position < 0.6 * len(steps)
+        if not free and position - 1 < 0.6 * len(steps):
+            for each in (each for each in trained.values() if each.scale is not None):
+                each.choose()  # for the last time
+                each.show()
+        model.zero_grad()
         with torch.enable_grad():
             torch.stack([loss(sequence) for sequence in step]).mean().backward()
-        for weight, mask in zip(weights, masks, strict=True):
-            weight.grad = weight.grad * mask
+        before = {}
+        for name, each in trained.items():
+            every = free and each.scale is not None
+            each.master.grad = each.weight.grad * (
+                torch.ones_like(each.mask) if every else each.mask
+            )
+            before[name] = each.master.detach().clone()
         optimizer.step()
         decay.step()
+        for name, each in trained.items():
+            if free and each.scale is not None:  # pruned ones at a quarter of the rate
+                moved = each.master.data - before[name]
+                each.master.data = before[name] + torch.where(each.mask, moved, moved / 4)
+                if position % 2:
+                    each.choose()
+            each.show()
         if (position + 1) % (len(steps) // epochs) == 0 and (now := judge()) <= lowest:
-            lowest, kept = now, [weight.detach().clone() for weight in weights]
+            lowest, kept = now, [each.weight.detach().clone() for each in trained.values()]
     with torch.no_grad():
-        for weight, value in zip(weights, kept, strict=True):
-            weight.copy_(value)
-            weight.requires_grad_(False)
+        for each, value in zip(trained.values(), kept, strict=True):
+            each.weight.copy_(value)
+            each.weight.requires_grad_(False)
     return first, lowest
+
+
+@torch.no_grad()
+def _input_scales(
+    model: torch.nn.Module, number: int, tokens: Tensor, inputs: Tensor
+) -> dict[str, Tensor]:
+    """The root mean square of each input of a block's linears, by the name of the weight."""
+    found: dict[str, Tensor] = {}
+    prefix = f"model.layers.{number}."
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: found.__setitem__(
+                f"{prefix}{name}.weight", args[0].flatten(0, 1).square().mean(dim=0).sqrt()
+            )
+        )
+        for name, module in model.get_submodule(prefix[:-1]).named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    _through(model, number, tokens, inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 @torch.no_grad()

@@ -18,7 +18,12 @@ from pipeline.planning.parts.phase_parts import (
 )
 from pipeline.planning.planned_job import PlannedJob
 from pipeline.planning.shapes.model import BlockShape
-from pipeline.reconstruct.schedule import MOST_WEIGHTS, held_out, steps_in_epoch
+from pipeline.reconstruct.schedule import (
+    EXCHANGE_SHARE,
+    MOST_WEIGHTS,
+    held_out,
+    steps_in_epoch,
+)
 
 # Operations of a forward and a backward, in those of a forward: with respect to the inputs and to
 # the weights once more each.
@@ -26,9 +31,14 @@ _WITH_BACKWARD = 3.0
 # The attention of a backward computes the scores again.
 _ATTENTION_WITH_BACKWARD = 3.5
 _SUM_BYTES, _STATE_BYTES = 4, 12
-# Bytes that a step of Adam moves of each owned weight: the sum, its fp32 copy, the weight, two
-# moments, and intermediate results of these, read and written.
-_ADAM_BYTES = 100.0
+# Bytes that a step of Adam moves of each owned weight: the sum, the weight, two moments, and
+# intermediate results of these, read and written.
+_ADAM_BYTES = 80.0
+# The same of an exchange, in the steps before the mask is fixed: pruned weights are slowed and
+# hidden, and every other step makes a new mask.
+_EXCHANGE_BYTES = 73.0
+# The largest gradients that are exchanged together (`pipeline.worker.training.exchange`).
+_BUNDLE_BYTES = float(1 << 26)
 
 
 def sequences_of_step(how: Reconstruct, job: PlannedJob) -> float:
@@ -87,6 +97,7 @@ def train_phase(job: PlannedJob, block: BlockShape, files: FileParts, dispatch: 
                     COMPUTE,
                     judged * (profile.products / rate + profile.attention / rates.attention),
                 ),
+                *_inputs_of_layers(job, block, parts),
                 PhasePart("Adam", BANDWIDTH, steps * moved_bytes(job, block) / rates.memory),
                 PhasePart(
                     "operators",
@@ -106,6 +117,22 @@ def train_phase(job: PlannedJob, block: BlockShape, files: FileParts, dispatch: 
     )
 
 
+def _inputs_of_layers(job: PlannedJob, block: BlockShape, parts: int) -> list[PhasePart]:
+    """A forward of all sequences, for the scale in which an exchange compares weights."""
+    how, rates = job.reconstruct, job.rates
+    assert how is not None
+    if not how.exchange:
+        return []
+    sequences, profile = float(job.busiest[0] * parts), block.full
+    product = rates.product(job.shape.dtype)
+    seconds = profile.products / product + profile.attention / rates.attention
+    moved = profile.moved / rates.memory
+    return [
+        PhasePart("inputs of layers, for the exchange", COMPUTE, sequences * seconds),
+        PhasePart("inputs of layers, for the exchange", BANDWIDTH, sequences * moved),
+    ]
+
+
 def sent_bytes(job: PlannedJob, block: BlockShape) -> float:
     """Bytes that a worker sends in a step: gradients to the rows' owners, and its rows to all."""
     how = job.reconstruct
@@ -122,7 +149,8 @@ def moved_bytes(job: PlannedJob, block: BlockShape) -> float:
     batch = min(how.batch, job.nsamples - len(held_out(job.nsamples)))
     # Each sequence's gradient is read, and the sum read and written.
     added = batch * (job.shape.forward_itemsize + 2 * _SUM_BYTES)
-    own = block.pruned / job.workers * (added + _ADAM_BYTES)
+    exchange = EXCHANGE_SHARE * _EXCHANGE_BYTES if how.exchange else 0.0
+    own = block.pruned / job.workers * (added + _ADAM_BYTES + exchange)
     return own + 2.0 * job.shape.forward_itemsize * block.pruned
 
 
@@ -151,7 +179,8 @@ def train_memory(job: PlannedJob, block: BlockShape) -> PeakBytes:
     gradients = trained * itemsize * (ours if job.workers > 1 else at_once)
     sums = trained * _SUM_BYTES if job.workers == 1 else 0.0
     owned = trained / job.workers * (_STATE_BYTES + 2 * shape.itemsize + 1)
-    exchanged = 2 * largest * itemsize * ours + largest / job.workers * _SUM_BYTES
+    bundle = max(largest, min(trained, _BUNDLE_BYTES / itemsize))
+    exchanged = 2 * bundle * itemsize * ours + bundle / job.workers * _SUM_BYTES
     resident = job.busiest[0] * hidden
     device = block.parameters * itemsize + learning + gradients + sums + owned + exchanged
     return PeakBytes(device + resident, block.pruned / job.workers * shape.itemsize)

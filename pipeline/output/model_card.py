@@ -236,7 +236,9 @@ def _settings_table(settings: Mapping[str, Any]) -> str:
     unused = {name for other in others for name in method_facts(other).method_settings}
     if settings.get("refine") == "none":
         unused.add("refine_steps")
-    unused |= {key for key in ("dense_first", "dense_last") if not settings.get(key)}
+    unused |= {
+        key for key in ("dense_first", "dense_last", "reconstruct_norms") if not settings.get(key)
+    }
     if not settings.get("reconstruct"):
         unused |= {name for name in _SETTINGS if name.startswith("reconstruct")}
     if settings.get("calibrate_on") == "all":

@@ -197,30 +197,31 @@ class Collective:
         self.sent += 2 * (self.world - 1) * total.nbytes
         return gathered[: part.numel()].to(part.device)
 
-    def swap(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def swap(
+        self, joined: Tensor, parts: Sequence[int], sizes: Sequence[int]
+    ) -> tuple[Tensor, ...]:
         """By rank, what it has for this worker: (sizes[rank],). Raises as `sum` does.
 
-        parts: by rank (n_rank,), what this worker has for that one. All are of one dtype.
+        joined: (sum(parts),), what this worker has for each rank, one after the other.
         """
-        device = self._device_of(parts[0])
-        sent = torch.cat([part.to(device) for part in parts])
+        sent = joined.to(self._device_of(joined))
         received = sent.new_empty(sum(sizes))
-        split = [part.numel() for part in parts]
         try:
-            dist.all_to_all_single(received, sent, list(sizes), split)
+            dist.all_to_all_single(received, sent, list(sizes), list(parts))
         except RuntimeError as error:
             raise self._explained(error) from error
-        self.sent += sent.nbytes - parts[self.rank].nbytes
-        home = parts[0].device
-        return [part.to(home) for part in torch.split(received, list(sizes))]
+        self.sent += (len(joined) - parts[self.rank]) * joined.element_size()
+        return torch.split(received.to(joined.device), list(sizes))
 
     def gather_parts(self, part: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """By rank, the `part` (sizes[rank],) of every worker. Raises as `sum` does."""
         own = part.to(self._device_of(part))
         # Equal sizes: gloo's gather knows no others.
         longest = max(sizes)
-        padded = own.new_zeros(longest)
-        padded[: own.numel()] = own
+        padded = own
+        if len(own) < longest:
+            padded = own.new_zeros(longest)
+            padded[: len(own)] = own
         gathered = own.new_empty(self.world * longest)
         try:
             _ALL_GATHER(gathered, padded)

@@ -53,7 +53,7 @@ EXPERTS = dict.fromkeys(("expert_tokens", "calibrate_all_experts"), MAGNITUDE)
 HESSIANS = {"hessian_memory": WANDA}
 RECONSTRUCTION = dict.fromkeys(
     ("reconstruct_epochs", "reconstruct_batch", "reconstruct_lr", "reconstruct_target",
-     "reconstruct_mask"),
+     "reconstruct_mask", "reconstruct_norms"),
     ({"method": "wanda"}, {"method": "wanda", "reconstruct": "block"}),
 )  # fmt: skip
 RAY = dict.fromkeys(

@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 from cluster.command_line import make_parser
+from cluster.commands.sweep import sweep_from
+from cluster.options import read_yaml
+from pipeline.sweep.grid import read_plan
 from tests.support.error_sites import errors_page
+from tests.support.jobs import write_text
+from tests.support.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "benchmarks" / "README.md", *ROOT.glob("docs/*.md")])
@@ -84,6 +89,16 @@ def test_commands_parse(line: str) -> None:
     words = shlex.split(line)
     start = words.index("prox24") if "prox24" in words else words.index("cluster")
     make_parser().parse_args([word for word in words[start + 1 :] if word != "..."])
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("benchmarks/sweeps/*.yaml")), ids=lambda p: p.stem
+)
+def test_sweeps_parse(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(save_tiny_model(tmp_path / "model").parent)
+    for name in ("calibration.txt", "evaluation.txt"):
+        write_text(tmp_path / name)
+    assert sweep_from(read_plan(read_yaml(path), path.name), path.name).points
 
 
 def test_there_are_commands_to_parse() -> None:

@@ -27,8 +27,13 @@ class Exchange(Protocol):
         """The sum over the ranks, in rank order, written into `tensor`."""
         ...
 
-    def swap(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """By rank, (sizes[rank],) bytes that it has for this one. parts: what this has for it."""
+    def swap(
+        self, joined: Tensor, parts: Sequence[int], sizes: Sequence[int]
+    ) -> tuple[Tensor, ...]:
+        """By rank, (sizes[rank],) bytes that it has for this one.
+
+        joined: what this one has for each rank, of `parts` bytes, one after the other.
+        """
         ...
 
     def gather_parts(self, part: Tensor, sizes: Sequence[int]) -> list[Tensor]:
@@ -68,22 +73,27 @@ def to_owner(
     if peers is None or world == 1:
         return [in_order(gradients) for gradients in layers]
     shapes = [gradients[0].shape[-2:] for gradients in layers]
-    parts = [
-        torch.cat(
-            [
-                gradient[..., rows_of(rows, each, world), :].reshape(-1)
-                for (rows, _), gradients in zip(shapes, layers, strict=True)
-                for gradient in gradients
-            ]
-        )
+    # By owner, then by layer, then by sequence.
+    joined = torch.cat(
+        [
+            gradient[..., rows_of(rows, each, world), :].reshape(-1)
+            for each in range(world)
+            for (rows, _), gradients in zip(shapes, layers, strict=True)
+            for gradient in gradients
+        ]
+    )
+    dtype, size = joined.dtype, joined.element_size()
+    ones = [
+        size * sum(_count(rows, each, world) * columns for rows, columns in shapes)
         for each in range(world)
     ]
-    own = [(_count(rows, rank, world), columns) for rows, columns in shapes]
-    one = sum(map(math.prod, own))
-    dtype, size = parts[0].dtype, parts[0].element_size()
     received = peers.swap(
-        [part.view(torch.uint8) for part in parts], [count * one * size for count in counts]
+        # As bytes: not every backend knows every dtype.
+        joined.view(torch.uint8),
+        [counts[rank] * one for one in ones],
+        [count * ones[rank] for count in counts],
     )
+    own = [(_count(rows, rank, world), columns) for rows, columns in shapes]
     # By layer, then by rank, the gradients of its sequences.
     pieces = [
         torch.split(part.view(dtype), [count * math.prod(shape) for shape in own])
@@ -106,30 +116,26 @@ def in_order(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def to_all(
-    own: Sequence[Tensor], rows: Sequence[int], world: int, peers: Exchange | None
-) -> list[Tensor]:
-    """The layers of a bundle, (R, C) each, from the rows (r, C) that each rank owns, of one dtype.
+    own: Sequence[Tensor], weights: Sequence[Tensor], world: int, peers: Exchange | None
+) -> None:
+    """Fills the layers of a bundle from the rows that each rank owns.
 
-    rows: R of each layer.
+    own: of each layer this rank's rows (r, C), of one dtype. weights: the layers, (R, C) each.
     """
     if peers is None or world == 1:
-        return list(own)
-    shares = [
-        [_count(count, each, world) * part.shape[1] for count, part in zip(rows, own, strict=True)]
-        for each in range(world)
-    ]
-    # As bytes: not every backend knows every dtype.
+        for weight, rows in zip(weights, own, strict=True):
+            weight.copy_(rows)
+        return
     mine, dtype = torch.cat([part.reshape(-1) for part in own]), own[0].dtype
-    sizes = [sum(share) * mine.element_size() for share in shares]
+    shares = [
+        [weight[rows_of(len(weight), each, world)] for weight in weights] for each in range(world)
+    ]
+    sizes = [sum(rows.numel() for rows in share) * mine.element_size() for share in shares]
     gathered = peers.gather_parts(mine.view(torch.uint8), sizes)
-    pieces = [
-        torch.split(part.contiguous().view(dtype), share)
-        for part, share in zip(gathered, shares, strict=True)
-    ]
-    return [
-        torch.cat(each).view(count, -1)
-        for count, each in zip(rows, zip(*pieces, strict=True), strict=True)
-    ]
+    for part, share in zip(gathered, shares, strict=True):
+        pieces = torch.split(part.contiguous().view(dtype), [rows.numel() for rows in share])
+        for rows, piece in zip(share, pieces, strict=True):
+            rows.copy_(piece.view(rows.shape))
 
 
 def _count(rows: int, rank: int, world: int) -> int:

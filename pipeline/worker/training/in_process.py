@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from storage.errors import WorkerLostError
@@ -52,9 +53,12 @@ class InProcess:
         parts = [given[0] for given in self._meeting.all_of(self._rank, [tensor.clone()])]
         return tensor.copy_(_in_order(parts))
 
-    def swap(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def swap(
+        self, joined: Tensor, parts: Sequence[int], sizes: Sequence[int]
+    ) -> tuple[Tensor, ...]:
         """By rank, what it has for this one."""
-        return [given[self._rank] for given in self._meeting.all_of(self._rank, parts)]
+        mine = torch.split(joined, list(parts))
+        return tuple(given[self._rank] for given in self._meeting.all_of(self._rank, mine))
 
     def gather_parts(self, part: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """By rank, the `part` (sizes[rank],) of every one."""

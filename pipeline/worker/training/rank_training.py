@@ -241,11 +241,7 @@ class RankTraining:
             for bundle in self._bundles:
                 weights = [self._weight(layer) for layer in bundle]
                 mine = [own.pop(layer) for layer in bundle]
-                rows = [len(weight) for weight in weights]
-                for weight, new in zip(
-                    weights, to_all(mine, rows, place.world, place.peers), strict=True
-                ):
-                    weight.copy_(new)
+                to_all(mine, weights, place.world, place.peers)
 
     def _weight(self, layer: str) -> Tensor:
         """A layer's weight (R, C) in the block: a view."""

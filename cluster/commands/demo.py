@@ -21,7 +21,7 @@ from storage.files.trial import require_folder
 _WORKERS = 2
 _SEQLEN = 512
 _CALIBRATION_SEQUENCES = 32
-_EPOCHS = 4
+_EPOCHS = 3
 _EVALUATION_SEQUENCES = 24
 
 

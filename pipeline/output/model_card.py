@@ -15,6 +15,7 @@ import yaml
 
 from pipeline.config.methods import METHODS, method_facts
 from pipeline.output.dense_weights import dense_in_words
+from pipeline.reconstruct.results import exchange_in_words
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BLOCK = re.compile(r"\.\d+\.")
@@ -192,7 +193,9 @@ def _reconstruction(reconstruction: Mapping[str, Any] | None, settings: Mapping[
     lines = [
         "## Reconstruction",
         "After a block's layers were solved, its kept weights were trained so that the block's "
-        f"output on the calibration text is {target}. A tenth of the sequences took no part; by "
+        f"output on the calibration text is {target}."
+        + exchange_in_words(settings["reconstruct_mask"])
+        + " A tenth of the sequences took no part; by "
         "their error the best epoch was kept, or the solved weights. Errors are in per cent of the "
         "energy of a token, means over tokens and blocks:",
     ]

@@ -118,6 +118,13 @@ def kept_in_words(result: Result) -> str:
     return f"{kept} epochs" if "parts" in result else f"epoch {kept}"
 
 
+def exchange_in_words(mask: str) -> str:
+    """What `--reconstruct-mask` let weights do, a sentence after a space; "" for `fixed`."""
+    if mask == "fixed":
+        return ""
+    return " In the first 60 % of the steps pruned weights could take the places of kept ones."
+
+
 def learned_errors(result: Result) -> tuple[float | None, float | None]:
     """The errors of the sequences learned from, in the first epoch and in the one that is kept.
 

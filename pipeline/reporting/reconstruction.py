@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.reconstruct.results import (
     PHASES,
     digits,
+    exchange_in_words,
     kept_in_words,
     learned_errors,
     percent,
@@ -31,7 +32,8 @@ def in_words(results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     text = (
         "After a block's layers were solved, its kept weights were trained for at most "
         f"{settings['reconstruct_epochs']} epochs, so that the block's output on the pruned "
-        f"model's inputs is {_TARGETS[settings['reconstruct_target']]}. A tenth of the calibration "
+        f"model's inputs is {_TARGETS[settings['reconstruct_target']]}."
+        f"{exchange_in_words(settings['reconstruct_mask'])} A tenth of the calibration "
         "sequences took no part: their error decides which epoch is kept, and when to end."
     )
     if results["gain"]:

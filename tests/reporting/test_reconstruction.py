@@ -226,7 +226,11 @@ def test_without_an_error_nothing_is_claimed() -> None:
     assert rows[0][1:4] == ("undefined", "undefined", "")
 
 
-SETTINGS = {"reconstruct_epochs": 3, "reconstruct_target": "dense-chain"}
+SETTINGS = {
+    "reconstruct_epochs": 3,
+    "reconstruct_target": "dense-chain",
+    "reconstruct_mask": "fixed",
+}
 
 
 def test_a_block_in_parts() -> None:

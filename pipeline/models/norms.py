@@ -7,7 +7,6 @@ from collections import Counter
 from torch import nn
 
 from pipeline.models.skeleton import Skeleton
-from storage.errors import ModelError
 
 
 def norm_parameters(block: nn.Module) -> dict[str, int]:
@@ -42,11 +41,5 @@ def trainable_norms(skeleton: Skeleton, block: int) -> dict[str, str]:
 
 
 def trained_norm(skeleton: Skeleton, block: int, norm: str) -> str:
-    """The name in the weight files of a norm that `trainable_norms` names.
-
-    Raises `ModelError` where it has none.
-    """
-    name = skeleton.plan.sources.get(skeleton.block_prefix(block) + norm)
-    if name is None:
-        raise ModelError(f"{skeleton.files.place}: block {block} lacks {norm}")
-    return name
+    """The name in the weight files of a norm that `trainable_norms` names."""
+    return skeleton.plan.sources[skeleton.block_prefix(block) + norm]

@@ -88,8 +88,9 @@ class ExchangingAdam(RowAdam):
         self, weight: Tensor, rate: float, dense: Tensor, scale: Tensor, pattern: Pattern
     ) -> None:
         super().__init__(weight, rate)
-        # Of weights whose input was always 0, the larger ones are kept.
-        least = _LEAST_SCALE * scale.mean()
+        # Weights whose input was always 0 stay as they were solved: the larger ones are kept, and
+        # a pruned one is 0 and gets no gradient.
+        live, least = scale > 0, _LEAST_SCALE * scale.mean()
         scale = scale.clamp(min=least) if least > 0 else torch.ones_like(scale)
         self._scale, self._pattern, self._frozen = scale, pattern, False
         shape = (len(weight), -1, pattern.group or weight.shape[1])
@@ -97,6 +98,7 @@ class ExchangingAdam(RowAdam):
         most = _HIDDEN_SHARE * kept.amin(dim=2, keepdim=True)
         hidden = (dense.float() * scale).view(shape)
         hidden = hidden.clamp(-most, most).view_as(self._weight) / scale
+        hidden = torch.where(live, hidden, 0.0)
         self._weight = torch.where(self._mask, self._weight, hidden)
 
     def step(self, gradient: Tensor, factor: float) -> None:

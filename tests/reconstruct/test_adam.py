@@ -114,6 +114,17 @@ class TestExchange:
         assert torch.equal(state.weight() != 0, fixed != 0)
         assert holds(PATTERN, state.weight())
 
+    def test_pruned_weights_of_inputs_that_are_always_zero_stay_pruned(self) -> None:
+        """Also where their whole group is pruned, as a solve leaves it."""
+        weight, _ = _layer()
+        scale = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 0.0])
+        mask = keep_mask(PATTERN, (weight * scale).abs()) & (scale > 0)
+        state = ExchangingAdam(weight * mask, 1e-2, weight, scale, PATTERN)
+        for gradient in _gradients(20):
+            state.step(gradient * (scale > 0), 1.0)
+        state.freeze()
+        assert torch.equal((state.weight() != 0).any(dim=0), scale > 0)
+
     def test_weights_without_any_input_stay(self) -> None:
         """As those of an expert that no token reaches."""
         weight, _ = _layer()

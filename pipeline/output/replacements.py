@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from pipeline.models.norms import trained_norm
+from pipeline.models.roles.norms import trained_norm
 from pipeline.models.skeleton import Skeleton
 from storage.run.checkpoints import BlockRecord, read_layer, verify_record
 from storage.run.directory import RunDirectory

@@ -21,7 +21,7 @@ from pipeline.config.pattern import Pattern
 from pipeline.config.prune import ModelOptions
 from pipeline.formats.open_model import open_model
 from pipeline.models.linears import is_transposed
-from pipeline.models.norms import trainable_norms
+from pipeline.models.roles.norms import trainable_norms
 from pipeline.models.selection import choices_of
 from pipeline.models.skeleton import Skeleton, open_skeleton
 from pipeline.output.write import RESULT_FILE, RESULT_SCHEMA

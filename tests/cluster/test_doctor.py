@@ -125,6 +125,7 @@ def _two_nodes(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this torch sees its GPUs")
+@pytest.mark.slow
 def test_gpus_that_ray_has_and_torch_has_not(repository: Path, tmp_path: Path) -> None:
     """Said of that node alone, with driver and torch build; what hangs there holds up nothing."""
     with _two_nodes(tmp_path) as address:

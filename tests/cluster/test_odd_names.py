@@ -87,6 +87,7 @@ def test_a_job_whose_every_path_has_an_odd_name(
     assert run(["prune", str(model), str(output), *options]) == 0  # finished: nothing is left to do
 
 
+@pytest.mark.slow
 def test_on_ray(tiny_model: TinyModel, tmp_path: Path, repository: Path) -> None:
     """The default executor, as a process: nothing of Ray is in the way of a name."""
     name = f"é 中'\n#%{BYTES}"

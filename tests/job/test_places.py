@@ -347,6 +347,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_killed_leaves_what_the_next_owner_sweeps(
     tiny_model: TinyModel, tmp_path: Path, text: Path, repository: Path
 ) -> None:

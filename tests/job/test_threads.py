@@ -143,7 +143,11 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         driver.end()
 
 
-@pytest.mark.parametrize("method", ["prox_admm", "prox", "sparsegpt", "wanda"])
+@pytest.mark.parametrize(
+    "method",
+    ["prox_admm", *(pytest.param(each, marks=pytest.mark.slow) for each in ("prox", "sparsegpt")),
+     "wanda"],
+)  # fmt: skip
 def test_default_threads_on_any_workers(bench: Bench, method: str) -> None:
     options = (f"--method={method}", *QUICK.get(method, ()))
     one, *others = (bench.output(str(n), f"--workers={n}", *options) for n in WORKERS)

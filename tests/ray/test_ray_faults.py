@@ -90,6 +90,7 @@ def test_workers_lost_in_phase_after_phase(
     assert wait_until_gone(stopped)
 
 
+@pytest.mark.slow
 def test_workers_count_the_tokens_that_count_though_one_is_lost(
     source: tuple[Path, Path, dict[str, bytes]], address: str, tmp_path: Path
 ) -> None:

@@ -119,6 +119,7 @@ def test_a_lost_driver_and_a_lost_worker(bench: Bench, cluster: str) -> None:
     until(lambda: not ranks(), "the end of the workers")
 
 
+@pytest.mark.slow
 def test_another_number_of_workers_with_default_threads(bench: Bench, cluster: str) -> None:
     """One worker of three threads begins, three workers of one thread go on."""
     driver = bench.start(ray_address=cluster, workers=1, threads=None)
@@ -146,6 +147,7 @@ def test_more_workers_than_the_cluster_has(bench: Bench, cluster: str) -> None:
     assert not bench.run.exists()
 
 
+@pytest.mark.slow
 def test_a_refused_job_holds_nothing_of_the_cluster(bench: Bench, cluster: str) -> None:
     """Its workers were placed while the model was being checked, if there was room for them.
 

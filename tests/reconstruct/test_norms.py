@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.models.norms import norm_parameters, trainable_norms
+from pipeline.models.roles.norms import norm_parameters, trainable_norms
 from pipeline.models.skeleton import open_skeleton
 from pipeline.output.verify import verify
 from storage.files.commit import sha256_file

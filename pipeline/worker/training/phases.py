@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.config.pattern import Pattern
 from pipeline.messages import Job, TrainedEpoch, TrainedRows
 from pipeline.models.linears import linear_shape
-from pipeline.models.norms import trainable_norms
+from pipeline.models.roles.norms import trainable_norms
 from pipeline.models.selection import settings_of
 from pipeline.models.skeleton import Skeleton
 from pipeline.reconstruct.adam import ExchangingAdam, RowAdam

@@ -103,7 +103,6 @@ class ReconstructOptions:
         "`fixed`: it keeps the solved mask",
         unused=unless_reconstructed,
     )
-
     reconstruct_norms: bool = option(
         False,
         "the reconstruction trains the weights and biases of a block's norms too",

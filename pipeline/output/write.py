@@ -110,11 +110,7 @@ def describe_output(
         "blocks": [_block_result(record) for record in records],
         "reconstruction": reconstruction,
         "layers": layers,
-        "trained_norms": [
-            f"{skeleton.blocks_path}.{record.block}.{norm}"
-            for record in records
-            for norm in record.norms
-        ],
+        "trained_norms": trained_norms(records, skeleton.blocks_path),
         "skipped_layers": list(skipped),
         "skipped_because": dict(skipped),
         "dense_weights": dict(dense),
@@ -303,6 +299,11 @@ def layer_results(records: Sequence[BlockRecord], blocks_path: str) -> list[dict
         for record in records
         for name, layer in record.layers.items()
     ]
+
+
+def trained_norms(records: Sequence[BlockRecord], blocks_path: str) -> list[str]:
+    """The names in the model of the norms' weights and biases that were trained."""
+    return [f"{blocks_path}.{record.block}.{norm}" for record in records for norm in record.norms]
 
 
 def card_settings(job: dict[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:

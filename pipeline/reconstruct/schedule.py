@@ -21,6 +21,8 @@ EXCHANGE_SHARE = 0.6
 # Weights that are trained at once: a worker has a gradient (2 or 4 bytes) of each. It does not
 # depend on the machine, because the division decides the bytes of the result.
 MOST_WEIGHTS = 1 << 32
+# Gradients that are exchanged together. It bounds the memory of it, and decides no byte.
+BUNDLE_BYTES = 1 << 26
 # Epochs without a lower loss of the held-out sequences after which a reconstruction ends.
 PATIENCE = 3
 

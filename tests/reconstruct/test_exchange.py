@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.worker.training import exchange
+from pipeline.reconstruct import schedule
 from pipeline.worker.training.exchange import bundles
 from tests.support.jobs import prune_here
 from tests.support.tiny_models import save_tiny_model
 
-MOST = exchange._BUNDLE_BYTES
+MOST = schedule.BUNDLE_BYTES
 
 
 def test_layers_share_a_bundle_while_they_fit() -> None:
@@ -33,7 +33,7 @@ def test_bundles_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     source = save_tiny_model(tmp_path / "model", dtype=torch.bfloat16)
     made = []
     for most in (MOST, 5000, 1):
-        monkeypatch.setattr(exchange, "_BUNDLE_BYTES", most)
+        monkeypatch.setattr(schedule, "BUNDLE_BYTES", most)
         out = tmp_path / f"out-{most}"
         prune_here(
             source, out, workers=3, reconstruct="block", reconstruct_epochs=2,

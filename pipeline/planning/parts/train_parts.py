@@ -19,6 +19,7 @@ from pipeline.planning.parts.phase_parts import (
 from pipeline.planning.planned_job import PlannedJob
 from pipeline.planning.shapes.model import BlockShape
 from pipeline.reconstruct.schedule import (
+    BUNDLE_BYTES,
     EXCHANGE_SHARE,
     MOST_WEIGHTS,
     held_out,
@@ -37,8 +38,6 @@ _ADAM_BYTES = 80.0
 # The same of an exchange, in the steps before the mask is fixed: pruned weights are slowed and
 # hidden, and every other step makes a new mask.
 _EXCHANGE_BYTES = 73.0
-# The largest gradients that are exchanged together (`pipeline.worker.training.exchange`).
-_BUNDLE_BYTES = float(1 << 26)
 
 
 def sequences_of_step(how: Reconstruct, job: PlannedJob) -> float:
@@ -179,7 +178,7 @@ def train_memory(job: PlannedJob, block: BlockShape) -> PeakBytes:
     gradients = trained * itemsize * (ours if job.workers > 1 else at_once)
     sums = trained * _SUM_BYTES if job.workers == 1 else 0.0
     owned = trained / job.workers * (_STATE_BYTES + 2 * shape.itemsize + 1)
-    bundle = max(largest, min(trained, _BUNDLE_BYTES / itemsize))
+    bundle = max(largest, min(trained, BUNDLE_BYTES / itemsize))
     exchanged = 2 * bundle * itemsize * ours + bundle / job.workers * _SUM_BYTES
     resident = job.busiest[0] * hidden
     device = block.parameters * itemsize + learning + gradients + sums + owned + exchanged

@@ -15,9 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pipeline.reconstruct import schedule
 from pipeline.runtime.split import even_range, in_passes
-
-_BUNDLE_BYTES = 1 << 26
 
 
 class Exchange(Protocol):
@@ -47,10 +46,10 @@ def rows_of(rows: int, rank: int, world: int) -> slice:
 
 
 def bundles(layers: Mapping[str, tuple[int, Hashable]]) -> list[list[str]]:
-    """Layers that are exchanged together, in order: a call to each peer costs as much as 100 KB.
+    """Layers that are exchanged together, in order: of small ones a call costs more than bytes do.
 
     layers: name -> the bytes of a gradient, and its dtypes, which are the same in a bundle. One has
-    at most `_BUNDLE_BYTES`, or a single layer, which bounds the memory of an exchange.
+    at most `BUNDLE_BYTES`, or a single layer, which bounds the memory of an exchange.
     """
     alike: list[dict[str, int]] = []
     last: Hashable = None
@@ -58,7 +57,7 @@ def bundles(layers: Mapping[str, tuple[int, Hashable]]) -> list[list[str]]:
         if not alike or dtypes != last:
             alike.append({})
         alike[-1][name], last = size, dtypes
-    return [bundle for sizes in alike for bundle in in_passes(sizes, _BUNDLE_BYTES)]
+    return [bundle for sizes in alike for bundle in in_passes(sizes, schedule.BUNDLE_BYTES)]
 
 
 def to_owner(
